@@ -1,0 +1,133 @@
+"""The Cython layer over csrc: rank side (Invoker, Arena memory, Request) and worker side (Worker)."""
+from __future__ import annotations
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+# Outcome of a request (Request.outcome)
+PENDING: int          # 0: not started, or still in flight
+OK: int               # 1: result is there
+KERNEL_ERROR: int     # 2: kernel raised / returned < 0 / overran; `detail` says what
+BAD_KERNEL: int       # 3: could not be loaded or bound; `detail` says why
+LARGE: int            # 4: object result kept at the worker; call fetch()
+LOST: int             # 5: its worker ended (fence passed); see `worker`, `channel`
+TIMEOUT: int          # 6: deadline passed while still queued (never ran)
+CANCELLED: int        # 7: cancelled while queued
+NO_WORKER: int        # 8: no channel left and none expected (set by Invoker.abandon())
+BUSY: int             # 9: worker is draining: try elsewhere
+
+# Kinds of kernel (Invoker.kernel, WorkerHandlers.load_kernel)
+KIND_PYTHON: int      # 1 blob is made by kernels.py
+KIND_NATIVE: int      # 2 shared library with the rfm_call ABI
+KIND_PLAIN: int       # 3 shared library with rFaaS' ABI
+KIND_NUMBA: int       # 4 numba source function + signature
+KIND_OBJECT: int      # 5 a callable for submit()
+
+def monotonic_ns() -> int: ...
+
+class Block:
+    """A piece of an arena: 64-byte aligned, buffer protocol, writable, freed with its last reference.
+    Stays valid after Invoker.close()."""
+    nbytes: int
+    arena: int
+    offset: int
+    address: int
+    def close(self) -> None: ...
+
+class KernelRef:
+    number: int
+    kind: int
+    digest: bytes
+
+class Invoker:
+    """Rank side of the data plane: memory, channels, queue and the C service thread."""
+    def __init__(self, *, slots: int = 16, slot_bytes: int = 16384,
+                 spin_us: int = 1000, memory_limit: int = 0) -> None: ...
+    closed: bool
+    channels: list[Channel]          # live ones
+    queued: int                      # invocations that wait for a slot
+    in_flight: int
+    def alloc(self, nbytes: int, *, zero: bool = False) -> Block:
+        """Raises MemoryError. 0 bytes are allowed."""
+    def locate(self, address: int, nbytes: int) -> tuple[int, int] | None:
+        """(arena, offset) if the bytes lie wholly in one live block, else None."""
+    def attach(self, fd: int, *, lease: int, worker: int, timeout_s: float = 10.0) -> Channel:
+        """Takes over an authenticated control connection (owns fd from here on)."""
+    def kernel(self, kind: int, digest: bytes, blob: bytes) -> KernelRef:
+        """The same digest gives the same ref."""
+    def request(self, kernel: KernelRef, inputs: Sequence[Any], outputs: Sequence[Any],
+                meta: bytes, *, persistent: bool = False) -> Request:
+        """A buffers request: contiguous buffers (numpy arrays, Blocks); outputs writable. The caller
+        has checked dtype, shape and overlap. Chooses each argument's place; persistent ones
+        keep their binding and staging memory until close()."""
+    def object_request(self, kernel: KernelRef, parts: Sequence[Any],
+                       refs: Sequence[tuple[int, int, int]] = ()) -> Request:
+        """An object request: payload = parts (bytes-like), and refs = (arena, offset, nbytes) of arrays that
+        already lie in arenas."""
+    def next_watched(self, timeout_s: float | None) -> list[Request]:
+        """Requests with watch() that ended; [] after the time-out."""
+    def wake(self) -> None: """Makes waiters look again (after an event known to Python only)."""
+    def progress(self) -> int: """One look at all channels; completions moved."""
+    def abandon(self) -> None: """Ends all queued invocations with NO_WORKER (nobody will serve them)."""
+    def stats(self) -> dict[str, int]: ...
+    def close(self) -> None: """Fences every channel, ends everything in flight with LOST. Safe twice."""
+
+class Channel:
+    worker: int
+    lease: int
+    alive: bool
+    in_flight: int
+    pid: int
+    def close(self) -> None: """Stops using the worker; in-flight invocations end LOST once it can't write any more."""
+    def drain(self) -> None: """No new invocations; what is in flight ends normally."""
+    def kill(self) -> bool: """SIGKILL through the pidfd; False if not permitted or gone."""
+
+class Request:
+    """One invocation at a time; a persistent one can be started again when it is not active."""
+    active: bool                 # started and not yet ended
+    outcome: int
+    id: int
+    worker: int                  # worker that ran it last (0: none)
+    attempts: int
+    exec_ns: int
+    out_bytes: int               # bytes of the first output / of the object result
+    out_sizes: tuple[int, ...]
+    detail: bytes                # kernel error text / pickled exception from the worker
+    def start(self, timeout_s: float | None = None) -> None:
+        """Never blocks: posts to a free slot or queues. Raises ClosedError, ForkedError,
+        RuntimeError when active."""
+    def restart(self) -> None: """Re-issue after LOST/BUSY with the same id and attempts + 1."""
+    def test(self) -> bool: """Makes progress; True once ended (outcome != PENDING)."""
+    def wait(self, timeout_s: float | None = None) -> bool: """Interruptible by signals; False on time-out."""
+    def cancel(self) -> bool: """True if it was still queued and now ended CANCELLED."""
+    def watch(self) -> None: """Invoker.next_watched will return it when it ended."""
+    def result(self) -> bytearray: """Object result that arrived in the reply slot (outcome OK)."""
+    def fetch(self, timeout_s: float | None = None) -> Block | None:
+        """After LARGE: brings the result into a Block; None if the worker was lost meanwhile (outcome LOST)."""
+    def close(self) -> None: """Frees binding and staging; if active, it is cancelled or left to end first."""
+
+def start_all(requests: Sequence[Request]) -> None: ...
+def wait_all(requests: Sequence[Request], timeout_s: float | None = None) -> bool: ...
+def wait_any(requests: Sequence[Request], timeout_s: float | None = None) -> int:
+    """Index of one request that ended; -1 after the time-out."""
+
+class WorkerHandlers(Protocol):
+    """What the Python side of a worker supplies."""
+    def load_kernel(self, kind: int, digest: bytes, blob: memoryview) -> object:
+        """Checks the digest; returns a kernel object, raises if it can't be loaded."""
+    def bind(self, kernel: object, meta: bytes, n_in: int, n_out: int) -> int | object:
+        """Native kernels: address of the function (int). Python kernels: an object with
+        `views(inputs: tuple[memoryview], outputs: tuple[memoryview]) -> thunk`; thunk() runs the kernel
+        once on those views and returns None, or a tuple of output byte counts."""
+    def run_object(self, kernel: object, payload: bytearray, parts: tuple[tuple[int, int], ...],
+                   refs: tuple[memoryview, ...]) -> list:
+        """parts = (offset, nbytes) in payload; refs = read-only arena views. Returns the
+        result as bytes-like parts (joined by the fabric, 64-byte aligned; see kernels/codec)."""
+    def format_error(self, error: BaseException) -> bytes:
+        """Text + pickled exception for Request.detail."""
+    def after_call(self) -> None:
+        """Flush captured output, if any was written."""
+
+class Worker:
+    def __init__(self, agent_fd: int, page_fd: int, handlers: WorkerHandlers, *,
+                 spin_us: int = 1000, cpu: int = -1) -> None: ...
+    def run(self) -> int: """Serves until told to end or the agent is gone; returns the exit status."""

@@ -100,9 +100,10 @@ class Request:
     def wait(self, timeout_s: float | None = None) -> bool: """Interruptible by signals; False on time-out."""
     def cancel(self) -> bool: """True if it was still queued and now ended CANCELLED."""
     def watch(self) -> None: """Invoker.next_watched will return it when it ended."""
-    def result(self) -> bytearray: """Object result that arrived in the reply slot (outcome OK)."""
-    def fetch(self, timeout_s: float | None = None) -> Block | None:
-        """After LARGE: brings the result into a Block; None if the worker was lost meanwhile (outcome LOST)."""
+    def result(self) -> list[memoryview]: """Parts of an object result (outcome OK), writable, private."""
+    def fetch(self, timeout_s: float | None = None) -> bool:
+        """After LARGE: brings the result into memory of the rank, then outcome is OK and result() gives it;
+        False on time-out; outcome LOST if the worker ended meanwhile. Waiting and watched requests need it too."""
     def close(self) -> None: """Frees binding and staging; if active, it is cancelled or left to end first."""
 
 def start_all(requests: Sequence[Request]) -> None: ...
@@ -118,10 +119,9 @@ class WorkerHandlers(Protocol):
         """Native kernels: address of the function (int). Python kernels: an object with
         `views(inputs: tuple[memoryview], outputs: tuple[memoryview]) -> thunk`; thunk() runs the kernel
         once on those views and returns None, or a tuple of output byte counts."""
-    def run_object(self, kernel: object, payload: bytearray, parts: tuple[tuple[int, int], ...],
-                   refs: tuple[memoryview, ...]) -> list:
-        """parts = (offset, nbytes) in payload; refs = read-only arena views. Returns the
-        result as bytes-like parts (joined by the fabric, 64-byte aligned; see kernels/codec)."""
+    def run_object(self, kernel: object, parts: tuple[memoryview, ...], refs: tuple[memoryview, ...]) -> list:
+        """parts = what the rank gave to object_request, as private writable memory; refs = read-only
+        views of arrays in the rank's arenas. Returns the result as a list of bytes-like parts."""
     def format_error(self, error: BaseException) -> bytes:
         """Text + pickled exception for Request.detail."""
     def after_call(self) -> None:

@@ -1,0 +1,76 @@
+"""Builds the Cython extension over csrc/ and the library of native kernels; the rest is in pyproject.toml."""
+
+from __future__ import annotations
+
+import shutil
+from glob import glob
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+C_FLAGS = ["-std=c11", "-O3", "-g", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# What Cython writes is not ours to tidy up.
+CYTHON_FLAGS = ["-Wno-unused-parameter", "-Wno-unused-function",
+                "-Wno-missing-field-initializers"]
+
+# Headers that a user's own native kernel includes (rfaas_mpi.get_include()).
+PUBLIC_HEADERS = ["csrc/rfm_call.h"]
+
+
+def data_plane_sources() -> list[str]:
+    """All of csrc/ that is linked into the extension: not the kernels, not the tests."""
+    return sorted(set(glob("csrc/*.c")) - {"csrc/kernels.c"})
+
+
+class PlainLibrary(Extension):
+    """A shared library that is loaded with dlopen and knows nothing of Python."""
+
+
+class BuildExt(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:
+        extension = self.ext_map.get(fullname)
+        if isinstance(extension, PlainLibrary):
+            return fullname.replace(".", "/") + ".so"
+        return super().get_ext_filename(fullname)
+
+
+class BuildPy(build_py):
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # get_include() finds csrc/ itself then
+            return
+        include = Path(self.build_lib, "rfaas_mpi", "include")
+        include.mkdir(parents=True, exist_ok=True)
+        for header in PUBLIC_HEADERS:
+            shutil.copy2(header, include)
+
+
+headers = sorted(glob("csrc/*.h"))
+fabric = Extension(
+    "rfaas_mpi.fabric._fabric",
+    sources=["rfaas_mpi/fabric/_fabric.pyx", *data_plane_sources()],
+    include_dirs=["csrc"],
+    depends=[*headers, *sorted(glob("rfaas_mpi/fabric/*.pxi")),
+             *sorted(glob("rfaas_mpi/fabric/*.pxd"))],
+    extra_compile_args=[*C_FLAGS, *CYTHON_FLAGS],
+    libraries=["pthread"],
+)
+native_kernels = PlainLibrary(
+    "rfaas_mpi._native_kernels",
+    sources=["csrc/kernels.c"],
+    include_dirs=["csrc"],
+    depends=headers,
+    extra_compile_args=C_FLAGS,
+    libraries=["m"],
+)
+
+setup(
+    ext_modules=[
+        *cythonize([fabric], language_level=3, compiler_directives={"binding": True}),
+        native_kernels,
+    ],
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
+)

@@ -1,0 +1,221 @@
+"""Settings: an argument wins over the environment, the environment over the default.
+
+The only module that reads environment variables.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from rfaas_mpi.errors import ConfigError
+
+__all__ = ["LauncherFacts", "Settings", "describe", "inside_worker", "launcher", "scrubbed"]
+
+PREFIX = "RFAAS_"
+WORKER_MARK = "RFAAS_INSIDE_WORKER"
+
+# What a launcher gave one rank alone. A service or a worker that kept these
+# would differ from rank to rank, or would take itself for that rank.
+_RANK_VARIABLES = re.compile(
+    r"^(PMI_|PMIX_|PMI2_|OMPI_|OPAL_|ORTE_|PRTE_|MPI_LOCAL|MPIR_|MPICH_INTERFACE|HYDRA_|HYDI_|HYDT_"
+    r"|I_MPI_HYDRA|I_MPI_INFO|MV2_COMM_WORLD|PALS_|ALPS_APP|FLUX_TASK|GMON_OUT|KMP_|GOMP_|OMP_PROC_BIND$|OMP_PLACES$"
+    r"|SLURM_(PROCID|LOCALID|NODEID|GTIDS|TASK_PID|STEP|SRUN_|LAUNCH|CPU_BIND|MEM_BIND|DISTRIBUTION|UMASK|PRIO_PROCESS"
+    r"|PMI|PTY|TOPOLOGY|TASKS_PER_NODE$))")
+
+
+def scrubbed(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what belongs to one MPI rank alone."""
+    return {name: value for name, value in environment.items() if not _RANK_VARIABLES.match(name)}
+
+
+def _number(kind: Callable[[str], Any], low: float, high: float = float("inf")) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError(f"not between {low} and {high}")
+        return value
+    return parse
+
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError("a size looks like 512M, 2GiB or 1048576")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def _flag(text: str) -> bool:
+    if text.lower() in ("1", "yes", "on", "true"):
+        return True
+    if text.lower() in ("0", "no", "off", "false", ""):
+        return False
+    raise ValueError("a switch is yes or no")
+
+
+def _choice(*names: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"one of {', '.join(names)}")
+        return text
+    return parse
+
+
+def core_list(text: str) -> tuple[int, ...]:
+    """Core numbers of a list like `0-3,8`; ValueError if it isn't one."""
+    cores: set[int] = set()
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        first, dash, last = part.partition("-")
+        low, high = int(first), int(last) if dash else int(first)
+        if low < 0 or high < low:
+            raise ValueError(f"{part!r} is no range of cores")
+        cores.update(range(low, high + 1))
+    return tuple(sorted(cores))
+
+
+def _lend(text: str) -> str:
+    if text not in ("auto", "yes", "no"):
+        core_list(text)
+    return text
+
+
+def _setting(default: Any, parse: Callable[[str], Any], what: str) -> Any:
+    return field(default=default, metadata={"parse": parse, "what": what})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that can be set; each field `x` also by the environment variable `RFAAS_X`."""
+
+    runtime_dir: str | None = _setting(None, str, "where sockets and locks of services live")
+    transport: str = _setting("shm", _choice("shm", "inline"), "how invocations travel; inline: run in the rank")
+    lend: str = _setting("auto", _lend, "cores to lend: auto, yes (even on a login node), no, or a list like 2-5")
+    linger_s: float = _setting(2.0, _number(float, 0), "how long the service stays after its last rank")
+    start_timeout_s: float = _setting(20.0, _number(float, 0.1), "how long to wait for the service to start or answer")
+    lease_timeout_s: float = _setting(10.0, _number(float, 0), "how long to wait for cores when none is spare")
+    zygote_idle_s: float = _setting(300.0, _number(float, 0), "how long a zygote without workers stays")
+    spin_us: int = _setting(1000, _number(int, 0, 10_000_000), "how long a waiter spins before it sleeps")
+    slots: int = _setting(16, _number(int, 2, 4096), "slots of a connection from rank to worker")
+    slot_bytes: int = _setting(16384, _number(_size, 64, 1 << 26), "size of one slot")
+    memory_per_worker: int | None = _setting(None, _size, "memory a worker may use; default: a fair share")
+    memory_reserve: int = _setting(512 << 20, _size, "memory of the node that is never lent")
+    fallback: bool = _setting(True, _flag, "run on the rank what no worker could run")
+    debug: bool = _setting(False, _flag, "tracebacks in the CLI, more in the log")
+
+    @classmethod
+    def load(cls, environment: Mapping[str, str] | None = None, **arguments: Any) -> Settings:
+        """Settings from `arguments` (None: not given), the environment and defaults.
+
+        Raises ConfigError that names the setting, its source and what it takes.
+        """
+        environment = os.environ if environment is None else environment
+        known = {item.name: item for item in fields(cls)}
+        for name in arguments:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise ConfigError(f"there is no setting {name!r}",
+                                  hint=f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}")
+        values: dict[str, Any] = {}
+        for name, item in known.items():
+            given = arguments.get(name)
+            variable = PREFIX + name.upper()
+            if given is not None:
+                source, text = f"argument {name}={given!r}", given
+            elif environment.get(variable, "") != "":
+                source, text = f"{variable}={environment[variable]!r}", environment[variable]
+            else:
+                continue
+            try:
+                values[name] = item.metadata["parse"](text if isinstance(text, str) else _as_text(text))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"{source} is not possible: {error}", hint=item.metadata["what"]) from None
+        return cls(**values)
+
+    def with_(self, **changes: Any) -> Settings:
+        """A copy with some fields changed; unchecked."""
+        return replace(self, **changes)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return ",".join(str(item) for item in value)
+    return os.fspath(value) if hasattr(value, "__fspath__") else str(value)
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """(variable, default, meaning) of every setting, for help and documentation."""
+    return [(PREFIX + item.name.upper(), str(item.default), item.metadata["what"]) for item in fields(Settings)]
+
+
+def environment() -> dict[str, str]:
+    """A copy of this process' environment."""
+    return dict(os.environ)
+
+
+def inside_worker(environment: Mapping[str, str] | None = None) -> bool:
+    """True in a worker and in whatever a kernel starts there."""
+    return WORKER_MARK in (os.environ if environment is None else environment)
+
+
+@dataclass(frozen=True)
+class LauncherFacts:
+    """What the launcher's variables tell about this rank and its node."""
+
+    local_ranks: int                 # ranks on this node; 1 where nothing says more
+    launched: bool                   # a launcher's variables were found
+    slurm_job: str                   # job id, or ""
+    slurm_conf: str                  # SLURM_CONF, or ""
+
+
+_LOCAL_RANKS = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE", "PALS_LOCAL_SIZE",
+                "PMI_LOCAL_SIZE")
+
+
+def launcher(environment: Mapping[str, str] | None = None) -> LauncherFacts:
+    """What mpiexec or srun says about this process; never raises."""
+    env = os.environ if environment is None else environment
+    local, launched = 0, False
+    for name in _LOCAL_RANKS:
+        if env.get(name, "").isdigit():
+            local, launched = max(local, int(env[name])), True
+    if not launched and env.get("SLURM_PROCID", "").isdigit():
+        local, launched = _slurm_local(env), True
+    return LauncherFacts(local_ranks=max(1, local), launched=launched, slurm_job=env.get("SLURM_JOB_ID", ""),
+                         slurm_conf=env.get("SLURM_CONF", ""))
+
+
+def _slurm_local(env: Mapping[str, str]) -> int:
+    # "2(x3),1": node after node; ours is number SLURM_NODEID.
+    counts: list[int] = []
+    for part in env.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            return 1
+        counts += [int(match[1])] * min(int(match[2] or 1), 1 << 16)
+    node = env.get("SLURM_NODEID", "")
+    if node.isdigit() and int(node) < len(counts):
+        return counts[int(node)]
+    return max(counts, default=1)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where runtime files may live."""
+
+    given: str | None
+    xdg: str | None
+
+
+def places(settings: Settings, environment: Mapping[str, str] | None = None) -> Places:
+    """The candidates for the runtime directory that settings and environment name."""
+    env = os.environ if environment is None else environment
+    return Places(given=settings.runtime_dir, xdg=env.get("XDG_RUNTIME_DIR") or None)

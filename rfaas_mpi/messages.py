@@ -1,0 +1,439 @@
+"""What rank, service, zygote and worker say to each other: hello, frames, and their JSON bodies.
+
+ hello (64 bytes, both ways)  then  frame, frame, …
+ frame = body length u32 · type u16 · descriptors u16 · cookie u64 · body
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import struct
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar, Union
+
+import msgspec
+
+from rfaas_mpi._version import __version__
+from rfaas_mpi.errors import ServiceError
+
+MAGIC = b"RFAASMPI"
+PROTOCOL = 1
+HELLO = struct.Struct("<8sHHIQIi16sQ8x")
+FRAME = struct.Struct("<IHHQ")
+MAX_BODY = 64 << 20
+PROOF_BYTES = 32
+PROOF_ANSWER = struct.Struct("<i32s")
+
+KIND_SESSION = 1
+KIND_WORKER = 2
+
+HELLO_OK = 0
+HELLO_BAD_MAGIC = -1
+HELLO_PROTOCOL = -2
+HELLO_VERSION = -3
+HELLO_UNKNOWN = -4
+HELLO_CLOSING = -5
+HELLO_REFUSED = -6
+
+HELLO_TEXT = {
+    HELLO_BAD_MAGIC: "the other side does not speak this protocol",
+    HELLO_PROTOCOL: "rank and service speak different protocol versions",
+    HELLO_VERSION: "rank and service run different package versions",
+    HELLO_UNKNOWN: "no such lease or worker",
+    HELLO_CLOSING: "the service is shutting down",
+    HELLO_REFUSED: "refused",
+}
+
+FRAME_ADOPT = 40
+FRAME_QUIT = 41
+FRAME_READY = 48
+FRAME_LIMITS = 49
+FRAME_GONE = 50
+FRAME_JSON = 64
+
+ADOPT_BODY = struct.Struct("<QII")
+GONE_BODY = struct.Struct("<I")
+
+
+def version_number(version: str = __version__) -> int:
+    """`major<<16 | minor<<8 | patch`, as the hello carries it."""
+    numbers = [int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:3]]
+    major, minor, patch = (numbers + [0, 0, 0])[:3]
+    return major << 16 | min(minor, 255) << 8 | min(patch, 255)
+
+
+class Hello(NamedTuple):
+    """The first 64 bytes of every connection, and of the answer to it."""
+
+    magic: bytes
+    protocol: int
+    kind: int
+    version: int
+    lease: int
+    worker: int
+    status: int
+    nonce: bytes
+    session: int                     # which session dials (0: none); only tells whom to tell
+
+    def pack(self) -> bytes:
+        return HELLO.pack(*self)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Hello:
+        return cls(*HELLO.unpack(data))
+
+    @classmethod
+    def make(cls, kind: int, nonce: bytes, *, lease: int = 0, worker: int = 0, status: int = 0,
+             session: int = 0) -> Hello:
+        return cls(MAGIC, PROTOCOL, kind, version_number(), lease, worker, status, nonce, session)
+
+    def problem(self) -> int:
+        """0, or the status with which to refuse it."""
+        if self.magic != MAGIC:
+            return HELLO_BAD_MAGIC
+        if self.protocol != PROTOCOL:
+            return HELLO_PROTOCOL
+        if self.version != version_number():
+            return HELLO_VERSION
+        if self.kind not in (KIND_SESSION, KIND_WORKER):
+            return HELLO_REFUSED
+        return HELLO_OK
+
+
+def proof(secret: bytes, role: bytes, rank_nonce: bytes, service_nonce: bytes, lease: int, worker: int) -> bytes:
+    """32 bytes that only who knows the lease's secret can make; role is b"rank" or b"worker"."""
+    text = role + rank_nonce + service_nonce + struct.pack("<QI", lease, worker)
+    return hmac.new(secret, text, hashlib.sha256).digest()
+
+
+def same_proof(a: bytes, b: bytes) -> bool:
+    return hmac.compare_digest(a, b)
+
+
+class Frame(NamedTuple):
+    type: int
+    descriptors: int
+    cookie: int
+    body: bytes
+
+
+def pack_frame(type: int, body: bytes = b"", *, descriptors: int = 0, cookie: int = 0) -> bytes:
+    """A frame as bytes; ServiceError if the body is above 64 MiB."""
+    if len(body) > MAX_BODY:
+        raise ServiceError(f"a message of {len(body)} bytes is above the limit of {MAX_BODY}")
+    return FRAME.pack(len(body), type, descriptors, cookie) + body
+
+
+class FrameReader:
+    """Makes frames of bytes as they come."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """Yields every frame that is complete now; ServiceError on a length above the limit."""
+        self._buffer += data
+        while len(self._buffer) >= FRAME.size:
+            length, kind, descriptors, cookie = FRAME.unpack_from(self._buffer)
+            if length > MAX_BODY:
+                raise ServiceError(f"a frame announces {length} bytes, the limit is {MAX_BODY}")
+            end = FRAME.size + length
+            if len(self._buffer) < end:
+                return
+            body = bytes(memoryview(self._buffer)[FRAME.size:end])
+            del self._buffer[:end]
+            yield Frame(kind, descriptors, cookie, body)
+
+
+# ---- facts both ends keep ----------------------------------------------------------------------
+
+class WorkerInfo(msgspec.Struct, frozen=True):
+    """One worker of a lease."""
+
+    number: int
+    cores: tuple[int, ...]
+
+
+class GrantLease(msgspec.Struct, frozen=True):
+    """A lease as its owner sees it. The secret is what a rank proves to know; it stays out of text."""
+
+    id: int
+    epoch: int
+    secret: bytes
+    workers: tuple[WorkerInfo, ...]
+    memory_bytes: int                # of the whole lease
+    hard_end: float | None = None    # CLOCK_MONOTONIC seconds of this node; None: no end known
+
+    @property
+    def memory_per_worker(self) -> int:
+        return self.memory_bytes // max(1, len(self.workers))
+
+    def __repr__(self) -> str:
+        return (f"GrantLease(id={self.id}, epoch={self.epoch}, workers={self.workers!r}, "
+                f"memory_bytes={self.memory_bytes}, hard_end={self.hard_end})")
+
+
+class Grant(msgspec.Struct, frozen=True):
+    """What a demand was filled with: one lease or several."""
+
+    leases: tuple[GrantLease, ...]
+
+    @property
+    def workers(self) -> tuple[WorkerInfo, ...]:
+        return tuple(worker for lease in self.leases for worker in lease.workers)
+
+
+# ---- rank → service ----------------------------------------------------------------------------
+
+class RankRequest(msgspec.Struct, frozen=True, tag_field="t"):
+    """Base: `id` is chosen by the rank; the answer carries it."""
+
+    id: int
+
+
+class Join(RankRequest, tag="join"):
+    """First message of a session: who this is and what a worker must look like."""
+
+    pid: int
+    executable: bytes
+    flags: tuple[str, ...]
+    path: tuple[bytes, ...]
+    directory: bytes
+    environment: tuple[tuple[bytes, bytes], ...]
+    affinity: tuple[int, ...]
+    local_ranks: int
+    launched: bool
+    slurm_job: str = ""
+    lend: str = "auto"
+    memory_reserve: int = 0
+    linger_s: float | None = None
+    zygote_idle_s: float | None = None
+    observer: bool = False           # asks and commands only: no zygote, does not hold the service
+
+
+class LeaseRequest(RankRequest, tag="lease"):
+    workers_min: int
+    workers_max: int
+    cores_per_worker: int
+    memory_per_worker: int | None = None
+    timeout_s: float = 0.0
+
+
+class KillRequest(RankRequest, tag="kill"):
+    lease: int
+    worker: int
+    reason: str
+    invocation: int = 0              # 0: whatever runs; else only if this one still runs
+
+
+class ReleaseRequest(RankRequest, tag="release"):
+    lease: int
+
+
+class StatusRequest(RankRequest, tag="status"):
+    pass
+
+
+class StayRequest(RankRequest, tag="stay"):
+    """The service stays until it is told to go down."""
+
+
+class DownRequest(RankRequest, tag="down"):
+    pass
+
+
+AnyRequest = Union[Join, LeaseRequest, KillRequest, ReleaseRequest, StatusRequest, StayRequest, DownRequest]
+
+
+# ---- service → rank ----------------------------------------------------------------------------
+
+class Answer(msgspec.Struct, frozen=True, tag_field="t"):
+    """Base: answers the request with this id."""
+
+    id: int
+
+
+class Welcome(Answer, tag="welcome"):
+    session: int
+    service_pid: int
+    cores: tuple[int, ...]           # what may be lent, lent ones included
+    spare: tuple[int, ...]           # what could be lent now
+    memory_bytes: int                # lendable
+    version: str = __version__
+    why_none: str = ""               # why no core is lent, where none is
+
+
+class Granted(Answer, tag="granted"):
+    leases: tuple[GrantLease, ...]
+
+
+class Denied(Answer, tag="denied"):
+    message: str
+    hint: str = ""
+
+
+class Failed(Answer, tag="failed"):
+    """A request that could not be done for another reason than a lack of cores."""
+
+    message: str
+    hint: str = ""
+
+
+class Done(Answer, tag="done"):
+    ok: bool = True
+
+
+class StatusAnswer(Answer, tag="status"):
+    data: dict[str, Any] = {}
+
+
+AnyAnswer = Union[Welcome, Granted, Denied, Failed, Done, StatusAnswer]
+
+
+class Event(msgspec.Struct, frozen=True, tag_field="t"):
+    """Base of what the service tells unasked."""
+
+
+class Log(Event, tag="log"):
+    """Lines that a worker wrote to stdout or stderr."""
+
+    lease: int
+    worker: int
+    lines: tuple[str, ...]
+
+
+class WorkerReady(Event, tag="ready"):
+    """A replacement can be dialled. `replaces` is the number of the worker that ended."""
+
+    lease: int
+    worker: int
+    cores: tuple[int, ...]
+    replaces: int = 0
+
+
+class WorkerEnded(Event, tag="ended"):
+    """A worker is gone, and who caused it.
+
+    cause: kernel · infrastructure · unknown. reason: signal · exit · memory · deadline · cancel · released ·
+    revoked · idle · service. `invocation` is the one it died in, told only to the session that posted it
+    (0: none, or another session's).
+    """
+
+    lease: int
+    worker: int
+    cause: str
+    reason: str
+    signal: int = 0
+    exit_code: int | None = None
+    invocation: int = 0
+    last_lines: tuple[str, ...] = ()
+    message: str = ""
+
+
+class LeaseEnded(Event, tag="lease_ended"):
+    """The service ended a lease unasked. cause: expired · revoked · failed · service."""
+
+    lease: int
+    cause: str
+    message: str = ""
+
+
+class ServiceEnded(Event, tag="service_ended"):
+    """The connection to the service ended (told by the session itself, last event of all)."""
+
+    message: str = ""
+
+
+AnyEvent = Union[Log, WorkerReady, WorkerEnded, LeaseEnded, ServiceEnded]
+AnyToRank = Union[Welcome, Granted, Denied, Failed, Done, StatusAnswer, Log, WorkerReady, WorkerEnded, LeaseEnded,
+                  ServiceEnded]
+
+_encoder = msgspec.json.Encoder()
+_decode_request = msgspec.json.Decoder(AnyRequest)
+_decode_to_rank = msgspec.json.Decoder(AnyToRank)
+_T = TypeVar("_T")
+
+
+def pack_message(message: msgspec.Struct) -> bytes:
+    """A frame of type 64 with the message as JSON."""
+    return pack_frame(FRAME_JSON, _encoder.encode(message))
+
+
+def unpack_request(body: bytes) -> AnyRequest:
+    """ServiceError if it is no request of this version."""
+    try:
+        return _decode_request.decode(body)
+    except msgspec.MsgspecError as error:
+        raise ServiceError(f"a message that is no request: {error}") from None
+
+
+def unpack_to_rank(body: bytes) -> AnyToRank:
+    """ServiceError if it is nothing a service of this version says."""
+    try:
+        return _decode_to_rank.decode(body)
+    except msgspec.MsgspecError as error:
+        raise ServiceError(f"a message that is no answer or event: {error}") from None
+
+
+# ---- service ↔ zygote (one datagram each, descriptors beside it) ---------------------------------
+
+class ZygoteSetup(msgspec.Struct, frozen=True, tag_field="t", tag="setup"):
+    """First message: what the rank's interpreter looked like."""
+
+    path: tuple[bytes, ...]
+    environment: tuple[tuple[bytes, bytes], ...]
+
+
+class ForkWorker(msgspec.Struct, frozen=True, tag_field="t", tag="fork"):
+    """Descriptors: agent socket, page, output pipe."""
+
+    worker: int
+    cores: tuple[int, ...]
+    memory_bytes: int
+
+
+class ZygoteReady(msgspec.Struct, frozen=True, tag_field="t", tag="zygote_ready"):
+    pid: int
+
+
+class WorkerForked(msgspec.Struct, frozen=True, tag_field="t", tag="forked"):
+    """Descriptor: a pidfd of the worker."""
+
+    worker: int
+    pid: int
+
+
+class WorkerExited(msgspec.Struct, frozen=True, tag_field="t", tag="exited"):
+    worker: int
+    pid: int
+    signal: int
+    exit_code: int
+    cpu_s: float
+    max_rss_bytes: int
+
+
+class ZygoteProblem(msgspec.Struct, frozen=True, tag_field="t", tag="problem"):
+    """A worker that could not be forked (worker > 0), or a zygote that can't fork at all (0)."""
+
+    worker: int
+    message: str
+
+
+AnyToZygote = Union[ZygoteSetup, ForkWorker]
+AnyFromZygote = Union[ZygoteReady, WorkerForked, WorkerExited, ZygoteProblem]
+_decode_to_zygote = msgspec.json.Decoder(AnyToZygote)
+_decode_from_zygote = msgspec.json.Decoder(AnyFromZygote)
+
+
+def pack_plain(message: msgspec.Struct) -> bytes:
+    """A message as JSON without a frame, for sockets that keep boundaries."""
+    return _encoder.encode(message)
+
+
+def unpack_to_zygote(body: bytes) -> AnyToZygote:
+    return _decode_to_zygote.decode(body)
+
+
+def unpack_from_zygote(body: bytes) -> AnyFromZygote:
+    return _decode_from_zygote.decode(body)

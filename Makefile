@@ -1,0 +1,116 @@
+# Everything from a fresh clone; `make help` lists the targets.
+
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= out
+PY     := $(VENV)/bin/python
+# pip's own news is nobody's concern here.
+PIP    := $(PY) -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-c test-python soak bench sdist clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z][a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+# --- set-up ------------------------------------------------------------------
+
+EXTENSION_SOURCES := setup.py $(wildcard csrc/*.c csrc/*.h) \
+    $(wildcard rfaas_mpi/fabric/*.pyx rfaas_mpi/fabric/*.pxi rfaas_mpi/fabric/*.pxd)
+
+setup: $(VENV)/.installed  ## system packages, .venv and the build; quick the second time
+	@$(MAKE) --no-print-directory $(VENV)/.built
+
+$(VENV)/.created:
+	@tools/system_packages.sh $(PYTHON)
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# Build requirements come first, into the same environment, so that later builds
+# need no network. The editable install builds the extension in place; it is
+# built again (below) only when its sources change.
+$(VENV)/.installed: $(VENV)/.created pyproject.toml rfaas_mpi/_version.py
+	@echo "installing rfaas_mpi and what its tests and demo need into $(VENV) (a minute or two)"
+	@$(PIP) install $$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
+	@$(PIP) install --no-build-isolation --editable '.[test]'
+	@touch $@ $(VENV)/.built
+
+$(VENV)/.built: $(EXTENSION_SOURCES)
+	@mkdir -p build
+	@echo "building the extension"
+	@$(PY) setup.py --quiet build_ext --inplace >build/build.log 2>&1 || { cat build/build.log; exit 1; }
+	@touch $@
+
+# --- what a newcomer runs ----------------------------------------------------
+
+demo: setup  ## the main job: Black-Scholes with a borrowed core, faults included, and a picture
+	@$(VENV)/bin/rfaas demo --out $(OUT)
+
+test: setup test-c test-python  ## set-up and every test
+
+test-python: setup
+	$(PY) -m pytest
+
+soak: setup  ## ten million invocations across all API styles
+	RFAAS_SOAK_INVOCATIONS=10000000 $(PY) -m pytest tests/test_soak.py --timeout 3600
+
+bench: setup  ## the figures of docs/benchmarks.md, as JSON under out/
+	@mkdir -p $(OUT)
+	@for what in latency throughput payload cold; do \
+	    echo "rfaas bench $$what"; \
+	    $(VENV)/bin/rfaas bench $$what --json >$(OUT)/bench-$$what.json || exit 1; \
+	done
+
+sdist: setup  ## a source distribution under dist/
+	@rm -rf dist
+	@$(PY) -c 'from setuptools import build_meta; print("dist/" + build_meta.build_sdist("dist"))' | tail -n 1
+
+# --- C tests -----------------------------------------------------------------
+# Each csrc/tests/test_*.c is a program that exits 0 when all of its promises
+# hold. Each runs twice: under ASan + UBSan, and under TSan, because the data
+# plane has a service thread in every one of them. A test that can't run under
+# TSan (it forks while it has threads, say) holds the words "not under TSan:".
+
+CC          := gcc
+C_FLAGS     := -std=c11 -O1 -g -Wall -Wextra -Werror -fno-omit-frame-pointer -Icsrc -Icsrc/tests
+FLAGS_asan  := -fsanitize=address,undefined -fno-sanitize-recover=all
+FLAGS_tsan  := -fsanitize=thread
+C_HEADERS   := $(wildcard csrc/*.h csrc/tests/*.h)
+C_LIB       := $(wildcard csrc/*.c) $(filter-out csrc/tests/test_%,$(wildcard csrc/tests/*.c))
+C_TESTS     := $(wildcard csrc/tests/test_*.c)
+C_TESTS_asan := $(C_TESTS)
+C_TESTS_tsan := $(if $(C_TESTS),$(shell grep -L 'not under TSan:' $(C_TESTS)))
+# TSan wants the address space where it expects it.
+RUN_tsan    := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+export ASAN_OPTIONS  := detect_leaks=1:abort_on_error=1:strict_string_checks=1
+export UBSAN_OPTIONS := print_stacktrace=1
+export TSAN_OPTIONS  := halt_on_error=1:second_deadlock_stack=1
+
+define sanitized
+build/$(1)/%.o: csrc/%.c $$(C_HEADERS)
+	@mkdir -p $$(@D)
+	@$$(CC) $$(C_FLAGS) $$(FLAGS_$(1)) -c -o $$@ $$<
+
+build/$(1)/%.run: build/$(1)/tests/%.o $$(C_LIB:csrc/%.c=build/$(1)/%.o)
+	@$$(CC) $$(FLAGS_$(1)) -o $$@ $$^ -lpthread -lm
+
+.PHONY: check-$(1)-%
+check-$(1)-%: build/$(1)/%.run
+	@timeout 300 $$(RUN_$(1)) $$< >build/$(1)/$$*.log 2>&1 \
+	    && echo "$(1) $$*: ok" \
+	    || { status=$$$$?; cat build/$(1)/$$*.log; echo "$(1) $$*: FAILED ($$$$status)"; exit 1; }
+
+CHECKS += $$(C_TESTS_$(1):csrc/tests/%.c=check-$(1)-%)
+endef
+$(foreach sanitizer,asan tsan,$(eval $(call sanitized,$(sanitizer))))
+.SECONDARY:
+
+test-c: setup $(CHECKS)
+
+clean:  ## remove what was built (not .venv)
+	rm -rf build dist $(OUT) *.egg-info .pytest_cache .hypothesis
+	rm -f rfaas_mpi/_native_kernels.so rfaas_mpi/fabric/*.so rfaas_mpi/fabric/_fabric.c
+	rm -f $(VENV)/.built
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,43 @@
+#!/bin/sh
+# Makes sure that there is a C compiler, Python's headers and venv; installs
+# with apt what is missing, where this user may, else says what to type.
+set -eu
+python=${1:-python3}
+
+if ! command -v "$python" >/dev/null 2>&1; then
+    echo "$python not found: install Python 3.11 or newer" >&2
+    exit 1
+fi
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "$("$python" --version) is too old: rfaas_mpi needs 3.11 or newer;" \
+         "name one with: make PYTHON=python3.11 ..." >&2
+    exit 1
+fi
+
+packages=
+need() { packages="$packages $1"; }
+
+command -v gcc >/dev/null 2>&1 || need gcc
+# libc's headers only come with gcc when apt follows recommendations.
+[ -e /usr/include/stdio.h ] || need libc6-dev
+"$python" - <<'EOF' || need python3-dev
+import os, sys, sysconfig
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))
+EOF
+"$python" -c 'import ensurepip, venv' 2>/dev/null || need python3-venv
+[ -z "$packages" ] && exit 0
+
+as_root=
+if [ "$(id -u)" -ne 0 ]; then
+    if sudo -n true 2>/dev/null; then as_root="sudo -n"; fi
+fi
+if ! command -v apt-get >/dev/null 2>&1 ||
+   { [ "$(id -u)" -ne 0 ] && [ -z "$as_root" ]; }; then
+    echo "missing:$packages; install them as root with:" >&2
+    echo "    apt-get install$packages" >&2
+    exit 1
+fi
+echo "installing:$packages"
+$as_root apt-get update -qq
+# shellcheck disable=SC2086
+$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages

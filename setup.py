@@ -21,8 +21,8 @@ PUBLIC_HEADERS = ["csrc/rfm_call.h"]
 
 
 def data_plane_sources() -> list[str]:
-    """All of csrc/ that is linked into the extension: not the kernels, not the tests."""
-    return sorted(set(glob("csrc/*.c")) - {"csrc/kernels.c"})
+    """All of csrc/ that is linked into the extension: not the kernels, baselines and tests."""
+    return sorted(set(glob("csrc/*.c")) - {"csrc/kernels.c", "csrc/bench.c"})
 
 
 class PlainLibrary(Extension):
@@ -58,19 +58,19 @@ fabric = Extension(
     extra_compile_args=[*C_FLAGS, *CYTHON_FLAGS],
     libraries=["pthread"],
 )
-native_kernels = PlainLibrary(
-    "rfaas_mpi._native_kernels",
-    sources=["csrc/kernels.c"],
-    include_dirs=["csrc"],
-    depends=headers,
-    extra_compile_args=C_FLAGS,
-    libraries=["m"],
-)
+def plain_library(name: str, *sources: str) -> PlainLibrary:
+    return PlainLibrary(name, sources=list(sources), include_dirs=["csrc"], depends=headers,
+                        extra_compile_args=C_FLAGS, libraries=["m", "pthread"])
+
 
 setup(
     ext_modules=[
-        *cythonize([fabric], language_level=3, compiler_directives={"binding": True}),
-        native_kernels,
+        *cythonize([fabric], language_level=3),
+        *(library for library in (
+            plain_library("rfaas_mpi._native_kernels", KERNELS),
+            # What the data plane is compared with shares its wait loop, nothing else.
+            plain_library("rfaas_mpi.bench._bench", BENCH, "csrc/poller.c"),
+        ) if Path(library.sources[0]).exists()),
     ],
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

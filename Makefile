@@ -111,6 +111,6 @@ test-c: setup $(CHECKS)
 
 clean:  ## remove what was built (not .venv)
 	rm -rf build dist $(OUT) *.egg-info .pytest_cache .hypothesis
-	rm -f rfaas_mpi/_native_kernels.so rfaas_mpi/fabric/*.so rfaas_mpi/fabric/_fabric.c
+	rm -f rfaas_mpi/_native_kernels.so rfaas_mpi/bench/*.so rfaas_mpi/fabric/*.so rfaas_mpi/fabric/_fabric.c
 	rm -f $(VENV)/.built
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

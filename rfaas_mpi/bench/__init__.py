@@ -1,0 +1,1 @@
+"""What an invocation costs here, measured beside two bare processes doing the same."""

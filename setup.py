@@ -20,9 +20,14 @@ CYTHON_FLAGS = ["-Wno-unused-parameter", "-Wno-unused-function",
 PUBLIC_HEADERS = ["csrc/rfm_call.h"]
 
 
+# Shared libraries of their own, which the extension does not contain.
+KERNELS = "csrc/kernels.c"
+BENCH = "csrc/bench.c"
+
+
 def data_plane_sources() -> list[str]:
     """All of csrc/ that is linked into the extension: not the kernels, baselines and tests."""
-    return sorted(set(glob("csrc/*.c")) - {"csrc/kernels.c", "csrc/bench.c"})
+    return sorted(set(glob("csrc/*.c")) - {KERNELS, BENCH})
 
 
 class PlainLibrary(Extension):
@@ -58,6 +63,8 @@ fabric = Extension(
     extra_compile_args=[*C_FLAGS, *CYTHON_FLAGS],
     libraries=["pthread"],
 )
+
+
 def plain_library(name: str, *sources: str) -> PlainLibrary:
     return PlainLibrary(name, sources=list(sources), include_dirs=["csrc"], depends=headers,
                         extra_compile_args=C_FLAGS, libraries=["m", "pthread"])

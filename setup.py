@@ -11,7 +11,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-C_FLAGS = ["-std=c11", "-O3", "-g", "-fvisibility=hidden", "-Wall", "-Wextra"]
+C_FLAGS = ["-std=c11", "-O3", "-g", "-Wall", "-Wextra"]
+HIDDEN = "-fvisibility=hidden"
 # What Cython writes is not ours to tidy up.
 CYTHON_FLAGS = ["-Wno-unused-parameter", "-Wno-unused-function",
                 "-Wno-missing-field-initializers"]
@@ -25,8 +26,13 @@ KERNELS = "csrc/kernels.c"
 BENCH = "csrc/bench.c"
 
 
+# Libraries of their own, no part of the data plane.
+KERNELS = "csrc/kernels.c"
+BENCH = "csrc/bench.c"
+
+
 def data_plane_sources() -> list[str]:
-    """All of csrc/ that is linked into the extension: not the kernels, baselines and tests."""
+    """All of csrc/ that is linked into the extension: not kernels, bench and tests."""
     return sorted(set(glob("csrc/*.c")) - {KERNELS, BENCH})
 
 
@@ -60,24 +66,26 @@ fabric = Extension(
     include_dirs=["csrc"],
     depends=[*headers, *sorted(glob("rfaas_mpi/fabric/*.pxi")),
              *sorted(glob("rfaas_mpi/fabric/*.pxd"))],
-    extra_compile_args=[*C_FLAGS, *CYTHON_FLAGS],
+    extra_compile_args=[*C_FLAGS, HIDDEN, *CYTHON_FLAGS],
     libraries=["pthread"],
 )
 
 
-def plain_library(name: str, *sources: str) -> PlainLibrary:
+
+
+def plain_library(name: str, *sources: str, flags: tuple[str, ...]) -> PlainLibrary:
     return PlainLibrary(name, sources=list(sources), include_dirs=["csrc"], depends=headers,
-                        extra_compile_args=C_FLAGS, libraries=["m", "pthread"])
+                        extra_compile_args=[*C_FLAGS, *flags], libraries=["m", "pthread"])
 
 
 setup(
     ext_modules=[
         *cythonize([fabric], language_level=3),
-        *(library for library in (
-            plain_library("rfaas_mpi._native_kernels", KERNELS),
-            # What the data plane is compared with shares its wait loop, nothing else.
-            plain_library("rfaas_mpi.bench._bench", BENCH, "csrc/poller.c"),
-        ) if Path(library.sources[0]).exists()),
+        # -ffast-math: only then does glibc declare the vector forms of log and
+        # exp. Never for the link: it would switch denormals off in the process.
+        plain_library("rfaas_mpi._native_kernels", KERNELS, flags=("-ffast-math",)),
+        # What the data plane is compared with shares its wait loop, nothing else.
+        plain_library("rfaas_mpi.bench._bench", BENCH, "csrc/poller.c", flags=(HIDDEN,)),
     ],
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

@@ -1,0 +1,398 @@
+/*
+ * Arenas and the blocks carved from them.
+ *
+ * All book-keeping is in this process's own memory: a worker that writes where
+ * it should not can spoil data, never the allocator. Blocks are 64-byte
+ * aligned; a redzone behind each shows a kernel that wrote past its output.
+ */
+#define _GNU_SOURCE
+#include "arena.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "shm.h"
+
+#define FIRST_ARENA   (4ull << 20)
+#define LARGEST_ARENA (256ull << 20)    /* of those that blocks share */
+
+struct span {                           /* free memory, by rising offset */
+    uint64_t offset;
+    uint64_t size;
+    struct span *next;
+};
+
+struct rfm_arena {
+    struct rfm_heap *heap;
+    struct rfm_arena *next;
+    struct span *free;
+    uint8_t *base;
+    uint64_t bytes;
+    uint64_t blocks;
+    uint32_t id;
+    int      fd;
+    bool     own;                       /* made for one block */
+};
+
+struct rfm_heap {
+    pthread_mutex_t lock;
+    struct rfm_arena *arenas;
+    struct rfm_heap_hooks hooks;
+    uint64_t limit;
+    uint64_t bytes;
+    uint64_t next_size;
+    uint32_t next_id;
+    bool     closed;
+};
+
+int rfm_heap_create(uint64_t limit, struct rfm_heap **heap_p)
+{
+    struct rfm_heap *heap = calloc(1, sizeof(*heap));
+
+    if (heap == NULL) {
+        return RFM_ERR_NO_MEMORY;
+    }
+    pthread_mutex_init(&heap->lock, NULL);
+    heap->limit     = limit;
+    heap->next_size = FIRST_ARENA;
+    heap->next_id   = 1;
+    *heap_p = heap;
+    return RFM_OK;
+}
+
+void rfm_heap_lock(struct rfm_heap *heap)
+{
+    pthread_mutex_lock(&heap->lock);
+}
+
+void rfm_heap_unlock(struct rfm_heap *heap)
+{
+    pthread_mutex_unlock(&heap->lock);
+}
+
+void rfm_heap_set_hooks(struct rfm_heap *heap,
+                        const struct rfm_heap_hooks *hooks)
+{
+    rfm_heap_lock(heap);
+    if (hooks != NULL) {
+        heap->hooks = *hooks;
+    } else {
+        memset(&heap->hooks, 0, sizeof(heap->hooks));
+    }
+    rfm_heap_unlock(heap);
+}
+
+void rfm_redzone_fill(void *end)
+{
+    uint64_t word = RFM_CANARY_WORD;
+
+    for (uint32_t i = 0; i < RFM_REDZONE; i += sizeof(word)) {
+        memcpy((uint8_t *)end + i, &word, sizeof(word));
+    }
+}
+
+bool rfm_redzone_intact(const void *end)
+{
+    uint64_t words[RFM_CANARY_BYTES / sizeof(uint64_t)];
+
+    memcpy(words, end, sizeof(words));
+    return (words[0] == RFM_CANARY_WORD) && (words[1] == RFM_CANARY_WORD);
+}
+
+/* the arena is in no list any more */
+static void arena_destroy(struct rfm_arena *arena)
+{
+    while (arena->free != NULL) {
+        struct span *next = arena->free->next;
+
+        free(arena->free);
+        arena->free = next;
+    }
+    rfm_memfd_unmap(arena->base, arena->bytes);
+    close(arena->fd);
+    free(arena);
+}
+
+static int arena_create(struct rfm_heap *heap, uint64_t bytes, bool own,
+                        struct rfm_arena **arena_p)
+{
+    struct rfm_arena *arena;
+    int rc;
+
+    bytes = (bytes + RFM_PAGE_SIZE - 1) & ~(uint64_t)(RFM_PAGE_SIZE - 1);
+    if ((heap->limit != 0) && (heap->bytes + bytes > heap->limit)) {
+        return RFM_ERR_TOO_LARGE;
+    }
+    if (heap->next_id >= UINT32_MAX) {
+        return RFM_ERR_NO_RESOURCE;
+    }
+    arena = calloc(1, sizeof(*arena));
+    if (arena == NULL) {
+        return RFM_ERR_NO_MEMORY;
+    }
+    arena->free = calloc(1, sizeof(*arena->free));
+    if (arena->free == NULL) {
+        rc = RFM_ERR_NO_MEMORY;
+        goto err_free;
+    }
+    rc = rfm_memfd_create("rfaas-arena", bytes, &arena->fd);
+    if (rc < 0) {
+        goto err_free_span;
+    }
+    rc = rfm_memfd_map(arena->fd, bytes, true, &arena->base);
+    if (rc < 0) {
+        goto err_close;
+    }
+    arena->heap       = heap;
+    arena->bytes      = bytes;
+    arena->own        = own;
+    arena->id         = heap->next_id++;
+    arena->free->size = bytes;
+    heap->bytes      += bytes;
+    if (heap->hooks.made != NULL) {
+        struct rfm_arena_info info = { arena->id, arena->fd, bytes };
+
+        heap->hooks.made(heap->hooks.ctx, &info);
+    }
+    arena->next  = heap->arenas;
+    heap->arenas = arena;
+    *arena_p     = arena;
+    return RFM_OK;
+
+err_close:
+    close(arena->fd);
+err_free_span:
+    free(arena->free);
+err_free:
+    free(arena);
+    return rc;
+}
+
+/* first fit */
+static bool carve(struct rfm_arena *arena, uint64_t span_bytes,
+                  uint64_t *offset_p)
+{
+    for (struct span **at = &arena->free; *at != NULL; at = &(*at)->next) {
+        struct span *span = *at;
+
+        if (span->size < span_bytes) {
+            continue;
+        }
+        *offset_p     = span->offset;
+        span->offset += span_bytes;
+        span->size   -= span_bytes;
+        if (span->size == 0) {
+            *at = span->next;
+            free(span);
+        }
+        arena->blocks++;
+        return true;
+    }
+    return false;
+}
+
+int rfm_heap_alloc(struct rfm_heap *heap, uint64_t size, struct rfm_block *b)
+{
+    struct rfm_arena *arena;
+    uint64_t offset = 0;
+    uint64_t span;
+    int rc = RFM_OK;
+
+    if (size > (UINT64_MAX >> 2)) {
+        return RFM_ERR_NO_MEMORY;
+    }
+    span = ((size + RFM_CACHE_LINE - 1) & ~(uint64_t)(RFM_CACHE_LINE - 1)) +
+           RFM_REDZONE;
+    rfm_heap_lock(heap);
+    if (heap->closed) {
+        rc = RFM_ERR_CLOSED;
+        goto out;
+    }
+    for (arena = heap->arenas; arena != NULL; arena = arena->next) {
+        if (!arena->own && carve(arena, span, &offset)) {
+            goto found;
+        }
+    }
+    if (span > LARGEST_ARENA / 4) {
+        rc = arena_create(heap, span, true, &arena);
+    } else {
+        while ((heap->next_size < span) && (heap->next_size < LARGEST_ARENA)) {
+            heap->next_size *= 2;
+        }
+        rc = arena_create(heap, heap->next_size, false, &arena);
+        if (rc == RFM_ERR_TOO_LARGE) {
+            rc = arena_create(heap, span, true, &arena);
+        } else if ((rc == RFM_OK) && (heap->next_size < LARGEST_ARENA)) {
+            heap->next_size *= 2;
+        }
+    }
+    if (rc < 0) {
+        goto out;
+    }
+    (void)carve(arena, span, &offset);
+found:
+    b->arena    = arena;
+    b->arena_id = arena->id;
+    b->offset   = offset;
+    b->size     = size;
+    b->span     = span;
+    b->address  = arena->base + offset;
+    rfm_redzone_fill((uint8_t *)b->address + size);
+out:
+    rfm_heap_unlock(heap);
+    return rc;
+}
+
+static void give_back(struct rfm_arena *arena, uint64_t offset, uint64_t size)
+{
+    struct span *before = NULL;
+    struct span *after  = arena->free;
+    struct span *fresh;
+
+    while ((after != NULL) && (after->offset < offset)) {
+        before = after;
+        after  = after->next;
+    }
+    if ((before != NULL) && (before->offset + before->size == offset)) {
+        before->size += size;
+        if ((after != NULL) &&
+            (before->offset + before->size == after->offset)) {
+            before->size += after->size;
+            before->next  = after->next;
+            free(after);
+        }
+        return;
+    }
+    if ((after != NULL) && (offset + size == after->offset)) {
+        after->offset = offset;
+        after->size  += size;
+        return;
+    }
+    fresh = malloc(sizeof(*fresh));
+    if (fresh == NULL) {
+        return;                 /* the span is lost until its arena goes */
+    }
+    fresh->offset = offset;
+    fresh->size   = size;
+    fresh->next   = after;
+    if (before != NULL) {
+        before->next = fresh;
+    } else {
+        arena->free = fresh;
+    }
+}
+
+static void unlink_arena(struct rfm_heap *heap, struct rfm_arena *arena)
+{
+    struct rfm_arena **at = &heap->arenas;
+
+    while (*at != arena) {
+        at = &(*at)->next;
+    }
+    *at = arena->next;
+    heap->bytes -= arena->bytes;
+}
+
+void rfm_heap_free(struct rfm_block *b)
+{
+    struct rfm_arena *arena = b->arena;
+    struct rfm_heap *heap;
+    bool last = false;
+
+    if (arena == NULL) {
+        return;
+    }
+    b->arena = NULL;
+    heap = arena->heap;
+    rfm_heap_lock(heap);
+    give_back(arena, b->offset, b->span);
+    arena->blocks--;
+    if ((arena->blocks == 0) && (arena->own || heap->closed)) {
+        unlink_arena(heap, arena);
+        if (heap->hooks.dropped != NULL) {
+            heap->hooks.dropped(heap->hooks.ctx, arena->id);
+        }
+        arena_destroy(arena);
+        last = heap->closed && (heap->arenas == NULL);
+    }
+    rfm_heap_unlock(heap);
+    if (last) {
+        pthread_mutex_destroy(&heap->lock);
+        free(heap);
+    }
+}
+
+void rfm_heap_close(struct rfm_heap *heap)
+{
+    struct rfm_arena **at;
+    bool last;
+
+    rfm_heap_lock(heap);
+    heap->closed = true;
+    memset(&heap->hooks, 0, sizeof(heap->hooks));
+    at = &heap->arenas;
+    while (*at != NULL) {
+        struct rfm_arena *arena = *at;
+
+        if (arena->blocks == 0) {
+            *at = arena->next;
+            heap->bytes -= arena->bytes;
+            arena_destroy(arena);
+        } else {
+            at = &arena->next;
+        }
+    }
+    last = heap->arenas == NULL;
+    rfm_heap_unlock(heap);
+    if (last) {
+        pthread_mutex_destroy(&heap->lock);
+        free(heap);
+    }
+}
+
+bool rfm_heap_locate(struct rfm_heap *heap, const void *address, uint64_t size,
+                     uint32_t *arena_p, uint64_t *offset_p, bool *at_end_p)
+{
+    uintptr_t at = (uintptr_t)address;
+    bool found = false;
+
+    rfm_heap_lock(heap);
+    for (struct rfm_arena *a = heap->arenas; a != NULL; a = a->next) {
+        uintptr_t base = (uintptr_t)a->base;
+
+        if ((at >= base) && (at < base + a->bytes) &&
+            (size <= a->bytes - (at - base))) {
+            *arena_p  = a->id;
+            *offset_p = at - base;
+            /* a redzone right behind means that a block ends here */
+            *at_end_p = (size + RFM_REDZONE <= a->bytes - (at - base)) &&
+                        rfm_redzone_intact((const uint8_t *)address + size);
+            found = true;
+            break;
+        }
+    }
+    rfm_heap_unlock(heap);
+    return found;
+}
+
+uint64_t rfm_heap_bytes(struct rfm_heap *heap)
+{
+    uint64_t bytes;
+
+    rfm_heap_lock(heap);
+    bytes = heap->bytes;
+    rfm_heap_unlock(heap);
+    return bytes;
+}
+
+void rfm_heap_each(struct rfm_heap *heap,
+                   void (*fn)(void *ctx, const struct rfm_arena_info *arena),
+                   void *ctx)
+{
+    for (struct rfm_arena *a = heap->arenas; a != NULL; a = a->next) {
+        struct rfm_arena_info info = { a->id, a->fd, a->bytes };
+
+        fn(ctx, &info);
+    }
+}

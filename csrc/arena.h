@@ -1,0 +1,34 @@
+/* The rank's memory: arenas that workers map, blocks that arrays live in. */
+#ifndef RFM_ARENA_H
+#define RFM_ARENA_H
+
+#include "rfm.h"
+
+struct rfm_arena_info {
+    uint32_t id;
+    int      fd;
+    uint64_t bytes;
+};
+
+/* Called for each arena before anybody can get a block of it, and before its
+ * memory goes; never with the heap's lock held by the caller's own thread only.
+ * Announcing happens in order of ids. */
+struct rfm_heap_hooks {
+    void (*made)(void *ctx, const struct rfm_arena_info *arena);
+    void (*dropped)(void *ctx, uint32_t arena);
+    void *ctx;
+};
+
+void rfm_heap_set_hooks(struct rfm_heap *heap,
+                        const struct rfm_heap_hooks *hooks);
+/* All arenas there are, for a worker that comes later; calls `made`-like fn
+ * under the heap's lock, so that none is missed and none comes twice. */
+void rfm_heap_each(struct rfm_heap *heap,
+                   void (*fn)(void *ctx, const struct rfm_arena_info *arena),
+                   void *ctx);
+void rfm_heap_lock(struct rfm_heap *heap);
+void rfm_heap_unlock(struct rfm_heap *heap);
+void rfm_redzone_fill(void *end);
+bool rfm_redzone_intact(const void *end);
+
+#endif

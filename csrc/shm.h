@@ -1,0 +1,17 @@
+/* Sealed, pre-faulted memory that two processes share: memfds, never files. */
+#ifndef RFM_SHM_H
+#define RFM_SHM_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#define RFM_PAGE_SIZE 4096u
+
+/* A memfd of `bytes`, all of it allocated, sealed against resizing. */
+int rfm_memfd_create(const char *name, uint64_t bytes, int *fd_p);
+/* Maps it between two guard pages; `inherit`: children keep it. The size and
+ * the seals are checked: memory that could shrink would be a SIGBUS. */
+int rfm_memfd_map(int fd, uint64_t bytes, bool inherit, uint8_t **base_p);
+void rfm_memfd_unmap(uint8_t *base, uint64_t bytes);
+
+#endif

@@ -14,7 +14,7 @@ from typing import Any
 
 from rfaas_mpi.errors import ConfigError
 
-__all__ = ["LauncherFacts", "Settings", "describe", "inside_worker", "launcher", "scrubbed"]
+__all__ = ["Places", "Settings", "core_list", "describe", "environment", "inside_worker", "places", "scrubbed", "slurm_job"]
 
 PREFIX = "RFAAS_"
 WORKER_MARK = "RFAAS_INSIDE_WORKER"
@@ -81,9 +81,7 @@ def core_list(text: str) -> tuple[int, ...]:
 
 
 def _lend(text: str) -> str:
-    if text not in ("auto", "yes", "no"):
-        core_list(text)
-    return text
+    return text if text == "auto" else "yes" if _flag(text) else "no"
 
 
 def _setting(default: Any, parse: Callable[[str], Any], what: str) -> Any:
@@ -96,14 +94,15 @@ class Settings:
 
     runtime_dir: str | None = _setting(None, str, "where sockets and locks of services live")
     transport: str = _setting("shm", _choice("shm", "inline"), "how invocations travel; inline: run in the rank")
-    lend: str = _setting("auto", _lend, "cores to lend: auto, yes (even on a login node), no, or a list like 2-5")
+    lend: str = _setting("auto", _lend, "whether to lend cores: auto, yes (even on a login node) or no")
+    cores: tuple[int, ...] = _setting((), core_list, "lend exactly these cores, like 2-5,8; default: find out")
     linger_s: float = _setting(2.0, _number(float, 0), "how long the service stays after its last rank")
     start_timeout_s: float = _setting(20.0, _number(float, 0.1), "how long to wait for the service to start or answer")
     lease_timeout_s: float = _setting(10.0, _number(float, 0), "how long to wait for cores when none is spare")
     zygote_idle_s: float = _setting(300.0, _number(float, 0), "how long a zygote without workers stays")
     spin_us: int = _setting(1000, _number(int, 0, 10_000_000), "how long a waiter spins before it sleeps")
-    slots: int = _setting(16, _number(int, 2, 4096), "slots of a connection from rank to worker")
-    slot_bytes: int = _setting(16384, _number(_size, 64, 1 << 26), "size of one slot")
+    slots: int = _setting(16, _number(int, 2, 64), "slots of a connection from rank to worker")
+    slot_bytes: int = _setting(16384, _number(_size, 64, 1 << 20), "size of one slot")
     memory_per_worker: int | None = _setting(None, _size, "memory a worker may use; default: a fair share")
     memory_reserve: int = _setting(512 << 20, _size, "memory of the node that is never lent")
     fallback: bool = _setting(True, _flag, "run on the rank what no worker could run")
@@ -166,45 +165,9 @@ def inside_worker(environment: Mapping[str, str] | None = None) -> bool:
     return WORKER_MARK in (os.environ if environment is None else environment)
 
 
-@dataclass(frozen=True)
-class LauncherFacts:
-    """What the launcher's variables tell about this rank and its node."""
-
-    local_ranks: int                 # ranks on this node; 1 where nothing says more
-    launched: bool                   # a launcher's variables were found
-    slurm_job: str                   # job id, or ""
-    slurm_conf: str                  # SLURM_CONF, or ""
-
-
-_LOCAL_RANKS = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE", "PALS_LOCAL_SIZE",
-                "PMI_LOCAL_SIZE")
-
-
-def launcher(environment: Mapping[str, str] | None = None) -> LauncherFacts:
-    """What mpiexec or srun says about this process; never raises."""
-    env = os.environ if environment is None else environment
-    local, launched = 0, False
-    for name in _LOCAL_RANKS:
-        if env.get(name, "").isdigit():
-            local, launched = max(local, int(env[name])), True
-    if not launched and env.get("SLURM_PROCID", "").isdigit():
-        local, launched = _slurm_local(env), True
-    return LauncherFacts(local_ranks=max(1, local), launched=launched, slurm_job=env.get("SLURM_JOB_ID", ""),
-                         slurm_conf=env.get("SLURM_CONF", ""))
-
-
-def _slurm_local(env: Mapping[str, str]) -> int:
-    # "2(x3),1": node after node; ours is number SLURM_NODEID.
-    counts: list[int] = []
-    for part in env.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
-        if match is None:
-            return 1
-        counts += [int(match[1])] * min(int(match[2] or 1), 1 << 16)
-    node = env.get("SLURM_NODEID", "")
-    if node.isdigit() and int(node) < len(counts):
-        return counts[int(node)]
-    return max(counts, default=1)
+def slurm_job(environment: Mapping[str, str] | None = None) -> str:
+    """The id of the Slurm job around this process, or an empty string."""
+    return (os.environ if environment is None else environment).get("SLURM_JOB_ID", "")
 
 
 @dataclass(frozen=True)

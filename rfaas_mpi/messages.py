@@ -175,9 +175,10 @@ class GrantLease(msgspec.Struct, frozen=True):
 
 
 class Grant(msgspec.Struct, frozen=True):
-    """What a demand was filled with: one lease or several."""
+    """What a demand was filled with: one lease or several, none where `workers_min` was 0."""
 
     leases: tuple[GrantLease, ...]
+    reason: str = ""                 # why fewer workers than workers_max, in one line
 
     @property
     def workers(self) -> tuple[WorkerInfo, ...]:
@@ -202,13 +203,9 @@ class Join(RankRequest, tag="join"):
     directory: bytes
     environment: tuple[tuple[bytes, bytes], ...]
     affinity: tuple[int, ...]
-    local_ranks: int
-    launched: bool
-    slurm_job: str = ""
+    parent_pid: int = 0
     lend: str = "auto"
-    memory_reserve: int = 0
-    linger_s: float | None = None
-    zygote_idle_s: float | None = None
+    cores: tuple[int, ...] = ()      # lend exactly these
     observer: bool = False           # asks and commands only: no zygote, does not hold the service
 
 
@@ -266,6 +263,7 @@ class Welcome(Answer, tag="welcome"):
 
 class Granted(Answer, tag="granted"):
     leases: tuple[GrantLease, ...]
+    reason: str = ""                 # why fewer than asked for
 
 
 class Denied(Answer, tag="denied"):
@@ -301,6 +299,11 @@ class Log(Event, tag="log"):
     lease: int
     worker: int
     lines: tuple[str, ...]
+
+
+def log_text(event: Log) -> str:
+    """The lines as a rank prints them on its stderr."""
+    return "".join(f"[rfaas worker {event.worker}] {line}\n" for line in event.lines)
 
 
 class WorkerReady(Event, tag="ready"):

@@ -1,0 +1,714 @@
+"""The rank's side of the service: join it or start it, ask it for leases, dial its workers.
+
+A rank never has to run in time: the end of its connection, whatever the reason,
+gives everything back.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import logging
+import os
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rfaas_mpi import config
+from rfaas_mpi import messages as msg
+from rfaas_mpi._version import __version__
+from rfaas_mpi.config import Settings
+from rfaas_mpi.errors import (
+    AuthError,
+    ClosedError,
+    ConfigError,
+    ForkedError,
+    LeaseDenied,
+    NestedError,
+    RFaaSError,
+    ServiceError,
+    ServiceLost,
+    TransportError,
+    VersionMismatch,
+)
+from rfaas_mpi.messages import Grant, GrantLease, WorkerEnded, WorkerInfo
+
+__all__ = ["Grant", "GrantLease", "Session", "WorkerEnded", "WorkerInfo", "runtime_directory", "service_directory"]
+
+log = logging.getLogger("rfaas_mpi.session")
+
+_A = TypeVar("_A", bound=msg.Answer)
+
+# sizeof(sun_path) less the zero byte.
+_SOCKET_PATH_MAX = 107
+_REMOTE = frozenset(("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "smbfs", "afs", "ceph", "9p", "pvfs2",
+                     "orangefs", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "fuse.ceph", "autofs", "dvs", "panfs"))
+_REPLY_S = 2.0
+_VERDICTS_KEPT = 4096
+
+
+# ---- runtime files -------------------------------------------------------------------------------
+
+def _filesystem(path: Path) -> str:
+    """Type of the filesystem that holds `path`, or "" where it can't be known."""
+    try:
+        device = os.stat(path).st_dev
+        wanted = f"{os.major(device)}:{os.minor(device)}"
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            left, _, right = line.partition(" - ")
+            if left.split()[2] == wanted:
+                return right.split()[0]
+    except OSError:
+        return ""
+    return ""
+
+
+def _ours(path: Path, *, given: bool) -> Path:
+    """Creates the directory if missing; ServiceError unless it is a real directory that only we can change."""
+    try:
+        os.makedirs(path.parent, exist_ok=True) if given else None
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise ServiceError(f"can't make the runtime directory {path}: {error.strerror}",
+                           hint="name another one with RFAAS_RUNTIME_DIR") from None
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode):
+        raise ServiceError(f"{path} is not a directory (a link is not followed)",
+                           hint="remove it, or name another one with RFAAS_RUNTIME_DIR")
+    if found.st_uid != os.geteuid():
+        raise ServiceError(f"{path} belongs to uid {found.st_uid}, not to {os.geteuid()}",
+                           hint="name another directory with RFAAS_RUNTIME_DIR")
+    if given:
+        if found.st_mode & 0o022:
+            raise ServiceError(f"others may write to {path}", hint=f"chmod go-w {path}")
+    elif found.st_mode & 0o077:
+        os.chmod(path, 0o700)
+    return path
+
+
+def runtime_directory(settings: Settings) -> Path:
+    """The directory of all services of this user on this node, made if missing.
+
+    `runtime_dir`, else `$XDG_RUNTIME_DIR/rfaas` if that exists, is ours, local and not in the home directory, else
+    `/tmp/rfaas-<uid>`; the last one also where the path is too long for a socket. Raises ServiceError if it is
+    someone else's, a link, or open to others.
+    """
+    own = Path(f"/tmp/rfaas-{os.geteuid()}")
+    places = config.places(settings)
+    if places.given:
+        path = Path(os.path.abspath(places.given))
+        return _ours(path, given=True) if _fits(path) else _ours(own, given=False)
+    if places.xdg:
+        xdg = Path(places.xdg)
+        try:
+            found = os.lstat(xdg)
+            home = Path(os.path.expanduser("~")).resolve()
+            real = xdg.resolve()
+            in_home = home != Path("/") and (real == home or home in real.parents)
+            if (stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+                    and not in_home and _filesystem(xdg) not in _REMOTE and _fits(xdg / "rfaas")
+                    and os.access(xdg, os.W_OK)):
+                return _ours(xdg / "rfaas", given=False)
+        except OSError as error:
+            log.debug("XDG_RUNTIME_DIR=%s not usable: %s", xdg, error)
+    return _ours(own, given=False)
+
+
+def _fits(path: Path) -> bool:
+    return len(os.fsencode(path)) + len("/0123456789abcdef/socket") <= _SOCKET_PATH_MAX
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def service_key(settings: Settings) -> str:
+    """What makes two ranks share a service: user, node, job or login session, interpreter prefix, version."""
+    job = config.slurm_job()
+    login = _first_line("/proc/self/sessionid")
+    around = f"job {job}" if job else f"login {login}" if login not in ("", "4294967295") else "none"
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    given = config.places(settings).given
+    facts = (str(os.geteuid()), socket.gethostname(), _first_line("/proc/sys/kernel/random/boot_id"), namespace,
+             around, sys.prefix, __version__, os.path.abspath(given) if given else "")
+    return hashlib.sha256("\0".join(facts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def service_directory(settings: Settings) -> Path:
+    """The directory of the one service that ranks like this one share, made if missing."""
+    return _ours(runtime_directory(settings) / service_key(settings), given=False)
+
+
+class FileLock:
+    """A flock on a file that is never unlinked while locked; close() (or death) gives it up."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fd = -1
+
+    def take(self, *, shared: bool = False) -> bool:
+        """True if it is ours now; never waits."""
+        self.close()
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            mine, there = os.fstat(fd), os.stat(self.path, follow_symlinks=False)
+            if (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
+            os.close(fd)
+            return False
+        except BaseException:
+            os.close(fd)
+            raise
+        self.fd = fd
+        return True
+
+    def wait(self, deadline: float, *, shared: bool = False) -> None:
+        """ServiceError if somebody else still holds it at `deadline` (time.monotonic)."""
+        pause = 0.001
+        while not self.take(shared=shared):
+            if time.monotonic() > deadline:
+                raise ServiceError(f"another process holds {self.path} and does not let go",
+                                   hint=f"`fuser {self.path}` names it")
+            time.sleep(pause)
+            pause = min(pause * 2, 0.02)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> FileLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# ---- connections ---------------------------------------------------------------------------------
+
+def _receive(connection: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        piece = connection.recv(count - len(data))
+        if not piece:
+            raise ConnectionResetError("the service closed the connection")
+        data += piece
+    return data
+
+
+def _connect(path: Path, timeout_s: float) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        connection.settimeout(timeout_s)
+        connection.connect(str(path))
+        peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        uid = int.from_bytes(peer[4:8], sys.byteorder)
+        if uid != os.geteuid():
+            raise AuthError(f"the service at {path} runs as uid {uid}, not as {os.geteuid()}",
+                            hint="name another directory with RFAAS_RUNTIME_DIR")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _greet(connection: socket.socket, hello: msg.Hello) -> msg.Hello:
+    """The service's answer; raises what its status means."""
+    connection.sendall(hello.pack())
+    answer = msg.Hello.unpack(_receive(connection, msg.HELLO.size))
+    if answer.magic != msg.MAGIC:
+        raise ServiceError("whoever listens on the service's socket does not speak this protocol")
+    match answer.status:
+        case msg.HELLO_OK:
+            return answer
+        case msg.HELLO_VERSION | msg.HELLO_PROTOCOL:
+            other = f"{answer.version >> 16}.{answer.version >> 8 & 255}.{answer.version & 255}"
+            raise VersionMismatch(f"the service runs version {other}, this rank {__version__}",
+                                  hint="`rfaas down` ends the other one")
+        case msg.HELLO_CLOSING:
+            raise ConnectionResetError("the service is shutting down")
+        case _:
+            raise TransportError(f"the service refused: {msg.HELLO_TEXT.get(answer.status, answer.status)}")
+
+
+def _start(directory: Path, settings: Settings, deadline: float) -> None:
+    """Starts a service and waits until it listens; the caller holds join.lock."""
+    if not sys.executable:
+        raise ServiceError("sys.executable is empty: this interpreter can't start the service",
+                           hint="start it with `rfaas up`")
+    environment = config.scrubbed(config.environment())
+    environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry or ".") for entry in sys.path)
+    ready, tell = os.pipe2(os.O_CLOEXEC)
+    try:
+        try:
+            with open(directory / "log", "ab") as service_log:
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "rfaas_mpi.service", "--directory", str(directory),
+                     "--ready-fd", str(tell), "--linger-s", str(settings.linger_s),
+                     "--zygote-idle-s", str(settings.zygote_idle_s),
+                     "--memory-reserve", str(settings.memory_reserve)],
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=service_log, cwd="/",
+                    env=environment, pass_fds=(tell,), start_new_session=True)
+        except OSError as error:
+            raise ServiceError(f"could not start the service with {sys.executable}: {error}") from error
+    finally:
+        os.close(tell)
+    said = b""
+    try:
+        os.set_blocking(ready, False)
+        while b"\n" not in said:
+            try:
+                piece = os.read(ready, 4096)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ServiceError(f"the service did not start within {settings.start_timeout_s:g} s",
+                                       hint=f"see {directory / 'log'}") from None
+                _wait_readable(ready, deadline)
+                continue
+            if not piece:
+                break
+            said += piece
+    finally:
+        os.close(ready)
+        # It forks once and its first process ends at once: nothing to reap later.
+        try:
+            process.wait(max(1.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    if not said.startswith(b"ready"):
+        lines = _first_line(str(directory / "log")).splitlines()[-3:]
+        why = said.decode(errors="replace").strip() or " / ".join(lines) or f"exit status {process.returncode}"
+        raise ServiceError(f"the service did not start: {why}", hint=f"see {directory / 'log'}")
+
+
+def _wait_readable(fd: int, deadline: float) -> None:
+    import select
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    poller.poll(max(1, min(200, int((deadline - time.monotonic()) * 1000))))
+
+
+def _interpreter_flags() -> tuple[str, ...]:
+    """How this interpreter was started, as far as a kernel can tell the difference."""
+    flags = []
+    if sys.flags.optimize:
+        flags.append("-" + "O" * sys.flags.optimize)
+    if sys.flags.isolated:
+        flags.append("-I")
+    elif sys.flags.no_user_site:
+        flags.append("-s")
+    if sys.flags.utf8_mode:
+        flags += ["-X", "utf8"]
+    if sys.flags.dont_write_bytecode:
+        flags.append("-B")
+    return tuple(flags)
+
+
+class _Pending:
+    __slots__ = ("answer", "done")
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.answer: msg.Answer | None = None
+
+
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+class Session:
+    """One rank's connection to the service of this node.
+
+    All methods may be called from any thread, `on_event` is called from the
+    session's own reader thread with `Log`, `WorkerReady`, `WorkerEnded`,
+    `LeaseEnded` and, last, `ServiceEnded` (see messages.py); it must not call
+    methods that wait for an answer.
+
+    Methods raise ServiceLost once the connection is gone, ClosedError after
+    close(), ForkedError in a forked child.
+    """
+
+    def __init__(self, connection: socket.socket, directory: Path, settings: Settings,
+                 on_event: Callable[[msg.AnyEvent], None] | None) -> None:
+        self.settings = settings
+        self.directory = directory
+        self.on_event = on_event
+        self.service_pid = 0
+        self.number = 0
+        self.cores: tuple[int, ...] = ()
+        self.spare: tuple[int, ...] = ()
+        self.memory_bytes = 0
+        self.why_none = ""
+        self.lost = False
+        self.closed = False
+        self._connection = connection
+        self._pid = os.getpid()
+        self._ids = itertools.count(1)
+        self._lock = threading.Lock()
+        self._send_lock = threading.Lock()
+        self._pending: dict[int, _Pending] = {}
+        self._changed = threading.Condition(self._lock)
+        self._ended: OrderedDict[tuple[int, int], WorkerEnded] = OrderedDict()
+        self._reader: threading.Thread | None = None
+        _sessions.add(self)
+
+    # ---- joining ---------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, settings: Settings | None = None, *, on_event: Callable[[msg.AnyEvent], None] | None = None,
+             start: bool = True, observer: bool = False) -> Session:
+        """Joins the service of this node, starting it where none runs.
+
+        `start=False` never starts one. `observer` sessions (the CLI's) get no workers and don't keep the service
+        alive. Raises ServiceError (not running, could not start), AuthError (not ours), VersionMismatch,
+        NestedError inside a kernel.
+        """
+        if config.inside_worker():
+            raise NestedError("an Executor can't be used inside a kernel",
+                              hint="offload from the rank; a kernel computes and returns")
+        settings = settings or Settings.load()
+        directory = service_directory(settings)
+        deadline = time.monotonic() + settings.start_timeout_s
+        for attempt in itertools.count():
+            try:
+                return cls._open_once(settings, directory, deadline, on_event, start, observer)
+            except (ConnectionError, FileNotFoundError, TimeoutError) as error:
+                # It left, or was killed, between our look and our hello.
+                if attempt >= 5 or time.monotonic() > deadline or isinstance(error, TimeoutError):
+                    raise ServiceError(f"no answer from the service in {directory}: {error}",
+                                       hint=f"see {directory / 'log'}; `rfaas down` ends it") from error
+        raise AssertionError("unreachable")
+
+    @classmethod
+    def _open_once(cls, settings: Settings, directory: Path, deadline: float,
+                   on_event: Callable[[msg.AnyEvent], None] | None, start: bool, observer: bool) -> Session:
+        path = directory / "socket"
+        # Shared: ranks join a living service side by side, and it can't decide
+        # to leave while one of them is at it. Exclusive: who starts one.
+        with FileLock(directory / "join.lock") as join:
+            join.wait(deadline, shared=True)
+            connection = cls._try_connect(path, deadline)
+            if connection is None:
+                if not start:
+                    raise ServiceError("no service runs here", hint="`rfaas up` or an Executor starts it")
+                join.wait(deadline)
+                connection = cls._try_connect(path, deadline)
+                if connection is None:
+                    _start(directory, settings, deadline)
+                    connection = _connect(path, max(0.1, deadline - time.monotonic()))
+            session = cls(connection, directory, settings, on_event)
+            try:
+                session._join(deadline, observer)
+            except BaseException:
+                session.close()
+                raise
+            return session
+
+    @staticmethod
+    def _try_connect(path: Path, deadline: float) -> socket.socket | None:
+        """None where nobody listens: no socket, or one left by a service that was killed."""
+        try:
+            return _connect(path, max(0.1, deadline - time.monotonic()))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return None
+
+    def _join(self, deadline: float, observer: bool) -> None:
+        self._connection.settimeout(max(0.1, deadline - time.monotonic()))
+        _greet(self._connection, msg.Hello.make(msg.KIND_SESSION, os.urandom(16)))
+        self._connection.settimeout(None)
+        self._reader = threading.Thread(target=self._read, name="rfaas-session", daemon=True)
+        self._reader.start()
+        environment = config.environment()
+        join = msg.Join(
+            id=next(self._ids), pid=os.getpid(), parent_pid=os.getppid(),
+            executable=os.fsencode(sys.executable or ""), flags=_interpreter_flags(),
+            path=tuple(os.fsencode(os.path.abspath(entry or ".")) for entry in sys.path if isinstance(entry, str)),
+            directory=os.fsencode(os.getcwd()),
+            environment=tuple((os.fsencode(name), os.fsencode(value)) for name, value in environment.items()),
+            affinity=tuple(sorted(os.sched_getaffinity(os.getpid()))), lend=self.settings.lend,
+            cores=self.settings.cores, observer=observer)
+        welcome = self._ask(join, msg.Welcome, timeout_s=max(0.1, deadline - time.monotonic()))
+        self.number = welcome.session
+        self.service_pid = welcome.service_pid
+        self.cores = welcome.cores
+        self.spare = welcome.spare
+        self.memory_bytes = welcome.memory_bytes
+        self.why_none = welcome.why_none
+
+    # ---- asking ----------------------------------------------------------------------------------
+
+    def request(self, workers_min: int, workers_max: int, cores_per_worker: int = 1,
+                memory_per_worker: int | None = None, timeout_s: float | None = None) -> Grant:
+        """Leases with workers_min … workers_max workers in all; waits up to `timeout_s` for cores.
+
+        The workers may still be starting: dial them at once, connections wait for them. Raises LeaseDenied with
+        what runs out, where not even workers_min can be met in time.
+        """
+        if timeout_s is None:
+            timeout_s = self.settings.lease_timeout_s
+        if workers_min < 0 or workers_max < max(1, workers_min) or cores_per_worker < 1:
+            raise ConfigError(f"workers=({workers_min}, {workers_max}) with {cores_per_worker} cores each is no demand",
+                              hint="0 <= min <= max, max >= 1, cores_per_worker >= 1")
+        if memory_per_worker is None:
+            memory_per_worker = self.settings.memory_per_worker
+        granted = self._ask(msg.LeaseRequest(next(self._ids), workers_min, workers_max, cores_per_worker,
+                                             memory_per_worker, timeout_s),
+                            msg.Granted, timeout_s=timeout_s + self.settings.start_timeout_s)
+        return Grant(granted.leases, granted.reason)
+
+    def kill(self, lease: GrantLease | int, worker: int, reason: str = "cancel", invocation: int = 0) -> bool:
+        """Has the worker killed; with `invocation` only if that one still runs. True if it was killed."""
+        return self._ask(msg.KillRequest(next(self._ids), _lease_id(lease), worker, reason, invocation), msg.Done).ok
+
+    def release(self, lease: GrantLease | int) -> None:
+        """Gives a lease back; returns when its workers ended and their last lines were delivered, or after 2 s.
+
+        Safe for a lease that is gone already, and when the service is.
+        """
+        if self.closed or self.lost:
+            return
+        try:
+            self._ask(msg.ReleaseRequest(next(self._ids), _lease_id(lease)), msg.Done, timeout_s=_REPLY_S)
+        except (TimeoutError, ServiceLost):
+            log.debug("lease=%d released without an answer", _lease_id(lease))
+
+    def verdict(self, lease: GrantLease | int, worker: int, timeout_s: float = 5.0) -> WorkerEnded:
+        """How a worker ended; waits for the news. ServiceLost if it will never come, TimeoutError if it did not yet."""
+        key = (_lease_id(lease), worker)
+        with self._changed:
+            self._changed.wait_for(lambda: key in self._ended or self.lost or self.closed, timeout_s)
+            if key in self._ended:
+                return self._ended[key]
+        self._alive()
+        raise TimeoutError(f"worker {worker} of lease {key[0]} has not ended within {timeout_s:g} s")
+
+    def status(self) -> dict[str, Any]:
+        """The service's facts: pid, version, uptime_s, directory, cores, memory, leases, workers, sessions."""
+        return self._ask(msg.StatusRequest(next(self._ids)), msg.StatusAnswer).data
+
+    def stay(self) -> None:
+        """The service stays without ranks until it is told to go down."""
+        self._ask(msg.StayRequest(next(self._ids)), msg.Done)
+
+    def down(self, timeout_s: float = 10.0) -> None:
+        """Ends the service with everything it started; returns when its process is gone."""
+        pidfd = _open_pidfd(self.service_pid)
+        try:
+            try:
+                self._ask(msg.DownRequest(next(self._ids)), msg.Done)
+            except ServiceLost:
+                log.debug("the service went before it answered")
+            if pidfd >= 0:
+                deadline = time.monotonic() + timeout_s
+                if not _wait_exit(pidfd, deadline):
+                    raise ServiceError(f"the service (pid {self.service_pid}) did not end within {timeout_s:g} s",
+                                       hint=f"kill {self.service_pid}")
+        finally:
+            if pidfd >= 0:
+                os.close(pidfd)
+
+    def dial(self, lease: GrantLease, worker: int, timeout_s: float | None = None) -> int:
+        """An authenticated connection to a worker, as a descriptor that the caller owns (for Invoker.attach).
+
+        Raises TransportError if the worker or lease is gone or does not answer, AuthError if one side does not know
+        the lease's secret.
+        """
+        self._alive()
+        timeout_s = self.settings.start_timeout_s if timeout_s is None else timeout_s
+        try:
+            connection = _connect(self.directory / "socket", timeout_s)
+        except OSError as error:
+            if isinstance(error, RFaaSError):
+                raise
+            raise ServiceLost(f"the service no longer answers: {error}",
+                              hint="make a new Executor: it starts another one") from error
+        try:
+            nonce = os.urandom(16)
+            answer = _greet(connection, msg.Hello.make(msg.KIND_WORKER, nonce, lease=lease.id, worker=worker,
+                                                       session=self.number))
+            connection.sendall(msg.proof(lease.secret, b"rank", nonce, answer.nonce, lease.id, worker))
+            status, theirs = msg.PROOF_ANSWER.unpack(_receive(connection, msg.PROOF_ANSWER.size))
+            if status == msg.HELLO_REFUSED:
+                raise AuthError(f"the service says that this is not the secret of lease {lease.id}")
+            if status != msg.HELLO_OK:
+                raise TransportError(f"worker {worker} of lease {lease.id}: {msg.HELLO_TEXT.get(status, status)}")
+            if not msg.same_proof(theirs, msg.proof(lease.secret, b"worker", nonce, answer.nonce, lease.id, worker)):
+                raise AuthError(f"the service does not know the secret of lease {lease.id}")
+            connection.settimeout(None)
+            return connection.detach()
+        except RFaaSError as error:
+            connection.close()
+            if type(error) is TransportError:
+                raise TransportError(f"worker {worker} of lease {lease.id} can't be reached: {error}") from None
+            raise
+        except OSError as error:
+            connection.close()
+            raise TransportError(f"worker {worker} of lease {lease.id} can't be reached: {error}") from error
+        except BaseException:
+            connection.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the session; what it still holds is released. Safe to call twice."""
+        if os.getpid() != self._pid:
+            return
+        with self._changed:
+            if self.closed:
+                return
+            self.closed = True
+            self._changed.notify_all()
+        try:
+            self._connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            log.debug("session %d: the connection was down already", self.number)
+        if self._reader is not None and self._reader is not threading.current_thread():
+            self._reader.join(_REPLY_S)
+        self._connection.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- inside ----------------------------------------------------------------------------------
+
+    def _alive(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedError("this session belongs to the process that opened it",
+                              hint="make a new Executor in the child")
+        if self.closed:
+            raise ClosedError("the session is closed", hint="make a new Executor")
+        if self.lost:
+            raise ServiceLost(f"the service (pid {self.service_pid}) ended",
+                              hint="make a new Executor: it starts another one")
+
+    def _ask(self, request: msg.RankRequest, kind: type[_A], timeout_s: float | None = None) -> _A:
+        self._alive()
+        pending = _Pending()
+        with self._lock:
+            self._pending[request.id] = pending
+        try:
+            try:
+                with self._send_lock:
+                    self._connection.sendall(msg.pack_message(request))
+            except OSError as error:
+                self._lose(str(error))
+            if not pending.done.wait(self.settings.start_timeout_s if timeout_s is None else timeout_s):
+                raise TimeoutError(f"the service (pid {self.service_pid}) has not answered; is it stopped?")
+        finally:
+            with self._lock:
+                self._pending.pop(request.id, None)
+        match pending.answer:
+            case None:
+                self._alive()
+                raise ServiceLost("the service ended", hint="make a new Executor: it starts another one")
+            case msg.Denied(message=message, hint=hint):
+                raise LeaseDenied(message, hint=hint)
+            case msg.Failed(message=message, hint=hint):
+                raise ServiceError(message, hint=hint)
+            case answer if isinstance(answer, kind):
+                return answer
+            case answer:
+                raise ServiceError(f"the service answered {type(request).__name__} with {type(answer).__name__}")
+
+    def _read(self) -> None:
+        frames = msg.FrameReader()
+        why = "it closed the connection"
+        try:
+            while True:
+                data = self._connection.recv(1 << 16)
+                if not data:
+                    break
+                for frame in frames.feed(data):
+                    if frame.type == msg.FRAME_JSON:
+                        self._take(msg.unpack_to_rank(frame.body))
+        except (OSError, ServiceError) as error:
+            why = str(error)
+        self._lose(why)
+
+    def _take(self, message: msg.AnyToRank) -> None:
+        if isinstance(message, msg.Answer):
+            with self._lock:
+                pending = self._pending.get(message.id)
+            if pending is not None:
+                pending.answer = message
+                pending.done.set()
+            return
+        if isinstance(message, WorkerEnded):
+            with self._changed:
+                self._ended[message.lease, message.worker] = message
+                while len(self._ended) > _VERDICTS_KEPT:
+                    self._ended.popitem(last=False)
+                self._changed.notify_all()
+        self._tell(message)
+
+    def _tell(self, event: msg.AnyEvent) -> None:
+        if self.on_event is None:
+            return
+        try:
+            self.on_event(event)
+        except Exception:
+            # The reader must live on: answers come through it.
+            log.exception("session=%d: on_event failed for %s", self.number, type(event).__name__)
+
+    def _lose(self, why: str) -> None:
+        with self._changed:
+            first = not self.lost
+            self.lost = True
+            waiting = list(self._pending.values())
+            self._changed.notify_all()
+        for pending in waiting:
+            pending.done.set()
+        if first and not self.closed:
+            self._tell(msg.ServiceEnded(f"the service (pid {self.service_pid}) is gone: {why}"))
+
+    def _forget(self) -> None:
+        """In a forked child: the parent's death must end the session although the child lives on."""
+        os.close(self._connection.detach())
+
+
+def _lease_id(lease: GrantLease | int) -> int:
+    return lease if isinstance(lease, int) else lease.id
+
+
+def _open_pidfd(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return -1
+
+
+def _wait_exit(pidfd: int, deadline: float) -> bool:
+    import select
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(max(0, int((deadline - time.monotonic()) * 1000))))
+
+
+def _after_fork() -> None:
+    for session in list(_sessions):
+        if not session.closed:
+            session._forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)

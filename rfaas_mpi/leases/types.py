@@ -40,11 +40,11 @@ class LeaseState(StrEnum):
 class Cause(StrEnum):
     """Why workers stop. All of them are infrastructure (re-issue elsewhere)."""
 
-    RELEASED = "released"          # the rank gave the lease back
+    RELEASED = "released"            # the rank gave the lease back
     SESSION_ENDED = "session-ended"  # the rank closed its executor or died
-    REVOKED = "revoked"            # the owner of the cores wants them
-    EXPIRED = "expired"            # hard end, or never activated
-    NODE_LOST = "node-lost"        # the agent was declared dead
+    REVOKED = "revoked"              # the owner of the cores wants them
+    EXPIRED = "expired"              # hard end, or never activated
+    NODE_LOST = "node-lost"          # the agent was declared dead
 
 
 # --- facts ------------------------------------------------------------------
@@ -122,18 +122,21 @@ class NodeReport(msgspec.Struct, frozen=True, tag=True):
     """What an agent lends: every core that may be lent, lent ones included.
 
     A lent core that is missing from `spare` is wanted back: its worker is
-    revoked. `busy` are cores on which workers of ours run now, whoever granted
-    them; those that are in no lease of this book aren't granted until a later
-    report leaves them out. `hard_end` is the end of the node's idle window.
+    revoked. `busy` says on which cores workers of ours run now and for which
+    lease: a core that is busy for no live lease of this book isn't granted until
+    a later report leaves it out, and if the book ended that lease itself, it
+    says again that its workers must stop. `hard_end` is the end of the node's
+    idle window, for leases granted from now on.
     """
 
     node: str
     spare: tuple[int, ...]         # in the order in which to lend them
-    memory_bytes: int
+    memory_bytes: int              # lendable in all, lent memory included
     numa: dict[int, int] = {}      # core → NUMA node; a missing core is on 0
-    busy: tuple[int, ...] = ()
+    busy: dict[int, int] = {}      # core → lease id
     hard_end: float | None = None
     grace_s: float = 0.0           # for workers whose cores are wanted back
+    lends_to_uid: int | None = None  # the only user it lends to; None: to all
 
 
 class Activated(msgspec.Struct, frozen=True, tag=True):
@@ -228,7 +231,7 @@ class Refuse(msgspec.Struct, frozen=True, tag=True):
 
 
 class StopWorkers(msgspec.Struct, frozen=True, tag=True):
-    """Agent: stop these workers, at the latest `grace_s` from now.
+    """Agent: stop these workers (all if empty), at the latest `grace_s` from now.
 
     Answer with WorkersStopped once nothing of them can run any more: only that
     frees the cores.

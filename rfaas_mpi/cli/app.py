@@ -1,0 +1,334 @@
+"""The commands of `rfaas`. Each imports what it needs when it runs: `--help` and `version` stay quick."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rfaas_mpi._version import __version__
+from rfaas_mpi.cli import output
+from rfaas_mpi.cli.output import Output
+from rfaas_mpi.errors import RFaaSError
+
+_WIDTH = {"max_content_width": 80, "help_option_names": ["-h", "--help"]}
+
+
+def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def callback(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+        if value:
+            setattr(context.ensure_object(Output), name, True)
+    return callback
+
+
+def common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--json and --debug, which every command has."""
+    command = click.option("--debug", is_flag=True, expose_value=False, is_eager=True, callback=_set("debug"),
+                           help="Show the traceback of an error.")(command)
+    return click.option("--json", is_flag=True, expose_value=False, is_eager=True, callback=_set("json"),
+                        help="Answer with one JSON object on stdout.")(command)
+
+
+def _examples(*lines: str) -> str:
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+class Ordered(click.Group):
+    """Lists its commands in the order in which a newcomer needs them; alone it shows its help, on stderr."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options, invoke_without_command=True)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if not ctx.args and not getattr(ctx, "_protected_args", ()):
+            click.echo(ctx.get_help(), err=True)
+            raise Finished(output.USAGE)
+        return super().invoke(ctx)
+
+
+@click.group(cls=Ordered, context_settings=_WIDTH, epilog=(
+    "\b\nExit status:\n"
+    "  0   done\n"
+    "  1   could not be done; the message says why and what to do\n"
+    "  2   the command line is wrong\n"
+    "  3   status: no service runs\n"
+    "  70  a bug in rfaas; --debug shows where\n"
+    "  130 interrupted (Ctrl-C)\n"
+    "  141 nobody reads stdout any more\n\n"
+    + _examples("rfaas doctor      # what works here, and how to get the rest",
+                "rfaas demo        # see a rank finish sooner")))
+@click.option("--debug", is_flag=True, expose_value=False, is_eager=True, callback=_set("debug"),
+              help="Show the traceback of an error.")
+@click.version_option(__version__, prog_name="rfaas", message="%(prog)s %(version)s")
+def app() -> None:
+    """Borrow spare cores for the kernels of an MPI application.
+
+    Nothing needs to be started or configured: the first Executor of a rank
+    starts a service for this node, and the service leaves again 2 s after the
+    last rank. These commands show what happens and what it costs.
+    """
+
+
+# --- demo ----------------------------------------------------------------------
+
+@app.command(epilog=_examples("rfaas demo", "rfaas demo --options 1000000 --out /tmp/demo"))
+@click.option("--options", "n_options", type=click.IntRange(min=1000), default=10_000_000, show_default=True,
+              help="Options to price with Black-Scholes.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out"), show_default=True,
+              help="Directory for the pictures.")
+@common
+@click.pass_obj
+def demo(out: Output, n_options: int, **arguments: Any) -> None:
+    """Run the main job with a borrowed core.
+
+    Prices options with Black-Scholes on the rank's core alone, then with one
+    borrowed core.
+
+    Verifies both results before it prints a number, kills the worker in
+    mid-run to show that nothing is lost, and writes a picture of the timeline.
+    """
+    from rfaas_mpi.cli import demo as job
+    data, lines = job.run(n_options=n_options, out_dir=arguments["out"], progress=out.progress)
+    out.answer(data, lines)
+    if not data.get("ok", True):
+        raise Finished(output.FAILED)
+
+
+# --- the service ---------------------------------------------------------------
+
+@app.command(epilog=_examples("rfaas up && mpiexec -n 2 python app.py && rfaas down"))
+@common
+@click.pass_obj
+def up(out: Output) -> None:
+    """Start this node's service and keep it.
+
+    It stays until `rfaas down`, with or without ranks; if it runs already, it
+    stays from now on.
+
+    Not needed before an application runs: the first Executor does it. With the
+    service up, that Executor's first lease comes some 100 ms sooner.
+    """
+    from rfaas_mpi.cli import service
+    data = service.up()
+    out.answer(data, service.describe(data))
+
+
+@app.command(epilog=_examples("rfaas down"))
+@common
+@click.pass_obj
+def down(out: Output) -> None:
+    """End this node's service. Its leases end; ranks run on without them."""
+    from rfaas_mpi.cli import service
+    data = service.down()
+    out.answer(data, ["The service has ended."] if data["was_running"] else ["No service was running."])
+
+
+@app.command(epilog=_examples("rfaas status", "rfaas status --json"))
+@common
+@click.pass_obj
+def status(out: Output) -> None:
+    """Show the service, its leases and its workers. Starts nothing.
+
+    Exit status 3 if no service runs.
+    """
+    from rfaas_mpi.cli import service
+    data = service.status()
+    out.answer(data, service.describe(data))
+    if not data["running"]:
+        raise Finished(output.NOT_RUNNING)
+
+
+# --- doctor --------------------------------------------------------------------
+
+@app.command(epilog=_examples("rfaas doctor", "mpiexec -n 1 rfaas doctor   # as a rank sees it"))
+@common
+@click.pass_obj
+def doctor(out: Output) -> None:
+    """Say what works here, what does not, and why.
+
+    Each ✘ comes with a line that says how to change that.
+
+    Starts nothing and changes nothing. Exit status 1 if something that every
+    application needs is missing.
+    """
+    from rfaas_mpi.cli import doctor as checks
+    found = checks.examine()
+    out.answer(checks.as_json(found), checks.as_text(found))
+    if not checks.healthy(found):
+        raise Finished(output.FAILED)
+
+
+# --- bench ---------------------------------------------------------------------
+
+@app.group(cls=Ordered, epilog=_examples(
+    "rfaas bench latency", "rfaas bench all --json --out benchmarks/laptop.json >/dev/null"))
+def bench() -> None:
+    """Measure what an invocation costs here.
+
+    Beside every figure stands what two bare processes need for the same.
+
+    The rank is pinned to one core and borrows another. Things that are
+    compared alternate in blocks of 200 invocations; what costs more is the
+    median of the differences of neighbouring blocks, the best of 3 runs. The
+    `A/A` beside it is the same thing measured twice: what this machine can't
+    resolve. For figures that mean something nothing else should run.
+    """
+
+
+def measured(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every benchmark."""
+    command = click.option("--transport", type=click.Choice(["shm"]), default="shm", show_default=True,
+                           help="How invocations travel.")(command)
+    command = click.option("--runs", type=click.IntRange(1, 99), default=3, show_default=True,
+                           help="Runs; the best one counts for differences.")(command)
+    command = click.option("--core", type=click.IntRange(min=0), default=None,
+                           help="Core of the rank.  [default: the first it may use]")(command)
+    command = click.option("--quick", is_flag=True, help="A tenth of the work: to try it, not to report it.")(command)
+    command = click.option("--out", "file", type=click.Path(dir_okay=False, path_type=Path), default=None,
+                           help="Keep the JSON in this file too.")(command)
+    return common(command)
+
+
+def _bench(out: Output, what: str, arguments: dict[str, Any]) -> None:
+    from rfaas_mpi.bench import report, suite
+    file = arguments.pop("file")
+    if file is not None:
+        # Not after minutes of measuring.
+        suite.check_writable(file)
+    data = suite.measure(what, suite.Options(progress=out.progress, **arguments))
+    if file is not None:
+        suite.keep(data, file)
+    out.answer(data, report.as_text(data))
+
+
+@bench.command(epilog=_examples("rfaas bench latency --transport shm --json"))
+@measured
+@click.pass_obj
+def latency(out: Output, **arguments: Any) -> None:
+    """One invocation at a time: native, Python and object kernels.
+
+    Beside them: two bare processes with a mailbox each way, a futex wake-up
+    after 5 ms of idling, and the same Python kernel called locally.
+    """
+    _bench(out, "latency", arguments)
+
+
+@bench.command(epilog=_examples("rfaas bench throughput"))
+@measured
+@click.pass_obj
+def throughput(out: Output, **arguments: Any) -> None:
+    """Invocations per second with many in flight, on one worker."""
+    _bench(out, "throughput", arguments)
+
+
+@bench.command(epilog=_examples("rfaas bench payload"))
+@measured
+@click.pass_obj
+def payload(out: Output, **arguments: Any) -> None:
+    """y = 2x from 1 KiB to 64 MiB.
+
+    Locally, between two bare processes, and through the product with arrays in
+    the executor's memory and with plain ones. Once with x and y left alone, once with x written before and y read after
+    each invocation.
+    """
+    _bench(out, "payload", arguments)
+
+
+@bench.command(epilog=_examples("rfaas bench cold"))
+@measured
+@click.pass_obj
+def cold(out: Output, **arguments: Any) -> None:
+    """From nothing to the first result, in steps.
+
+    Runs a service of its own beside the one that may be running.
+    """
+    _bench(out, "cold", arguments)
+
+
+@bench.command(name="all", epilog=_examples("rfaas bench all --json --out benchmarks/laptop.json >/dev/null"))
+@measured
+@click.pass_obj
+def all_(out: Output, **arguments: Any) -> None:
+    """latency, throughput, payload and cold, one after another."""
+    _bench(out, "all", arguments)
+
+
+# --- version -------------------------------------------------------------------
+
+@app.command(epilog=_examples("rfaas version"))
+@common
+@click.pass_obj
+def version(out: Output) -> None:
+    """Show the versions of rfaas and what it runs on."""
+    import platform
+    data = {"version": __version__, "python": platform.python_version(), "system": platform.system(),
+            "release": platform.release(), "machine": platform.machine(), "package": str(Path(__file__).parents[1])}
+    out.answer(data, [f"rfaas {data['version']} (Python {data['python']}, {data['system']} {data['release']}, "
+                      f"{data['machine']})"])
+
+
+# --- running one command ---------------------------------------------------------
+
+class Finished(Exception):
+    """The command has answered and ends with a status that is not 0."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line (default: this process') and returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Known before click has parsed anything, for errors of the command line itself.
+    out = Output(json="--json" in given, debug="--debug" in given)
+    try:
+        return _run(given, out)
+    except output.StdoutClosed:
+        output.abandon_stdout()
+        return output.CLOSED_STDOUT
+    except output.StdoutFailed as error:
+        output.abandon_stdout()
+        out.error(f"stdout can't be written: {error}", kind="StdoutFailed")
+        return output.FAILED
+
+
+def _run(given: list[str], out: Output) -> int:
+    try:
+        app.main(given, prog_name="rfaas", obj=out, standalone_mode=False)
+    except Finished as end:
+        return end.status
+    except click.exceptions.Exit as end:  # --help, --version
+        return end.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        out.error("interrupted", kind="KeyboardInterrupt")
+        return output.INTERRUPTED
+    except SystemExit:  # click's answer to a closed stdout, met while it prints help
+        raise output.StdoutClosed from None
+    except click.ClickException as error:
+        hint = f"see `{error.ctx.command_path} --help`" if isinstance(error, click.UsageError) and error.ctx else ""
+        out.error(error.format_message(), kind=type(error).__name__, hint=hint)
+        return error.exit_code
+    except (RFaaSError, OSError) as error:
+        if out.debug:
+            traceback.print_exc()
+        hint = error.hint if isinstance(error, RFaaSError) else ""
+        message = Exception.__str__(error) if isinstance(error, RFaaSError) else str(error)
+        out.error(message or type(error).__name__, kind=type(error).__name__, hint=hint)
+        return output.FAILED
+    except (output.StdoutClosed, output.StdoutFailed):
+        raise
+    except Exception as error:  # a bug: say so in one line, and where to see more
+        if out.debug:
+            traceback.print_exc()
+        out.error(f"a bug in rfaas: {type(error).__name__}: {error}", kind=type(error).__name__,
+                  hint="run it again with --debug and report what it prints")
+        return output.BUG
+    return output.OK

@@ -1,0 +1,422 @@
+"""`rfaas doctor`: what works on this machine, what does not, why, and what to do about it.
+
+Every check looks and changes nothing, but that the runtime directory is made if it is missing. None initialises MPI
+or starts the service.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import fcntl
+import importlib
+import mmap
+import os
+import platform
+import shutil
+import signal
+import stat
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from rfaas_mpi.cli import output
+from rfaas_mpi.errors import RFaaSError
+
+WIDTH = 80
+MINIMUM_PYTHON = (3, 11)
+# Distribution and the least version that is tested; as in pyproject.toml.
+PACKAGES = {"numpy": (1, 26), "msgspec": (0, 19), "cloudpickle": (3, 0), "click": (8, 1), "threadpoolctl": (3, 2)}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. `needed`: without it no invocation works at all."""
+
+    name: str
+    ok: bool
+    reason: str
+    fix: str = ""
+    needed: bool = False
+
+
+def examine() -> list[Check]:
+    """All checks, in the order in which to read them. Never raises for what it finds."""
+    groups: Sequence[tuple[str, Callable[[], Iterable[Check]]]] = (
+        ("python", _python), ("packages", _packages), ("extension", _extension), ("system calls", _system_calls),
+        ("runtime directory", _runtime_directory), ("cores and memory", _cores_and_memory), ("cpu.max", _cpu_max),
+        ("rank", _bound), ("mpi", _mpi), ("numba", _numba), ("transports", _transports), ("service", _service))
+    found: list[Check] = []
+    for name, group in groups:
+        try:
+            found.extend(group())
+        except Exception as error:  # the report must come out whole, with this in it
+            found.append(Check(name, False, f"could not be checked: {type(error).__name__}: {error}",
+                               "report this with the output of `rfaas doctor --json`"))
+    return found
+
+
+def healthy(found: Iterable[Check]) -> bool:
+    return all(check.ok for check in found if check.needed)
+
+
+def as_json(found: Sequence[Check]) -> dict:
+    return {"ok": healthy(found), "checks": [asdict(check) for check in found]}
+
+
+def as_text(found: Sequence[Check]) -> list[str]:
+    yes, no = ("✔", "✘") if output.can_show("✔✘") else ("ok", "no")
+    margin = max(len(yes), len(no)) + 1
+    left = max(len(check.name) for check in found)
+    lines = []
+    for check in found:
+        head = f"{yes if check.ok else no:<{margin}}{check.name:<{left}}  "
+        lines += textwrap.wrap(check.reason, WIDTH, initial_indent=head, subsequent_indent=" " * len(head),
+                               break_long_words=False, break_on_hyphens=False)
+        if check.fix and not check.ok:
+            lines += textwrap.wrap(f"fix: {check.fix}", WIDTH, initial_indent=" " * (len(head)),
+                                   subsequent_indent=" " * (len(head) + 5), break_long_words=False,
+                                   break_on_hyphens=False)
+    broken = [check.name for check in found if check.needed and not check.ok]
+    lines.append("")
+    lines.append(f"Not usable yet: {', '.join(broken)}." if broken else
+                 "Everything that an application needs is there.")
+    return lines
+
+
+# --- the interpreter and its packages --------------------------------------------
+
+def _python() -> Iterable[Check]:
+    have = sys.version_info[:2]
+    needed = ".".join(map(str, MINIMUM_PYTHON))
+    yield Check("python", have >= MINIMUM_PYTHON, f"{platform.python_version()} ({sys.executable})",
+                f"use Python {needed} or newer", needed=True)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    numbers = []
+    for part in version.split(".")[:3]:
+        digits = "".join(ch for ch in part if ch.isdigit())
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
+
+
+def _packages() -> Iterable[Check]:
+    good, bad = [], []
+    for name, least in PACKAGES.items():
+        needs = f"{name}>={'.'.join(map(str, least))}"
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            bad.append((f"{name} is not installed", needs))
+            continue
+        if _numbers(version) < least:
+            bad.append((f"{name} {version} is too old", needs))
+        else:
+            good.append(f"{name} {version}")
+    reason = ", ".join([text for text, _ in bad] + good)
+    yield Check("packages", not bad, reason, "pip install " + " ".join(f"'{needs}'" for _, needs in bad), needed=True)
+
+
+def _extension() -> Iterable[Check]:
+    try:
+        module = importlib.import_module("rfaas_mpi.fabric._fabric")
+    except ImportError as error:
+        yield Check("extension", False, f"can't be loaded: {error}",
+                    "install the package (`pip install .`), or `make setup` in a checkout; both need a C compiler",
+                    needed=True)
+        return
+    yield Check("extension", True, f"built ({Path(module.__file__ or '').parent})", needed=True)
+
+
+# --- what the kernel offers ------------------------------------------------------
+
+def _system_calls() -> Iterable[Check]:
+    yield _memfd()
+    yield _pidfd()
+    yield _futex()
+    yield _membarrier()
+
+
+def _memfd() -> Check:
+    name, fix = "memfd, seals", "run on Linux 4.14 or newer, and allow memfd_create in the container's seccomp profile"
+    try:
+        fd = os.memfd_create("rfaas-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        return Check(name, False, f"memfd_create: {error.strerror}", fix, needed=True)
+    try:
+        os.ftruncate(fd, mmap.PAGESIZE)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & seals != seals:
+            return Check(name, False, "seals are accepted but not kept", fix, needed=True)
+        try:
+            os.ftruncate(fd, 2 * mmap.PAGESIZE)
+        except PermissionError:
+            return Check(name, True, "shared memory of our own, safe from resizing", needed=True)
+        return Check(name, False, "a sealed memfd could be resized", fix, needed=True)
+    except OSError as error:
+        return Check(name, False, f"sealing: {error.strerror}", fix, needed=True)
+    finally:
+        os.close(fd)
+
+
+def _pidfd() -> Check:
+    try:
+        fd = os.pidfd_open(os.getpid())
+        try:
+            signal.pidfd_send_signal(fd, 0)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return Check("pidfd", False, f"{error.strerror}: the end of a worker can't be told",
+                     "run on Linux 5.3 or newer, and allow pidfd_open in the container's seccomp profile", needed=True)
+    return Check("pidfd", True, "the end of a worker is seen at once", needed=True)
+
+
+# Numbers of system calls that Python has no function for, by machine.
+_FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221}
+_MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "ppc64le": 365}
+
+
+def _syscall(numbers: dict[str, int], *arguments: object) -> tuple[int, int] | None:
+    """(result, errno), or None on a machine whose numbers we don't know."""
+    number = numbers.get(platform.machine())
+    if number is None:
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    ctypes.set_errno(0)
+    return libc.syscall(ctypes.c_long(number), *arguments), ctypes.get_errno()
+
+
+def _futex() -> Check:
+    word = ctypes.c_uint32(0)
+    wake, nobody = ctypes.c_int(1), ctypes.c_int(1)
+    answer = _syscall(_FUTEX, ctypes.byref(word), wake, nobody, None, None, ctypes.c_int(0))
+    if answer is None:
+        return Check("futex", True, f"not checked on {platform.machine()}", needed=True)
+    result, error = answer
+    if result < 0:
+        return Check("futex", False, f"{os.strerror(error)}: a sleeping worker can't be woken",
+                     "allow futex in the container's seccomp profile", needed=True)
+    return Check("futex", True, "a sleeping worker can be woken", needed=True)
+
+
+def _membarrier() -> Check:
+    answer = _syscall(_MEMBARRIER, ctypes.c_int(0), ctypes.c_uint(0), ctypes.c_int(0))
+    if answer is None:
+        return Check("membarrier", True, f"not checked on {platform.machine()}; not needed")
+    commands, error = answer
+    private_expedited = 1 << 3
+    if commands < 0 or not commands & private_expedited:
+        why = os.strerror(error) if commands < 0 else "this kernel has no expedited one"
+        return Check("membarrier", False, f"{why}; nothing here needs it yet",
+                     "run on Linux 4.14 or newer, and allow membarrier in the container's seccomp profile")
+    return Check("membarrier", True, "expedited")
+
+
+# --- the place for sockets and locks ----------------------------------------------
+
+def _runtime_directory() -> Iterable[Check]:
+    from rfaas_mpi import session
+    from rfaas_mpi.config import Settings
+    name, fix = "runtime directory", "name a local directory of your own with RFAAS_RUNTIME_DIR"
+    try:
+        path = session.runtime_directory(Settings.load())
+    except RFaaSError as error:
+        yield Check(name, False, Exception.__str__(error), error.hint or fix, needed=True)
+        return
+    found = path.stat()
+    filesystem = _filesystem(path)
+    facts = f"{path} (uid {found.st_uid}, mode {stat.S_IMODE(found.st_mode):04o}, {filesystem or 'file system unknown'})"
+    if found.st_uid != os.geteuid():
+        yield Check(name, False, f"{facts} is not ours", fix, needed=True)
+    elif stat.S_IMODE(found.st_mode) & 0o022:
+        yield Check(name, False, f"{facts}: others may write to it", f"chmod 700 {path}", needed=True)
+    elif filesystem in _SHARED_BY_NODES:
+        yield Check(name, False, f"{facts} is shared with other nodes, where its locks mean nothing", fix, needed=True)
+    else:
+        yield Check(name, True, facts, needed=True)
+
+
+_SHARED_BY_NODES = frozenset((
+    "nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "smbfs", "afs", "ceph", "9p", "panfs", "orangefs",
+    "glusterfs", "fuse.glusterfs", "fuse.sshfs", "fuse.ceph", "dvs"))
+
+
+def _filesystem(path: Path) -> str:
+    device = path.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        mount, _, kind = line.partition(" - ")
+        if mount.split()[2] == wanted:
+            return kind.split()[0]
+    return ""
+
+
+# --- what there is to lend ----------------------------------------------------------
+
+def _ranges(cores: Iterable[int]) -> str:
+    """0-3,8 for 0, 1, 2, 3, 8."""
+    text: list[str] = []
+    first = last = None
+    for core in sorted(cores):
+        if last is not None and core == last + 1:
+            last = core
+            continue
+        if first is not None:
+            text.append(str(first) if first == last else f"{first}-{last}")
+        first = last = core
+    if first is not None:
+        text.append(str(first) if first == last else f"{first}-{last}")
+    return ",".join(text)
+
+
+def _cores_and_memory() -> Iterable[Check]:
+    from rfaas_mpi import config
+    from rfaas_mpi.agent import cores
+    settings = config.Settings.load()
+    environment = config.environment()
+    facts = cores.read_node_facts()
+    slurm = cores.slurm_facts(environment)
+    # As if this process were a rank, which is what a user asks about.
+    me = cores.Rank(pid=os.getpid(), mask=tuple(sorted(os.sched_getaffinity(0))),
+                    local_ranks=cores.local_ranks(environment),
+                    launch=cores.launch_key(environment, os.getpid(), os.getppid()))
+    spare = cores.spare_cores(facts, [me], slurm, lend=settings.lend == "yes")
+    if settings.lend == "no":
+        yield Check("spare cores", False, "none: RFAAS_LEND says that nothing is lent", "unset RFAAS_LEND")
+    elif spare.cores:
+        yield Check("spare cores", True, f"{_ranges(spare.cores)} can be lent to a rank started like this process")
+    else:
+        yield Check("spare cores", False, f"none: {spare.reason or 'every core is kept'}; kernels run on the rank then",
+                    "bind the ranks (`mpiexec -bind-to core`), start fewer of them, or ask for more cores")
+    by_reason: dict[str, list[int]] = {}
+    for core, why in spare.kept.items():
+        by_reason.setdefault(why, []).append(core)
+    for why, kept in by_reason.items():
+        yield Check(f"core {_ranges(kept)}", True, f"not lent: {why}")
+    memory = cores.lendable_memory(facts, slurm)
+    yield Check("memory to lend", memory > 0, f"{memory / (1 << 30):.1f} GiB",
+                "ask for more memory, or lower RFAAS_MEMORY_RESERVE")
+
+
+def _cgroup_directories() -> Iterable[Path]:
+    """This process' cgroup and those around it, for the hierarchies that limit CPU time."""
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root = Path("/sys/fs/cgroup")
+            if (root / "unified").is_dir():
+                root /= "unified"
+        elif "cpu" in controllers.split(","):
+            root = Path("/sys/fs/cgroup", controllers)
+        else:
+            continue
+        here = root / path.lstrip("/")
+        while True:
+            yield here
+            if here == root or root not in here.parents:
+                break
+            here = here.parent
+
+
+def _cpu_max() -> Iterable[Check]:
+    cores = len(os.sched_getaffinity(0))
+    least: tuple[float, Path] | None = None
+    for directory in _cgroup_directories():
+        try:
+            if (directory / "cpu.max").exists():
+                quota, period = (directory / "cpu.max").read_text().split()[:2]
+            elif (directory / "cpu.cfs_quota_us").exists():
+                quota = (directory / "cpu.cfs_quota_us").read_text().strip()
+                period = (directory / "cpu.cfs_period_us").read_text().strip()
+            else:
+                continue
+        except OSError:  # it went away, or is not for us to read
+            continue
+        if quota in ("max", "-1"):
+            continue
+        share = int(quota) / int(period)
+        if least is None or share < least[0]:
+            least = (share, directory)
+    if least is None:
+        yield Check("cpu.max", True, "CPU time is not limited")
+    elif least[0] >= cores:
+        yield Check("cpu.max", True, f"{least[0]:g} CPUs for {cores} cores ({least[1]})")
+    else:
+        yield Check("cpu.max", False, f"{least[0]:g} CPUs' worth of time for {cores} cores ({least[1]}): "
+                    "with all of them busy the kernel stops them in turn", "ask for a larger limit")
+
+
+def _bound() -> Iterable[Check]:
+    from rfaas_mpi import config
+    from rfaas_mpi.agent import cores
+    mask = os.sched_getaffinity(0)
+    online = len(cores.read_node_facts().cpuset) or os.cpu_count() or 1
+    ranks = cores.local_ranks(config.environment())
+    if online == 1:
+        yield Check("bound", False, "there is one core only", "ask for more cores: one for the rank, the others to lend")
+    elif len(mask) < online:
+        yield Check("bound", True, f"this process is bound to {_ranges(mask)}")
+    else:
+        yield Check("bound", False, f"this process may use all {online} cores, so one core is kept for each of the "
+                    f"{ranks} rank{'s' if ranks > 1 else ''} on this node and the rank may wander onto a lent one",
+                    "bind ranks: `mpiexec -bind-to core` (MPICH, Open MPI) or `srun --cpu-bind=cores`")
+
+
+# --- what is optional ----------------------------------------------------------------
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _mpi() -> Iterable[Check]:
+    # A launcher of the venv may be off the PATH where `rfaas` was called by its full path.
+    beside = os.pathsep.join((os.pathsep.join(os.get_exec_path()), str(Path(sys.executable).parent)))
+    found = [path for name in ("mpiexec", "mpirun", "srun") if (path := shutil.which(name, path=beside))]
+    yield Check("mpi launcher", bool(found), ", ".join(found) or "none of mpiexec, mpirun, srun is on the PATH",
+                "pip install 'rfaas_mpi[mpi]', or load your site's MPI module")
+    version = _version("mpi4py")
+    yield Check("mpi4py", version is not None, version or "not installed; only MPI applications need it",
+                "pip install 'rfaas_mpi[mpi]'")
+
+
+def _numba() -> Iterable[Check]:
+    version = _version("numba")
+    yield Check("numba", version is not None, version or "not installed; only @cfunc kernels need it",
+                "pip install 'rfaas_mpi[numba]'")
+
+
+def _transports() -> Iterable[Check]:
+    yield Check("shm", True, "available: ranks and workers of one node")
+    library = ctypes.util.find_library("ibverbs")
+    if library is None:
+        why = "there is no libibverbs here"
+    elif not any(Path("/sys/class/infiniband").glob("*")):
+        why = "there is no RDMA device (/sys/class/infiniband is empty)"
+    else:
+        why = "this version does not use RDMA devices yet"
+    yield Check("verbs", False, f"not there: {why}", "nothing to do: on one node shm is the fastest")
+    yield Check("tcp", False, "not there: this version offloads within one node only",
+                "nothing to do: on one node shm is the fastest")
+
+
+def _service() -> Iterable[Check]:
+    from rfaas_mpi.cli import service
+    try:
+        data = service.status()
+    except RFaaSError as error:
+        yield Check("service", False, Exception.__str__(error), error.hint or "`rfaas down`, then try again")
+        return
+    if data["running"]:
+        yield Check("service", True, f"runs (pid {data.get('pid')})")
+    else:
+        yield Check("service", True, "does not run; the first Executor starts it")

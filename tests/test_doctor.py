@@ -1,0 +1,140 @@
+"""`rfaas doctor` says what is missing, why, and the way out; it neither starts nor changes anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rfaas_mpi.cli import doctor, output
+from rfaas_mpi.config import core_list
+
+
+def by_name(found: list[doctor.Check]) -> dict[str, doctor.Check]:
+    return {check.name: check for check in found}
+
+
+@pytest.fixture(scope="module")
+def report() -> dict:
+    done = subprocess.run([sys.executable, "-m", "rfaas_mpi.cli", "doctor", "--json"], capture_output=True, text=True,
+                          timeout=100)
+    assert done.stderr == ""
+    return {"status": done.returncode, **json.loads(done.stdout)}
+
+
+def test_every_check_has_a_verdict_and_a_reason(report):
+    assert len({check["name"] for check in report["checks"]}) == len(report["checks"])
+    for check in report["checks"]:
+        assert check["reason"], check
+        assert check["ok"] or check["fix"], f"{check['name']} is not ok and nothing says what to do"
+        assert "could not be checked" not in check["reason"], check
+
+
+def test_all_that_the_report_promises_is_in_it(report):
+    names = {check["name"] for check in report["checks"]}
+    assert names >= {"python", "packages", "extension", "memfd, seals", "pidfd", "futex", "membarrier",
+                     "runtime directory", "spare cores", "memory to lend", "cpu.max", "bound", "mpi launcher",
+                     "mpi4py", "numba", "shm", "verbs", "tcp", "service"}
+
+
+def test_the_status_is_0_exactly_if_nothing_needed_is_missing(report):
+    missing = [check for check in report["checks"] if check["needed"] and not check["ok"]]
+    assert report["ok"] is not bool(missing)
+    assert report["status"] == (output.FAILED if missing else output.OK)
+
+
+def test_every_core_is_lent_or_has_a_reason(report):
+    told: set[int] = set()
+    for check in report["checks"]:
+        if check["name"] == "spare cores" and check["ok"]:
+            told.update(core_list(check["reason"].split()[0]))
+        elif check["name"].startswith("core "):
+            told.update(core_list(check["name"].removeprefix("core ")))
+    assert told >= os.sched_getaffinity(0)
+
+
+def test_a_transport_that_is_not_there_is_a_line_and_no_failure(report):
+    verbs = next(check for check in report["checks"] if check["name"] == "verbs")
+    assert verbs["reason"].startswith("not there: ")
+    assert not verbs["needed"]
+
+
+def test_a_report_does_not_start_the_service(report, tmp_path):
+    environment = {**os.environ, "RFAAS_RUNTIME_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-m", "rfaas_mpi.cli", "doctor", "--json"], capture_output=True, text=True,
+                          timeout=100, env=environment)
+    service = next(check for check in json.loads(done.stdout)["checks"] if check["name"] == "service")
+    assert service["ok"] and "does not run" in service["reason"]
+    assert [path for path in tmp_path.rglob("*") if path.is_socket()] == []
+
+
+def test_a_report_does_not_initialise_mpi():
+    code = ("import sys; from rfaas_mpi.cli import doctor; doctor.examine()\n"
+            "sys.exit(1 if 'mpi4py' in sys.modules else 0)")
+    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_runtime_directory_that_others_may_write_to_is_refused(tmp_path, monkeypatch, mode):
+    tmp_path.chmod(mode)
+    monkeypatch.setenv("RFAAS_RUNTIME_DIR", str(tmp_path))
+    check = by_name(list(doctor._runtime_directory()))["runtime directory"]
+    assert not check.ok and check.needed
+    assert "write" in check.reason and str(tmp_path) in check.fix
+
+
+def test_a_runtime_directory_behind_a_link_is_refused(tmp_path, monkeypatch):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    monkeypatch.setenv("RFAAS_RUNTIME_DIR", str(link))
+    check = by_name(list(doctor._runtime_directory()))["runtime directory"]
+    assert not check.ok
+
+
+def test_a_check_that_fails_itself_is_in_the_report(monkeypatch):
+    def broken() -> list[doctor.Check]:
+        raise RuntimeError("no /proc here")
+
+    monkeypatch.setattr(doctor, "_cpu_max", broken)
+    check = by_name(doctor.examine())["cpu.max"]
+    assert not check.ok
+    assert "no /proc here" in check.reason
+
+
+def test_lines_fit_80_columns():
+    found = [doctor.Check("short", True, "word " * 60), doctor.Check("longer name", False, "why " * 40, "fix it " * 40)]
+    lines = doctor.as_text(found)
+    assert max(map(len, lines)) <= 80
+    assert any(line.strip().startswith("fix: ") for line in lines)
+
+
+def test_a_fix_is_shown_only_where_something_is_broken():
+    assert not any("fix:" in line for line in doctor.as_text([doctor.Check("fine", True, "yes", "do this")]))
+
+
+def test_something_needed_that_is_missing_is_named_at_the_end():
+    lines = doctor.as_text([doctor.Check("futex", False, "blocked", "allow it", needed=True),
+                            doctor.Check("numba", False, "not installed", "install it")])
+    assert lines[-1] == "Not usable yet: futex."
+
+
+@pytest.mark.parametrize(("cores", "text"), [([], ""), ([3], "3"), ([0, 1, 2], "0-2"), ([8, 0, 2, 3], "0,2-3,8")])
+def test_core_lists_are_short(cores, text):
+    assert doctor._ranges(cores) == text
+
+
+def test_packages_are_those_that_the_build_requires():
+    import re
+    import tomllib
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    wanted = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+    required = {}
+    for line in wanted["dependencies"]:
+        name, version = re.match(r"([a-z_-]+)>=([0-9.]+)", line).groups()
+        required[name] = tuple(int(part) for part in version.split("."))
+    assert doctor.PACKAGES == required
+    assert wanted["requires-python"] == ">=" + ".".join(map(str, doctor.MINIMUM_PYTHON))

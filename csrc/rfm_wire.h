@@ -26,7 +26,9 @@
 #define RFM_MAX_FRAME       (64u << 20)
 #define RFM_MAX_FRAME_FDS   4u
 #define RFM_MAX_RANKS       64u     /* connections that one worker serves */
-#define RFM_MAX_ARENAS      4096u
+/* A binding's number is (generation << 16 | index): the index is used again,
+ * the number is not, so a late request never meets another's binding. */
+#define RFM_MAX_BINDINGS    65536u
 #define RFM_DIGEST_BYTES    32u
 #define RFM_CANARY_BYTES    16u
 #define RFM_REDZONE         64u     /* behind every block of an arena */

@@ -1,0 +1,622 @@
+/*
+ * A channel: one rank, one worker. Tickets, posting, reaping, and its end.
+ *
+ * Posting: take a ticket (one compare-and-swap), fill the slot, publish.
+ * Reaping: whoever holds the try-lock moves replies into their requests, in
+ * order. The end: no new tickets, wait for the last publisher, reap what
+ * arrived, end the rest LOST, unmap. All of it is safe from any thread.
+ */
+#define _GNU_SOURCE
+#include "invoker.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "arena.h"
+
+#define SHORT_NS     1000000ull     /* kernels longer than this don't queue  */
+#define AHEAD_NS     256000ull      /* this much work is sent ahead          */
+
+/* --- setting up ----------------------------------------------------------- */
+
+static int await_readable(int fd, uint64_t deadline_ns)
+{
+    struct pollfd p = { .fd = fd, .events = POLLIN };
+
+    for (;;) {
+        uint64_t now = rfm_now_ns();
+        int rc;
+
+        if (now >= deadline_ns) {
+            return RFM_ERR_TIMEOUT;
+        }
+        rc = poll(&p, 1, (int)((deadline_ns - now) / 1000000ull) + 1);
+        if (rc > 0) {
+            return RFM_OK;
+        }
+        if ((rc < 0) && (errno != EINTR)) {
+            return RFM_ERR_SYSTEM;
+        }
+    }
+}
+
+static void send_arena(void *ctx, const struct rfm_arena_info *arena)
+{
+    rfm_channel_send_arena(ctx, arena->id, arena->fd, arena->bytes);
+}
+
+void rfm_channel_send_arena(struct rfm_channel *chan, uint32_t arena, int fd,
+                            uint64_t bytes)
+{
+    struct rfm_ctl_arena body = { .arena = arena, .bytes = bytes };
+    struct iovec iov = { &body, sizeof(body) };
+
+    pthread_mutex_lock(&chan->control);
+    /* a peer that is gone shows by its pidfd; nothing to do about it here */
+    (void)rfm_frame_send(chan->fd, RFM_CTL_ARENA, 0, &iov, 1, &fd, 1);
+    pthread_mutex_unlock(&chan->control);
+}
+
+void rfm_channel_send_number(struct rfm_channel *chan, uint16_t type,
+                             uint32_t number, uint64_t cookie)
+{
+    struct rfm_ctl_number body = { .number = number };
+    struct iovec iov = { &body, sizeof(body) };
+
+    pthread_mutex_lock(&chan->control);
+    if (type == RFM_CTL_UNBIND) {
+        uint8_t *bound = &chan->bound[number % RFM_MAX_BINDINGS];
+
+        if (*bound == 0) {
+            pthread_mutex_unlock(&chan->control);
+            return;
+        }
+        rfm_store_release(bound, 0);
+    }
+    (void)rfm_frame_send(chan->fd, type, cookie, &iov, 1, NULL, 0);
+    pthread_mutex_unlock(&chan->control);
+}
+
+/* ATTACH, then ATTACHED: the only exchange that is waited for */
+static int shake_hands(struct rfm_channel *chan, uint64_t deadline_ns)
+{
+    struct rfm_invoker *inv = chan->inv;
+    struct rfm_ctl_attached answer;
+    struct rfm_ctl_attach body;
+    struct rfm_link *link;
+    struct iovec iov = { &body, sizeof(body) };
+    uint32_t n_fds;
+    int fds[RFM_MAX_FRAME_FDS];
+    int rc;
+
+    rc = rfm_shm.rank_open(inv->attr.slots, inv->attr.slot_bytes, inv->door_fd,
+                           inv->event_fd, &link, &body, fds, &n_fds);
+    if (rc < 0) {
+        return rc;
+    }
+    body.memory_limit = inv->attr.memory_limit;
+    rc = rfm_frame_send(chan->fd, RFM_CTL_ATTACH, 0, &iov, 1, fds, n_fds);
+    if (rc < 0) {
+        goto err_link;
+    }
+    do {
+        rc = await_readable(chan->fd, deadline_ns);
+        if (rc < 0) {
+            goto err_link;
+        }
+        rc = rfm_rx_read(&chan->rx, chan->fd);
+    } while (rc == RFM_ERR_AGAIN);
+    if (rc < 0) {
+        goto err_link;
+    }
+    if ((chan->rx.head.type != RFM_CTL_ATTACHED) ||
+        (chan->rx.head.length != sizeof(answer)) || (chan->rx.n_fds != 2)) {
+        rc = RFM_ERR_PROTOCOL;
+        goto err_link;
+    }
+    memcpy(&answer, chan->rx.body, sizeof(answer));
+    free(chan->rx.body);
+    chan->pid   = answer.pid;
+    chan->pidfd = chan->rx.fds[1];
+    fds[0]      = chan->rx.fds[0];
+    rfm_rx_next(&chan->rx);
+    rc = link->ops->rank_attached(link, fds[0]);
+    if (rc < 0) {
+        goto err_link;
+    }
+    if (answer.status < 0) {
+        rc = answer.status;
+        goto err_link;
+    }
+    chan->link = link;
+    return RFM_OK;
+
+err_link:
+    rfm_shm.rank_close(link);
+    return rc;
+}
+
+int rfm_channel_create(struct rfm_invoker *inv, int fd, uint64_t lease,
+                       uint32_t worker, uint64_t timeout_ns,
+                       struct rfm_channel **chan_p)
+{
+    struct rfm_channel *chan;
+    int rc;
+
+    chan = aligned_alloc(RFM_CACHE_LINE, sizeof(*chan));
+    if (chan == NULL) {
+        close(fd);
+        return RFM_ERR_NO_MEMORY;
+    }
+    memset(chan, 0, sizeof(*chan));
+    chan->inv    = inv;
+    chan->fd     = fd;
+    chan->pidfd  = -1;
+    chan->lease  = lease;
+    chan->worker = worker;
+    chan->slots  = inv->attr.slots;
+    chan->depth  = 1;
+    chan->bound = calloc(RFM_MAX_BINDINGS, 1);
+    pthread_mutex_init(&chan->control, NULL);
+    rfm_rx_init(&chan->rx, 4096);
+    if (chan->bound == NULL) {
+        rfm_channel_destroy(chan);
+        return RFM_ERR_NO_MEMORY;
+    }
+    rc = shake_hands(chan, rfm_now_ns() + timeout_ns);
+    if (rc < 0) {
+        rfm_channel_destroy(chan);
+        return rc;
+    }
+    /* under the heap's lock no arena is missed, and none comes twice */
+    rfm_heap_lock(inv->heap);
+    rfm_heap_each(inv->heap, send_arena, chan);
+    *chan_p = chan;
+    return RFM_OK;      /* with the lock held: the caller publishes the channel */
+}
+
+void rfm_channel_destroy(struct rfm_channel *chan)
+{
+    if (chan->link != NULL) {
+        chan->link->ops->rank_close(chan->link);
+    }
+    if (chan->fd >= 0) {
+        close(chan->fd);
+    }
+    if (chan->pidfd >= 0) {
+        close(chan->pidfd);
+    }
+    rfm_rx_fini(&chan->rx);
+    pthread_mutex_destroy(&chan->control);
+    free(chan->bound);
+    free(chan->shipped);
+    free(chan);
+}
+
+/* --- binding -------------------------------------------------------------- */
+
+/* under chan->control */
+static bool was_shipped(struct rfm_channel *chan, uint32_t kernel)
+{
+    if (kernel >= chan->shipped_size) {
+        uint32_t grown = (kernel + 64) * 2;
+        uint8_t *more  = realloc(chan->shipped, grown);
+
+        if (more == NULL) {
+            return false;
+        }
+        memset(more + chan->shipped_size, 0, grown - chan->shipped_size);
+        chan->shipped      = more;
+        chan->shipped_size = grown;
+    }
+    return chan->shipped[kernel] != 0;
+}
+
+static int send_kernel(struct rfm_channel *chan, const struct rfm_kernel *kernel)
+{
+    struct rfm_ctl_kernel body = {
+        .kernel     = kernel->number,
+        .kind       = kernel->kind,
+        .blob_bytes = kernel->blob_bytes,
+    };
+    struct iovec iov[2] = {
+        { &body, sizeof(body) },
+        { kernel->blob, kernel->blob_bytes },
+    };
+    int rc;
+
+    if (was_shipped(chan, kernel->number)) {
+        return RFM_OK;
+    }
+    memcpy(body.digest, kernel->digest, sizeof(body.digest));
+    rc = rfm_frame_send(chan->fd, RFM_CTL_KERNEL, 0, iov, 2, NULL, 0);
+    if ((rc == RFM_OK) && (kernel->number < chan->shipped_size)) {
+        chan->shipped[kernel->number] = 1;
+    }
+    return rc;
+}
+
+static int send_binding(struct rfm_channel *chan,
+                        const struct rfm_binding *binding)
+{
+    struct rfm_wire_arg args[RFM_MAX_ARGS];
+    struct rfm_ctl_bind body = {
+        .binding    = binding->number,
+        .kernel     = binding->kernel->number,
+        .n_in       = binding->n_in,
+        .n_out      = binding->n_out,
+        .flags      = binding->flags,
+        .meta_bytes = binding->meta_bytes,
+    };
+    uint32_t n = (uint32_t)binding->n_in + binding->n_out;
+    struct iovec iov[3] = {
+        { &body, sizeof(body) },
+        { args, n * sizeof(args[0]) },
+        { binding->meta, binding->meta_bytes },
+    };
+    uint8_t *bound = &chan->bound[binding->number % RFM_MAX_BINDINGS];
+    int rc = RFM_OK;
+
+    memset(args, 0, n * sizeof(args[0]));
+    for (uint32_t i = 0; i < n; i++) {
+        args[i].place  = (uint8_t)binding->args[i].place;
+        args[i].flags  = (uint8_t)binding->args[i].flags;
+        args[i].arena  = binding->args[i].arena;
+        args[i].offset = binding->args[i].offset;
+        args[i].size   = binding->args[i].size;
+    }
+    pthread_mutex_lock(&chan->control);
+    if (*bound == 0) {
+        rc = send_kernel(chan, binding->kernel);
+        if (rc == RFM_OK) {
+            rc = rfm_frame_send(chan->fd, RFM_CTL_BIND, 0, iov, 3, NULL, 0);
+        }
+        if (rc == RFM_OK) {
+            rfm_store_release(bound, 1);
+        }
+    }
+    pthread_mutex_unlock(&chan->control);
+    return rc;
+}
+
+/* --- posting -------------------------------------------------------------- */
+
+static void write_payload(const struct rfm_request *req, uint8_t *to)
+{
+    const struct rfm_binding *binding = req->binding;
+    uint32_t n = (uint32_t)binding->n_in + binding->n_out;
+
+    for (uint32_t i = 0; i < n; i++) {
+        const struct rfm_arg *arg = &binding->args[i];
+
+        if (arg->place == RFM_CALL) {
+            memcpy(to + arg->at, &req->args[i].desc, sizeof(struct rfm_desc));
+        } else if ((arg->place == RFM_INLINE) && (i < binding->n_in)) {
+            memcpy(to + arg->at, req->args[i].user, arg->size);
+        }
+    }
+}
+
+static void fill_slot(struct rfm_channel *chan, struct rfm_request *req,
+                      uint32_t slot)
+{
+    const struct rfm_transport *ops = chan->link->ops;
+    struct rfm_request_line line;
+    uint8_t *to = line.payload;
+
+    line.id        = req->wire_id;
+    line.binding   = req->binding->number;
+    line.flags     = req->wire_flags;
+    line.budget_ns = 0;
+    if ((req->wire_flags & RFM_REQ_FETCH) != 0) {
+        struct rfm_wire_fetch fetch = { req->id, req->into };
+
+        line.in_bytes = sizeof(fetch);
+        memcpy(to, &fetch, sizeof(fetch));
+    } else if ((req->wire_flags & (RFM_REQ_OBJECT | RFM_REQ_STAGED)) != 0) {
+        line.in_bytes = req->payload_bytes;
+        if (req->payload_bytes > RFM_INLINE_BYTES) {
+            to = ops->rank_payload(chan->link, slot);
+        }
+        memcpy(to, req->payload, req->payload_bytes);
+    } else {
+        line.in_bytes = req->binding->layout.in_bytes;
+        if (line.in_bytes > RFM_INLINE_BYTES) {
+            to = ops->rank_payload(chan->link, slot);
+        }
+        write_payload(req, to);
+    }
+    if (req->deadline_ns != 0) {
+        uint64_t now = rfm_now_ns();
+
+        line.budget_ns = (now < req->deadline_ns) ? req->deadline_ns - now : 1;
+    }
+    if (req->attempts > 1) {
+        ops->rank_forget(chan->link, slot);
+    }
+    ops->rank_post(chan->link, slot, &line);
+}
+
+int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
+{
+    uint64_t head = rfm_load_acquire(&chan->head);
+    uint32_t slot;
+    bool sent = true;
+
+    do {
+        if ((head & RFM_HEAD_CLOSED) != 0) {
+            return RFM_ERR_CLOSED;
+        }
+        if (head - rfm_load_acquire(&chan->tail) >=
+            rfm_load_relaxed(&chan->depth)) {
+            return RFM_ERR_NO_RESOURCE;
+        }
+    } while (!__atomic_compare_exchange_n(&chan->head, &head, head + 1, true,
+                                          __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE));
+    /* from here until `published`, the channel can't be taken down */
+    slot = (uint32_t)head & (chan->slots - 1);
+    if ((req->wire_flags & RFM_REQ_FETCH) == 0) {
+        uint32_t number = req->binding->number % RFM_MAX_BINDINGS;
+
+        if (rfm_load_acquire(&chan->bound[number]) == 0) {
+            sent = send_binding(chan, req->binding) == RFM_OK;
+        }
+    }
+    req->chan   = chan;
+    req->worker = chan->worker;
+    rfm_store_release(&req->state, RFM_POSTED);
+    chan->inflight[slot].req = req;
+    if (sent) {
+        rfm_store_release(&chan->inflight[slot].id, req->wire_id);
+        fill_slot(chan, req, slot);
+    } else {
+        /* the peer is gone, or soon will be: it ends LOST with the channel */
+        rfm_store_release(&chan->inflight[slot].id, UINT64_MAX);
+        rfm_service_kick(chan->inv);
+    }
+    (void)__atomic_fetch_add(&chan->published, 1, __ATOMIC_RELEASE);
+    return RFM_OK;
+}
+
+/* --- reaping -------------------------------------------------------------- */
+
+static void keep_bytes(struct rfm_request *req, const uint8_t *from, uint64_t n)
+{
+    req->result_bytes = 0;
+    if (n > sizeof(req->small)) {
+        free(req->result);
+        req->result = malloc(n);
+        if (req->result == NULL) {
+            return;
+        }
+        memcpy(req->result, from, n);
+    } else {
+        memcpy(req->small, from, n);
+    }
+    req->result_bytes = n;
+}
+
+static enum rfm_outcome take_outputs(struct rfm_request *req,
+                                     const struct rfm_reply_line *line,
+                                     const uint8_t *payload)
+{
+    const struct rfm_binding *binding = req->binding;
+    const uint8_t *from = binding->layout.out_in_line ? line->payload : payload;
+
+    for (uint32_t i = 0; i < binding->n_out; i++) {
+        const struct rfm_arg *arg = &binding->args[binding->n_in + i];
+        uint64_t size = arg->size;
+
+        if (i == 0) {
+            size = line->out_bytes;
+        }
+        if ((line->flags & RFM_REP_SIZES) != 0) {
+            memcpy(&size, from + i * sizeof(size), sizeof(size));
+        }
+        if (size > arg->size) {
+            return RFM_LOST;    /* a worker that lies about sizes */
+        }
+        req->out_sizes[i] = size;
+        if ((arg->place == RFM_INLINE) && (size > 0)) {
+            memcpy(req->args[binding->n_in + i].user, from + arg->at, size);
+        }
+    }
+    return RFM_DONE;
+}
+
+static enum rfm_outcome take_reply(struct rfm_channel *chan,
+                                   struct rfm_request *req,
+                                   const struct rfm_reply_line *line,
+                                   const uint8_t *payload)
+{
+    static const enum rfm_outcome outcomes[RFM_ST_LAST + 1] = {
+        [RFM_ST_OK]         = RFM_DONE,
+        [RFM_ST_KERNEL]     = RFM_KERNEL_ERROR,
+        [RFM_ST_BAD_KERNEL] = RFM_BAD_KERNEL,
+        [RFM_ST_BUSY]       = RFM_BUSY,
+        [RFM_ST_PROTOCOL]   = RFM_KERNEL_ERROR,
+    };
+    uint64_t limit = chan->link->slot_bytes;
+    const uint8_t *from;
+
+    if (line->status > RFM_ST_LAST) {
+        return RFM_LOST;
+    }
+    req->out_bytes = line->out_bytes;
+    if ((req->wire_flags & RFM_REQ_FETCH) != 0) {
+        return (line->status == RFM_ST_OK) ? outcomes[req->kept_status]
+                                           : RFM_LOST;
+    }
+    req->exec_ns = line->exec_ns;
+    if ((line->flags & RFM_REP_KEPT) != 0) {
+        req->kept_status = line->status;
+        return RFM_LARGE;
+    }
+    if ((line->status == RFM_ST_OK) &&
+        ((req->binding->flags & RFM_BIND_OBJECT) == 0)) {
+        return take_outputs(req, line, payload);
+    }
+    if (line->status == RFM_ST_BUSY) {
+        return RFM_BUSY;
+    }
+    if (line->out_bytes > limit) {
+        return RFM_LOST;
+    }
+    from = (line->out_bytes > RFM_INLINE_BYTES) ? payload : line->payload;
+    keep_bytes(req, from, line->out_bytes);
+    return outcomes[line->status];
+}
+
+/* How far ahead to post: long kernels don't queue behind each other, since
+ * another worker may be free sooner; short ones hide the way to and fro. */
+static void adapt_depth(struct rfm_channel *chan, uint64_t exec_ns)
+{
+    uint64_t mean = chan->mean_exec_ns;
+    uint64_t depth = 1;
+
+    mean = (mean == 0) ? exec_ns + 1 : mean + 1 - mean / 8 + exec_ns / 8;
+    chan->mean_exec_ns = mean;
+    if (mean < SHORT_NS) {
+        depth = 2 + AHEAD_NS / mean;
+        if (depth > chan->slots) {
+            depth = chan->slots;
+        }
+    }
+    if (depth != chan->depth) {
+        rfm_store_relaxed(&chan->depth, (uint32_t)depth);
+    }
+}
+
+/* with the reap lock held */
+static int reap_locked(struct rfm_channel *chan)
+{
+    uint64_t tail = chan->tail;
+    int n = 0;
+
+    while (chan->link != NULL) {
+        uint32_t slot = (uint32_t)tail & (chan->slots - 1);
+        uint64_t id = rfm_load_acquire(&chan->inflight[slot].id);
+        struct rfm_reply_line line;
+        struct rfm_request *req;
+        enum rfm_outcome outcome;
+        const uint8_t *payload;
+
+        if ((id == 0) || (id == UINT64_MAX) ||
+            !chan->link->ops->rank_poll(chan->link, slot, id, &line,
+                                        &payload)) {
+            break;
+        }
+        req = chan->inflight[slot].req;
+        outcome = take_reply(chan, req, &line, payload);
+        if ((line.status == RFM_ST_OK) &&
+            ((req->wire_flags & RFM_REQ_FETCH) == 0)) {
+            adapt_depth(chan, line.exec_ns);
+        }
+        rfm_store_relaxed(&chan->inflight[slot].id, 0);
+        tail++;
+        rfm_store_release(&chan->tail, tail);
+        rfm_request_end(req, outcome);
+        n++;
+    }
+    return n;
+}
+
+int rfm_channel_reap(struct rfm_channel *chan)
+{
+    int n;
+
+    if (rfm_load_relaxed(&chan->reap_lock) != 0 ||
+        __atomic_exchange_n(&chan->reap_lock, 1, __ATOMIC_ACQUIRE) != 0) {
+        return RFM_ERR_BUSY;
+    }
+    n = reap_locked(chan);
+    rfm_store_release(&chan->reap_lock, 0);
+    return n;
+}
+
+/* --- its end -------------------------------------------------------------- */
+
+void rfm_channel_dead(struct rfm_channel *chan)
+{
+    struct rfm_link *link;
+    uint64_t head;
+    uint64_t tail;
+
+    head = __atomic_fetch_or(&chan->head, RFM_HEAD_CLOSED, __ATOMIC_ACQ_REL) &
+           ~RFM_HEAD_CLOSED;
+    while (rfm_load_acquire(&chan->published) != head) {
+        sched_yield();
+    }
+    while (__atomic_exchange_n(&chan->reap_lock, 1, __ATOMIC_ACQUIRE) != 0) {
+        sched_yield();
+    }
+    (void)reap_locked(chan);    /* what was answered in time counts */
+    link = chan->link;
+    chan->link = NULL;
+    for (tail = chan->tail; tail != head; tail++) {
+        uint32_t slot = (uint32_t)tail & (chan->slots - 1);
+        struct rfm_request *req = chan->inflight[slot].req;
+
+        rfm_store_relaxed(&chan->inflight[slot].id, 0);
+        rfm_store_release(&chan->tail, tail + 1);
+        rfm_request_end(req, RFM_LOST);
+    }
+    rfm_store_release(&chan->state, RFM_CH_DEAD);
+    rfm_store_release(&chan->reap_lock, 0);
+    if (link != NULL) {
+        link->ops->rank_close(link);
+    }
+    rfm_door_knock(chan->inv->door);
+}
+
+static void close_head(struct rfm_channel *chan, uint32_t state)
+{
+    uint32_t at = rfm_load_acquire(&chan->state);
+
+    (void)__atomic_fetch_or(&chan->head, RFM_HEAD_CLOSED, __ATOMIC_ACQ_REL);
+    while ((at < state) &&
+           !__atomic_compare_exchange_n(&chan->state, &at, state, false,
+                                        __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+    }
+    rfm_service_kick(chan->inv);
+}
+
+void rfm_channel_close(struct rfm_channel *chan)
+{
+    close_head(chan, RFM_CH_CLOSING);
+}
+
+void rfm_channel_drain(struct rfm_channel *chan)
+{
+    close_head(chan, RFM_CH_DRAINING);
+}
+
+int rfm_channel_kill(struct rfm_channel *chan)
+{
+    if ((rfm_load_acquire(&chan->state) == RFM_CH_DEAD) || (chan->pidfd < 0)) {
+        return RFM_ERR_PEER;
+    }
+    if (syscall(SYS_pidfd_send_signal, chan->pidfd, SIGKILL, NULL, 0) != 0) {
+        return (errno == ESRCH) ? RFM_ERR_PEER : RFM_ERR_SYSTEM;
+    }
+    return RFM_OK;
+}
+
+void rfm_channel_info(struct rfm_channel *chan, struct rfm_channel_info *info)
+{
+    uint32_t state = rfm_load_acquire(&chan->state);
+
+    info->lease     = chan->lease;
+    info->worker    = chan->worker;
+    info->pid       = chan->pid;
+    info->alive     = state == RFM_CH_OPEN;
+    info->fenced    = state == RFM_CH_DEAD;
+    info->in_flight = rfm_channel_in_flight(chan);
+}

@@ -1,0 +1,1072 @@
+/*
+ * The rank side: kernels, bindings, requests, the queue, and waiting.
+ *
+ *   start ──▶ a channel with room? ──▶ posted ──▶ reaped ──▶ ended
+ *                 │ no                     ▲
+ *                 └──▶ queue ── pump ──────┘
+ *
+ * Whoever frees a ticket pumps: a waiting thread, or else the service thread,
+ * which the worker wakes once half of what it was given is done.
+ */
+#define _GNU_SOURCE
+#include "invoker.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "arena.h"
+#include "shm.h"
+
+const char *rfm_status_text(int status)
+{
+    switch (status) {
+    case RFM_ERR_INVALID:     return "invalid argument";
+    case RFM_ERR_NO_MEMORY:   return "out of memory";
+    case RFM_ERR_NO_RESOURCE: return "no resource left";
+    case RFM_ERR_AGAIN:       return "nothing yet";
+    case RFM_ERR_TIMEOUT:     return "timed out";
+    case RFM_ERR_CLOSED:      return "closed";
+    case RFM_ERR_BUSY:        return "in flight";
+    case RFM_ERR_PROTOCOL:    return "the other side broke the protocol";
+    case RFM_ERR_SYSTEM:      return "system call failed";
+    case RFM_ERR_PEER:        return "the other side is gone";
+    case RFM_ERR_TOO_LARGE:   return "too large";
+    default:                  return (status >= 0) ? "ok" : "unknown error";
+    }
+}
+
+/* --- making and ending ---------------------------------------------------- */
+
+static void arena_made(void *ctx, const struct rfm_arena_info *arena)
+{
+    struct rfm_invoker *inv = ctx;
+    uint32_t n = rfm_load_acquire(&inv->n_channels);
+
+    for (uint32_t i = 0; i < n; i++) {
+        struct rfm_channel *chan = rfm_load_acquire(&inv->channels[i]);
+
+        if (rfm_load_acquire(&chan->state) != RFM_CH_DEAD) {
+            rfm_channel_send_arena(chan, arena->id, arena->fd, arena->bytes);
+        }
+    }
+}
+
+static void send_number(struct rfm_invoker *inv, uint16_t type, uint32_t number)
+{
+    uint32_t n = rfm_load_acquire(&inv->n_channels);
+
+    for (uint32_t i = 0; i < n; i++) {
+        struct rfm_channel *chan = rfm_load_acquire(&inv->channels[i]);
+
+        if (rfm_load_acquire(&chan->state) != RFM_CH_DEAD) {
+            rfm_channel_send_number(chan, type, number, 0);
+        }
+    }
+}
+
+static void arena_dropped(void *ctx, uint32_t arena)
+{
+    send_number(ctx, RFM_CTL_ARENA_DROP, arena);
+}
+
+int rfm_invoker_create(const struct rfm_invoker_attr *attr,
+                       struct rfm_invoker **inv_p)
+{
+    struct rfm_heap_hooks hooks = { .made = arena_made,
+                                    .dropped = arena_dropped };
+    struct rfm_invoker *inv;
+    uint8_t *door;
+    int rc;
+
+    if ((attr->slots < 2) || (attr->slots > RFM_MAX_SLOTS) ||
+        ((attr->slots & (attr->slots - 1)) != 0) ||
+        (attr->slot_bytes < 256) || (attr->slot_bytes > RFM_MAX_SLOT_BYTES) ||
+        ((attr->slot_bytes % RFM_CACHE_LINE) != 0)) {
+        return RFM_ERR_INVALID;
+    }
+    rfm_ticks_init();
+    inv = aligned_alloc(RFM_CACHE_LINE, sizeof(*inv));
+    if (inv == NULL) {
+        return RFM_ERR_NO_MEMORY;
+    }
+    memset(inv, 0, sizeof(*inv));
+    inv->attr       = *attr;
+    inv->next_id    = 1;
+    inv->spin_ticks = rfm_ns_to_ticks((uint64_t)attr->spin_us * 1000ull);
+    inv->door_fd    = -1;
+    inv->event_fd   = -1;
+    pthread_mutex_init(&inv->queue_lock, NULL);
+    pthread_mutex_init(&inv->admin, NULL);
+    inv->free_numbers = calloc(RFM_MAX_BINDINGS, sizeof(uint32_t));
+    if (inv->free_numbers == NULL) {
+        rc = RFM_ERR_NO_MEMORY;
+        goto err_free;
+    }
+    rc = rfm_heap_create(attr->memory_limit, &inv->heap);
+    if (rc < 0) {
+        goto err_free;
+    }
+    rc = rfm_memfd_create("rfaas-door", RFM_DOOR_BYTES, &inv->door_fd);
+    if (rc < 0) {
+        goto err_heap;
+    }
+    rc = rfm_memfd_map(inv->door_fd, RFM_DOOR_BYTES, true, &door);
+    if (rc < 0) {
+        goto err_door_fd;
+    }
+    inv->door = (struct rfm_door *)door;
+    inv->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (inv->event_fd < 0) {
+        rc = RFM_ERR_SYSTEM;
+        goto err_door;
+    }
+    hooks.ctx = inv;
+    rfm_heap_set_hooks(inv->heap, &hooks);
+    rc = rfm_service_start(inv);
+    if (rc < 0) {
+        goto err_event;
+    }
+    *inv_p = inv;
+    return RFM_OK;
+
+err_event:
+    close(inv->event_fd);
+err_door:
+    rfm_memfd_unmap(door, RFM_DOOR_BYTES);
+err_door_fd:
+    close(inv->door_fd);
+err_heap:
+    rfm_heap_close(inv->heap);
+err_free:
+    pthread_mutex_destroy(&inv->queue_lock);
+    pthread_mutex_destroy(&inv->admin);
+    free(inv->free_numbers);
+    free(inv);
+    return rc;
+}
+
+static bool all_dead(struct rfm_invoker *inv)
+{
+    for (uint32_t i = 0; i < inv->n_channels; i++) {
+        if (rfm_load_acquire(&inv->channels[i]->state) != RFM_CH_DEAD) {
+            return false;
+        }
+    }
+    return true;
+}
+
+void rfm_invoker_close(struct rfm_invoker *inv, uint64_t timeout_ns)
+{
+    uint64_t deadline = rfm_now_ns() + timeout_ns;
+    bool killed = false;
+
+    pthread_mutex_lock(&inv->admin);
+    rfm_store_release(&inv->closed, true);
+    pthread_mutex_unlock(&inv->admin);
+    rfm_invoker_abandon(inv);
+    for (uint32_t i = 0; i < inv->n_channels; i++) {
+        rfm_channel_close(inv->channels[i]);
+    }
+    while (!all_dead(inv)) {
+        struct timespec ts = { 0, 200000 };
+
+        if (!killed && (rfm_now_ns() > deadline)) {
+            for (uint32_t i = 0; i < inv->n_channels; i++) {
+                (void)rfm_channel_kill(inv->channels[i]);
+            }
+            killed = true;
+        }
+        nanosleep(&ts, NULL);
+    }
+    rfm_service_stop(inv);
+}
+
+void rfm_invoker_destroy(struct rfm_invoker *inv)
+{
+    struct rfm_kernel *kernel = inv->kernels;
+
+    rfm_heap_set_hooks(inv->heap, NULL);
+    for (uint32_t i = 0; i < inv->n_channels; i++) {
+        rfm_channel_destroy(inv->channels[i]);
+    }
+    while (kernel != NULL) {
+        struct rfm_kernel *next = kernel->next;
+
+        free(kernel->blob);
+        free(kernel);
+        kernel = next;
+    }
+    rfm_heap_close(inv->heap);
+    rfm_memfd_unmap((uint8_t *)inv->door, RFM_DOOR_BYTES);
+    close(inv->door_fd);
+    close(inv->event_fd);
+    pthread_mutex_destroy(&inv->queue_lock);
+    pthread_mutex_destroy(&inv->admin);
+    free(inv->free_numbers);
+    free(inv);
+}
+
+struct rfm_heap *rfm_invoker_heap(struct rfm_invoker *inv)
+{
+    return inv->heap;
+}
+
+uint32_t rfm_invoker_slot_bytes(struct rfm_invoker *inv)
+{
+    return inv->attr.slot_bytes;
+}
+
+/* --- channels ------------------------------------------------------------- */
+
+int rfm_invoker_attach(struct rfm_invoker *inv, int fd, uint64_t lease,
+                       uint32_t worker, uint64_t timeout_ns,
+                       struct rfm_channel **chan_p)
+{
+    struct rfm_channel *chan;
+    int rc;
+
+    pthread_mutex_lock(&inv->admin);
+    if (inv->closed) {
+        close(fd);
+        rc = RFM_ERR_CLOSED;
+        goto out;
+    }
+    if (inv->n_channels >= RFM_MAX_CHANNELS) {
+        close(fd);
+        rc = RFM_ERR_NO_RESOURCE;
+        goto out;
+    }
+    rc = rfm_channel_create(inv, fd, lease, worker, timeout_ns, &chan);
+    if (rc < 0) {
+        goto out;
+    }
+    rfm_store_release(&inv->channels[inv->n_channels], chan);
+    rfm_store_release(&inv->n_channels, inv->n_channels + 1);
+    rfm_heap_unlock(inv->heap);         /* taken by rfm_channel_create */
+    rfm_store_release(&inv->abandoned, 0);
+    *chan_p = chan;
+out:
+    pthread_mutex_unlock(&inv->admin);
+    if (rc == RFM_OK) {
+        rfm_service_kick(inv);
+        rfm_invoker_pump(inv);
+    }
+    return rc;
+}
+
+uint32_t rfm_invoker_channels(struct rfm_invoker *inv, struct rfm_channel **out,
+                              uint32_t max)
+{
+    uint32_t n = rfm_load_acquire(&inv->n_channels);
+
+    if (n > max) {
+        n = max;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        out[i] = inv->channels[i];
+    }
+    return n;
+}
+
+uint64_t rfm_invoker_queued(struct rfm_invoker *inv)
+{
+    return rfm_load_acquire(&inv->queued);
+}
+
+uint64_t rfm_invoker_in_flight(struct rfm_invoker *inv)
+{
+    uint32_t n = rfm_load_acquire(&inv->n_channels);
+    uint64_t sum = 0;
+
+    for (uint32_t i = 0; i < n; i++) {
+        sum += rfm_channel_in_flight(inv->channels[i]);
+    }
+    return sum;
+}
+
+/* --- kernels and bindings ------------------------------------------------- */
+
+int rfm_invoker_kernel(struct rfm_invoker *inv, uint32_t kind,
+                       const uint8_t *digest, const void *blob,
+                       uint64_t blob_bytes, struct rfm_kernel **kernel_p)
+{
+    struct rfm_kernel *kernel;
+    int rc = RFM_OK;
+
+    if (blob_bytes > RFM_MAX_FRAME - sizeof(struct rfm_ctl_kernel)) {
+        return RFM_ERR_TOO_LARGE;
+    }
+    pthread_mutex_lock(&inv->admin);
+    for (kernel = inv->kernels; kernel != NULL; kernel = kernel->next) {
+        if ((kernel->kind == kind) &&
+            (memcmp(kernel->digest, digest, RFM_DIGEST_BYTES) == 0)) {
+            goto found;
+        }
+    }
+    kernel = calloc(1, sizeof(*kernel));
+    if (kernel == NULL) {
+        rc = RFM_ERR_NO_MEMORY;
+        goto out;
+    }
+    kernel->blob = malloc(blob_bytes + 1);
+    if (kernel->blob == NULL) {
+        free(kernel);
+        rc = RFM_ERR_NO_MEMORY;
+        goto out;
+    }
+    memcpy(kernel->blob, blob, blob_bytes);
+    memcpy(kernel->digest, digest, RFM_DIGEST_BYTES);
+    kernel->kind       = kind;
+    kernel->blob_bytes = blob_bytes;
+    kernel->number     = inv->next_kernel++;
+    kernel->next       = inv->kernels;
+    inv->kernels       = kernel;
+found:
+    *kernel_p = kernel;
+out:
+    pthread_mutex_unlock(&inv->admin);
+    return rc;
+}
+
+static uint64_t align_up(uint64_t n, uint64_t to)
+{
+    return (n + to - 1) & ~(to - 1);
+}
+
+/* one pass over the inline arguments of one direction */
+static uint64_t lay_out(struct rfm_arg *args, uint32_t from, uint32_t to,
+                        uint64_t at, uint64_t align, uint64_t canary)
+{
+    for (uint32_t i = from; i < to; i++) {
+        if (args[i].place == RFM_INLINE) {
+            uint64_t small = (args[i].size >= 16) ? 16 : 8;
+
+            at         = align_up(at, (align != 0) ? align : small);
+            args[i].at = at;
+            at        += args[i].size + canary;
+        }
+    }
+    return at;
+}
+
+int rfm_layout(struct rfm_arg *args, uint16_t n_in, uint16_t n_out,
+               uint32_t slot_bytes, struct rfm_layout *layout)
+{
+    uint32_t n = (uint32_t)n_in + n_out;
+    uint64_t inline_in = 0;
+    uint64_t inline_out = 0;
+    uint64_t descs = 0;
+    uint64_t sizes = (n_out > 1) ? n_out * sizeof(uint64_t) : 0;
+
+    memset(layout, 0, sizeof(*layout));
+    for (uint32_t i = 0; i < n; i++) {
+        if (args[i].place == RFM_CALL) {
+            args[i].at = descs;
+            descs     += sizeof(struct rfm_desc);
+        } else if (args[i].place == RFM_INLINE) {
+            if (args[i].size > slot_bytes) {
+                return RFM_ERR_TOO_LARGE;
+            }
+            *((i < n_in) ? &inline_in : &inline_out) += args[i].size;
+            layout->n_inline_out += i >= n_in;
+        } else if (args[i].place != RFM_BOUND) {
+            return RFM_ERR_PROTOCOL;
+        }
+    }
+    layout->in_bytes = lay_out(args, 0, n_in, descs, 0, 0);
+    if (layout->in_bytes > RFM_INLINE_BYTES) {
+        layout->in_bytes = lay_out(args, 0, n_in, descs, RFM_CACHE_LINE, 0);
+    }
+    layout->out_bytes   = lay_out(args, n_in, n, sizes, 0, 0);
+    layout->out_in_line = layout->out_bytes <= RFM_INLINE_BYTES;
+    if (!layout->out_in_line) {
+        layout->out_bytes = lay_out(args, n_in, n, sizes, RFM_CACHE_LINE,
+                                    RFM_CANARY_BYTES);
+    }
+    /* the slot has a line more than slot_bytes, for the last canary */
+    if ((layout->in_bytes > slot_bytes) ||
+        (layout->out_bytes > (uint64_t)slot_bytes + RFM_CANARY_BYTES)) {
+        return RFM_ERR_TOO_LARGE;
+    }
+    return RFM_OK;
+}
+
+int rfm_binding_create(struct rfm_invoker *inv, struct rfm_kernel *kernel,
+                       uint32_t flags, uint16_t n_in, uint16_t n_out,
+                       const struct rfm_arg *args, const void *meta,
+                       uint64_t meta_bytes, struct rfm_binding **binding_p)
+{
+    uint32_t n = (uint32_t)n_in + n_out;
+    struct rfm_binding *binding;
+    int rc;
+
+    if ((n > RFM_MAX_ARGS) || (meta_bytes > (1u << 20))) {
+        return RFM_ERR_TOO_LARGE;
+    }
+    binding = calloc(1, sizeof(*binding) + n * sizeof(*args) + meta_bytes + 1);
+    if (binding == NULL) {
+        return RFM_ERR_NO_MEMORY;
+    }
+    binding->args       = (struct rfm_arg *)(binding + 1);
+    binding->meta       = (uint8_t *)(binding->args + n);
+    binding->meta_bytes = meta_bytes;
+    binding->kernel     = kernel;
+    binding->flags      = flags;
+    binding->n_in       = n_in;
+    binding->n_out      = n_out;
+    if (n > 0) {
+        memcpy(binding->args, args, n * sizeof(*args));
+    }
+    if (meta_bytes > 0) {
+        memcpy(binding->meta, meta, meta_bytes);
+    }
+    rc = rfm_layout(binding->args, n_in, n_out, inv->attr.slot_bytes,
+                    &binding->layout);
+    if (rc < 0) {
+        free(binding);
+        return rc;
+    }
+    pthread_mutex_lock(&inv->admin);
+    if (inv->n_free_numbers > 0) {
+        binding->number = inv->free_numbers[--inv->n_free_numbers];
+    } else if (inv->next_binding < RFM_MAX_BINDINGS) {
+        binding->number = inv->next_binding++;
+    } else {
+        rc = RFM_ERR_NO_RESOURCE;
+    }
+    pthread_mutex_unlock(&inv->admin);
+    if (rc < 0) {
+        free(binding);
+        return rc;
+    }
+    *binding_p = binding;
+    return RFM_OK;
+}
+
+void rfm_binding_destroy(struct rfm_invoker *inv, struct rfm_binding *binding)
+{
+    send_number(inv, RFM_CTL_UNBIND, binding->number);
+    pthread_mutex_lock(&inv->admin);
+    /* the next user of this index gets another number */
+    inv->free_numbers[inv->n_free_numbers++] =
+        binding->number + RFM_MAX_BINDINGS;
+    pthread_mutex_unlock(&inv->admin);
+    free(binding);
+}
+
+/* --- ending --------------------------------------------------------------- */
+
+static void push_ended(struct rfm_request *req)
+{
+    struct rfm_invoker *inv = req->inv;
+    struct rfm_request *top = rfm_load_relaxed(&inv->ended);
+
+    do {
+        req->next_ended = top;
+    } while (!__atomic_compare_exchange_n(&inv->ended, &top, req, true,
+                                          __ATOMIC_RELEASE, __ATOMIC_RELAXED));
+}
+
+struct rfm_request *rfm_invoker_take_ended(struct rfm_invoker *inv)
+{
+    if (rfm_load_relaxed(&inv->ended) == NULL) {
+        return NULL;
+    }
+    return __atomic_exchange_n(&inv->ended, NULL, __ATOMIC_ACQUIRE);
+}
+
+/* queue lock held */
+static void forget_deadline(struct rfm_request *req)
+{
+    struct rfm_invoker *inv = req->inv;
+
+    if (req->deadline_ns == 0) {
+        return;
+    }
+    if (req->sooner != NULL) {
+        req->sooner->later = req->later;
+    } else if (inv->soonest == req) {
+        inv->soonest = req->later;
+    }
+    if (req->later != NULL) {
+        req->later->sooner = req->sooner;
+    }
+    req->later       = NULL;
+    req->sooner      = NULL;
+    req->deadline_ns = 0;
+}
+
+/* After the last store nothing of req may be touched: its owner may be free
+ * to start or to free it. */
+static void end_unlisted(struct rfm_request *req, enum rfm_outcome outcome)
+{
+    uint32_t watch;
+
+    req->outcome = outcome;
+    watch = __atomic_fetch_or(&req->watch, RFM_WATCH_ENDED, __ATOMIC_ACQ_REL);
+    if ((watch & RFM_WATCH_ASKED) != 0) {
+        push_ended(req);
+    }
+    rfm_store_release(&req->state, RFM_ENDED);
+}
+
+void rfm_request_end(struct rfm_request *req, enum rfm_outcome outcome)
+{
+    struct rfm_invoker *inv = req->inv;
+
+    /* set before it was posted, changed by nobody else while in flight */
+    if (__builtin_expect(rfm_load_relaxed(&req->deadline_ns) != 0, 0)) {
+        pthread_mutex_lock(&inv->queue_lock);
+        forget_deadline(req);
+        pthread_mutex_unlock(&inv->queue_lock);
+    }
+    end_unlisted(req, outcome);
+}
+
+void rfm_request_watch(struct rfm_request *req)
+{
+    uint32_t watch = __atomic_fetch_or(&req->watch, RFM_WATCH_ASKED,
+                                       __ATOMIC_ACQ_REL);
+
+    if (((watch & RFM_WATCH_ENDED) != 0) && ((watch & RFM_WATCH_ASKED) == 0)) {
+        push_ended(req);
+        rfm_door_knock(req->inv->door);
+    }
+}
+
+/* --- the queue ------------------------------------------------------------ */
+
+/* The channel that a request goes to: the emptiest one that has room. */
+static struct rfm_channel *pick(struct rfm_invoker *inv,
+                                const struct rfm_request *req)
+{
+    uint32_t n = rfm_load_acquire(&inv->n_channels);
+    struct rfm_channel *best = NULL;
+    uint64_t least = UINT64_MAX;
+    uint32_t start;
+
+    if (req->pin != NULL) {
+        return req->pin;
+    }
+    if (n == 1) {
+        return inv->channels[0];
+    }
+    start = rfm_load_relaxed(&inv->next_channel);
+    for (uint32_t k = 0; k < n; k++) {
+        uint32_t i = start + k;
+        struct rfm_channel *chan;
+        uint64_t in_flight;
+
+        if (i >= n) {
+            i %= n;
+        }
+        chan = inv->channels[i];
+        if ((rfm_load_relaxed(&chan->head) & RFM_HEAD_CLOSED) != 0) {
+            continue;
+        }
+        in_flight = rfm_channel_in_flight(chan);
+        if ((in_flight < least) &&
+            (in_flight < rfm_load_relaxed(&chan->depth))) {
+            best  = chan;
+            least = in_flight;
+            if (in_flight == 0) {
+                rfm_store_relaxed(&inv->next_channel, i + 1);
+                break;
+            }
+        }
+    }
+    return best;
+}
+
+static bool try_post(struct rfm_invoker *inv, struct rfm_request *req)
+{
+    struct rfm_channel *chan = pick(inv, req);
+    int rc;
+
+    if (chan == NULL) {
+        return false;
+    }
+    rc = rfm_channel_post(chan, req);
+    if ((rc == RFM_ERR_CLOSED) && (req->pin != NULL)) {
+        /* what it wants is gone with its worker */
+        end_unlisted(req, RFM_LOST);
+        return true;
+    }
+    return rc == RFM_OK;
+}
+
+/* queue lock held */
+static void unlink_queued(struct rfm_invoker *inv, struct rfm_request *req)
+{
+    if (req->prev != NULL) {
+        req->prev->next = req->next;
+    } else {
+        inv->first = req->next;
+    }
+    if (req->next != NULL) {
+        req->next->prev = req->prev;
+    } else {
+        inv->last = req->prev;
+    }
+    req->next = NULL;
+    req->prev = NULL;
+    (void)__atomic_fetch_sub(&inv->queued, 1, __ATOMIC_SEQ_CST);
+}
+
+/* queue lock held: posts what can be posted */
+static void post_queued(struct rfm_invoker *inv)
+{
+    struct rfm_request *req = inv->first;
+
+    while (req != NULL) {
+        struct rfm_request *next = req->next;
+        bool pinned = req->pin != NULL;
+
+        /* out of the list first: once posted it may end at any moment */
+        unlink_queued(inv, req);
+        if (!try_post(inv, req)) {
+            /* back to where it was */
+            req->next = next;
+            req->prev = (next != NULL) ? next->prev : inv->last;
+            if (req->prev != NULL) {
+                req->prev->next = req;
+            } else {
+                inv->first = req;
+            }
+            if (next != NULL) {
+                next->prev = req;
+            } else {
+                inv->last = req;
+            }
+            (void)__atomic_fetch_add(&inv->queued, 1, __ATOMIC_SEQ_CST);
+            if (!pinned) {
+                return;         /* no room for anybody */
+            }
+        }
+        req = next;
+    }
+}
+
+/* Asks each worker to wake the service thread when half of what it has is
+ * done. True if replies came meanwhile. */
+static bool arm_refill(struct rfm_invoker *inv)
+{
+    uint32_t n = rfm_load_acquire(&inv->n_channels);
+    bool moved = false;
+
+    for (uint32_t i = 0; i < n; i++) {
+        struct rfm_channel *chan = inv->channels[i];
+
+        if (__atomic_exchange_n(&chan->reap_lock, 1, __ATOMIC_ACQUIRE) != 0) {
+            continue;           /* its reaper will pump when it is done */
+        }
+        if (chan->link != NULL) {
+            uint64_t in_flight = rfm_channel_in_flight(chan);
+
+            chan->link->ops->rank_wake_at(chan->link, chan->tail +
+                                          ((in_flight + 1) / 2));
+        }
+        rfm_store_release(&chan->reap_lock, 0);
+        moved |= rfm_channel_reap(chan) != 0;
+    }
+    return moved;
+}
+
+void rfm_invoker_pump(struct rfm_invoker *inv)
+{
+    bool again;
+
+    do {
+        again = false;
+        pthread_mutex_lock(&inv->queue_lock);
+        post_queued(inv);
+        pthread_mutex_unlock(&inv->queue_lock);
+        if ((rfm_load_acquire(&inv->queued) != 0) &&
+            (rfm_load_acquire(&inv->pollers) == 0)) {
+            again = arm_refill(inv);
+        }
+    } while (again && (rfm_load_acquire(&inv->queued) != 0));
+}
+
+static void enqueue(struct rfm_invoker *inv, struct rfm_request *req)
+{
+    pthread_mutex_lock(&inv->queue_lock);
+    req->next = NULL;
+    req->prev = inv->last;
+    if (inv->last != NULL) {
+        inv->last->next = req;
+    } else {
+        inv->first = req;
+    }
+    inv->last = req;
+    (void)__atomic_fetch_add(&inv->queued, 1, __ATOMIC_SEQ_CST);
+    pthread_mutex_unlock(&inv->queue_lock);
+    rfm_invoker_pump(inv);
+}
+
+int rfm_invoker_progress(struct rfm_invoker *inv)
+{
+    uint32_t n = rfm_load_acquire(&inv->n_channels);
+    bool busy = false;
+    int moved = 0;
+
+    for (uint32_t i = 0; i < n; i++) {
+        int rc = rfm_channel_reap(inv->channels[i]);
+
+        if (rc > 0) {
+            moved += rc;
+        } else if (rc < 0) {
+            busy = true;
+        }
+    }
+    if (moved > 0) {
+        if (rfm_load_relaxed(&inv->queued) != 0) {
+            rfm_invoker_pump(inv);
+        }
+        /* other threads' requests may be among them */
+        rfm_door_knock(inv->door);
+        return moved;
+    }
+    return busy ? RFM_ERR_BUSY : 0;
+}
+
+void rfm_invoker_wake(struct rfm_invoker *inv)
+{
+    rfm_door_ring(inv->door);
+}
+
+void rfm_invoker_abandon(struct rfm_invoker *inv)
+{
+    rfm_store_release(&inv->abandoned, 1);
+    pthread_mutex_lock(&inv->queue_lock);
+    while (inv->first != NULL) {
+        struct rfm_request *req = inv->first;
+
+        unlink_queued(inv, req);
+        forget_deadline(req);
+        end_unlisted(req, RFM_NO_WORKER);
+    }
+    pthread_mutex_unlock(&inv->queue_lock);
+    rfm_door_ring(inv->door);
+}
+
+/* --- requests ------------------------------------------------------------- */
+
+void rfm_request_init(struct rfm_request *req, struct rfm_invoker *inv,
+                      struct rfm_binding *binding, struct rfm_reqarg *args,
+                      uint64_t *out_sizes)
+{
+    memset(req, 0, sizeof(*req));
+    req->inv       = inv;
+    req->binding   = binding;
+    req->args      = args;
+    req->out_sizes = out_sizes;
+}
+
+void rfm_request_fini(struct rfm_request *req)
+{
+    free(req->result);
+    req->result = NULL;
+}
+
+static void submit(struct rfm_request *req)
+{
+    struct rfm_invoker *inv = req->inv;
+
+    req->outcome = RFM_PENDING;
+    rfm_store_release(&req->state, RFM_QUEUED);
+    if ((rfm_load_relaxed(&inv->queued) == 0) && try_post(inv, req)) {
+        return;
+    }
+    if (rfm_load_relaxed(&inv->abandoned) != 0) {
+        pthread_mutex_lock(&inv->queue_lock);
+        forget_deadline(req);
+        pthread_mutex_unlock(&inv->queue_lock);
+        end_unlisted(req, RFM_NO_WORKER);
+        return;
+    }
+    (void)rfm_invoker_progress(inv);
+    enqueue(inv, req);
+    if (rfm_load_acquire(&inv->abandoned) != 0) {
+        rfm_invoker_abandon(inv);
+    }
+}
+
+static void set_deadline(struct rfm_request *req, uint64_t timeout_ns)
+{
+    struct rfm_invoker *inv = req->inv;
+
+    pthread_mutex_lock(&inv->queue_lock);
+    req->deadline_ns = rfm_now_ns() + timeout_ns;
+    req->sooner      = NULL;
+    req->later       = inv->soonest;
+    if (inv->soonest != NULL) {
+        inv->soonest->sooner = req;
+    }
+    inv->soonest = req;
+    pthread_mutex_unlock(&inv->queue_lock);
+    rfm_service_kick(inv);
+}
+
+static bool is_active(const struct rfm_request *req)
+{
+    uint32_t state = rfm_load_acquire(&req->state);
+
+    return (state == RFM_QUEUED) || (state == RFM_POSTED);
+}
+
+int rfm_request_start(struct rfm_request *req, uint64_t timeout_ns)
+{
+    struct rfm_invoker *inv = req->inv;
+
+    if (is_active(req)) {
+        return RFM_ERR_BUSY;
+    }
+    if (rfm_load_relaxed(&inv->closed)) {
+        return RFM_ERR_CLOSED;
+    }
+    req->id       = __atomic_fetch_add(&inv->next_id, 1, __ATOMIC_RELAXED);
+    req->wire_id  = req->id;
+    req->attempts = 1;
+    req->pin      = NULL;
+    req->expired  = 0;
+    req->wire_flags &= ~RFM_REQ_FETCH;
+    rfm_store_relaxed(&req->watch, 0);
+    if (timeout_ns != 0) {
+        set_deadline(req, timeout_ns);
+    }
+    submit(req);
+    return RFM_OK;
+}
+
+int rfm_request_restart(struct rfm_request *req)
+{
+    if (is_active(req)) {
+        return RFM_ERR_BUSY;
+    }
+    if (rfm_load_relaxed(&req->inv->closed)) {
+        return RFM_ERR_CLOSED;
+    }
+    req->wire_id = req->id;
+    req->attempts++;
+    req->pin     = NULL;
+    req->wire_flags &= ~RFM_REQ_FETCH;
+    rfm_store_relaxed(&req->watch, 0);
+    submit(req);
+    return RFM_OK;
+}
+
+int rfm_request_fetch(struct rfm_request *req, const struct rfm_desc *into)
+{
+    struct rfm_invoker *inv = req->inv;
+
+    if (is_active(req) || (req->outcome != RFM_LARGE)) {
+        return RFM_ERR_BUSY;
+    }
+    if (rfm_load_relaxed(&inv->closed)) {
+        return RFM_ERR_CLOSED;
+    }
+    req->wire_id     = __atomic_fetch_add(&inv->next_id, 1, __ATOMIC_RELAXED);
+    req->wire_flags |= RFM_REQ_FETCH;
+    req->into        = *into;
+    req->pin         = req->chan;
+    rfm_store_relaxed(&req->watch, 0);
+    submit(req);
+    return RFM_OK;
+}
+
+int rfm_request_cancel(struct rfm_request *req)
+{
+    struct rfm_invoker *inv = req->inv;
+    int rc = RFM_ERR_BUSY;
+
+    pthread_mutex_lock(&inv->queue_lock);
+    if ((rfm_load_acquire(&req->state) == RFM_QUEUED) &&
+        ((inv->first == req) || (req->prev != NULL))) {
+        unlink_queued(inv, req);
+        forget_deadline(req);
+        end_unlisted(req, RFM_CANCELLED);
+        rc = RFM_OK;
+    }
+    pthread_mutex_unlock(&inv->queue_lock);
+    if (rc == RFM_OK) {
+        rfm_door_knock(inv->door);
+    }
+    return rc;
+}
+
+uint64_t rfm_invoker_expire(struct rfm_invoker *inv, uint64_t now)
+{
+    uint64_t next = UINT64_MAX;
+    struct rfm_request *later;
+    bool ended = false;
+
+    pthread_mutex_lock(&inv->queue_lock);
+    for (struct rfm_request *req = inv->soonest; req != NULL; req = later) {
+        uint64_t at = req->deadline_ns;
+
+        later = req->later;
+        if (now >= at) {
+            if ((rfm_load_acquire(&req->state) == RFM_QUEUED) &&
+                ((inv->first == req) || (req->prev != NULL))) {
+                unlink_queued(inv, req);
+                forget_deadline(req);
+                end_unlisted(req, RFM_TIMED_OUT);
+                ended = true;
+                continue;
+            }
+            req->expired = 1;
+            at += RFM_LATE_KILL_NS;
+            if (now >= at) {
+                /* stopped, or never begun: the agent can't tell it is late */
+                if (rfm_load_acquire(&req->state) == RFM_POSTED) {
+                    (void)rfm_channel_kill(req->chan);
+                }
+                at = now + RFM_LATE_KILL_NS;
+            }
+        }
+        if (at < next) {
+            next = at;
+        }
+    }
+    pthread_mutex_unlock(&inv->queue_lock);
+    if (ended) {
+        rfm_door_knock(inv->door);
+    }
+    return next;
+}
+
+void rfm_request_discard(struct rfm_request *req)
+{
+    if ((req->outcome == RFM_LARGE) && (req->chan != NULL) &&
+        (rfm_load_acquire(&req->chan->state) != RFM_CH_DEAD)) {
+        rfm_channel_send_number(req->chan, RFM_CTL_DISCARD, 0, req->id);
+    }
+}
+
+/* --- waiting -------------------------------------------------------------- */
+
+struct waiter {
+    struct rfm_request *const *reqs;
+    uint32_t n;
+    enum rfm_wait_mode mode;
+    uint32_t first;
+};
+
+/* >= 0 when there is nothing to wait for any more */
+static int is_over(struct rfm_invoker *inv, struct waiter *w)
+{
+    switch (w->mode) {
+    case RFM_WAIT_ALL:
+        while ((w->first < w->n) && rfm_request_ended(w->reqs[w->first])) {
+            w->first++;
+        }
+        return (w->first == w->n) ? 0 : -1;
+    case RFM_WAIT_ANY:
+        for (uint32_t i = 0; i < w->n; i++) {
+            if (rfm_request_ended(w->reqs[i])) {
+                return (int)i;
+            }
+        }
+        return -1;
+    default:
+        return (rfm_load_relaxed(&inv->ended) != NULL) ? 0 : -1;
+    }
+}
+
+static void sleep_on_door(struct rfm_invoker *inv, struct waiter *w,
+                          uint64_t until_ns)
+{
+    uint32_t word = rfm_door_arm(inv->door);
+    uint64_t now;
+
+    /* the second look; if somebody else is reaping, look again instead */
+    if ((rfm_invoker_progress(inv) == 0) && (is_over(inv, w) < 0)) {
+        now = rfm_now_ns();
+        if (now < until_ns) {
+            (void)rfm_door_sleep(inv->door, word, until_ns - now);
+        }
+    }
+    rfm_door_disarm(inv->door);
+}
+
+int rfm_wait(struct rfm_invoker *inv, struct rfm_request *const *reqs,
+             uint32_t n, enum rfm_wait_mode mode, uint64_t deadline_ns,
+             uint64_t slice_ns, bool may_spin, uint32_t *first_p)
+{
+    struct waiter w = { reqs, n, mode, (first_p != NULL) ? *first_p : 0 };
+    uint64_t spin = may_spin ? inv->spin_ticks : 0;
+    uint64_t start = rfm_ticks();
+    uint64_t slice_end = 0;
+    uint32_t turns = 0;
+    int rc;
+
+    rc = is_over(inv, &w);
+    if (rc >= 0) {
+        goto over;
+    }
+    (void)__atomic_fetch_add(&inv->pollers, 1, __ATOMIC_SEQ_CST);
+    for (;;) {
+        int moved = rfm_invoker_progress(inv);
+
+        rc = is_over(inv, &w);
+        if (rc >= 0) {
+            break;
+        }
+        if (moved > 0) {
+            start = rfm_ticks();
+            turns = 0;
+            continue;
+        }
+        rfm_spin_pause();
+        if ((++turns & 63u) != 0 && spin != 0) {
+            continue;
+        }
+        if ((deadline_ns != 0) || (slice_end != 0) || (turns > 4096)) {
+            uint64_t now = rfm_now_ns();
+
+            if (slice_end == 0) {
+                slice_end = now + slice_ns;
+            }
+            if ((deadline_ns != 0) && (now >= deadline_ns)) {
+                rc = RFM_ERR_TIMEOUT;
+                break;
+            }
+            if (now >= slice_end) {
+                rc = RFM_ERR_AGAIN;
+                break;
+            }
+        }
+        if (rfm_ticks() - start >= spin) {
+            uint64_t until = rfm_now_ns() + slice_ns;
+
+            if ((deadline_ns != 0) && (deadline_ns < until)) {
+                until = deadline_ns;
+            }
+            sleep_on_door(inv, &w, until);
+            rc = is_over(inv, &w);
+            if (rc < 0) {
+                rc = ((deadline_ns != 0) && (rfm_now_ns() >= deadline_ns))
+                         ? RFM_ERR_TIMEOUT
+                         : RFM_ERR_AGAIN;
+            }
+            break;
+        }
+    }
+    if (__atomic_sub_fetch(&inv->pollers, 1, __ATOMIC_SEQ_CST) == 0) {
+        /* nobody looks any more: what is queued must not depend on us */
+        if (rfm_load_acquire(&inv->queued) != 0) {
+            rfm_invoker_pump(inv);
+        }
+    }
+over:
+    if (first_p != NULL) {
+        *first_p = w.first;
+    }
+    return rc;
+}

@@ -1,0 +1,138 @@
+/* What invoker.c, channel.c and service.c share; nobody else includes it. */
+#ifndef RFM_INVOKER_H
+#define RFM_INVOKER_H
+
+#include "frame.h"
+#include "poller.h"
+#include "rfm_transport.h"
+
+#define RFM_MAX_CHANNELS 256u
+#define RFM_HEAD_CLOSED  (1ull << 63)
+
+/* after a deadline: the agent should have killed the worker by then */
+#define RFM_LATE_KILL_NS 250000000ull
+
+#define RFM_WATCH_ASKED  0x1u
+#define RFM_WATCH_ENDED  0x2u
+
+enum rfm_channel_state {
+    RFM_CH_OPEN,        /* takes invocations                               */
+    RFM_CH_DRAINING,    /* takes none, what is in flight ends              */
+    RFM_CH_CLOSING,     /* told the worker to let go; waits until it did   */
+    RFM_CH_DEAD,        /* fenced: unmapped, all of its requests ended     */
+};
+
+struct rfm_inflight {
+    uint64_t id;                /* atomic; 0: not posted yet */
+    struct rfm_request *req;
+};
+
+/*
+ * Tickets: head is the next one to give out, tail the oldest that isn't done.
+ * A ticket's slot is ticket % slots; the worker serves them in order.
+ */
+struct rfm_channel {
+    struct rfm_invoker *inv;
+    struct rfm_link *link;      /* NULL once dead; under reap_lock */
+    int      fd;
+    int      pidfd;
+    uint32_t pid;
+    uint32_t worker;
+    uint64_t lease;
+    uint32_t slots;
+    uint32_t state;             /* atomic: enum rfm_channel_state */
+    bool     registered;        /* service thread only: in its epoll */
+    bool     let_go;            /* we shut our half down */
+    uint64_t kill_at_ns;
+
+    uint64_t head   __attribute__((aligned(RFM_CACHE_LINE)));
+    uint64_t published;
+    uint32_t depth;             /* how many tickets may be out */
+
+    uint32_t reap_lock __attribute__((aligned(RFM_CACHE_LINE)));
+    uint64_t tail;
+    uint64_t mean_exec_ns;
+    struct rfm_inflight inflight[RFM_MAX_SLOTS];
+
+    pthread_mutex_t control;    /* sending; what was sent */
+    uint8_t *bound;             /* [RFM_MAX_BINDINGS], atomic */
+    uint8_t *shipped;           /* by number of kernel */
+    uint32_t shipped_size;
+    struct rfm_rx rx;
+};
+
+struct rfm_invoker {
+    struct rfm_invoker_attr attr;
+    struct rfm_heap *heap;
+    struct rfm_door *door;
+    int      door_fd;
+    int      event_fd;
+    int      epoll_fd;
+    uint64_t spin_ticks;
+    bool     closed;
+
+    uint64_t next_id __attribute__((aligned(RFM_CACHE_LINE)));
+
+    uint32_t n_channels __attribute__((aligned(RFM_CACHE_LINE)));
+    uint32_t next_channel;
+    struct rfm_channel *channels[RFM_MAX_CHANNELS];
+
+    uint64_t queued __attribute__((aligned(RFM_CACHE_LINE)));
+    uint32_t pollers;
+    uint32_t abandoned;         /* nobody will serve the queue */
+
+    pthread_mutex_t queue_lock __attribute__((aligned(RFM_CACHE_LINE)));
+    struct rfm_request *first;
+    struct rfm_request *last;
+    struct rfm_request *soonest;        /* deadlines, unsorted list */
+    struct rfm_request *ended;          /* atomic stack of watched requests */
+
+    pthread_mutex_t admin;      /* channels, kernels, bindings */
+    struct rfm_kernel *kernels;
+    uint32_t next_kernel;
+    uint32_t next_binding;
+    uint32_t n_free_numbers;
+    uint32_t *free_numbers;     /* [RFM_MAX_BINDINGS] */
+
+    pthread_t service;
+    bool      service_runs;
+    uint32_t  stop;             /* atomic */
+    uint32_t  fork_generation;
+};
+
+/* channel.c */
+int  rfm_channel_create(struct rfm_invoker *inv, int fd, uint64_t lease,
+                        uint32_t worker, uint64_t timeout_ns,
+                        struct rfm_channel **chan_p);
+void rfm_channel_destroy(struct rfm_channel *chan);
+/* RFM_ERR_NO_RESOURCE: full; RFM_ERR_CLOSED: takes none */
+int  rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req);
+/* Replies moved, or RFM_ERR_BUSY when somebody else is at it. */
+int  rfm_channel_reap(struct rfm_channel *chan);
+/* Its worker can't write any more: ends what was in flight, unmaps. */
+void rfm_channel_dead(struct rfm_channel *chan);
+void rfm_channel_send_arena(struct rfm_channel *chan, uint32_t arena, int fd,
+                            uint64_t bytes);
+void rfm_channel_send_number(struct rfm_channel *chan, uint16_t type,
+                             uint32_t number, uint64_t cookie);
+static inline uint64_t rfm_channel_in_flight(struct rfm_channel *chan)
+{
+    uint64_t tail = rfm_load_acquire(&chan->tail);
+    uint64_t head = rfm_load_acquire(&chan->head) & ~RFM_HEAD_CLOSED;
+
+    return head - tail;
+}
+
+/* invoker.c */
+void rfm_request_end(struct rfm_request *req, enum rfm_outcome outcome);
+void rfm_invoker_pump(struct rfm_invoker *inv);
+/* Ends what is overdue and still queued, kills workers that hold on to what
+ * is overdue; when to look again. */
+uint64_t rfm_invoker_expire(struct rfm_invoker *inv, uint64_t now);
+
+/* service.c */
+int  rfm_service_start(struct rfm_invoker *inv);
+void rfm_service_stop(struct rfm_invoker *inv);
+void rfm_service_kick(struct rfm_invoker *inv);
+
+#endif

@@ -1,0 +1,234 @@
+/*
+ * The rank's service thread: asleep in epoll, never in need of the GIL.
+ *
+ * It refills slots when a worker rings, sees workers end (pidfd), sees control
+ * connections end, and keeps deadlines. All it does for an invocation could be
+ * done by any waiting thread too; it is there for when nobody waits.
+ */
+#define _GNU_SOURCE
+#include "invoker.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define LET_GO_NS 2000000000ull
+
+enum tag { TAG_EVENT = 0, TAG_CONTROL = 1, TAG_PID = 2 };
+
+static uint64_t tagged(uint32_t index, enum tag tag)
+{
+    return ((uint64_t)index << 8) | (uint64_t)tag;
+}
+
+void rfm_service_kick(struct rfm_invoker *inv)
+{
+    uint64_t one = 1;
+
+    if (write(inv->event_fd, &one, sizeof(one)) < 0) {
+        return;                 /* full: it is awake already */
+    }
+}
+
+static void watch_fd(struct rfm_invoker *inv, int fd, uint64_t data)
+{
+    struct epoll_event ev = { .events = EPOLLIN | EPOLLRDHUP };
+
+    ev.data.u64 = data;
+    (void)epoll_ctl(inv->epoll_fd, EPOLL_CTL_ADD, fd, &ev);
+}
+
+static void unwatch(struct rfm_invoker *inv, struct rfm_channel *chan)
+{
+    if (chan->registered) {
+        (void)epoll_ctl(inv->epoll_fd, EPOLL_CTL_DEL, chan->fd, NULL);
+        (void)epoll_ctl(inv->epoll_fd, EPOLL_CTL_DEL, chan->pidfd, NULL);
+        chan->registered = false;
+    }
+}
+
+static void end_channel(struct rfm_invoker *inv, struct rfm_channel *chan)
+{
+    unwatch(inv, chan);
+    rfm_channel_dead(chan);
+}
+
+/* the worker closed its end: after our own goodbye that is the fence */
+static void control_ended(struct rfm_invoker *inv, struct rfm_channel *chan)
+{
+    if (chan->let_go) {
+        end_channel(inv, chan);
+        return;
+    }
+    (void)epoll_ctl(inv->epoll_fd, EPOLL_CTL_DEL, chan->fd, NULL);
+    rfm_channel_drain(chan);
+    /* a worker that lives on without a connection has no right to write */
+    if (chan->kill_at_ns == 0) {
+        chan->kill_at_ns = rfm_now_ns() + RFM_LATE_KILL_NS;
+    }
+}
+
+static void read_control(struct rfm_invoker *inv, struct rfm_channel *chan)
+{
+    for (;;) {
+        int rc = rfm_rx_read(&chan->rx, chan->fd);
+
+        if (rc == RFM_ERR_AGAIN) {
+            return;
+        }
+        if (rc < 0) {
+            control_ended(inv, chan);
+            return;
+        }
+        if (chan->rx.head.type == RFM_CTL_DRAIN) {
+            rfm_channel_drain(chan);
+        }
+        rfm_rx_fini(&chan->rx);
+    }
+}
+
+static bool has_exited(struct rfm_channel *chan)
+{
+    struct pollfd p = { .fd = chan->pidfd, .events = POLLIN };
+
+    return (poll(&p, 1, 0) > 0) && ((p.revents & POLLIN) != 0);
+}
+
+/* new channels, closing ones, late ones; the time of the next look */
+static uint64_t tend_channels(struct rfm_invoker *inv, uint64_t now)
+{
+    uint32_t n = rfm_load_acquire(&inv->n_channels);
+    uint64_t next = UINT64_MAX;
+
+    for (uint32_t i = 0; i < n; i++) {
+        struct rfm_channel *chan = rfm_load_acquire(&inv->channels[i]);
+        uint32_t state = rfm_load_acquire(&chan->state);
+
+        if (state == RFM_CH_DEAD) {
+            continue;
+        }
+        if (!chan->registered) {
+            watch_fd(inv, chan->fd, tagged(i, TAG_CONTROL));
+            watch_fd(inv, chan->pidfd, tagged(i, TAG_PID));
+            chan->registered = true;
+        }
+        if ((state == RFM_CH_CLOSING) && !chan->let_go) {
+            chan->let_go     = true;
+            chan->kill_at_ns = now + LET_GO_NS;
+            pthread_mutex_lock(&chan->control);
+            (void)shutdown(chan->fd, SHUT_WR);
+            pthread_mutex_unlock(&chan->control);
+        }
+        if (chan->kill_at_ns != 0) {
+            if (has_exited(chan)) {
+                end_channel(inv, chan);
+                continue;
+            }
+            if (now >= chan->kill_at_ns) {
+                (void)rfm_channel_kill(chan);
+                chan->kill_at_ns = now + RFM_LATE_KILL_NS;
+            }
+            if (chan->kill_at_ns < next) {
+                next = chan->kill_at_ns;
+            }
+        }
+    }
+    return next;
+}
+
+static void handle(struct rfm_invoker *inv, const struct epoll_event *ev)
+{
+    enum tag tag = (enum tag)(ev->data.u64 & 0xff);
+    struct rfm_channel *chan;
+    uint64_t count;
+
+    if (tag == TAG_EVENT) {
+        if (read(inv->event_fd, &count, sizeof(count)) < 0) {
+            return;
+        }
+        return;
+    }
+    chan = inv->channels[ev->data.u64 >> 8];
+    if (rfm_load_acquire(&chan->state) == RFM_CH_DEAD) {
+        return;
+    }
+    if (tag == TAG_PID) {
+        end_channel(inv, chan);
+    } else {
+        read_control(inv, chan);
+    }
+}
+
+static void *service_main(void *arg)
+{
+    struct rfm_invoker *inv = arg;
+    struct epoll_event events[32];
+
+    pthread_setname_np(pthread_self(), "rfaas-service");
+    while (rfm_load_acquire(&inv->stop) == 0) {
+        uint64_t now = rfm_now_ns();
+        uint64_t next = tend_channels(inv, now);
+        uint64_t deadline = rfm_invoker_expire(inv, now);
+        int timeout = -1;
+        int n;
+
+        if (deadline < next) {
+            next = deadline;
+        }
+        if (next != UINT64_MAX) {
+            timeout = (next <= now) ? 0 : (int)((next - now) / 1000000ull) + 1;
+        }
+        n = epoll_wait(inv->epoll_fd, events, 32, timeout);
+        for (int i = 0; i < n; i++) {
+            handle(inv, &events[i]);
+        }
+        (void)rfm_invoker_progress(inv);
+        if (rfm_load_acquire(&inv->queued) != 0) {
+            rfm_invoker_pump(inv);
+        }
+    }
+    return NULL;
+}
+
+int rfm_service_start(struct rfm_invoker *inv)
+{
+    pthread_attr_t attr;
+    sigset_t all;
+    sigset_t old;
+    int rc;
+
+    inv->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    if (inv->epoll_fd < 0) {
+        return RFM_ERR_SYSTEM;
+    }
+    watch_fd(inv, inv->event_fd, tagged(0, TAG_EVENT));
+    pthread_attr_init(&attr);
+    pthread_attr_setstacksize(&attr, 256 * 1024);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    rc = pthread_create(&inv->service, &attr, service_main, inv);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    pthread_attr_destroy(&attr);
+    if (rc != 0) {
+        close(inv->epoll_fd);
+        return RFM_ERR_NO_RESOURCE;
+    }
+    inv->service_runs = true;
+    return RFM_OK;
+}
+
+void rfm_service_stop(struct rfm_invoker *inv)
+{
+    if (inv->service_runs) {
+        rfm_store_release(&inv->stop, 1);
+        rfm_service_kick(inv);
+        pthread_join(inv->service, NULL);
+        inv->service_runs = false;
+        close(inv->epoll_fd);
+    }
+}

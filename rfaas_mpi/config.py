@@ -19,6 +19,10 @@ __all__ = ["Places", "Settings", "core_list", "describe", "environment", "inside
 PREFIX = "RFAAS_"
 WORKER_MARK = "RFAAS_INSIDE_WORKER"
 
+# Every thread pool that numerical libraries size by an environment variable.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
+                    "NUMEXPR_NUM_THREADS", "NUMBA_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "GOTO_NUM_THREADS")
+
 # What a launcher gave one rank alone. A service or a worker that kept these
 # would differ from rank to rank, or would take itself for that rank.
 _RANK_VARIABLES = re.compile(

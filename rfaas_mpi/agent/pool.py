@@ -1,0 +1,362 @@
+"""The service's ends of what it started: zygotes, workers, and the locks on lent cores."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import mmap
+import os
+import select
+import signal
+import socket
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rfaas_mpi import config
+from rfaas_mpi import messages as msg
+from rfaas_mpi.agent.core import Page
+from rfaas_mpi.session import FileLock
+
+__all__ = ["CoreLocks", "Lines", "WorkerHandle", "ZygoteHandle", "ZygoteKind"]
+
+log = logging.getLogger("rfaas_mpi.agent")
+
+PAGE_BYTES = 4096
+_LINE_BYTES = 8192                   # longer lines are cut into pieces
+_BURST_BYTES = 8 << 20               # of output that a worker may print at once …
+_BYTES_PER_S = 4 << 20               # … and what it may print on and on
+_STDERR_KEPT = 8192
+
+
+@dataclass(frozen=True)
+class ZygoteKind:
+    """What must be alike for two ranks to share a zygote."""
+
+    executable: bytes
+    flags: tuple[str, ...]
+    path: tuple[bytes, ...]
+    directory: bytes
+    environment: tuple[tuple[bytes, bytes], ...]
+
+    @classmethod
+    def of(cls, join: msg.Join) -> ZygoteKind:
+        """The rank's interpreter, without what belongs to that rank alone."""
+        given = {os.fsdecode(name): os.fsdecode(value) for name, value in join.environment}
+        environment = {**config.scrubbed(given), **dict.fromkeys(config.THREAD_VARIABLES, "1")}
+        return cls(join.executable, join.flags, join.path, join.directory,
+                   tuple(sorted((os.fsencode(name), os.fsencode(value)) for name, value in environment.items())))
+
+    @property
+    def key(self) -> str:
+        text = json.dumps([repr(self.executable), self.flags, repr(self.path), repr(self.directory),
+                           repr(self.environment)])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class ZygoteHandle:
+    """A zygote process and the channel to it. close() ends it with all of its workers."""
+
+    def __init__(self, kind: ZygoteKind, now: float) -> None:
+        self.kind = kind
+        self.ready = False
+        self.workers: set[int] = set()
+        self.idle_since = now
+        self.stderr = b""
+        self._orders: list[tuple[bytes, list[int]]] = []
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        errors_r, errors_w = os.pipe2(os.O_CLOEXEC)
+        setup = os.memfd_create("rfaas-setup", os.MFD_CLOEXEC)
+        try:
+            with open(setup, "wb", closefd=False) as file:
+                file.write(msg.pack_plain(msg.ZygoteSetup(kind.path, kind.environment)))
+            # Whatever the rank's interpreter found its packages with.
+            environment = dict(kind.environment)
+            environment[b"PYTHONPATH"] = b":".join(kind.path)
+            directory = kind.directory if os.path.isdir(kind.directory) else b"/"
+            code = (f"from rfaas_mpi.agent.zygote import main; main({theirs.fileno()}, {setup}, {os.getpid()})")
+            self.process = subprocess.Popen(
+                [kind.executable, *kind.flags, "-P", "-c", code], stdin=subprocess.DEVNULL, stdout=errors_w,
+                stderr=errors_w, cwd=directory, env=environment, pass_fds=(theirs.fileno(), setup))
+        except BaseException:
+            ours.close()
+            os.close(errors_r)
+            raise
+        finally:
+            theirs.close()
+            os.close(errors_w)
+            os.close(setup)
+        ours.setblocking(False)
+        os.set_blocking(errors_r, False)
+        self.channel = ours
+        self.errors = errors_r
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def fork(self, order: msg.ForkWorker, fds: list[int]) -> None:
+        """Orders a worker; keeps the order, and copies of its descriptors, until the zygote is ready."""
+        self.workers.add(order.worker)
+        data = msg.pack_plain(order)
+        if self.ready:
+            socket.send_fds(self.channel, [data], fds)
+        else:
+            self._orders.append((data, [os.dup(fd) for fd in fds]))
+
+    def became_ready(self) -> None:
+        """Sends the orders that waited."""
+        self.ready = True
+        orders, self._orders = self._orders, []
+        for data, fds in orders:
+            try:
+                socket.send_fds(self.channel, [data], fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+    def read_errors(self) -> bytes:
+        """What it wrote to stderr since the last look; remembered for messages, too."""
+        said = b""
+        try:
+            while piece := os.read(self.errors, 1 << 16):
+                said += piece
+        except BlockingIOError:
+            pass                      # nothing more for now
+        except OSError as error:
+            log.debug("zygote=%d stderr: %s", self.pid, error)
+        self.stderr = (self.stderr + said)[-_STDERR_KEPT:]
+        return said
+
+    def why(self) -> str:
+        """One line about its end, from what it said last."""
+        lines = [line for line in self.stderr.decode(errors="replace").splitlines() if line.strip()]
+        return lines[-1].strip() if lines else f"exit status {self.process.returncode}"
+
+    def close(self, wait_s: float = 2.0) -> None:
+        """Safe to call twice; returns when it is gone."""
+        if self.channel.fileno() < 0:
+            return
+        self.channel.close()
+        for _, fds in self._orders:
+            for fd in fds:
+                os.close(fd)
+        self._orders.clear()
+        try:
+            self.process.wait(wait_s if self.ready else 0.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.read_errors()
+        os.close(self.errors)
+
+
+class Lines:
+    """Makes lines of a worker's output, and as many of them as a rank can bear."""
+
+    def __init__(self, now: float) -> None:
+        self._rest = b""
+        self._allowance = float(_BURST_BYTES)
+        self._filled_at = now
+        self._dropped = 0
+        self.since: float | None = None      # an unfinished line waits since then
+
+    def feed(self, data: bytes, now: float) -> list[str]:
+        """The lines that `data` completes, less what is too much."""
+        self._allowance = min(_BURST_BYTES, self._allowance + (now - self._filled_at) * _BYTES_PER_S)
+        self._filled_at = now
+        if len(data) > self._allowance:
+            # Its last lines are still worth keeping: they say how it ended.
+            kept = b"\n".join(data.rsplit(b"\n", 21)[1:])[-_LINE_BYTES:]
+            self._dropped += len(self._rest) + len(data) - len(kept)
+            self._rest = kept
+            self.since = self.since or now
+            return []
+        self._allowance -= len(data)
+        said: list[str] = []
+        if self._dropped:
+            said.append(f"({self._dropped} bytes of output are left out: it came faster than "
+                        f"{_BYTES_PER_S >> 20} MiB/s)")
+            self._dropped = 0
+        *whole, rest = (self._rest + data).split(b"\n")
+        while len(rest) > _LINE_BYTES:
+            whole.append(rest[:_LINE_BYTES])
+            rest = rest[_LINE_BYTES:]
+        self._rest = rest
+        self.since = (self.since or now) if rest else None
+        for line in whole:
+            said += _pieces(line)
+        return said
+
+    def flush(self) -> list[str]:
+        """The unfinished line, and what was left out, too."""
+        said = []
+        if self._dropped:
+            said.append(f"({self._dropped} bytes of output are left out)")
+        if self._rest:
+            for line in self._rest.split(b"\n"):
+                said += _pieces(line)
+        self._rest, self._dropped, self.since = b"", 0, None
+        return said
+
+
+def _pieces(line: bytes) -> list[str]:
+    line = line.removesuffix(b"\r")
+    return [line[at:at + _LINE_BYTES].decode("utf-8", "backslashreplace")
+            for at in range(0, max(1, len(line)), _LINE_BYTES)]
+
+
+@dataclass
+class WorkerHandle:
+    """What the service holds for one worker: its socket, page, output pipe and, once forked, pidfd."""
+
+    number: int
+    lease: int
+    zygote: ZygoteHandle
+    agent: socket.socket
+    page: mmap.mmap
+    output: int
+    lines: Lines
+    pid: int = 0
+    pidfd: int = -1
+    frames: msg.FrameReader = field(default_factory=msg.FrameReader)
+    closed: bool = False
+
+    @classmethod
+    def fork(cls, zygote: ZygoteHandle, number: int, lease: int, cores: tuple[int, ...], memory_bytes: int,
+             now: float) -> WorkerHandle:
+        """Orders the worker from its zygote."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        output_r, output_w = os.pipe2(os.O_CLOEXEC)
+        page_fd = os.memfd_create("rfaas-page", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        page = None
+        try:
+            os.ftruncate(page_fd, PAGE_BYTES)
+            fcntl.fcntl(page_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            page = mmap.mmap(page_fd, PAGE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
+            zygote.fork(msg.ForkWorker(number, cores, memory_bytes), [theirs.fileno(), page_fd, output_w])
+        except BaseException:
+            ours.close()
+            os.close(output_r)
+            if page is not None:
+                page.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(output_w)
+            os.close(page_fd)
+        ours.setblocking(False)
+        os.set_blocking(output_r, False)
+        return cls(number, lease, zygote, ours, page, output_r, Lines(now))
+
+    def read_page(self) -> Page:
+        """What it is doing, word by word (each one is read at once)."""
+        with memoryview(self.page) as raw, raw.cast("Q") as words:
+            while True:
+                first = words[0]
+                pair = words[1]
+                page = Page(first, pair & 0xFFFFFFFF, pair >> 32, words[2], words[3], words[4], words[5], words[6])
+                # The limit that was read must be that invocation's.
+                if words[0] == first:
+                    return page
+
+    def send(self, frame: bytes, fds: Iterable[int] = ()) -> bool:
+        """False if the worker is gone or does not read."""
+        try:
+            return socket.send_fds(self.agent, [frame], list(fds)) == len(frame)
+        except OSError as error:
+            log.debug("worker=%d agent socket: %s", self.number, error)
+            return False
+
+    def kill(self) -> None:
+        """SIGKILL, never to another process that got its number."""
+        if self.pidfd >= 0:
+            try:
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                return                # gone and reaped already
+
+    def gone(self) -> bool:
+        """True once its process has ended; true too if it was never forked."""
+        if self.pidfd < 0:
+            return True
+        poller = select.poll()
+        poller.register(self.pidfd, select.POLLIN)
+        return bool(poller.poll(0))
+
+    def read_output(self, most: int = 1 << 18) -> tuple[bytes, bool]:
+        """What it printed, and whether that was all of it for ever."""
+        said = b""
+        try:
+            while len(said) < most:
+                piece = os.read(self.output, 1 << 16)
+                if not piece:
+                    return said, True
+                said += piece
+        except BlockingIOError:
+            pass                      # nothing more for now
+        return said, False
+
+    def close(self) -> None:
+        """Lets go of everything. Safe to call twice."""
+        if self.closed:
+            return
+        self.closed = True
+        self.agent.close()
+        self.page.close()
+        os.close(self.output)
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+
+
+class CoreLocks:
+    """The cores that this service has lent, locked against the user's other services on this node."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._held: dict[int, FileLock] = {}
+
+    def take(self, cores: Iterable[int]) -> set[int]:
+        """Locks those that can be; returns those that we hold now."""
+        held = set()
+        for core in cores:
+            if core not in self._held:
+                lock = FileLock(self.directory / str(core))
+                if not lock.take():
+                    continue
+                self._held[core] = lock
+            held.add(core)
+        return held
+
+    def keep_only(self, cores: Iterable[int]) -> None:
+        """Gives up every lock but these."""
+        keep = set(cores)
+        for core in [core for core in self._held if core not in keep]:
+            self._held.pop(core).close()
+
+    def close(self) -> None:
+        self.keep_only(())
+
+
+def full_cpuset() -> tuple[int, ...]:
+    """Every CPU that this process may use, whatever it was bound to; binds it to all of them."""
+    possible = Path("/sys/devices/system/cpu/possible")
+    last = max(config.core_list(possible.read_text().strip())) if possible.exists() else 1023
+    try:
+        os.sched_setaffinity(0, range(last + 1))
+    except OSError as error:
+        log.warning("could not widen the affinity mask: %s", error)
+    return tuple(sorted(os.sched_getaffinity(0)))
+
+
+def oom_kills() -> int:
+    """How often the kernel has killed for lack of memory since boot."""
+    try:
+        text = Path("/proc/vmstat").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")), 0)
+

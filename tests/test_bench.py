@@ -91,9 +91,22 @@ def test_subjects_alternate_in_blocks_and_rest_between():
 
 def test_single_invocations_are_counted_one_by_one():
     one = measure.Subject("one", lambda n: 10 * n, lambda n: [12] * n)
-    run = measure.interleave([one], cycles=3, block=4, singles=5)
+    run = measure.interleave([one], cycles=3, block=4)
     figure = measure.latency_figure([run], "one")
-    assert figure == {"p50": 12.0, "p99": 12.0, "count": 15, "unit": "ns", "in_blocks": 10.0}
+    assert figure == {"p50": 12.0, "p99": 12.0, "count": 12, "unit": "ns", "in_blocks": 10.0}
+
+
+def test_where_only_single_invocations_are_timed_they_make_the_block():
+    run = measure.interleave([measure.Subject("one", singles=lambda n: [10] * (n - 1) + [50])], cycles=2, block=4)
+    assert run.blocks["one"] == [20.0, 20.0]
+    assert run.singles["one"] == [10, 10, 10, 50] * 2
+
+
+def test_what_is_prepared_is_as_much_as_what_is_measured():
+    prepared: list[int] = []
+    subject = measure.Subject("one", lambda n: n, lambda n: [1] * n, prepared.append)
+    measure.interleave([subject], cycles=2, block=7)
+    assert prepared == [7, 7, 7, 7]
 
 
 # --- the bare processes ------------------------------------------------------------

@@ -25,14 +25,30 @@ BLOCK = 200
 class Subject:
     """Something that is measured.
 
-    `block(n)` does n invocations and returns the ns of all of them; `singles(n)` returns the ns of each. `prepare`
-    comes before each of the two and is not measured.
+    `block(n)` does n invocations and returns the ns of all of them; `singles(n)` returns the ns of each. `prepare(n)`
+    comes before each of the two and is not measured. Without `block` a block is the sum of its singles.
     """
 
     name: str
-    block: Callable[[int], int]
+    block: Callable[[int], int] | None = None
     singles: Callable[[int], Sequence[int]] | None = None
     prepare: Callable[[int], None] | None = None
+
+    def once(self, count: int, run: Run) -> None:
+        """One block, and the single invocations that go with it, into `run`."""
+        if self.block is not None:
+            self._prepared(count)
+            run.blocks[self.name].append(self.block(count) / count)
+        if self.singles is not None:
+            self._prepared(count)
+            each = self.singles(count)
+            run.singles[self.name].extend(each)
+            if self.block is None:
+                run.blocks[self.name].append(sum(each) / count)
+
+    def _prepared(self, count: int) -> None:
+        if self.prepare is not None:
+            self.prepare(count)
 
 
 @dataclass
@@ -43,21 +59,14 @@ class Run:
     singles: dict[str, list[float]] = field(default_factory=dict)
 
 
-def interleave(subjects: Sequence[Subject], *, cycles: int, block: int = BLOCK, singles: int = BLOCK,
+def interleave(subjects: Sequence[Subject], *, cycles: int, block: int = BLOCK,
                between: Callable[[], None] = lambda: None) -> Run:
     """One run. `between` is called before each block: it lets the side that was measured last come to rest."""
     run = Run({s.name: [] for s in subjects}, {s.name: [] for s in subjects if s.singles is not None})
     for _ in range(cycles):
         for subject in subjects:
             between()
-            if subject.prepare is not None:
-                subject.prepare(block)
-            run.blocks[subject.name].append(subject.block(block) / block)
-            if subject.singles is None or singles == 0:
-                continue
-            if subject.prepare is not None:
-                subject.prepare(singles)
-            run.singles[subject.name].extend(subject.singles(singles))
+            subject.once(block, run)
     return run
 
 

@@ -1,0 +1,61 @@
+"""The JSON of a benchmark as lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+NAMES = ("latency", "throughput", "payload", "cold")
+
+
+def as_text(data: dict) -> list[str]:
+    """Lines of at most 80 columns."""
+    lines = list(_environment(data))
+    for name in NAMES if data["bench"] == "all" else (data["bench"],):
+        part = data[name] if data["bench"] == "all" else data
+        lines += ["", name, *(_payload(part) if name == "payload" else _figures(part))]
+    return lines
+
+
+def _environment(data: dict) -> Iterator[str]:
+    where = data["environment"]
+    yield f"rfaas {data['version']}, {where['when']}, load {where['load_average'][0]:.2f} before"
+    yield f"{where['cpu']}, {where['cores_online']} cores{', virtual' if where['virtual'] else ''}"
+    yield f"Linux {where['kernel']}, Python {where['python']}, numpy {where['versions']['numpy']}"
+
+
+def _number(value: float) -> str:
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:.2f} M"
+    if abs(value) >= 1e4:
+        return f"{value:.0f}"
+    return f"{value:.4g}"
+
+
+def is_figure(value: object) -> bool:
+    return isinstance(value, dict) and {"p50", "p99", "count"} <= value.keys()
+
+
+def figures(part: dict) -> Iterator[tuple[str, dict]]:
+    """(name, figure) of everything measured, steps behind what they are steps of."""
+    for name, value in part.items():
+        if is_figure(value):
+            yield name, value
+            for step, inner in value.get("steps", {}).items():
+                yield f"  {step}", inner
+
+
+def _figures(part: dict) -> Iterator[str]:
+    yield f"  {'':32}{'p50':>11}{'p99':>11}{'A/A':>11}{'count':>9}"
+    for name, value in figures(part):
+        aa = _number(value["aa"]["p50"]) if "aa" in value else ""
+        yield f"  {name:32}{_number(value['p50']):>11}{_number(value['p99']):>11}{aa:>11}{value['count']:>9}"
+
+
+def _payload(part: dict) -> Iterator[str]:
+    names = ("local_us", "bound_us", "registered_us", "plain_us", "copies_us")
+    for kind in ("untouched", "touched"):
+        yield f"  {kind + ', p50':16}" + "".join(f"{name:>12}" for name in names[:4])
+        for row in part["rows"]:
+            size = row["size_bytes"]
+            text = f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
+            yield f"  {text:16}" + "".join(f"{_number(row[name][kind]['p50']):>12}" for name in names[:4])

@@ -1,0 +1,63 @@
+"""One benchmark, or all of them, as the JSON object that is printed and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rfaas_mpi._version import __version__
+from rfaas_mpi.bench import environment
+from rfaas_mpi.bench.cold import measure_cold
+from rfaas_mpi.bench.latency import measure_latency
+from rfaas_mpi.bench.payload import measure_payload
+from rfaas_mpi.bench.stage import Options
+from rfaas_mpi.bench.throughput import measure_throughput
+from rfaas_mpi.errors import ConfigError
+
+__all__ = ["NAMES", "Options", "check_writable", "keep", "measure"]
+
+_BENCHMARKS: dict[str, Callable[[Options], dict]] = {
+    "latency": measure_latency, "throughput": measure_throughput, "payload": measure_payload, "cold": measure_cold}
+NAMES = tuple(_BENCHMARKS)
+
+
+def measure(what: str, options: Options) -> dict:
+    """Measures one of NAMES, or "all"; the figures, how they were made, and where.
+
+    The figures of one benchmark lie on the top level; of "all", one level down. BenchError where there is no core to
+    borrow.
+    """
+    head = {"bench": what, "version": __version__, "command": ["rfaas", *sys.argv[1:]],
+            "settings": options.settings(), "environment": environment.facts()}
+    stolen, begin = environment.stolen_ticks(), time.monotonic()
+    figures = {name: _BENCHMARKS[name](options) for name in NAMES} if what == "all" else _BENCHMARKS[what](options)
+    seconds = time.monotonic() - begin
+    after = environment.stolen_ticks()
+    if stolen is not None and after is not None:
+        # A hypervisor that took the core away explains a figure; nothing else in here would.
+        ticks = os.sysconf("SC_CLK_TCK") * seconds * (os.cpu_count() or 1)
+        head["environment"]["stolen_percent"] = round(100 * (after - stolen) / ticks, 3)
+    return {**head, "seconds": round(seconds, 1), **figures}
+
+
+def check_writable(file: Path) -> None:
+    """ConfigError if the file can't be written, before anything is measured."""
+    folder = file.resolve().parent
+    if not folder.is_dir():
+        raise ConfigError(f"there is no directory {folder} for {file.name}", hint=f"mkdir -p {folder}")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise ConfigError(f"{file} can't be written", hint="choose another --out")
+
+
+def keep(data: dict, file: Path) -> None:
+    """Writes the object to a file: all of it, or nothing."""
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)

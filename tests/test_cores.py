@@ -167,6 +167,11 @@ def test_lending_can_be_turned_off():
     assert spare.cores == () and "RFAAS_LEND" in spare.reason
 
 
+def test_a_setting_that_means_nothing_is_no_permission_to_lend():
+    with pytest.raises(ValueError, match="auto"):
+        spare_cores(machine(8), lend="perhaps")
+
+
 def test_named_cores_are_lent_exactly_as_far_as_they_may_be_used():
     facts = machine(4, threads=2)
     spare = spare_cores(facts, [bound(1, 0)], only=(6, 2, 99))

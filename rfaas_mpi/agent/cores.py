@@ -191,8 +191,10 @@ def spare_cores(facts: NodeFacts, ranks: Sequence[Rank] = (),
 
     `lend`: "no" lends nothing, "yes" lends on a login node of a cluster too.
     `only` lends exactly these cores (as far as they are in the cpuset), which
-    whoever says it must know to be free.
+    whoever says it must know to be free. Raises ValueError for another `lend`.
     """
+    if lend not in ("auto", "yes", "no"):
+        raise ValueError(f"lend is {lend!r}; it is 'auto', 'yes' or 'no'")
     if lend == "no":
         return _none(facts, "lending is turned off here",
                      "RFAAS_LEND=no is set; unset it to lend this node's spare cores")

@@ -1,0 +1,461 @@
+"""The executor: the workers that your leases give you, called with objects or with buffers."""
+
+from __future__ import annotations
+
+import atexit
+import concurrent.futures
+import itertools
+import os
+import sys
+import threading
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from rfaas_mpi import config, local
+from rfaas_mpi.arrays import Constant, arguments, as_input, as_output, check_memory, check_overlap
+from rfaas_mpi.config import Settings
+from rfaas_mpi.crew import Crew
+from rfaas_mpi.errors import ConfigError, NestedError
+from rfaas_mpi.futures import Future
+from rfaas_mpi.kernels import Kernel, object_kernel
+from rfaas_mpi.mapping import Pump, Results, chunks
+from rfaas_mpi.messages import Grant
+from rfaas_mpi.requests import PersistentRequest, Request
+from rfaas_mpi.types import Chunk, Initialised
+
+__all__ = ["Executor"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Buffer = ArrayLike | Constant
+Buffers = Buffer | tuple[Buffer, ...]
+
+_SWEEP_EVERY = 256
+_BY_VALUE = 256
+
+
+class Executor(concurrent.futures.Executor):
+    """Workers on borrowed cores.
+
+    `workers`: (min, max), or a number for exactly so many; `max_workers` asks
+    for none to so many, as the standard library's executors do; neither asks
+    for all cores that are spare. Where none is granted, kernels run on the rank
+    and one warning says why. `transport="inline"` runs every kernel in this
+    process, for a debugger. `initializer(*initargs)` runs once in each worker
+    before its first call. `fallback=False`: nothing is ever run on the rank
+    instead. The rest are settings (see `config.Settings`).
+
+    Raises LeaseDenied where `min` workers can't be had, ServiceError where the
+    service can't be reached, ConfigError for a setting that is not possible,
+    and NestedError inside a kernel.
+
+    Lower-case methods take objects (`submit`, `map`, `starmap`), upper-case
+    ones take buffers (`Invoke`, `Iinvoke`, `Invoke_init`). All may be called
+    from any thread. Use it as a context manager, or call `shutdown`.
+    """
+
+    def __init__(self, workers: tuple[int, int] | int | None = None, *, max_workers: int | None = None,
+                 cores_per_worker: int = 1, memory_per_worker: int | str | None = None,
+                 initializer: Callable[..., Any] | None = None, initargs: tuple[Any, ...] = (),
+                 transport: Literal["shm", "inline"] | None = None, slots: int | None = None,
+                 slot_bytes: int | str | None = None, spin_us: int | None = None,
+                 fallback: bool | None = None, **settings: Any) -> None:
+        self._crew: Crew | None = None
+        _refuse_nesting()
+        least, most = _demand(workers, max_workers, cores_per_worker)
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        self._settings = Settings.load(
+            transport=transport, slots=slots, slot_bytes=slot_bytes, spin_us=spin_us, fallback=fallback,
+            memory_per_worker=memory_per_worker, **settings)
+        self._prepare(initializer, initargs)
+        crew = self._crew = _new_crew(self, self._settings)
+        crew.hire(lambda lending: lending.hire(least, most, cores_per_worker,
+                                               self._settings.memory_per_worker))
+        if crew.alone and not crew.inline:
+            why = crew.lending.why if crew.lending is not None else None
+            warnings.warn(f"kernels run on the rank itself: {why or 'no worker was lent'}",
+                          RuntimeWarning, stacklevel=2)
+
+    @classmethod
+    def _join(cls, grant: Grant, **settings: Any) -> Executor:
+        """An executor on workers that another process of this user leased (its `_grant`)."""
+        executor = cls.__new__(cls)
+        executor._crew = None
+        _refuse_nesting()
+        executor._settings = Settings.load(**settings)
+        executor._prepare(None, ())
+        crew = executor._crew = _new_crew(executor, executor._settings)
+        crew.hire(lambda lending: lending.join(grant))
+        return executor
+
+    @property
+    def _grant(self) -> Grant:
+        """What `_join` needs in another process. It holds the leases' secrets."""
+        lending = self._open().lending
+        return lending.grant if lending is not None else Grant(())
+
+    def _prepare(self, initializer: Callable[..., Any] | None, initargs: tuple[Any, ...]) -> None:
+        self._initializer = initializer
+        self._initargs = initargs
+        self._init_key = Initialised.new_key(os.urandom(8)) if initializer is not None else None
+        self._fns: weakref.WeakKeyDictionary[Any, Kernel] = weakref.WeakKeyDictionary()
+        self._last: tuple[Any, Kernel | None] = (None, None)
+        self._apply = self._shipped(_apply)
+        self._by_value = 0
+        self._submitted = 0
+        self._pumps: set[Pump] = set()
+        self._shutdown_lock = threading.Lock()
+
+    # -- what it has -----------------------------------------------------------------------------------
+
+    @property
+    def workers(self) -> list[int]:
+        """Numbers of the workers that are there now; empty where kernels run on the rank."""
+        return self._crew.workers if self._crew is not None else []
+
+    def stats(self) -> dict[str, int]:
+        """Counters of the data plane."""
+        return self._open().invoker.stats()
+
+    def _open(self) -> Crew:
+        crew = self._crew
+        if crew is None:
+            raise ConfigError("this executor was never set up: its __init__ raised or was not called")
+        return crew
+
+    def __repr__(self) -> str:
+        crew = self._crew
+        state = "shut down" if crew is None or crew.closing else f"workers={self.workers}"
+        return f"<Executor transport={self._settings.transport} {state}>"
+
+    # -- objects ---------------------------------------------------------------------------------------
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """A future for `fn(*args, **kwargs)`, run on a worker; never waits for one.
+
+        Arrays in the arguments are not pickled; those made by `empty` and
+        constants made by `put` are not even copied, and arrive read-only. Raises
+        BadKernel (a TypeError) for what can't be sent, ClosedError (a
+        RuntimeError) after shutdown.
+        """
+        crew = self._crew or self._open()
+        last, kernel = self._last
+        if fn is not last:
+            kernel = self._kernel_of(fn)
+            if kernel is None:
+                args, kernel = (fn, *args), self._apply  # type: ignore[assignment]
+        for value in args:
+            if type(value) is Constant:
+                args = tuple(v.array if type(v) is Constant else v for v in args)  # type: ignore[assignment]
+                break
+        if kwargs:
+            kwargs = {k: v.array if type(v) is Constant else v for k, v in kwargs.items()}  # type: ignore[assignment]
+        call = (kernel, args, kwargs)
+        raw = crew.object_request(*call)
+        future: Future[T] = Future(crew, raw, call)
+        crew.pending[future] = None
+        try:
+            raw.start()
+        except BaseException:
+            crew.pending.pop(future, None)
+            raise
+        self._submitted += 1
+        if not self._submitted % _SWEEP_EVERY:
+            crew.sweep()
+        return future
+
+    def map(self, fn: Callable[..., T], /, *iterables: Iterable[Any], timeout: float | None = None,
+            chunksize: int = 1, unordered: bool = False) -> Iterator[T]:
+        """Results of `fn` on the items, in order, or as they come with `unordered`.
+
+        Items are read as results are taken, a few for each slot ahead, so that
+        the iterables may be endless. `chunksize` items travel together.
+        `timeout` seconds from now on, waiting raises TimeoutError.
+        """
+        return self.starmap(fn, zip(*iterables), timeout=timeout, chunksize=chunksize, unordered=unordered)
+
+    def starmap(self, fn: Callable[..., T], items: Iterable[Sequence[Any]], *, timeout: float | None = None,
+                chunksize: int = 1, unordered: bool = False) -> Iterator[T]:
+        """As `map`, for an iterable of argument tuples."""
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        crew = self._open()
+        crew.check()
+        submit: Callable[[Any], Future[Any]]
+        source: Iterator[Any]
+        if chunksize == 1:
+            def submit(item: Any) -> Future[Any]:
+                return self.submit(fn, *item)
+            source = iter(items)
+        else:
+            chunk = self._shipped(Chunk(fn))
+
+            def submit(item: Any) -> Future[Any]:
+                return self.submit(chunk, item)
+            source = chunks((tuple(item) for item in items), chunksize)
+        pump = Pump(submit, source, self._window, _wait_any(crew), unordered=unordered)
+        self._pumps.add(pump)
+        results = Results(pump, timeout, chunked=chunksize > 1, started=self._pumps.discard)
+        pump.fill()
+        return results
+
+    def _window(self) -> int:
+        crew = self._open()
+        return 1 if crew.inline else max(4, 2 * self._settings.slots * max(1, len(self.workers)))
+
+    def _kernel_of(self, fn: Callable[..., Any]) -> Kernel | None:
+        """The kernel for a callable, or None where it is to travel with each call."""
+        kernel = None
+        if isinstance(fn, Kernel) and fn.fn is None:
+            raise TypeError(f"{fn!r} is native and takes buffers; use Invoke")
+        try:
+            kernel = self._fns.get(fn)
+        except TypeError:
+            return None
+        if kernel is None:
+            # Anything else may change between two calls, as a bound method's object does.
+            if not isinstance(fn, (types.FunctionType, types.BuiltinFunctionType, Kernel)):
+                if not callable(fn):
+                    raise TypeError(f"{fn!r} is not callable")
+                return None
+            if getattr(fn, "__closure__", None):
+                # A worker keeps what it was sent: a loop that makes a new closure
+                # for each call must not fill it.
+                self._by_value += 1
+                if self._by_value > _BY_VALUE:
+                    return None
+            kernel = self._shipped(fn)
+            try:
+                self._fns[fn] = kernel
+            except TypeError:
+                return kernel
+        self._last = fn, kernel
+        return kernel
+
+    def _shipped(self, fn: Callable[..., Any]) -> Kernel:
+        if isinstance(fn, Kernel):
+            fn = fn.fn
+        if self._initializer is not None:
+            assert self._init_key is not None
+            fn = Initialised(fn, self._initializer, self._initargs, self._init_key)
+        return object_kernel(fn)
+
+    # -- buffers ---------------------------------------------------------------------------------------
+
+    def Invoke(self, kernel: Kernel, inputs: Buffers, out: Buffers, timeout_s: float | None = None) -> Any:
+        """Runs the kernel on the inputs and fills `out`, which it returns.
+
+        `inputs` and `out` are one array or a tuple of them: C-contiguous arrays
+        or buffers, constants, scalars as inputs, mpi4py's [buffer, count,
+        datatype]. `timeout_s` bounds the kernel; past it its worker is stopped.
+
+        Raises InvalidBuffer for an argument that can't be used, KernelError
+        where the kernel fails, KernelTimeout, BadKernel, WorkerLost.
+        """
+        request = self.Iinvoke(kernel, inputs, out, timeout_s)
+        request.Wait()
+        return out
+
+    def Iinvoke(self, kernel: Kernel, inputs: Buffers, out: Buffers, timeout_s: float | None = None) -> Request:
+        """As Invoke, without waiting: the arrays are yours again after the request's Wait."""
+        request = Request(self._open(), *self._checked(kernel, inputs, out), out, timeout_s)
+        request._begin()
+        return request
+
+    def Invoke_init(self, kernel: Kernel, inputs: Buffers, out: Buffers,
+                    timeout_s: float | None = None) -> PersistentRequest:
+        """A request on these arrays that can be started again and again; not started yet."""
+        return PersistentRequest(self._open(), *self._checked(kernel, inputs, out), out, timeout_s)
+
+    def _checked(self, kernel: Kernel, inputs: Buffers,
+                 out: Buffers) -> tuple[Kernel, tuple[Any, ...], tuple[np.ndarray, ...]]:
+        crew = self._open()
+        crew.check()
+        if not isinstance(kernel, Kernel):
+            raise TypeError(f"{kernel!r} is no kernel; make it one with @rfaas_mpi.kernel or Kernel.from_library")
+        given, results = arguments(inputs), arguments(out)
+        read = tuple([as_input(value, f"input {i} of {kernel.name}") for i, value in enumerate(given)])
+        written = tuple([as_output(value, f"output {i} of {kernel.name}") for i, value in enumerate(results)])
+        check_overlap(read, written)
+        limit = crew.memory.limit
+        if limit:
+            for kind, arrays in (("input", read), ("output", written)):
+                for i, values in enumerate(arrays):
+                    check_memory(values.nbytes, limit, f"{kind} {i} of {kernel.name}")
+        return kernel, read, written
+
+    # -- memory ----------------------------------------------------------------------------------------
+
+    def empty(self, shape: int | Sequence[int], dtype: DTypeLike = float) -> np.ndarray:
+        """An uninitialised array that workers use in place; valid as long as you hold it."""
+        return self._memory().empty(shape, dtype)
+
+    def zeros(self, shape: int | Sequence[int], dtype: DTypeLike = float) -> np.ndarray:
+        """As `empty`, of zeros."""
+        return self._memory().empty(shape, dtype, zero=True)
+
+    def full(self, shape: int | Sequence[int], fill_value: Any, dtype: DTypeLike = None) -> np.ndarray:
+        """As `empty`, filled with a value, whose dtype it takes by default."""
+        made = self._memory().empty(shape, np.asarray(fill_value).dtype if dtype is None else dtype)
+        made[...] = fill_value
+        return made
+
+    def array(self, values: ArrayLike, dtype: DTypeLike = None) -> np.ndarray:
+        """As `empty`, with a copy of the values."""
+        source = np.asarray(values, dtype)
+        made = self._memory().empty(source.shape, source.dtype)
+        made[...] = source
+        return made
+
+    def empty_like(self, prototype: ArrayLike, dtype: DTypeLike = None,
+                   shape: int | Sequence[int] | None = None) -> np.ndarray:
+        """As `empty`, with the shape and dtype of another array."""
+        source = np.asarray(prototype)
+        return self._memory().empty(source.shape if shape is None else shape,
+                                    source.dtype if dtype is None else dtype)
+
+    def zeros_like(self, prototype: ArrayLike, dtype: DTypeLike = None,
+                   shape: int | Sequence[int] | None = None) -> np.ndarray:
+        """As `zeros`, with the shape and dtype of another array."""
+        source = np.asarray(prototype)
+        return self._memory().empty(source.shape if shape is None else shape,
+                                    source.dtype if dtype is None else dtype, zero=True)
+
+    def put(self, values: ArrayLike) -> Constant:
+        """A constant for the workers, copied once; pass its handle like an array."""
+        return self._memory().put(values)
+
+    def _memory(self) -> Any:
+        crew = self._open()
+        crew.check()
+        return crew.memory
+
+    # -- the end ---------------------------------------------------------------------------------------
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Takes no more calls and gives the workers back. Safe to call twice.
+
+        Waits for the calls in flight, or, with `wait=False`, leaves that to a
+        thread. `cancel_futures` cancels those that have not begun.
+        """
+        crew = self._crew
+        if crew is None or crew.foreign:
+            return
+        with self._shutdown_lock:
+            pumps, self._pumps = self._pumps, set()
+            if cancel_futures:
+                for pump in pumps:
+                    pump.cancel()
+            elif wait:
+                for pump in pumps:
+                    pump.drain()
+            crew.closing = True
+            if cancel_futures:
+                for future in list(crew.pending):
+                    future.cancel()
+            if wait:
+                crew.drain()
+                crew.close()
+            else:
+                _finish_later(crew)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: types.TracebackType | None) -> Literal[False]:
+        if kind is None:
+            self.shutdown(wait=True)
+        elif issubclass(kind, Exception):
+            self.shutdown(wait=True, cancel_futures=True)
+        elif self._crew is not None:
+            # Ctrl-C or exit: nobody waits for a kernel any more.
+            self._crew.close()
+        return False
+
+
+def _refuse_nesting() -> None:
+    if config.inside_worker() or local.inside_kernel():
+        raise NestedError("an Executor can't be made inside a kernel",
+                          hint="return what the rank needs, and let the rank call the next kernel")
+
+
+def _demand(workers: tuple[int, int] | int | None, max_workers: int | None,
+            cores_per_worker: int) -> tuple[int, int | None]:
+    """(min, max) of workers to ask for; max None: all that are spare."""
+    if workers is not None and max_workers is not None:
+        raise ConfigError("both workers and max_workers were given", hint="give one of them")
+    if not isinstance(cores_per_worker, int) or isinstance(cores_per_worker, bool) or cores_per_worker < 1:
+        raise ConfigError(f"cores_per_worker={cores_per_worker!r} is no number of cores", hint="1 or more")
+    if max_workers is not None:
+        if not isinstance(max_workers, (int, np.integer)) or max_workers <= 0:
+            raise ValueError("max_workers must be greater than 0")
+        return 0, int(max_workers)
+    match workers:
+        case None:
+            return 0, None
+        case bool():
+            pass
+        case int() if workers >= 1:
+            return workers, workers
+        case (int() as least, int() as most) if 0 <= least <= most and most >= 1:
+            return least, most
+    raise ConfigError(f"workers={workers!r} is no demand", hint="give (min, max) with 0 <= min <= max and max >= 1, or one number")
+
+
+def _apply(fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+    """Calls a callable that travelled with the call."""
+    return fn(*args, **kwargs)
+
+
+def _wait_any(crew: Crew) -> Callable[[list[Future[Any]], float | None], None]:
+    def wait(futures: list[Future[Any]], timeout_s: float | None) -> None:
+        crew.wait_any([future._raw for future in futures], timeout_s)
+    return wait
+
+
+# -- executors that nobody shut down -----------------------------------------------------------------------
+
+_crews: weakref.WeakSet[Crew] = weakref.WeakSet()
+
+
+def _new_crew(executor: Executor, settings: Settings) -> Crew:
+    crew = Crew(settings)
+    _crews.add(crew)
+    weakref.finalize(executor, _forgotten, crew).atexit = False
+    return crew
+
+
+def _forgotten(crew: Crew) -> None:
+    """An executor is gone: what it was asked to do is still done."""
+    if crew.closed or crew.foreign:
+        return
+    crew.closing = True
+    _finish_later(crew)
+
+
+def _finish_later(crew: Crew) -> None:
+    def finish() -> None:
+        crew.drain()
+        crew.close()
+    # Not a daemon: as with the standard library, the interpreter waits for what was accepted.
+    threading.Thread(target=finish, name="rfaas-shutdown", daemon=False).start()
+
+
+def _at_exit() -> None:
+    for crew in list(_crews):
+        crew.close()
+
+
+def _after_fork() -> None:
+    for crew in list(_crews):
+        crew.forget()
+
+
+atexit.register(_at_exit)
+os.register_at_fork(after_in_child=_after_fork)

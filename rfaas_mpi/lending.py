@@ -1,0 +1,318 @@
+"""The workers that an executor's leases give it: asked for, dialled, replaced, given back."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rfaas_mpi import messages as msg
+from rfaas_mpi.config import Settings
+from rfaas_mpi.errors import (
+    AuthError,
+    ClosedError,
+    LeaseExpired,
+    LeaseRevoked,
+    RFaaSError,
+    ServiceError,
+    ServiceLost,
+    TransportError,
+    WorkerLost,
+)
+from rfaas_mpi.session import Grant, GrantLease, Session, WorkerEnded
+
+if TYPE_CHECKING:
+    from rfaas_mpi.fabric import Channel, Invoker
+
+__all__ = ["Lending", "lost_error"]
+
+log = logging.getLogger("rfaas_mpi.lending")
+
+REPLACEMENT_S = 10.0
+"""How long an executor without a worker waits for the replacement of the last one."""
+
+_VERDICT_S = 5.0
+
+
+class Lending:
+    """Owns the session, the leases and the channels of one executor.
+
+    `on_end` is called, from this object's own thread, whenever a worker has
+    ended or come: what waits may then have to be looked at.
+    """
+
+    def __init__(self, settings: Settings, invoker: Invoker, on_end: Callable[[], None]) -> None:
+        self._invoker = invoker
+        self._on_end = on_end
+        self._events: queue.SimpleQueue[msg.AnyEvent | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._leases: dict[int, GrantLease] = {}
+        self._channels: dict[tuple[int, int], Channel] = {}
+        self._homes: dict[int, int] = {}
+        self._early: set[tuple[int, int]] = set()
+        self._awaited: dict[int, float] = {}
+        self._own = True
+        self._closed = False
+        self.memory_limit = 0
+        self.alone = True
+        self.why: RFaaSError | None = None
+        self.session = Session.open(settings, on_event=self._events.put)
+        self._thread = threading.Thread(target=self._run, name="rfaas-lending", daemon=True)
+        self._thread.start()
+
+    # -- getting workers -------------------------------------------------------------------------
+
+    def hire(self, workers_min: int, workers_max: int | None, cores_per_worker: int,
+             memory_per_worker: int | None) -> None:
+        """Asks for workers and connects to those that are granted.
+
+        `workers_max=None` asks for all that are spare now. Raises LeaseDenied
+        where fewer than `workers_min` can be had, ServiceError and
+        TransportError where the service fails.
+        """
+        if workers_max is None:
+            workers_max = max(1, workers_min, len(self.session.spare) // cores_per_worker)
+        grant = self.session.request(workers_min, workers_max, cores_per_worker, memory_per_worker)
+        if not grant.leases:
+            reason = getattr(grant, "reason", "") or self.session.why_none or "no core is spare"
+            self.why = WorkerLost(f"no worker was lent: {reason}")
+            self._look()
+            return
+        self._accept(grant)
+
+    def join(self, grant: Grant) -> None:
+        """Connects to the workers of a lease that another process of this user holds and releases."""
+        self._own = False
+        self._accept(grant)
+
+    def _accept(self, grant: Grant) -> None:
+        self.memory_limit = min((lease.memory_per_worker for lease in grant.leases), default=0)
+        with self._lock:
+            for lease in grant.leases:
+                self._leases[lease.id] = lease
+        dialled = []
+        failure: RFaaSError | None = None
+        for lease in grant.leases:
+            for worker in lease.workers:
+                try:
+                    dialled.append((lease, worker.number, self.session.dial(lease, worker.number)))
+                except (TransportError, AuthError, ServiceLost) as error:
+                    failure = error
+        for lease, number, fd in dialled:
+            try:
+                self._attach(lease, number, fd)
+            except TransportError as error:
+                failure = error
+        if failure is not None and not self._channels:
+            raise failure
+        self._look()
+
+    def _attach(self, lease: GrantLease, worker: int, fd: int) -> None:
+        channel = self._invoker.attach(fd, lease=lease.id, worker=worker)
+        with self._lock:
+            self._homes[worker] = lease.id
+            # It may have ended, and its end been told, before we had it.
+            if (lease.id, worker) not in self._early:
+                self._channels[lease.id, worker] = channel
+                self.alone = False
+
+    @property
+    def grant(self) -> Grant:
+        """The leases, for `join` in another process."""
+        with self._lock:
+            return Grant(tuple(self._leases.values()))
+
+    @property
+    def workers(self) -> list[int]:
+        """Numbers of the workers that are there now."""
+        with self._lock:
+            return sorted(number for (_, number), channel in self._channels.items() if channel.alive)
+
+    # -- what the requests ask ---------------------------------------------------------------------
+
+    def verdict(self, raw: Any) -> WorkerEnded:
+        """How the worker of an invocation ended.
+
+        Never raises: what can't be known any more counts as infrastructure's.
+        """
+        lease, worker = self._home(raw), raw.worker
+        try:
+            return self.session.verdict(lease, worker, _VERDICT_S)
+        except TimeoutError:
+            return WorkerEnded(lease, worker, "infrastructure", "link",
+                               message=f"the connection to worker {worker} broke")
+        except (ServiceLost, ClosedError) as error:
+            return WorkerEnded(lease, worker, "infrastructure", "service", message=str(error))
+
+    def kill(self, raw: Any) -> bool:
+        """Has the worker killed that runs this invocation; False if none does so now."""
+        return self.session.kill(self._home(raw), raw.worker, "cancel", raw.id)
+
+    def _home(self, raw: Any) -> int:
+        """The lease of the worker that an invocation was given to last."""
+        with self._lock:
+            return self._homes.get(raw.worker, 0)
+
+    # -- the thread that hears the service ---------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            try:
+                event = self._events.get(timeout=self._patience())
+            except queue.Empty:
+                self._look()
+                continue
+            if event is None:
+                return
+            try:
+                self._handle(event)
+            except Exception:
+                # Later events concern other workers and must still be heard.
+                log.exception("could not handle %s", type(event).__name__)
+
+    def _patience(self) -> float | None:
+        with self._lock:
+            if not self._awaited:
+                return None
+            return max(0.0, min(self._awaited.values()) - time.monotonic())
+
+    def _handle(self, event: msg.AnyEvent) -> None:
+        match event:
+            case msg.Log():
+                self._print(event)
+            case msg.WorkerReady():
+                self._replace(event)
+            case msg.WorkerEnded():
+                self._bury(event)
+            case msg.LeaseEnded():
+                with self._lock:
+                    self._leases.pop(event.lease, None)
+                    self._awaited.pop(event.lease, None)
+                    self.why = lease_error(event)
+                self._look()
+            case msg.ServiceEnded():
+                with self._lock:
+                    self._leases.clear()
+                    self._awaited.clear()
+                    self.why = ServiceLost(event.message or "the service ended",
+                                           hint="make a new Executor: it starts another one")
+                    channels = list(self._channels.values())
+                # Its workers end with it, but one that is stopped may not yet have noticed.
+                for channel in channels:
+                    channel.close()
+                self._look()
+
+    def _print(self, event: msg.Log) -> None:
+        if sys.stderr is not None:
+            sys.stderr.write(msg.log_text(event))
+            sys.stderr.flush()
+
+    def _replace(self, event: msg.WorkerReady) -> None:
+        with self._lock:
+            lease = self._leases.get(event.lease)
+            if lease is None or self._closed:
+                return
+        try:
+            self._attach(lease, event.worker, self.session.dial(lease, event.worker))
+        except RFaaSError as error:
+            log.warning("lease=%d worker=%d can't be reached: %s", event.lease, event.worker, error)
+            return
+        with self._lock:
+            self._awaited.pop(event.lease, None)
+        self._look()
+
+    def _bury(self, event: WorkerEnded) -> None:
+        with self._lock:
+            channel = self._channels.pop((event.lease, event.worker), None)
+            if channel is None:
+                self._early.add((event.lease, event.worker))
+            if event.lease in self._leases:
+                self._awaited[event.lease] = time.monotonic() + REPLACEMENT_S
+            if self.why is None or isinstance(self.why, WorkerLost):
+                self.why = lost_error(event)
+        if channel is not None:
+            channel.close()
+        self._look()
+
+    def _look(self) -> None:
+        """Decides whether anybody is left to wait for."""
+        with self._lock:
+            now = time.monotonic()
+            for lease, until in list(self._awaited.items()):
+                if until <= now:
+                    del self._awaited[lease]
+            there = any(channel.alive for channel in self._channels.values())
+            self.alone = not there and not self._awaited
+            alone = self.alone
+        if alone:
+            self._invoker.abandon()
+        self._invoker.wake()
+        self._on_end()
+
+    # -- the end -------------------------------------------------------------------------------------
+
+    def release(self) -> None:
+        """Gives the leases back; returns when their workers' last lines are printed, or soon after."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            leases = list(self._leases)
+            self._awaited.clear()
+        if self._own:
+            for lease in leases:
+                try:
+                    self.session.release(lease)
+                except ServiceError as error:
+                    log.debug("lease=%d not released: %s", lease, error)
+
+    def close(self) -> None:
+        """Ends the session. Safe to call twice."""
+        self.release()
+        self.session.close()
+        self._events.put(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join(2.0)
+
+
+def lease_error(event: msg.LeaseEnded) -> RFaaSError:
+    """What a lease's end means to an invocation that nobody is left to run."""
+    text = event.message or f"lease {event.lease} ended ({event.cause})"
+    match event.cause:
+        case "expired":
+            return LeaseExpired(text, hint="ask for cores again with a new Executor")
+        case "revoked":
+            return LeaseRevoked(text, hint="run on the rank, or ask for cores again with a new Executor")
+        case "service":
+            return ServiceLost(text, hint="make a new Executor: it starts another one")
+    return WorkerLost(text, hint="make a new Executor")
+
+
+def lost_error(ended: WorkerEnded) -> RFaaSError:
+    """The error for an invocation whose worker infrastructure took, and that nothing else may run."""
+    what = ended.message or f"worker {ended.worker} of lease {ended.lease} ended ({ended.reason or ended.cause})"
+    error: RFaaSError
+    match ended.reason:
+        case "revoked":
+            error = LeaseRevoked(what, hint="run on the rank, or ask for cores again with a new Executor")
+        case "expired":
+            error = LeaseExpired(what, hint="ask for cores again with a new Executor")
+        case "service":
+            error = ServiceLost(what, hint="make a new Executor: it starts another one")
+        case _:
+            error = WorkerLost(what, hint="call again, or let it run on the rank with fallback=True")
+    describe(error, ended)
+    return error
+
+
+def describe(error: Any, ended: WorkerEnded) -> None:
+    """Puts the facts of a worker's end on an error."""
+    error.worker = ended.worker
+    error.cause = ended.cause
+    error.signal = ended.signal
+    error.exit_code = ended.exit_code
+    error.last_lines = ended.last_lines

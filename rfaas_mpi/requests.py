@@ -1,0 +1,513 @@
+"""Requests: invocations on buffers that were started and not waited for, with MPI's words."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rfaas_mpi.crew import Crew, History
+from rfaas_mpi.errors import ClosedError, InvalidBuffer
+from rfaas_mpi.types import UNDEFINED, Action, Outcome
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rfaas_mpi.kernels import Kernel
+
+__all__ = ["PersistentRequest", "Request", "Startall", "Testall", "Testany", "Testsome", "Waitall",
+           "Waitany", "Waitsome"]
+
+_OK = int(Outcome.OK)
+
+
+class Request:
+    """An invocation on buffers. Until it has ended, its arrays are not yours.
+
+    Active from its start until Wait, Test or one of the functions on several
+    requests has told its end. A failed invocation raises there: KernelError,
+    KernelTimeout, BadKernel, WorkerLost or CancelledError; asking again raises
+    the same again.
+    """
+
+    __slots__ = ("__weakref__", "_active", "_crew", "_error", "_history", "_inputs", "_kernel",
+                 "_number", "_outputs", "_peers", "_raw", "_run", "_settling", "_wait", "out")
+
+    def __init__(self, crew: Crew, kernel: Kernel, inputs: tuple[np.ndarray, ...],
+                 outputs: tuple[np.ndarray, ...], out: Any, timeout_s: float | None, *,
+                 persistent: bool = False) -> None:
+        self.out = out
+        self._crew = crew
+        self._kernel = kernel
+        self._inputs = inputs
+        self._outputs = outputs
+        self._active = False
+        self._error: BaseException | None = None
+        self._history: History | None = None
+        self._settling = False
+        self._peers: list[Any] = []
+        self._raw = crew.buffers_request(kernel, inputs, outputs, persistent)
+        self._run = self._raw.start if timeout_s is None else partial(self._raw.start, timeout_s)
+        self._wait = self._raw.wait
+        self._number = crew.enter(self, inputs, outputs)
+
+    # -- one request -------------------------------------------------------------------------
+
+    def Test(self) -> bool:
+        """True once the invocation has ended; never waits for a worker.
+
+        Where no worker is left to run it, it is run here and now, on the rank.
+        """
+        if not self._active:
+            return self._told()
+        if not self._raw.test():
+            return False
+        if self._raw.outcome == _OK and self._history is None:
+            self._ended()
+            return True
+        return self._settle(0.0)
+
+    def Wait(self, timeout_s: float | None = None) -> bool:
+        """True once the invocation has ended; False after `timeout_s` seconds.
+
+        Interruptible with Ctrl-C. Raises what the invocation ended with.
+        """
+        if not self._active:
+            return self._told()
+        if timeout_s is not None:
+            return self._wait_until(time.monotonic() + timeout_s)
+        self._wait()
+        if self._raw.outcome == _OK and self._history is None:
+            self._ended()
+            return True
+        return self._settle(None)
+
+    def Cancel(self, force: bool = False) -> bool:
+        """True if the invocation will not deliver: Wait then raises CancelledError.
+
+        Without `force` only what still waits for a slot can be cancelled. With
+        it the worker that runs it is killed; its other invocations run elsewhere.
+        """
+        if not self._active:
+            return False
+        if self._raw.cancel():
+            return True
+        if not force or self._raw.test():
+            return False
+        if self._history is None:
+            self._history = History()
+        self._history.forced = True
+        self._crew.kill(self._raw)
+        return True
+
+    def Free(self) -> None:
+        """Gives back what the request holds; cancels it if it is still queued, else waits for its end.
+
+        Safe to call twice; starting it afterwards raises ClosedError.
+        """
+        if self._number:
+            if self._active and not self._raw.cancel():
+                while not self._raw.wait():
+                    pass
+            self._release()
+
+    @property
+    def active(self) -> bool:
+        """Started, and its end not yet told."""
+        return self._active
+
+    @property
+    def worker(self) -> int:
+        """Number of the worker that ran it last (0: none yet)."""
+        return self._raw.worker
+
+    @property
+    def exec_ns(self) -> int:
+        """How long the kernel ran, by the worker's clock."""
+        return self._raw.exec_ns
+
+    @property
+    def out_sizes(self) -> tuple[int, ...]:
+        """Bytes that the kernel wrote to each output."""
+        return self._raw.out_sizes
+
+    def __repr__(self) -> str:
+        state = "freed" if not self._number else "active" if self._active else "inactive"
+        return f"<{type(self).__name__} of {self._kernel!r}: {state}>"
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        if self._peers:
+            self._check_peers()
+        self._run()
+        self._active = True
+
+    def _check_peers(self) -> None:
+        for peer in self._peers:
+            other = peer()
+            if other is not None and other is not self and other._in_flight():
+                raise InvalidBuffer(
+                    f"an array of this {self._kernel!r} invocation is written or read by another one that is "
+                    f"still in flight ({other!r})", hint="Wait for that one first, or give this one its own array")
+
+    def _in_flight(self) -> bool:
+        return self._active and not (self._raw.test() and self._raw.outcome == _OK)
+
+    def _told(self) -> bool:
+        if self._error is not None:
+            raise self._error.with_traceback(None)
+        return True
+
+    def _ended(self) -> None:
+        self._active = False
+        self._release()
+
+    def _release(self) -> None:
+        if self._number:
+            self._crew.leave(self, self._number, self._inputs, self._outputs)
+            self._number = 0
+            self._active = False
+            self._raw.close()
+
+    def _wait_until(self, deadline: float) -> bool:
+        if not self._raw.wait(max(0.0, deadline - time.monotonic())):
+            return False
+        return self._settle(deadline)
+
+    def _settle(self, deadline: float | None) -> bool:
+        """Waits until the end of the last attempt and acts on it. A deadline that has passed: as Test."""
+        changed = self._crew.changed
+        while self._active:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if self._settling:
+                # Another thread is at it: it tells us the end, or starts the next attempt.
+                with changed:
+                    if not changed.wait_for(lambda: not self._settling, left):
+                        return False
+                continue
+            if not (self._wait() if left is None else self._wait(left)):
+                return False
+            with changed:
+                if self._settling or not self._active or self._raw.outcome == Outcome.PENDING:
+                    continue
+                self._settling = True
+            try:
+                self._advance()
+            finally:
+                with changed:
+                    self._settling = False
+                    changed.notify_all()
+        return self._told()
+
+    def _advance(self) -> None:
+        if self._raw.outcome == _OK and self._history is None:
+            self._ended()
+            return
+        if self._history is None:
+            self._history = History()
+        end = self._crew.ended(self._raw, self._history, objects=False)
+        match end.action:
+            case Action.DELIVER:
+                self._history = None
+                self._ended()
+            case Action.REISSUE:
+                self._raw.restart()
+            case Action.RUN_ON_RANK:
+                self._error = self._crew.run_buffers(self._kernel, self._inputs, self._outputs)
+                self._history = None
+                self._ended()
+            case _:
+                self._error = end.error
+                self._history = None
+                self._ended()
+
+    # -- several requests, as mpi4py has them ------------------------------------------------
+
+    @staticmethod
+    def Waitall(requests: Sequence[Request], timeout_s: float | None = None) -> bool:
+        return Waitall(requests, timeout_s)
+
+    @staticmethod
+    def Waitany(requests: Sequence[Request], timeout_s: float | None = None) -> int:
+        return Waitany(requests, timeout_s)
+
+    @staticmethod
+    def Waitsome(requests: Sequence[Request], timeout_s: float | None = None) -> list[int] | None:
+        return Waitsome(requests, timeout_s)
+
+    @staticmethod
+    def Testall(requests: Sequence[Request]) -> bool:
+        return Testall(requests)
+
+    @staticmethod
+    def Testany(requests: Sequence[Request]) -> tuple[int, bool]:
+        return Testany(requests)
+
+    @staticmethod
+    def Testsome(requests: Sequence[Request]) -> list[int] | None:
+        return Testsome(requests)
+
+
+class PersistentRequest(Request):
+    """An invocation that is set up once and started as often as you like.
+
+    It holds a slot only while it is active, so there may be many more of them
+    than slots.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, crew: Crew, kernel: Kernel, inputs: tuple[np.ndarray, ...],
+                 outputs: tuple[np.ndarray, ...], out: Any, timeout_s: float | None) -> None:
+        super().__init__(crew, kernel, inputs, outputs, out, timeout_s, persistent=True)
+
+    # Start and Wait are what a loop at a million calls a second pays for: no
+    # call here that the plain path does not need.
+
+    def Start(self) -> None:
+        """Starts the invocation; never blocks.
+
+        Raises InvalidBuffer if it, or another one that shares an array with it,
+        is still in flight, ClosedError after Free or the executor's end.
+        """
+        if self._active or self._peers:
+            self._check_start()
+        self._error = None
+        self._run()
+        self._active = True
+
+    def Wait(self, timeout_s: float | None = None) -> bool:
+        if timeout_s is None and self._active:
+            self._wait()
+            if self._raw.outcome == 1 and self._history is None:
+                self._active = False
+                return True
+        return Request.Wait(self, timeout_s)
+
+    Wait.__doc__ = Request.Wait.__doc__
+
+    def _check_start(self) -> None:
+        if self._active:
+            raise InvalidBuffer(f"this request of {self._kernel!r} is still active",
+                                hint="Wait for it (or Test until True) before the next Start")
+        self._check_peers()
+
+    def _ended(self) -> None:
+        self._active = False
+
+    def _release(self) -> None:
+        if self._number:
+            super()._release()
+            self._run = self._freed
+
+    def _freed(self) -> None:
+        raise ClosedError("this request was freed; make another with Invoke_init")
+
+    @staticmethod
+    def Startall(requests: Sequence[PersistentRequest]) -> None:
+        Startall(requests)
+
+
+def Startall(requests: Sequence[PersistentRequest]) -> None:
+    """Starts persistent requests, as Start does for each; none of them is started if one can't be."""
+    for request in requests:
+        if request._active or request._peers:
+            request._check_start()
+    for request in requests:
+        request._error = None
+        request._run()
+        request._active = True
+
+
+def Waitall(requests: Sequence[Request], timeout_s: float | None = None) -> bool:
+        return Waitall(requests, timeout_s)
+
+    @staticmethod
+    def Waitany(requests: Sequence[Request], timeout_s: float | None = None) -> int:
+        return Waitany(requests, timeout_s)
+
+    @staticmethod
+    def Waitsome(requests: Sequence[Request], timeout_s: float | None = None) -> list[int] | None:
+        return Waitsome(requests, timeout_s)
+
+    @staticmethod
+    def Testall(requests: Sequence[Request]) -> bool:
+        return Testall(requests)
+
+    @staticmethod
+    def Testany(requests: Sequence[Request]) -> tuple[int, bool]:
+        return Testany(requests)
+
+    @staticmethod
+    def Testsome(requests: Sequence[Request]) -> list[int] | None:
+        return Testsome(requests)
+
+
+class PersistentRequest(Request):
+    """An invocation that is set up once and started as often as you like.
+
+    It holds a slot only while it is active, so there may be many more of them
+    than slots.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, crew: Crew, kernel: Kernel, inputs: tuple[np.ndarray, ...],
+                 outputs: tuple[np.ndarray, ...], out: Any, timeout_s: float | None) -> None:
+        super().__init__(crew, kernel, inputs, outputs, out, timeout_s, persistent=True)
+
+    # Start and Wait are what a loop at a million calls a second pays for: no
+    # call here that the plain path does not need.
+
+    def Start(self) -> None:
+        """Starts the invocation; never blocks.
+
+        Raises InvalidBuffer if it, or another one that shares an array with it,
+        is still in flight, ClosedError after Free or the executor's end.
+        """
+        if self._active or self._peers:
+            self._check_start()
+        self._error = None
+        self._run()
+        self._active = True
+
+    def Wait(self, timeout_s: float | None = None) -> bool:
+        if timeout_s is None and self._active:
+            self._wait()
+            if self._raw.outcome == 1 and self._history is None:
+                self._active = False
+                return True
+        return Request.Wait(self, timeout_s)
+
+    Wait.__doc__ = Request.Wait.__doc__
+
+    def _check_start(self) -> None:
+        if self._active:
+            raise InvalidBuffer(f"this request of {self._kernel!r} is still active",
+                                hint="Wait for it (or Test until True) before the next Start")
+        self._check_peers()
+
+    def _ended(self) -> None:
+        self._active = False
+
+    def _release(self) -> None:
+        if self._number:
+            super()._release()
+            self._run = self._freed
+
+    def _freed(self) -> None:
+        raise ClosedError("this request was freed; make another with Invoke_init")
+
+    @staticmethod
+    def Startall(requests: Sequence[PersistentRequest]) -> None:
+        Startall(requests)
+
+
+def Startall(requests: Sequence[PersistentRequest]) -> None:
+    """Starts persistent requests, as Start does for each; none of them is started if one can't be."""
+    for request in requests:
+        if request._active or request._peers:
+            request._check_start()
+    for request in requests:
+        request.Start()
+
+
+def Waitall(requests: Sequence[Request], timeout_s: float | None = None) -> bool:
+    """True once all have ended; False after `timeout_s` seconds.
+
+    Raises the first failure (by index), after all of them have ended.
+    """
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    failure: BaseException | None = None
+    for request in requests:
+        if deadline is None and request._active:
+            request._wait()
+            if request._raw.outcome == 1 and request._history is None:
+                request._ended()
+                continue
+        try:
+            if deadline is None:
+                request.Wait()
+            elif not request._active:
+                request._told()
+            elif not request._wait_until(deadline):
+                return False
+        except Exception as error:
+            # All must have ended before the caller may touch any array again.
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return True
+
+
+def Waitany(requests: Sequence[Request], timeout_s: float | None = None) -> int:
+    """Index of an active request that has ended, UNDEFINED if none is active, -1 after the time-out.
+
+    Raises what that request ended with.
+    """
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        index, flag = Testany(requests)
+        if flag:
+            return index
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            return -1
+        _wait_some(requests, left)
+
+
+def Waitsome(requests: Sequence[Request], timeout_s: float | None = None) -> list[int] | None:
+    """Indices of active requests that have ended, at least one; None if none is active, [] after the time-out."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        found = Testsome(requests)
+        if found is None or found:
+            return found
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            return []
+        _wait_some(requests, left)
+
+
+def Testall(requests: Sequence[Request]) -> bool:
+    """True if all have ended; else none of them is told to have. Raises the first failure."""
+    for request in requests:
+        if request._active and not request._raw.test():
+            return False
+    return Waitall(requests, 0.0)
+
+
+def Testany(requests: Sequence[Request]) -> tuple[int, bool]:
+    """(index, True) of an active request that has ended, (UNDEFINED, True) if none is active, else
+    (UNDEFINED, False). Raises what that request ended with."""
+    active = False
+    for index, request in enumerate(requests):
+        if request._active:
+            active = True
+            if request.Test():
+                return index, True
+    return UNDEFINED, not active
+
+
+def Testsome(requests: Sequence[Request]) -> list[int] | None:
+    """Indices of active requests that have ended; None if none is active. Raises the first failure."""
+    active = [index for index, request in enumerate(requests) if request._active]
+    if not active:
+        return None
+    return [index for index in active if requests[index].Test()]
+
+
+def _wait_some(requests: Sequence[Request], timeout_s: float | None) -> None:
+    by_crew: dict[Crew, list[Any]] = {}
+    for request in requests:
+        if request._active:
+            by_crew.setdefault(request._crew, []).append(request._raw)
+    if len(by_crew) == 1:
+        [(crew, raws)] = by_crew.items()
+        crew.wait_any(raws, timeout_s)
+        return
+    # Requests of several executors have no common doorbell: look at each in turn.
+    for crew, raws in by_crew.items():
+        crew.wait_any(raws, 0.001 if timeout_s is None else min(0.001, timeout_s))

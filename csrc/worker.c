@@ -1,0 +1,1325 @@
+/*
+ * The worker side: receive, run, reply.
+ *
+ * One thread (the caller of rfm_worker_next) polls the connections in
+ * rotation, runs native kernels itself and hands everything else out as
+ * events. A service thread, asleep in epoll, collects control frames while a
+ * kernel runs. What a rank wrote into shared memory is copied once (the line),
+ * checked against what was bound and granted, and only then used.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "arena.h"
+#include "frame.h"
+#include "poller.h"
+#include "rfm_transport.h"
+#include "shm.h"
+
+struct mapped {
+    uint32_t arena;
+    uint8_t *base;
+    uint64_t bytes;
+};
+
+struct loaded {                 /* a kernel */
+    bool     known;
+    uint32_t kind;
+    void    *user;
+    char    *error;
+    uint64_t error_bytes;
+};
+
+struct bound {                  /* a binding */
+    uint32_t number;
+    uint32_t kernel;
+    uint32_t flags;
+    uint16_t n_in;
+    uint16_t n_out;
+    bool     has_call;          /* an address travels with each call */
+    bool     in_slot;           /* something lies in the slot, not its line */
+    struct rfm_layout layout;
+    struct rfm_arg *args;
+    struct rfm_buf *bufs;
+    rfm_kernel_fn  *native;
+    rfm_plain_fn   *plain;
+    void    *user;
+    char    *error;
+    uint64_t error_bytes;
+};
+
+/* A control frame on its way from the service thread to the main one. */
+struct control {
+    struct control *next;
+    struct rfm_conn *conn;
+    struct rfm_frame head;
+    uint8_t *body;
+    int      fds[RFM_MAX_FRAME_FDS];
+    uint32_t n_fds;
+    bool     ended;             /* the connection did */
+};
+
+struct rfm_conn {
+    uint32_t number;
+    int      fd;
+    struct rfm_rx rx;           /* service thread only */
+    struct rfm_link *link;      /* NULL until attached */
+    uint64_t ticket;
+    uint64_t last_id[RFM_MAX_SLOTS];
+    struct mapped *arenas;
+    uint32_t n_arenas;
+    struct loaded *kernels;
+    uint32_t n_kernels;
+    struct bound **bindings;    /* by index */
+    uint32_t n_bindings;
+};
+
+struct rfm_worker {
+    struct rfm_worker_attr attr;
+    struct rfm_page *page;
+    struct rfm_door *door;
+    int      door_fd;
+    int      pidfd;
+    int      epoll_fd;
+    int      event_fd;          /* stops the service thread */
+    uint64_t spin_ticks;
+    uint64_t idle_since;
+    bool     limits_told;
+
+    struct rfm_conn *conns[RFM_MAX_RANKS];
+    uint32_t n_conns;
+    uint32_t turn;
+
+    /* private copies, so that nothing is read twice from shared memory */
+    struct rfm_request_line line __attribute__((aligned(RFM_CACHE_LINE)));
+    uint8_t  out_line[RFM_INLINE_BYTES + RFM_CANARY_BYTES]
+        __attribute__((aligned(RFM_CACHE_LINE)));
+
+    uint32_t control_pending __attribute__((aligned(RFM_CACHE_LINE)));
+    uint32_t quit;              /* atomic */
+    uint32_t stop;              /* atomic */
+    pthread_mutex_t lock;       /* of the list */
+    struct control *first;
+    struct control **last_p;
+    pthread_t service;
+};
+
+/* --- the service thread --------------------------------------------------- */
+
+static void hand_over(struct rfm_worker *w, struct control *node)
+{
+    node->next = NULL;
+    pthread_mutex_lock(&w->lock);
+    *w->last_p = node;
+    w->last_p  = &node->next;
+    rfm_store_release(&w->control_pending, 1);
+    pthread_mutex_unlock(&w->lock);
+    rfm_door_knock(w->door);
+}
+
+static struct control *node_of(struct rfm_conn *conn, struct rfm_rx *rx)
+{
+    struct control *node = calloc(1, sizeof(*node));
+
+    if (node == NULL) {
+        return NULL;
+    }
+    node->conn = conn;
+    if (rx != NULL) {
+        node->head  = rx->head;
+        node->body  = rx->body;
+        node->n_fds = rx->n_fds;
+        memcpy(node->fds, rx->fds, sizeof(node->fds));
+        rfm_rx_next(rx);
+    }
+    return node;
+}
+
+static void conn_ended(struct rfm_worker *w, struct rfm_conn *conn)
+{
+    struct control *node = node_of(conn, NULL);
+
+    (void)epoll_ctl(w->epoll_fd, EPOLL_CTL_DEL, conn->fd, NULL);
+    rfm_rx_fini(&conn->rx);
+    if (node == NULL) {
+        _exit(70);              /* out of memory: the agent replaces us */
+    }
+    node->ended = true;
+    hand_over(w, node);
+}
+
+static void read_conn(struct rfm_worker *w, struct rfm_conn *conn)
+{
+    for (;;) {
+        struct control *node;
+        int rc = rfm_rx_read(&conn->rx, conn->fd);
+
+        if (rc == RFM_ERR_AGAIN) {
+            return;
+        }
+        node = (rc == RFM_OK) ? node_of(conn, &conn->rx) : NULL;
+        if (node == NULL) {
+            conn_ended(w, conn);
+            return;
+        }
+        hand_over(w, node);
+    }
+}
+
+static void adopt(struct rfm_worker *w, struct rfm_rx *rx)
+{
+    struct epoll_event ev = { .events = EPOLLIN };
+    struct rfm_ctl_adopt body;
+    struct rfm_conn *conn;
+
+    if ((rx->head.length != sizeof(body)) || (rx->n_fds != 1)) {
+        return;
+    }
+    memcpy(&body, rx->body, sizeof(body));
+    conn = calloc(1, sizeof(*conn));
+    if (conn == NULL) {
+        return;
+    }
+    conn->number = body.conn;
+    conn->fd     = rx->fds[0];
+    rx->n_fds    = 0;           /* it is ours now */
+    rfm_rx_init(&conn->rx, RFM_MAX_FRAME);
+    ev.data.ptr = conn;
+    if (epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, conn->fd, &ev) != 0) {
+        close(conn->fd);
+        free(conn);
+    }
+}
+
+static void read_agent(struct rfm_worker *w, struct rfm_rx *rx)
+{
+    for (;;) {
+        int rc = rfm_rx_read(rx, w->attr.agent_fd);
+
+        if (rc == RFM_ERR_AGAIN) {
+            return;
+        }
+        if (rc < 0) {
+            _exit(0);           /* no agent, no worker */
+        }
+        if (rx->head.type == RFM_AGENT_ADOPT) {
+            adopt(w, rx);
+        } else if (rx->head.type == RFM_AGENT_QUIT) {
+            rfm_store_release(&w->quit, 1);
+            rfm_door_knock(w->door);
+        }
+        rfm_rx_fini(rx);
+    }
+}
+
+static void *service_main(void *arg)
+{
+    struct rfm_worker *w = arg;
+    struct epoll_event events[16];
+    struct rfm_rx agent;
+
+    pthread_setname_np(pthread_self(), "rfaas-control");
+    rfm_rx_init(&agent, 4096);
+    (void)rfm_frame_send(w->attr.agent_fd, RFM_AGENT_READY, 0, NULL, 0, NULL, 0);
+    while (rfm_load_acquire(&w->stop) == 0) {
+        int n = epoll_wait(w->epoll_fd, events, 16, -1);
+
+        for (int i = 0; i < n; i++) {
+            if (events[i].data.ptr == w) {
+                read_agent(w, &agent);
+            } else if (events[i].data.ptr != NULL) {
+                read_conn(w, events[i].data.ptr);
+            }
+        }
+    }
+    rfm_rx_fini(&agent);
+    return NULL;
+}
+
+/* --- making and ending ---------------------------------------------------- */
+
+static int start_service(struct rfm_worker *w)
+{
+    struct epoll_event agent = { .events = EPOLLIN | EPOLLRDHUP };
+    struct epoll_event stop = { .events = EPOLLIN };
+    pthread_attr_t attr;
+    sigset_t all;
+    sigset_t old;
+    int rc;
+
+    agent.data.ptr = w;
+    stop.data.ptr  = NULL;
+    if ((epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, w->attr.agent_fd, &agent) != 0) ||
+        (epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, w->event_fd, &stop) != 0)) {
+        return RFM_ERR_SYSTEM;
+    }
+    pthread_attr_init(&attr);
+    pthread_attr_setstacksize(&attr, 256 * 1024);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    rc = pthread_create(&w->service, &attr, service_main, w);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    pthread_attr_destroy(&attr);
+    return (rc == 0) ? RFM_OK : RFM_ERR_NO_RESOURCE;
+}
+
+int rfm_worker_create(const struct rfm_worker_attr *attr,
+                      struct rfm_worker **worker_p)
+{
+    struct rfm_worker *w;
+    uint8_t *door;
+    void *page;
+    int rc = RFM_ERR_SYSTEM;
+
+    rfm_ticks_init();
+    w = aligned_alloc(RFM_CACHE_LINE, (sizeof(*w) + RFM_CACHE_LINE - 1) &
+                                          ~(size_t)(RFM_CACHE_LINE - 1));
+    if (w == NULL) {
+        return RFM_ERR_NO_MEMORY;
+    }
+    memset(w, 0, sizeof(*w));
+    w->attr       = *attr;
+    w->last_p     = &w->first;
+    w->spin_ticks = rfm_ns_to_ticks((uint64_t)attr->spin_us * 1000ull);
+    pthread_mutex_init(&w->lock, NULL);
+    page = mmap(NULL, RFM_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED,
+                attr->page_fd, 0);
+    if (page == MAP_FAILED) {
+        goto err_free;
+    }
+    w->page = page;
+    rc = rfm_memfd_create("rfaas-door", RFM_DOOR_BYTES, &w->door_fd);
+    if (rc < 0) {
+        goto err_page;
+    }
+    rc = rfm_memfd_map(w->door_fd, RFM_DOOR_BYTES, false, &door);
+    if (rc < 0) {
+        goto err_door_fd;
+    }
+    w->door  = (struct rfm_door *)door;
+    rc       = RFM_ERR_SYSTEM;
+    w->pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
+    if (w->pidfd < 0) {
+        goto err_door;
+    }
+    w->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    if (w->epoll_fd < 0) {
+        goto err_pidfd;
+    }
+    w->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (w->event_fd < 0) {
+        goto err_epoll;
+    }
+    rfm_store_release(&w->page->state, RFM_PAGE_WAITING);
+    rc = start_service(w);
+    if (rc < 0) {
+        goto err_event;
+    }
+    w->idle_since = rfm_ticks();
+    *worker_p = w;
+    return RFM_OK;
+
+err_event:
+    close(w->event_fd);
+err_epoll:
+    close(w->epoll_fd);
+err_pidfd:
+    close(w->pidfd);
+err_door:
+    rfm_memfd_unmap(door, RFM_DOOR_BYTES);
+err_door_fd:
+    close(w->door_fd);
+err_page:
+    munmap(page, RFM_PAGE_BYTES);
+err_free:
+    pthread_mutex_destroy(&w->lock);
+    free(w);
+    return rc;
+}
+
+static void bound_destroy(struct bound *b)
+{
+    if (b != NULL) {
+        free(b->error);
+        free(b);
+    }
+}
+
+static void conn_destroy(struct rfm_conn *conn)
+{
+    if (conn->link != NULL) {
+        conn->link->ops->worker_close(conn->link);
+    }
+    for (uint32_t i = 0; i < conn->n_arenas; i++) {
+        rfm_memfd_unmap(conn->arenas[i].base, conn->arenas[i].bytes);
+    }
+    for (uint32_t i = 0; i < conn->n_kernels; i++) {
+        free(conn->kernels[i].error);
+    }
+    for (uint32_t i = 0; i < conn->n_bindings; i++) {
+        bound_destroy(conn->bindings[i]);
+    }
+    free(conn->arenas);
+    free(conn->kernels);
+    free(conn->bindings);
+    /* last: to the rank, the end of this connection is the fence */
+    close(conn->fd);
+    free(conn);
+}
+
+static void control_free(struct control *node)
+{
+    for (uint32_t i = 0; i < node->n_fds; i++) {
+        close(node->fds[i]);
+    }
+    free(node->body);
+    free(node);
+}
+
+void rfm_worker_destroy(struct rfm_worker *w)
+{
+    uint64_t one = 1;
+
+    rfm_store_release(&w->stop, 1);
+    if (write(w->event_fd, &one, sizeof(one)) == (ssize_t)sizeof(one)) {
+        pthread_join(w->service, NULL);
+    }
+    while (w->first != NULL) {
+        struct control *node = w->first;
+
+        w->first = node->next;
+        control_free(node);
+    }
+    for (uint32_t i = 0; i < w->n_conns; i++) {
+        rfm_rx_fini(&w->conns[i]->rx);
+        conn_destroy(w->conns[i]);
+    }
+    close(w->event_fd);
+    close(w->epoll_fd);
+    close(w->pidfd);
+    rfm_memfd_unmap((uint8_t *)w->door, RFM_DOOR_BYTES);
+    close(w->door_fd);
+    rfm_store_release(&w->page->state, RFM_PAGE_ENDING);
+    munmap(w->page, RFM_PAGE_BYTES);
+    pthread_mutex_destroy(&w->lock);
+    free(w);
+}
+
+/* --- control frames, on the main thread ----------------------------------- */
+
+static void attach(struct rfm_worker *w, struct control *node)
+{
+    struct rfm_ctl_attached answer = { .pid = (uint32_t)getpid() };
+    struct iovec iov = { &answer, sizeof(answer) };
+    struct rfm_conn *conn = node->conn;
+    struct rfm_ctl_attach body;
+    int fds[2] = { w->door_fd, w->pidfd };
+
+    if ((node->head.length != sizeof(body)) || (conn->link != NULL)) {
+        answer.status = RFM_ERR_PROTOCOL;
+    } else if (w->n_conns >= RFM_MAX_RANKS) {
+        answer.status = RFM_ERR_NO_RESOURCE;
+    } else {
+        memcpy(&body, node->body, sizeof(body));
+        answer.status = rfm_shm.worker_open(&body, node->fds, node->n_fds,
+                                            &conn->link);
+    }
+    if (answer.status == RFM_OK) {
+        w->conns[w->n_conns++] = conn;
+    }
+    (void)rfm_frame_send(conn->fd, RFM_CTL_ATTACHED, 0, &iov, 1, fds, 2);
+}
+
+static struct mapped *find_arena(struct rfm_conn *conn, uint32_t arena)
+{
+    for (uint32_t i = 0; i < conn->n_arenas; i++) {
+        if (conn->arenas[i].arena == arena) {
+            return &conn->arenas[i];
+        }
+    }
+    return NULL;
+}
+
+/* address of a piece of an arena, NULL if it isn't wholly inside */
+static uint8_t *resolve(struct rfm_conn *conn, uint32_t arena, uint64_t offset,
+                        uint64_t size)
+{
+    struct mapped *m = find_arena(conn, arena);
+
+    if ((m == NULL) || (offset > m->bytes) || (size > m->bytes - offset)) {
+        return NULL;
+    }
+    return m->base + offset;
+}
+
+static void map_arena(struct control *node)
+{
+    struct rfm_conn *conn = node->conn;
+    struct rfm_ctl_arena body;
+    struct mapped *more;
+    uint8_t *base;
+
+    if ((node->head.length != sizeof(body)) || (node->n_fds != 1)) {
+        return;
+    }
+    memcpy(&body, node->body, sizeof(body));
+    more = realloc(conn->arenas, (conn->n_arenas + 1) * sizeof(*more));
+    if (more == NULL) {
+        return;
+    }
+    conn->arenas = more;
+    /* on failure what refers to it is answered with an error */
+    if (rfm_memfd_map(node->fds[0], body.bytes, false, &base) == RFM_OK) {
+        more[conn->n_arenas++] = (struct mapped){ body.arena, base, body.bytes };
+    }
+}
+
+static void drop_arena(struct control *node)
+{
+    struct rfm_conn *conn = node->conn;
+    struct rfm_ctl_number body;
+    struct mapped *m;
+
+    if (node->head.length != sizeof(body)) {
+        return;
+    }
+    memcpy(&body, node->body, sizeof(body));
+    m = find_arena(conn, body.number);
+    if (m != NULL) {
+        rfm_memfd_unmap(m->base, m->bytes);
+        *m = conn->arenas[--conn->n_arenas];
+    }
+}
+
+static char *copy_text(const char *text, uint64_t n)
+{
+    char *copy = malloc(n + 1);
+
+    if (copy != NULL) {
+        memcpy(copy, text, n);
+        copy[n] = 0;
+    }
+    return copy;
+}
+
+/* begin_*: 1 an event for the caller, 0 handled, RFM_ERR_PROTOCOL nonsense */
+static int begin_load(struct control *node, struct rfm_event *ev)
+{
+    struct rfm_conn *conn = node->conn;
+    struct rfm_ctl_kernel body;
+    struct loaded *more;
+
+    if (node->head.length < sizeof(body)) {
+        return RFM_ERR_PROTOCOL;
+    }
+    memcpy(&body, node->body, sizeof(body));
+    if ((body.blob_bytes != node->head.length - sizeof(body)) ||
+        (body.kernel > (1u << 20))) {
+        return RFM_ERR_PROTOCOL;
+    }
+    if (body.kernel >= conn->n_kernels) {
+        uint32_t n = body.kernel + 16;
+
+        more = realloc(conn->kernels, n * sizeof(*more));
+        if (more == NULL) {
+            return RFM_ERR_PROTOCOL;
+        }
+        memset(more + conn->n_kernels, 0, (n - conn->n_kernels) * sizeof(*more));
+        conn->kernels   = more;
+        conn->n_kernels = n;
+    }
+    ev->type       = RFM_EV_KERNEL;
+    ev->number     = body.kernel;
+    ev->kind       = body.kind;
+    ev->digest     = node->body + offsetof(struct rfm_ctl_kernel, digest);
+    ev->blob       = node->body + sizeof(body);
+    ev->blob_bytes = body.blob_bytes;
+    return 1;
+}
+
+void rfm_worker_loaded(struct rfm_worker *w, struct rfm_event *ev, void *user,
+                       const char *error, uint64_t error_bytes)
+{
+    struct loaded *kernel = &ev->conn->kernels[ev->number];
+
+    (void)w;
+    kernel->known = true;
+    kernel->kind  = ev->kind;
+    kernel->user  = user;
+    if (error != NULL) {
+        kernel->error       = copy_text(error, error_bytes);
+        kernel->error_bytes = (kernel->error != NULL) ? error_bytes : 0;
+    }
+}
+
+/* args of a BIND, checked; false if they make no sense */
+static bool take_args(struct rfm_conn *conn, struct bound *b,
+                      const uint8_t *wire)
+{
+    uint32_t n = (uint32_t)b->n_in + b->n_out;
+
+    for (uint32_t i = 0; i < n; i++) {
+        struct rfm_wire_arg arg;
+
+        memcpy(&arg, wire + i * sizeof(arg), sizeof(arg));
+        b->args[i].place  = arg.place;
+        b->args[i].flags  = arg.flags;
+        b->args[i].arena  = arg.arena;
+        b->args[i].offset = arg.offset;
+        b->args[i].size   = arg.size;
+        b->bufs[i].size     = arg.size;
+        b->bufs[i].capacity = arg.size;
+        if (arg.place == RFM_BOUND) {
+            b->bufs[i].ptr = resolve(conn, arg.arena, arg.offset, arg.size);
+            if (b->bufs[i].ptr == NULL) {
+                return false;
+            }
+        } else if (arg.place == RFM_CALL) {
+            b->has_call = true;
+        }
+    }
+    return rfm_layout(b->args, b->n_in, b->n_out, conn->link->slot_bytes,
+                      &b->layout) == RFM_OK;
+}
+
+static void point_at_lines(struct rfm_worker *w, struct bound *b)
+{
+    uint32_t n = (uint32_t)b->n_in + b->n_out;
+
+    for (uint32_t i = 0; i < n; i++) {
+        if (b->args[i].place != RFM_INLINE) {
+            continue;
+        }
+        if (i < b->n_in) {
+            if (b->layout.in_bytes <= RFM_INLINE_BYTES) {
+                b->bufs[i].ptr = w->line.payload + b->args[i].at;
+            } else {
+                b->in_slot = true;
+            }
+        } else if (b->layout.out_in_line) {
+            b->bufs[i].ptr = w->out_line + b->args[i].at;
+        } else {
+            b->in_slot = true;
+        }
+    }
+}
+
+static const char bad_binding[] = "the binding made no sense to the worker";
+
+static int begin_bind(struct rfm_worker *w, struct control *node,
+                       struct rfm_event *ev)
+{
+    struct rfm_conn *conn = node->conn;
+    struct rfm_ctl_bind body;
+    struct loaded *kernel;
+    struct bound **slot;
+    struct bound *b;
+    uint32_t index;
+    uint32_t n;
+
+    if ((node->head.length < sizeof(body)) || (conn->link == NULL)) {
+        return RFM_ERR_PROTOCOL;
+    }
+    memcpy(&body, node->body, sizeof(body));
+    n = (uint32_t)body.n_in + body.n_out;
+    if ((n > RFM_MAX_ARGS) || (body.meta_bytes > RFM_MAX_FRAME) ||
+        (node->head.length != sizeof(body) + n * sizeof(struct rfm_wire_arg) +
+                                  body.meta_bytes) ||
+        (body.kernel >= conn->n_kernels) ||
+        !conn->kernels[body.kernel].known) {
+        return RFM_ERR_PROTOCOL;
+    }
+    index = body.binding % RFM_MAX_BINDINGS;
+    if (index >= conn->n_bindings) {
+        uint32_t grown = index + 64;
+        struct bound **more = realloc(conn->bindings, grown * sizeof(*more));
+
+        if (more == NULL) {
+            return RFM_ERR_PROTOCOL;
+        }
+        memset(more + conn->n_bindings, 0,
+               (grown - conn->n_bindings) * sizeof(*more));
+        conn->bindings   = more;
+        conn->n_bindings = grown;
+    }
+    slot = &conn->bindings[index];
+    if (*slot != NULL) {
+        return RFM_ERR_PROTOCOL;    /* bound twice */
+    }
+    b = calloc(1, sizeof(*b) + n * (sizeof(*b->args) + sizeof(*b->bufs)));
+    if (b == NULL) {
+        return RFM_ERR_PROTOCOL;
+    }
+    b->args   = (struct rfm_arg *)(b + 1);
+    b->bufs   = (struct rfm_buf *)(b->args + n);
+    b->number = body.binding;
+    b->kernel = body.kernel;
+    b->flags  = body.flags;
+    b->n_in   = body.n_in;
+    b->n_out  = body.n_out;
+    *slot     = b;
+    kernel    = &conn->kernels[body.kernel];
+    if (kernel->error != NULL) {
+        b->error       = copy_text(kernel->error, kernel->error_bytes);
+        b->error_bytes = (b->error != NULL) ? kernel->error_bytes : 0;
+        return 0;
+    }
+    if (!take_args(conn, b, node->body + sizeof(body))) {
+        b->error       = copy_text(bad_binding, sizeof(bad_binding) - 1);
+        b->error_bytes = sizeof(bad_binding) - 1;
+        return 0;
+    }
+    point_at_lines(w, b);
+    ev->type       = RFM_EV_BIND;
+    ev->number     = body.binding;
+    ev->kind       = kernel->kind;
+    ev->user       = kernel->user;
+    ev->n_in       = body.n_in;
+    ev->n_out      = body.n_out;
+    ev->flags      = body.flags;
+    ev->blob       = node->body + node->head.length - body.meta_bytes;
+    ev->blob_bytes = body.meta_bytes;
+    return 1;
+}
+
+void rfm_worker_bound(struct rfm_worker *w, struct rfm_event *ev, void *user,
+                      rfm_kernel_fn *native, rfm_plain_fn *plain,
+                      const char *error, uint64_t error_bytes)
+{
+    struct bound *b = ev->conn->bindings[ev->number % RFM_MAX_BINDINGS];
+
+    (void)w;
+    b->user   = user;
+    b->native = native;
+    b->plain  = plain;
+    if (error != NULL) {
+        b->error       = copy_text(error, error_bytes);
+        b->error_bytes = (b->error != NULL) ? error_bytes : 0;
+    }
+}
+
+static int begin_unbind(struct control *node, struct rfm_event *ev)
+{
+    struct rfm_conn *conn = node->conn;
+    struct rfm_ctl_number body;
+    struct bound *b;
+    uint32_t index;
+
+    if (node->head.length != sizeof(body)) {
+        return RFM_ERR_PROTOCOL;
+    }
+    memcpy(&body, node->body, sizeof(body));
+    index = body.number % RFM_MAX_BINDINGS;
+    b = (index < conn->n_bindings) ? conn->bindings[index] : NULL;
+    if ((b == NULL) || (b->number != body.number)) {
+        return 0;
+    }
+    conn->bindings[index] = NULL;
+    ev->type   = RFM_EV_UNBIND;
+    ev->number = body.number;
+    ev->user   = b->user;
+    bound_destroy(b);
+    return 1;
+}
+
+static void remove_conn(struct rfm_worker *w, struct rfm_conn *conn)
+{
+    for (uint32_t i = 0; i < w->n_conns; i++) {
+        if (w->conns[i] == conn) {
+            w->conns[i] = w->conns[--w->n_conns];
+            return;
+        }
+    }
+}
+
+/* 1: *ev is for the caller; 0: nothing for it */
+static int take_control(struct rfm_worker *w, struct rfm_event *ev)
+{
+    struct control *node;
+    int event = 0;
+
+    pthread_mutex_lock(&w->lock);
+    node = w->first;
+    if (node != NULL) {
+        w->first = node->next;
+        if (w->first == NULL) {
+            w->last_p = &w->first;
+            rfm_store_release(&w->control_pending, 0);
+        }
+    }
+    pthread_mutex_unlock(&w->lock);
+    if (node == NULL) {
+        return 0;
+    }
+    memset(ev, 0, sizeof(*ev));
+    ev->conn        = node->conn;
+    ev->conn_number = node->conn->number;
+    ev->frame       = node;
+    if (node->ended) {
+        remove_conn(w, node->conn);
+        ev->type = RFM_EV_GONE;
+        return 1;
+    }
+    switch (node->head.type) {
+    case RFM_CTL_ATTACH:
+        attach(w, node);
+        break;
+    case RFM_CTL_ARENA:
+        map_arena(node);
+        break;
+    case RFM_CTL_ARENA_DROP:
+        drop_arena(node);
+        break;
+    case RFM_CTL_KERNEL:
+        event = begin_load(node, ev);
+        break;
+    case RFM_CTL_BIND:
+        event = begin_bind(w, node, ev);
+        break;
+    case RFM_CTL_UNBIND:
+        event = begin_unbind(node, ev);
+        break;
+    case RFM_CTL_DISCARD:
+        ev->type = RFM_EV_DROP;
+        ev->id   = node->head.cookie;
+        event    = 1;
+        break;
+    default:
+        break;                  /* a later version's: not for us */
+    }
+    if (event < 0) {
+        /* the rank sees the end of its connection, not a silence */
+        (void)shutdown(node->conn->fd, SHUT_RDWR);
+    }
+    if (event != 1) {
+        control_free(node);
+        return 0;
+    }
+    return 1;
+}
+
+void rfm_worker_release(struct rfm_worker *w, struct rfm_event *ev)
+{
+    struct control *node = ev->frame;
+
+    if (ev->type == RFM_EV_GONE) {
+        struct iovec iov = { &ev->conn_number, sizeof(ev->conn_number) };
+
+        conn_destroy(ev->conn);
+        (void)rfm_frame_send(w->attr.agent_fd, RFM_AGENT_GONE, 0, &iov, 1, NULL,
+                             0);
+    }
+    if (node != NULL) {
+        control_free(node);
+        ev->frame = NULL;
+    }
+    ev->type = RFM_EV_NONE;
+}
+
+/* --- running -------------------------------------------------------------- */
+
+static void begin_call(struct rfm_worker *w, struct rfm_conn *conn,
+                       uint64_t start)
+{
+    struct rfm_page *page = w->page;
+    uint64_t budget = w->line.budget_ns;
+
+    rfm_store_relaxed(&page->conn, conn->number);
+    if (__builtin_expect(budget != 0, 0)) {
+        uint64_t now = rfm_now_ns();
+
+        rfm_store_relaxed(&page->start_ns, now);
+        rfm_store_relaxed(&page->limit_ns,
+                          (budget < UINT64_MAX - now) ? now + budget : 0);
+        if (!w->limits_told) {
+            w->limits_told = true;
+            (void)rfm_frame_send(w->attr.agent_fd, RFM_AGENT_LIMITS, 0, NULL, 0,
+                                 NULL, 0);
+        }
+    }
+    rfm_store_relaxed(&page->poll_ns, page->poll_ns +
+                                          rfm_ticks_to_ns(start - w->idle_since));
+    rfm_store_relaxed(&page->state, RFM_PAGE_RUNNING);
+    rfm_store_release(&page->id, w->line.id);
+}
+
+static uint64_t end_call(struct rfm_worker *w, uint64_t start)
+{
+    struct rfm_page *page = w->page;
+    uint64_t now = rfm_ticks();
+    uint64_t exec_ns = rfm_ticks_to_ns(now - start);
+
+    rfm_store_relaxed(&page->exec_ns, page->exec_ns + exec_ns);
+    rfm_store_relaxed(&page->count, page->count + 1);
+    rfm_store_relaxed(&page->limit_ns, 0);
+    rfm_store_relaxed(&page->state, RFM_PAGE_WAITING);
+    rfm_store_release(&page->id, 0);
+    w->idle_since = now;
+    return exec_ns;
+}
+
+static void publish(struct rfm_conn *conn, uint32_t slot,
+                    struct rfm_reply_line *reply)
+{
+    conn->last_id[slot] = reply->id;
+    conn->ticket++;
+    conn->link->ops->worker_reply(conn->link, slot, reply);
+    conn->link->ops->worker_knock(conn->link, conn->ticket);
+}
+
+static void set_bytes(struct rfm_conn *conn, uint32_t slot,
+                      struct rfm_reply_line *reply, const void *bytes,
+                      uint64_t n)
+{
+    if (n > conn->link->slot_bytes) {
+        n = conn->link->slot_bytes;
+    }
+    reply->out_bytes = n;
+    if (n <= RFM_INLINE_BYTES) {
+        memcpy(reply->payload, bytes, n);
+    } else {
+        memcpy(conn->link->ops->worker_payload(conn->link, slot), bytes, n);
+    }
+}
+
+static void refuse(struct rfm_worker *w, struct rfm_conn *conn, uint32_t slot,
+                   uint32_t status, const char *text, uint64_t n)
+{
+    struct rfm_reply_line reply = { .id = w->line.id, .status = status };
+
+    set_bytes(conn, slot, &reply, text, n);
+    publish(conn, slot, &reply);
+}
+
+/* pointers of this call; false if a descriptor lies */
+static bool point(struct rfm_conn *conn, struct bound *b, uint32_t slot,
+                  const uint8_t *line, const uint8_t *payload)
+{
+    uint32_t n = (uint32_t)b->n_in + b->n_out;
+    const uint8_t *in = (b->layout.in_bytes <= RFM_INLINE_BYTES) ? line
+                                                                 : payload;
+
+    for (uint32_t i = 0; i < n; i++) {
+        const struct rfm_arg *arg = &b->args[i];
+
+        if (arg->place == RFM_CALL) {
+            struct rfm_desc desc;
+
+            memcpy(&desc, in + arg->at, sizeof(desc));
+            if (desc.size != arg->size) {
+                return false;
+            }
+            b->bufs[i].ptr = resolve(conn, desc.arena, desc.offset, desc.size);
+            if (b->bufs[i].ptr == NULL) {
+                return false;
+            }
+            /* the redzone flag travels with the address */
+            b->args[i].flags = desc.flags & RFM_ARG_CANARY;
+        } else if ((arg->place == RFM_INLINE) && b->in_slot) {
+            if (i < b->n_in) {
+                b->bufs[i].ptr = (uint8_t *)(uintptr_t)in + arg->at;
+            } else if (!b->layout.out_in_line) {
+                b->bufs[i].ptr =
+                    conn->link->ops->worker_payload(conn->link, slot) + arg->at;
+            }
+        }
+    }
+    return true;
+}
+
+static void set_canaries(struct rfm_worker *w, struct bound *b)
+{
+    uint64_t words[2] = { RFM_CANARY_WORD, RFM_CANARY_WORD };
+
+    if (b->layout.n_inline_out == 0) {
+        return;
+    }
+    if (b->layout.out_in_line) {
+        memcpy(w->out_line + b->layout.out_bytes, words, sizeof(words));
+        return;
+    }
+    for (uint32_t i = b->n_in; i < (uint32_t)b->n_in + b->n_out; i++) {
+        if (b->args[i].place == RFM_INLINE) {
+            memcpy((uint8_t *)b->bufs[i].ptr + b->bufs[i].capacity, words,
+                   sizeof(words));
+        }
+    }
+}
+
+/* the output that was overrun, or -1 */
+static int overrun(struct rfm_worker *w, struct bound *b)
+{
+    if ((b->layout.n_inline_out != 0) && b->layout.out_in_line) {
+        if (!rfm_redzone_intact(w->out_line + b->layout.out_bytes)) {
+            return (int)b->n_out - 1;
+        }
+    }
+    for (uint32_t i = b->n_in; i < (uint32_t)b->n_in + b->n_out; i++) {
+        uint8_t *end = (uint8_t *)b->bufs[i].ptr + b->bufs[i].capacity;
+        bool guarded = (b->args[i].place == RFM_INLINE)
+                           ? !b->layout.out_in_line
+                           : (b->args[i].flags & RFM_ARG_CANARY) != 0;
+
+        if (guarded && !rfm_redzone_intact(end)) {
+            if (b->args[i].place != RFM_INLINE) {
+                rfm_redzone_fill(end);
+            }
+            return (int)(i - b->n_in);
+        }
+    }
+    return -1;
+}
+
+/* sizes of a reply whose outputs are there; what the first output holds */
+static void set_sizes(struct rfm_worker *w, struct rfm_conn *conn,
+                      struct bound *b, uint32_t slot,
+                      struct rfm_reply_line *reply, const uint64_t *sizes)
+{
+    uint8_t *to;
+
+    reply->out_bytes = (b->n_out > 0) ? sizes[0] : 0;
+    if (b->n_out > 1) {
+        to = b->layout.out_in_line
+                 ? w->out_line
+                 : conn->link->ops->worker_payload(conn->link, slot);
+        memcpy(to, sizes, b->n_out * sizeof(*sizes));
+        reply->flags |= RFM_REP_SIZES;
+    }
+    if (b->layout.out_in_line) {
+        memcpy(reply->payload, w->out_line, sizeof(reply->payload));
+    }
+}
+
+static void run_native(struct rfm_worker *w, struct rfm_conn *conn,
+                       struct bound *b, uint32_t slot, uint64_t start)
+{
+    struct rfm_reply_line reply = { .id = w->line.id };
+    struct rfm_buf *outputs = b->bufs + b->n_in;
+    uint64_t sizes[RFM_MAX_ARGS];
+    char text[160];
+    int32_t rc = 0;
+    int bad;
+
+    set_canaries(w, b);
+    begin_call(w, conn, start);
+    if (b->native != NULL) {
+        struct rfm_call call = {
+            .version    = RFM_CALL_VERSION,
+            .n_in       = b->n_in,
+            .n_out      = b->n_out,
+            .inputs     = b->bufs,
+            .outputs    = outputs,
+            .invocation = w->line.id,
+        };
+
+        for (uint32_t i = 0; i < b->n_out; i++) {
+            outputs[i].size = outputs[i].capacity;
+        }
+        rc = b->native(&call);
+    } else {
+        outputs[0].size = b->plain(b->bufs[0].ptr, (uint32_t)b->bufs[0].size,
+                                   outputs[0].ptr);
+    }
+    reply.exec_ns = end_call(w, start);
+
+    text[0] = 0;
+    bad = overrun(w, b);
+    if (bad >= 0) {
+        snprintf(text, sizeof(text),
+                 "the kernel wrote past the end of output %d (%llu bytes)", bad,
+                 (unsigned long long)outputs[bad].capacity);
+    } else if (rc < 0) {
+        snprintf(text, sizeof(text), "the kernel returned %d", (int)rc);
+    } else {
+        for (uint32_t i = 0; i < b->n_out; i++) {
+            sizes[i] = outputs[i].size;
+            if (sizes[i] > outputs[i].capacity) {
+                snprintf(text, sizeof(text),
+                         "the kernel says that it wrote %llu bytes to output "
+                         "%u, which holds %llu",
+                         (unsigned long long)sizes[i], i,
+                         (unsigned long long)outputs[i].capacity);
+                break;
+            }
+        }
+    }
+    if (text[0] != 0) {
+        reply.status = RFM_ST_KERNEL;
+        set_bytes(conn, slot, &reply, text, strlen(text));
+    } else {
+        set_sizes(w, conn, b, slot, &reply, sizes);
+    }
+    publish(conn, slot, &reply);
+}
+
+static void fill_event(struct rfm_event *ev, struct rfm_conn *conn,
+                       uint32_t type, uint64_t id, uint32_t slot,
+                       uint64_t start)
+{
+    memset(ev, 0, sizeof(*ev));
+    ev->type         = type;
+    ev->conn         = conn;
+    ev->conn_number  = conn->number;
+    ev->id           = id;
+    ev->slot         = slot;
+    ev->start_ticks  = start;
+    ev->out          = conn->link->ops->worker_payload(conn->link, slot);
+    ev->out_capacity = conn->link->slot_bytes;
+}
+
+static int serve_fetch(struct rfm_worker *w, struct rfm_conn *conn,
+                       uint32_t slot, struct rfm_event *ev, uint64_t start)
+{
+    static const char text[] = "a fetch that made no sense";
+    struct rfm_wire_fetch fetch;
+    uint8_t *into;
+
+    memcpy(&fetch, w->line.payload, sizeof(fetch));
+    into = resolve(conn, fetch.into.arena, fetch.into.offset, fetch.into.size);
+    if ((w->line.in_bytes != sizeof(fetch)) || (into == NULL)) {
+        refuse(w, conn, slot, RFM_ST_PROTOCOL, text, sizeof(text) - 1);
+        return 0;
+    }
+    fill_event(ev, conn, RFM_EV_FETCH, w->line.id, slot, start);
+    ev->number       = 0;
+    ev->blob_bytes   = fetch.kept_id;
+    ev->out          = into;
+    ev->out_capacity = fetch.into.size;
+    return 1;
+}
+
+static int serve_object(struct rfm_worker *w, struct rfm_conn *conn,
+                        struct bound *b, uint32_t slot, const uint8_t *payload,
+                        struct rfm_event *ev, uint64_t start)
+{
+    static const char text[] = "an object's payload that made no sense";
+    uint64_t n = w->line.in_bytes;
+    const uint8_t *from = (n <= RFM_INLINE_BYTES) ? w->line.payload : payload;
+
+    if ((w->line.flags & RFM_REQ_STAGED) != 0) {
+        struct rfm_desc desc;
+
+        memcpy(&desc, w->line.payload, sizeof(desc));
+        from = (n == sizeof(desc))
+                   ? resolve(conn, desc.arena, desc.offset, desc.size)
+                   : NULL;
+        n = desc.size;
+    } else if (n > conn->link->slot_bytes) {
+        from = NULL;
+    }
+    if ((from == NULL) || (n < sizeof(struct rfm_object))) {
+        refuse(w, conn, slot, RFM_ST_PROTOCOL, text, sizeof(text) - 1);
+        return 0;
+    }
+    fill_event(ev, conn, RFM_EV_CALL, w->line.id, slot, start);
+    ev->flags      = RFM_REQ_OBJECT | (w->line.flags & RFM_REQ_STAGED);
+    ev->number     = b->number;
+    ev->user       = b->user;
+    ev->blob       = from;
+    ev->blob_bytes = n;
+    begin_call(w, conn, start);
+    return 1;
+}
+
+/* 1: an event; 0: done; -1: its binding is still on the way */
+static int serve(struct rfm_worker *w, struct rfm_conn *conn, uint32_t slot,
+                 const uint8_t *payload, struct rfm_event *ev)
+{
+    static const char lies[] = "an argument that is in none of the arenas";
+    uint64_t start = rfm_ticks();
+    uint32_t index = w->line.binding % RFM_MAX_BINDINGS;
+    struct bound *b;
+
+    if ((w->line.flags & RFM_REQ_FETCH) != 0) {
+        return serve_fetch(w, conn, slot, ev, start);
+    }
+    b = (index < conn->n_bindings) ? conn->bindings[index] : NULL;
+    if ((b == NULL) || (b->number != w->line.binding)) {
+        return -1;
+    }
+    if (__builtin_expect(b->error != NULL, 0)) {
+        refuse(w, conn, slot, RFM_ST_BAD_KERNEL, b->error, b->error_bytes);
+        return 0;
+    }
+    if ((b->flags & RFM_BIND_OBJECT) != 0) {
+        return serve_object(w, conn, b, slot, payload, ev, start);
+    }
+    if ((w->line.in_bytes != b->layout.in_bytes) ||
+        ((b->has_call || b->in_slot) &&
+         !point(conn, b, slot, w->line.payload, payload))) {
+        refuse(w, conn, slot, RFM_ST_PROTOCOL, lies, sizeof(lies) - 1);
+        return 0;
+    }
+    if ((b->native != NULL) || (b->plain != NULL)) {
+        run_native(w, conn, b, slot, start);
+        return 0;
+    }
+    fill_event(ev, conn, RFM_EV_CALL, w->line.id, slot, start);
+    ev->number = b->number;
+    ev->user   = b->user;
+    ev->n_in   = b->n_in;
+    ev->n_out  = b->n_out;
+    ev->bufs   = b->bufs;
+    ev->fixed  = !b->has_call;
+    if (!b->in_slot) {
+        ev->flags = 0x100;      /* the same memory in every slot */
+    }
+    begin_call(w, conn, start);
+    return 1;
+}
+
+void rfm_worker_reply(struct rfm_worker *w, struct rfm_event *ev,
+                      uint32_t status, uint32_t flags, uint64_t out_bytes,
+                      const uint64_t *sizes)
+{
+    struct rfm_reply_line reply = {
+        .id        = ev->id,
+        .status    = status,
+        .flags     = flags,
+        .out_bytes = out_bytes,
+    };
+    struct rfm_conn *conn = ev->conn;
+
+    if (ev->type == RFM_EV_CALL) {
+        reply.exec_ns = end_call(w, ev->start_ticks);
+        if ((status == RFM_ST_OK) && ((ev->flags & RFM_REQ_OBJECT) == 0)) {
+            struct bound *b = conn->bindings[ev->number % RFM_MAX_BINDINGS];
+            uint64_t full[RFM_MAX_ARGS];
+
+            if (sizes == NULL) {
+                for (uint32_t i = 0; i < b->n_out; i++) {
+                    full[i] = b->bufs[b->n_in + i].capacity;
+                }
+                sizes = full;
+            }
+            set_sizes(w, conn, b, ev->slot, &reply, sizes);
+        }
+    }
+    ev->type = RFM_EV_NONE;
+    publish(conn, ev->slot, &reply);
+}
+
+void rfm_worker_reply_bytes(struct rfm_worker *w, struct rfm_event *ev,
+                            uint32_t status, const void *bytes, uint64_t n)
+{
+    struct rfm_reply_line reply = { .id = ev->id, .status = status };
+    struct rfm_conn *conn = ev->conn;
+
+    if (ev->type == RFM_EV_CALL) {
+        reply.exec_ns = end_call(w, ev->start_ticks);
+    }
+    set_bytes(conn, ev->slot, &reply, bytes, n);
+    ev->type = RFM_EV_NONE;
+    publish(conn, ev->slot, &reply);
+}
+
+/* --- the loop ------------------------------------------------------------- */
+
+/* one look at everybody: 1 event, 0 served something, -1 nothing there */
+static int look(struct rfm_worker *w, struct rfm_event *ev)
+{
+    uint32_t n = w->n_conns;
+    uint32_t turn = w->turn;
+    int result = -1;
+
+    if (__builtin_expect(rfm_load_acquire(&w->control_pending) != 0, 0)) {
+        return take_control(w, ev);
+    }
+    for (uint32_t k = 0; k < n; k++) {
+        struct rfm_conn *conn;
+        const uint8_t *payload;
+        uint32_t slot;
+        int rc;
+
+        if (turn >= n) {
+            turn = 0;
+        }
+        conn = w->conns[turn++];
+        slot = (uint32_t)conn->ticket & (conn->link->slots - 1);
+        if (!conn->link->ops->worker_poll(conn->link, slot, conn->last_id[slot],
+                                          &w->line, &payload)) {
+            continue;
+        }
+        rc = serve(w, conn, slot, payload, ev);
+        if (rc >= 0) {
+            w->turn = turn;     /* the next one's turn */
+            return rc;
+        }
+        result = -1;
+    }
+    return result;
+}
+
+static void nap(struct rfm_worker *w)
+{
+    uint32_t word = rfm_door_arm(w->door);
+    bool idle = (rfm_load_acquire(&w->control_pending) == 0) &&
+                (rfm_load_acquire(&w->quit) == 0);
+    uint64_t before;
+
+    for (uint32_t i = 0; idle && (i < w->n_conns); i++) {
+        struct rfm_conn *conn = w->conns[i];
+        uint32_t slot = (uint32_t)conn->ticket & (conn->link->slots - 1);
+        const uint8_t *payload;
+
+        idle = !conn->link->ops->worker_poll(conn->link, slot,
+                                             conn->last_id[slot], &w->line,
+                                             &payload);
+    }
+    if (idle) {
+        before = rfm_ticks();
+        (void)rfm_door_sleep(w->door, word, UINT64_MAX);
+        w->idle_since += rfm_ticks() - before;      /* asleep is not polling */
+    }
+    rfm_door_disarm(w->door);
+}
+
+int rfm_worker_next(struct rfm_worker *w, bool wait, struct rfm_event *ev)
+{
+    uint64_t since = 0;
+    uint32_t turns = 0;
+
+    for (;;) {
+        int rc = look(w, ev);
+
+        if (rc > 0) {
+            return RFM_OK;
+        }
+        if (rc == 0) {
+            since = 0;
+            turns = 0;
+            continue;
+        }
+        if (rfm_load_relaxed(&w->quit) != 0) {
+            memset(ev, 0, sizeof(*ev));
+            ev->type = RFM_EV_END;
+            return RFM_OK;
+        }
+        if (!wait) {
+            return RFM_ERR_AGAIN;
+        }
+        rfm_spin_pause();
+        if (((++turns & 31u) != 0) && (w->spin_ticks != 0)) {
+            continue;
+        }
+        if (since == 0) {
+            since = rfm_ticks();
+        }
+        if (rfm_ticks() - since >= w->spin_ticks) {
+            nap(w);
+            since = 0;
+            turns = 0;
+        }
+    }
+}

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import ast
 import pickle
+import struct
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cloudpickle
 import msgspec
@@ -30,8 +31,8 @@ import numpy as np
 from rfaas_mpi.errors import BadKernel, InvalidBuffer, KernelError, NestedError, RFaaSError
 
 __all__ = [
-    "Argument", "Binding", "Locate", "RemoteTraceback", "decode_binding", "dumps_call", "dumps_error",
-    "dumps_result", "encode_binding", "error_for_bind", "error_for_future", "error_for_invoke",
+    "Argument", "Binding", "Locate", "RemoteTraceback", "decode_binding", "dtype_of", "dtype_text", "dumps_call",
+    "dumps_error", "dumps_result", "encode_binding", "error_for_bind", "error_for_future", "error_for_invoke",
     "loads_call", "loads_error", "loads_result",
 ]
 
@@ -295,9 +296,13 @@ def _loads(first: Any, parts: Sequence[Any], refs: Sequence[Any]) -> tuple[Any, 
 # --- errors ---------------------------------------------------------------------
 
 _ERROR_MAGIC = b"\x00rfe1"
-# An error has to fit a slot's worth of memory; tracebacks of a deep recursion don't.
-_TEXT_LIMIT = 16000
-_PICKLE_LIMIT = 1 << 20
+# magic, then text, pickled exception and traceback, each behind its length. It
+# travels in one slot, and what does not fit is cut off: the traceback stands
+# last because it can lose its end.
+_ERROR_HEAD = struct.Struct("<5sIII")
+_ERROR_BYTES = 15000
+_TEXT_CHARACTERS = 2000
+_PICKLE_BYTES = 9000
 _OWN = str(Path(__file__).resolve().parent)
 
 
@@ -312,11 +317,10 @@ class RemoteTraceback(Exception):
         return f'\n"""\n{self.text}"""'
 
 
-class _ErrorRecord(msgspec.Struct, frozen=True, array_like=True):
-    type_name: str
+class _ErrorRecord(NamedTuple):
     text: str           # one line: type and message
-    traceback: str
     pickled: bytes      # empty where it does not survive a round trip
+    traceback: str
 
 
 def _safe_repr(value: Any) -> str:
@@ -384,7 +388,7 @@ def _pickle_error(error: BaseException) -> bytes:
             twin = pickle.loads(data)
         except Exception:  # many exceptions can't be rebuilt from their args; the repr then travels
             return b""
-    if type(twin) is not type(error) or len(data) > _PICKLE_LIMIT:
+    if type(twin) is not type(error) or len(data) > _PICKLE_BYTES:
         return b""
     return data
 
@@ -395,24 +399,30 @@ def dumps_error(error: BaseException) -> bytes:
         raised = error
         error = _as_kernel_error(raised)
         lines = traceback.format_exception(type(raised), raised, _without_our_frames(raised))
-        record = _ErrorRecord(
-            type_name=_type_name(error),
-            text=_short(_describe(error), 4000),
-            traceback=_middle_out("".join(lines), _TEXT_LIMIT),
-            pickled=_pickle_error(error))
-        return _ERROR_MAGIC + msgspec.msgpack.encode(record)
+        text = _utf8(_short(_describe(error), _TEXT_CHARACTERS))
+        pickled = _pickle_error(error)
+        room = _ERROR_BYTES - len(text) - len(pickled)
+        trace = _utf8(_middle_out("".join(lines), room // 2))[:room]
+        return _ERROR_HEAD.pack(_ERROR_MAGIC, len(text), len(pickled), len(trace)) + text + pickled + trace
     except BaseException as second:  # this is the last stop: a worker must answer with something
         return (f"the kernel raised {type(error).__name__}, and describing it raised "
                 f"{type(second).__name__}").encode("utf-8", "backslashreplace")
 
 
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")
+
+
 def _read_error(data: Any) -> _ErrorRecord | str:
     data = bytes(data)
-    if data.startswith(_ERROR_MAGIC):
-        try:
-            return msgspec.msgpack.decode(data[len(_ERROR_MAGIC):], type=_ErrorRecord)
-        except msgspec.MsgspecError:
-            return "the kernel failed, and what its worker said about it arrived damaged"
+    if data.startswith(_ERROR_MAGIC) and len(data) >= _ERROR_HEAD.size:
+        _, text, pickled, trace = _ERROR_HEAD.unpack_from(data)
+        body = data[_ERROR_HEAD.size:]
+        whole = len(body) >= text + pickled
+        return _ErrorRecord(
+            body[:text].decode("utf-8", "replace"),
+            body[text:text + pickled] if whole else b"",
+            body[text + pickled:text + pickled + trace].decode("utf-8", "replace") if whole else "")
     return data.rstrip(b"\0").decode("utf-8", "replace") or "the kernel failed"
 
 
@@ -470,15 +480,10 @@ def error_for_bind(data: Any, name: str = "") -> RFaaSError:
 # --- bindings -------------------------------------------------------------------
 
 class Argument(msgspec.Struct, frozen=True, array_like=True):
-    """dtype and shape of one argument.
-
-    `scalar`: "" an array · "python" the buffer holds one number, passed as a
-    Python one · "numpy" passed as numpy's scalar.
-    """
+    """dtype (see `dtype_text`) and shape of one argument."""
 
     dtype: str
     shape: tuple[int, ...]
-    scalar: str = ""
 
 
 class Binding(msgspec.Struct, frozen=True, array_like=True):
@@ -508,12 +513,11 @@ def dtype_of(text: str) -> np.dtype:
     return np.dtype(text)
 
 
-def encode_binding(inputs: Sequence[tuple[np.dtype, tuple[int, ...], str]],
-                   outputs: Sequence[tuple[np.dtype, tuple[int, ...]]]) -> bytes:
-    """`meta` for a request: (dtype, shape, scalar) of the inputs, (dtype, shape) of the outputs."""
+def encode_binding(inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> bytes:
+    """`meta` for a request on such arrays. Raises InvalidBuffer for arrays of Python objects."""
     return msgspec.json.encode(Binding(
-        tuple(Argument(dtype_text(dtype), tuple(shape), scalar) for dtype, shape, scalar in inputs),
-        tuple(Argument(dtype_text(dtype), tuple(shape)) for dtype, shape in outputs)))
+        tuple(Argument(dtype_text(array.dtype), array.shape) for array in inputs),
+        tuple(Argument(dtype_text(array.dtype), array.shape) for array in outputs)))
 
 
 def decode_binding(meta: Any) -> Binding:

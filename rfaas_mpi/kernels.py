@@ -1,0 +1,902 @@
+"""Kernels: stateless functions, how they travel to a worker, and how both ends call them.
+
+What is shipped is a blob: kind, form and content. It is addressed by its
+SHA-256, shipped to a worker once, and checked there before anything else.
+
+    form R   reference: module, name, and the SHA-256 of the module's source file
+    form V   value: the pickled callable (functions of `__main__`, lambdas, closures, numba's)
+    form L   library: the bytes of a shared library, and the symbol in it
+    form N   numba: function, signature and options; compiled where it is loaded
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import inspect
+import io
+import os
+import pickle
+import struct
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import msgspec
+import numpy as np
+
+from rfaas_mpi import codec, native
+from rfaas_mpi.errors import BadKernel, KernelChanged, KernelError
+from rfaas_mpi.types import Initialised
+
+__all__ = [
+    "KIND_NATIVE", "KIND_NUMBA", "KIND_OBJECT", "KIND_PLAIN", "KIND_PYTHON", "Kernel", "Thunk",
+    "as_kernel", "bind_python", "kernel", "load_blob", "object_call", "object_kernel",
+]
+
+# The fabric's numbers. A numba kernel is of the kind of its ABI, since it is
+# called in the same way as a library's.
+KIND_PYTHON = 1
+KIND_NATIVE = 2
+KIND_PLAIN = 3
+KIND_NUMBA = 4
+KIND_OBJECT = 5
+
+Thunk = Callable[[], "tuple[int, ...] | None"]
+"""Runs a kernel once on the arrays it was bound to; bytes of each output, or None: all of them."""
+
+_NATIVE_KINDS = {"rfm": KIND_NATIVE, "plain": KIND_PLAIN}
+_ABI_OF = {kind: abi for abi, kind in _NATIVE_KINDS.items()}
+_MAINS = ("__main__", "__mp_main__")
+
+# Functions that are not decorated are remembered; the oldest is forgotten.
+_REMEMBERED = 256
+
+
+# --- references to importable functions -------------------------------------------
+
+class _Reference(msgspec.Struct, frozen=True):
+    """A function that can be imported, and the source that it came from here."""
+
+    module: str
+    qualname: str
+    file: str = ""
+    sha256: str = ""      # of `file`; empty where a module has none
+    path: str = ""        # the entry of sys.path that leads to it
+
+
+# module name → (its spec, file, digest). A reload replaces the spec, so the
+# digest is always that of the source which was executed last.
+_sources: dict[str, tuple[Any, str, str]] = {}
+
+
+def _digest_of(file: str) -> str:
+    try:
+        with open(file, "rb") as source:
+            return hashlib.file_digest(source, "sha256").hexdigest()
+    except OSError:
+        return ""         # inside a zip, or deleted since: nothing to compare with
+
+
+def _source(module: types.ModuleType) -> tuple[str, str]:
+    """File and digest of a module's source, as it was when first asked for."""
+    spec = getattr(module, "__spec__", None)
+    known = _sources.get(module.__name__)
+    if known is None or known[0] is not spec:
+        file = getattr(module, "__file__", None) or ""
+        file = os.path.abspath(file) if file else ""
+        known = _sources[module.__name__] = spec, file, _digest_of(file) if file else ""
+    return known[1], known[2]
+
+
+def _import_root(module: types.ModuleType, file: str) -> str:
+    """The directory that has to be on sys.path to import the module."""
+    if not file:
+        return ""
+    levels = module.__name__.count(".") + (1 if Path(file).name == "__init__.py" else 0)
+    return str(Path(file).parents[levels])
+
+
+def _by_value(module: str) -> bool:
+    """Whether the user told cloudpickle to ship this module's functions by value."""
+    registered = cloudpickle.list_registry_pickle_by_value()
+    while module:
+        if module in registered:
+            return True
+        module = module.rpartition(".")[0]
+    return False
+
+
+def _follow(module: types.ModuleType, qualname: str) -> Any:
+    found: Any = module
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    return found._function if isinstance(found, Kernel) else found
+
+
+def _reference(function: Any) -> _Reference | None:
+    """How to import `function`; None if that is not possible or gives another object."""
+    module_name = getattr(function, "__module__", None)
+    qualname = getattr(function, "__qualname__", None)
+    if not isinstance(module_name, str) or not isinstance(qualname, str):
+        return None
+    if module_name in _MAINS or "<" in qualname or _by_value(module_name):
+        return None
+    module = sys.modules.get(module_name)
+    if module is None or _follow(module, qualname) is not function:
+        return None
+    file, digest = _source(module)
+    return _Reference(module_name, qualname, file, digest, _import_root(module, file))
+
+
+def _note_source(function: Any) -> None:
+    """Remembers a module's source while it is surely what is being executed."""
+    module = sys.modules.get(getattr(function, "__module__", None) or "")
+    if module is not None and module.__name__ not in _MAINS:
+        _source(module)
+
+
+def _resolve(ref: _Reference) -> Callable[..., Any]:
+    """The function, from the source that the rank had.
+
+    Raises KernelChanged if the source differs by now, BadKernel if it can't be
+    imported.
+    """
+    module = _import(ref)
+    file, digest = _source(module)
+    if ref.sha256 and digest != ref.sha256:
+        if file and _digest_of(file) == ref.sha256:
+            # The rank reloaded it, so its own functions run the new code too.
+            module = importlib.reload(module)
+        else:
+            raise _changed(ref, file)
+    function = _follow(module, ref.qualname)
+    if not callable(function):
+        raise BadKernel(f"module {ref.module} ({file}) has no function {ref.qualname} when it is imported in a worker",
+                        hint="define it at the top level of the module, unconditionally")
+    return function
+
+
+def _import(ref: _Reference) -> types.ModuleType:
+    try:
+        return importlib.import_module(ref.module)
+    except ModuleNotFoundError as error:
+        top = ref.module.partition(".")[0]
+        if not ref.path or ref.path in sys.path or error.name is None or error.name.partition(".")[0] != top:
+            raise _not_importable(ref, error) from error
+    except Exception as error:  # a module's top level may raise anything
+        raise _not_importable(ref, error) from error
+    # The rank found it in a directory that it added to sys.path later.
+    sys.path.append(ref.path)
+    try:
+        return importlib.import_module(ref.module)
+    except Exception as error:
+        raise _not_importable(ref, error) from error
+
+
+def _not_importable(ref: _Reference, error: Exception) -> BadKernel:
+    return BadKernel(f"kernel {ref.module}.{ref.qualname} can't be imported in a worker: "
+                     f"{type(error).__name__}: {error}",
+                     hint="its module must be importable from the worker's sys.path without MPI or an Executor at "
+                          "its top level")
+
+
+def _changed(ref: _Reference, file: str) -> KernelChanged:
+    if file and ref.file and file != ref.file:
+        return KernelChanged(f"module {ref.module} of kernel {ref.qualname} is {ref.file} in the rank and {file} in "
+                             f"a worker, with different contents", hint="rename one of them, or mend sys.path")
+    return KernelChanged(f"module {ref.module} ({ref.file or file}) was edited since kernel {ref.qualname} was first "
+                         f"used: rank and worker would run different code",
+                         hint=f"start the program again, or call importlib.reload({ref.module}) in it")
+
+
+# --- functions by value ---------------------------------------------------------------
+
+_pickling = threading.local()
+
+_ATOMS = (int, float, complex, bool, str, bytes, type(None), type(...), np.dtype, np.ufunc, range)
+_MISSING = object()
+
+
+def _names(code: types.CodeType) -> set[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _names(constant)
+    return names
+
+
+class _Capture:
+    """What a function by value has captured, so that a later change is noticed.
+
+    `exact`: everything in it is immutable, so identity is equality. Otherwise a
+    change inside of a captured object goes unnoticed by `unchanged`.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.exact = True
+        self._functions: list[tuple[types.FunctionType, Any, Any]] = []
+        self._keyword_defaults: list[tuple[types.FunctionType, dict[str, Any]]] = []
+        self._cells: list[tuple[types.CellType, Any]] = []
+        self._globals: list[tuple[dict[str, Any], str, Any]] = []
+        self._seen: set[int] = set()
+        self._look(function)
+
+    def _look(self, value: Any) -> None:
+        if isinstance(value, Kernel):
+            value = value._function
+        if isinstance(value, types.FunctionType):
+            if id(value) not in self._seen:
+                self._seen.add(id(value))
+                if _reference(value) is None:
+                    self._look_into(value)
+        elif isinstance(value, types.ModuleType):
+            self.exact &= sys.modules.get(value.__name__) is value
+        elif isinstance(value, (types.BuiltinFunctionType, types.MethodWrapperType)):
+            self.exact &= isinstance(value.__self__, (types.ModuleType, type(None)))
+        elif isinstance(value, type):
+            self.exact &= value.__module__ == "builtins" or _reference(value) is not None
+        elif isinstance(value, (tuple, frozenset)) and type(value) in (tuple, frozenset):
+            for item in value:
+                self._look(item)
+        elif isinstance(value, Initialised):
+            # Its arguments are taken once, as `concurrent.futures` does.
+            self._look(value.fn)
+            self._look(value.initializer)
+        elif type(value) not in _ATOMS and not isinstance(value, (np.dtype, np.generic)):
+            self.exact = False
+
+    def _look_into(self, function: types.FunctionType) -> None:
+        self._functions.append((function, function.__code__, function.__defaults__))
+        for value in function.__defaults__ or ():
+            self._look(value)
+        if function.__kwdefaults__:
+            self._keyword_defaults.append((function, dict(function.__kwdefaults__)))
+            for value in function.__kwdefaults__.values():
+                self._look(value)
+        if function.__dict__:
+            self.exact = False
+        for cell in function.__closure__ or ():
+            value = _cell(cell)
+            self._cells.append((cell, value))
+            if value is not _MISSING:
+                self._look(value)
+        scope = function.__globals__
+        for name in _names(function.__code__):
+            value = scope.get(name, _MISSING)
+            self._globals.append((scope, name, value))
+            if value is not _MISSING:
+                self._look(value)
+
+    def unchanged(self) -> bool:
+        """Whether all names still mean the same objects."""
+        for function, code, defaults in self._functions:
+            if function.__code__ is not code or function.__defaults__ is not defaults:
+                return False
+        for cell, value in self._cells:
+            if _cell(cell) is not value:
+                return False
+        for scope, name, value in self._globals:
+            if scope.get(name, _MISSING) is not value:
+                return False
+        for function, defaults in self._keyword_defaults:
+            now = function.__kwdefaults__ or {}
+            if now.keys() != defaults.keys() or any(now[name] is not value for name, value in defaults.items()):
+                return False
+        return True
+
+
+def _cell(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:        # not assigned yet
+        return _MISSING
+
+
+def _pickled(function: Any) -> bytes:
+    """A callable by value, or by whatever pickle makes of it.
+
+    Raises BadKernel that names what can't be pickled.
+    """
+    outer = getattr(_pickling, "active", False)
+    _pickling.active = True
+    try:
+        if not isinstance(function, types.FunctionType):
+            try:
+                data = pickle.dumps(function, 5)
+                if b"__main__" not in data:
+                    return data
+            except Exception:  # whatever a user's __reduce__ raises; cloudpickle has the last word
+                data = b""
+        file = io.BytesIO()
+        cloudpickle.Pickler(file, 5).dump(function)
+        return file.getvalue()
+    except Exception as error:
+        raise BadKernel(
+            f"{_name_of(function)} can't be shipped to a worker: {_culprit(function) or f'{type(error).__name__}: {error}'}",
+            hint="make it inside the kernel, or pass what it is made from as an argument") from error
+    finally:
+        _pickling.active = outer
+
+
+def _culprit(function: Any) -> str:
+    """Which of the things that a callable refers to can't be pickled; empty if none alone."""
+    found: list[tuple[str, Any]] = []
+    if isinstance(function, functools.partial):
+        found += [("its function", function.func)]
+        found += [(f"its argument {index}", value) for index, value in enumerate(function.args)]
+        found += [(f"its argument {name!r}", value) for name, value in function.keywords.items()]
+    elif isinstance(function, types.MethodType):
+        found += [("the object it is a method of", function.__self__)]
+    elif isinstance(function, types.FunctionType):
+        code = function.__code__
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            found.append((f"its closure's variable {name!r}", _cell(cell)))
+        for name in sorted(_names(code)):
+            if name in function.__globals__:
+                found.append((f"the global {name!r}", function.__globals__[name]))
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            found.append(("the default of a parameter", value))
+    else:
+        found += [(f"its attribute {name!r}", value) for name, value in getattr(function, "__dict__", {}).items()]
+    for name, value in found:
+        if value is _MISSING or value is function:
+            continue
+        try:
+            cloudpickle.dumps(value, 5)
+        except Exception as error:
+            return f"{name} ({type(value).__module__}.{type(value).__qualname__}): {error}"
+    return ""
+
+
+def _name_of(function: Any) -> str:
+    if isinstance(function, functools.partial):
+        return f"partial of {_name_of(function.func)}"
+    name = getattr(function, "__qualname__", None) or type(function).__qualname__
+    module = getattr(function, "__module__", None)
+    return f"{module}.{name}" if module and module != "builtins" else name
+
+
+# --- Kernel -----------------------------------------------------------------------------
+
+class Kernel:
+    """A stateless function that workers can run; call it and it runs here.
+
+    Made by `@rfaas_mpi.kernel` and `Kernel.from_library`. A Python kernel takes
+    its inputs as positional arguments, read-only arrays (numpy scalars for
+    inputs of shape ()). With a parameter `out` it writes its result there (a
+    tuple of arrays if there are several), else it returns it.
+
+    What a kernel by value refers to is captured when it is first used; names
+    that are bound to other objects later make it a new kernel (another
+    `digest`), changes inside of captured objects are not noticed.
+    """
+
+    kind: int
+    name: str
+    wants_out: bool
+
+    def __init__(self, source: Any, kind: int, name: str, wants_out: bool) -> None:
+        self._origin = source
+        self.kind = kind
+        self.name = name
+        self.wants_out = wants_out
+        self._function = source.function
+        if self._function is not None:
+            functools.update_wrapper(self, self._function, updated=())
+
+    @classmethod
+    def from_library(cls, path: str | os.PathLike[str], symbol: str, abi: str = "rfm",
+                     name: str | None = None) -> Kernel:
+        """The function `symbol` of a shared library, as the file is now.
+
+        `abi`: "rfm", `int32_t f(const struct rfm_call *)` (see rfm_call.h), or
+        "plain", rFaaS' `uint32_t f(void *in, uint32_t size, void *out)`. The
+        bytes travel: the file may change or vanish afterwards. Raises BadKernel
+        if it is no library for this machine or has no such function.
+        """
+        if abi not in native.ABIS:
+            raise BadKernel(f"{abi!r} is no ABI of kernels", hint=f"one of {', '.join(native.ABIS)}")
+        path = os.fspath(path)
+        data = native.read_library(path)
+        native.check_symbol(path, data, symbol)
+        return cls(_Library(data, symbol, abi, os.path.basename(path)), _NATIVE_KINDS[abi], name or symbol, True)
+
+    @property
+    def blob(self) -> bytes:
+        """What is shipped to a worker."""
+        return self._origin.pack(self.kind, self.name)[0]
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the blob, 32 bytes."""
+        return self._origin.pack(self.kind, self.name)[1]
+
+    def meta(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> bytes:
+        """What a worker must know to bind it to such arrays; nothing for native kernels."""
+        return b"" if self.kind in _ABI_OF else codec.encode_binding(inputs, outputs)
+
+    def run(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> tuple[int, ...] | None:
+        """Runs it here once, on arrays as a worker would: bytes written to each output, None if all.
+
+        Raises what the kernel raises, and KernelError where a worker would.
+        """
+        views = [_read_only(array) for array in inputs]
+        return self.bind(views, outputs)()
+
+    def bind(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> Thunk:
+        """A function without parameters that runs it here on these arrays."""
+        if self.kind in _ABI_OF:
+            return self._origin.local().bind(inputs, outputs)
+        return bind_python(self._function, self.name, self.wants_out, inputs, outputs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._function is not None and self.kind not in _ABI_OF:
+            return self._function(*args, **kwargs)
+        return self._origin.local()(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        form = {KIND_NATIVE: "native", KIND_PLAIN: "plain native", KIND_OBJECT: "object"}.get(self.kind, "Python")
+        return f"<{form} kernel {self.name}>"
+
+    def __reduce__(self) -> Any:
+        if self.kind in _ABI_OF:
+            return _from_blob, (self.blob, self.name)
+        if getattr(_pickling, "active", False):
+            # Inside another kernel's pickle, perhaps our own: the bare function
+            # lets the pickler see that it has been there before.
+            return _from_function, (self._function, self.kind, self.name)
+        module, qualname = getattr(self, "__module__", None), getattr(self, "__qualname__", None)
+        if module not in _MAINS and module in sys.modules and isinstance(qualname, str):
+            found: Any = sys.modules[module]
+            for part in qualname.split("."):
+                found = getattr(found, part, None)
+            if found is self:
+                return qualname
+        return _from_blob, (self.blob, self.name)
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _from_function(function: Any, kind: int, name: str) -> Kernel:
+    return Kernel(_Python(function), kind, name, _takes_out(function))
+
+
+def _from_blob(blob: bytes, name: str) -> Kernel:
+    kind, loaded = load_blob(hashlib.sha256(blob).digest(), blob)
+    if kind in _ABI_OF:
+        return Kernel(_Blob(blob), kind, name, True)
+    return _from_function(loaded, kind, name)
+
+
+class _Python:
+    """A Python callable, by reference if it can be imported, else by value."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._packed: tuple[bytes, bytes] | None = None
+        self._capture: _Capture | None = None
+        _note_source(function)
+
+    def pack(self, kind: int, name: str) -> tuple[bytes, bytes]:
+        if self._packed is not None and (self._capture is None or self._capture.unchanged()):
+            return self._packed
+        if self._packed is None and (ref := _reference(self.function)) is not None:
+            self._packed = _pack(kind, "R", msgspec.json.encode(ref))
+            return self._packed
+        # Taken before pickling: a change in between then shows next time.
+        self._capture = _Capture(self.function)
+        self._packed = _pack(kind, "V", _pickled(self.function))
+        return self._packed
+
+
+class _Library:
+    """A function in a shared library, by the library's bytes."""
+
+    function = None
+
+    def __init__(self, data: bytes, symbol: str, abi: str, file: str) -> None:
+        head = msgspec.json.encode({"symbol": symbol, "file": file})
+        self._packed = _pack(_NATIVE_KINDS[abi], "L", struct.pack("<I", len(head)) + head + data)
+        self._local: native.NativeFunction | None = None
+
+    def pack(self, kind: int, name: str) -> tuple[bytes, bytes]:
+        return self._packed
+
+    def local(self) -> native.NativeFunction:
+        if self._local is None:
+            self._local = load_blob(self._packed[1], self._packed[0])[1]
+        return self._local
+
+
+class _Blob(_Library):
+    """The same, from a blob that came from elsewhere."""
+
+    def __init__(self, blob: bytes) -> None:
+        self._packed = blob, hashlib.sha256(blob).digest()
+        self._local = None
+
+
+class _Numba:
+    """numba's `@cfunc`: the function and its signature."""
+
+    def __init__(self, cfunc: Any, abi: str) -> None:
+        self.function = cfunc._pyfunc
+        self._cfunc = cfunc
+        self._abi = abi
+        self._packed: tuple[bytes, bytes] | None = None
+
+    def pack(self, kind: int, name: str) -> tuple[bytes, bytes]:
+        if self._packed is None:
+            compiler = self._cfunc._compiler
+            options = {key: value for key, value in compiler.targetoptions.items() if key != "pipeline_class"}
+            self._packed = _pack(kind, "N", _pickled(
+                _NumbaBlob(self.function, self._cfunc._sig, dict(compiler.locals), options)))
+        return self._packed
+
+    def local(self) -> native.NativeFunction:
+        return native.NativeFunction(self._cfunc.address, self._abi, self.function.__qualname__, self._cfunc)
+
+
+class _NumbaBlob:
+    def __init__(self, function: Any, signature: Any, locals: dict[str, Any], options: dict[str, Any]) -> None:
+        self.function, self.signature, self.locals, self.options = function, signature, locals, options
+        self.__qualname__ = function.__qualname__
+
+    def compile(self) -> Any:
+        """The compiled CFunc; BadKernel where numba is not installed or refuses."""
+        try:
+            import numba
+        except ImportError as error:
+            raise BadKernel(f"kernel {self.__qualname__} needs numba, which can't be imported in the worker: {error}",
+                            hint="install rfaas_mpi[numba] in the interpreter that runs the application") from error
+        try:
+            return numba.cfunc(self.signature, locals=self.locals, **self.options)(self.function)
+        except Exception as error:  # numba has a wide choice of errors
+            raise BadKernel(f"numba can't compile kernel {self.__qualname__} in the worker: {error}") from error
+
+
+def _pack(kind: int, form: str, content: bytes) -> tuple[bytes, bytes]:
+    # The kind is part of the content: the same function as a Python kernel and
+    # as an object's callable are two kernels.
+    blob = bytes((kind, ord(form))) + content
+    return blob, hashlib.sha256(blob).digest()
+
+
+# --- making kernels -------------------------------------------------------------------
+
+def kernel(function: Any = None, /, *, name: str | None = None) -> Any:
+    """Makes a Kernel of a function, or of numba's `@cfunc`; with or without parentheses.
+
+    Raises BadKernel if it is neither callable nor compiled with a signature
+    that kernels have.
+    """
+    if function is None:
+        return functools.partial(kernel, name=name)
+    if isinstance(function, Kernel):
+        return function
+    if _is_cfunc(function):
+        abi = _cfunc_abi(function)
+        return Kernel(_Numba(function, abi), _NATIVE_KINDS[abi], name or function.__qualname__, True)
+    if not callable(function):
+        raise BadKernel(f"{function!r} is no kernel: it can't be called",
+                        hint="decorate a function, or use Kernel.from_library")
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function) \
+            or inspect.isasyncgenfunction(function):
+        raise BadKernel(f"{_name_of(function)} is a generator or coroutine function, which can't be a kernel",
+                        hint="return the result instead of yielding or awaiting it")
+    return Kernel(_Python(function), KIND_PYTHON, name or _short_name(function), _takes_out(function))
+
+
+def as_kernel(thing: Any) -> Kernel:
+    """The thing itself if it is a Kernel, else a Kernel of it; the same one each time for functions.
+
+    Raises BadKernel as `kernel` does.
+    """
+    if isinstance(thing, Kernel):
+        return thing
+    if isinstance(thing, (types.FunctionType, types.BuiltinFunctionType, np.ufunc)) or _is_cfunc(thing):
+        return _kernel_of(thing)
+    return kernel(thing)
+
+
+_kernel_of = functools.lru_cache(maxsize=_REMEMBERED)(lambda function: kernel(function))
+
+
+def _short_name(function: Any) -> str:
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def _takes_out(function: Any) -> bool:
+    if isinstance(function, np.ufunc):
+        return True
+    try:
+        parameter = inspect.signature(function).parameters.get("out")
+    except (TypeError, ValueError):     # builtins without a signature
+        return False
+    return parameter is not None and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+
+
+def _is_cfunc(thing: Any) -> bool:
+    # By name: numba is no dependency, and importing it takes a second.
+    kind = type(thing)
+    return kind.__name__ == "CFunc" and kind.__module__ == "numba.core.ccallback"
+
+
+def _cfunc_abi(cfunc: Any) -> str:
+    from numba.core import types as numba_types
+    pointers = (numba_types.CPointer, numba_types.RawPointer)
+    signature = cfunc._sig
+    args = signature.args
+    if signature.return_type == numba_types.int32 and len(args) == 1 and isinstance(args[0], pointers):
+        return "rfm"
+    if signature.return_type == numba_types.uint32 and len(args) == 3 and isinstance(args[0], pointers) \
+            and args[1] == numba_types.uint32 and isinstance(args[2], pointers):
+        return "plain"
+    raise BadKernel(f"numba's {cfunc.__qualname__} has the signature {signature}, which no kernel has",
+                    hint="use uint32(CPointer(…), uint32, CPointer(…)) for one input and one output, "
+                         "or int32(voidptr) for struct rfm_call")
+
+
+# --- callables for submit -----------------------------------------------------------------
+
+class _Packed:
+    """A callable of which only the blob is kept here."""
+
+    function = None
+
+    def __init__(self, form: str, content: bytes) -> None:
+        self._packed = _pack(KIND_OBJECT, form, content)
+
+    def pack(self, kind: int, name: str) -> tuple[bytes, bytes]:
+        return self._packed
+
+
+class _Snapshot:
+    """A callable by value, all of whose captures are immutable, as it was last pickled."""
+
+    def __init__(self, function: Any, capture: _Capture, data: bytes) -> None:
+        self.function = function
+        self.capture = capture
+        self.data = data
+        self.kernel: Kernel | None = None
+
+    def as_kernel(self) -> Kernel:
+        if self.kernel is None:
+            self.kernel = _object_kernel(_name_of(self.function), "V", self.data)
+        return self.kernel
+
+
+# By id: a dictionary of weak references takes four times as long.
+_references: dict[int, tuple[weakref.ref[Any], Kernel]] = {}
+_snapshots: dict[int, _Snapshot] = {}
+
+
+def _known(function: Any) -> Kernel | _Snapshot | None:
+    """What is remembered of a callable and still holds."""
+    key = id(function)
+    reference = _references.get(key)
+    if reference is not None and reference[0]() is function:
+        return reference[1]
+    snapshot = _snapshots.get(key)
+    if snapshot is not None and snapshot.function is function and snapshot.capture.unchanged():
+        return snapshot
+    return None
+
+
+def _meet(function: Any) -> Kernel | bytes:
+    """First use, or one after a change: the kernel of an importable function, else the pickle."""
+    if isinstance(function, Kernel) and function.kind not in _ABI_OF:
+        return _meet(function._function)
+    ref = _reference(function)
+    if ref is not None:
+        made = _object_kernel(_name_of(function), "R", msgspec.json.encode(ref))
+        try:
+            key = id(function)
+            _references[key] = weakref.ref(function, lambda _: _references.pop(key, None)), made
+        except TypeError:
+            pass              # a builtin: cheap enough to look up each time
+        return made
+    capture = _Capture(function)
+    data = _pickled(function)
+    if capture.exact:
+        while len(_snapshots) >= _REMEMBERED:
+            _snapshots.pop(next(iter(_snapshots)), None)
+        _snapshots[id(function)] = _Snapshot(function, capture, data)
+    return data
+
+
+def _object_kernel(name: str, form: str, content: bytes) -> Kernel:
+    return Kernel(_Packed(form, content), KIND_OBJECT, name, False)
+
+
+def object_kernel(function: Any) -> Kernel:
+    """The kernel for `submit(function, …)`.
+
+    The same one each time if the function can be imported, or if all that it
+    refers to is immutable and unchanged; else it is pickled again, so that what
+    runs is what the function is now. Raises BadKernel that names what can't be
+    pickled.
+    """
+    found = _known(function)
+    if found is None:
+        met = _meet(function)
+        if isinstance(met, Kernel):
+            return met
+        found = _known(function)
+        if found is None:
+            return _object_kernel(_name_of(function), "V", met)
+    return found.as_kernel() if isinstance(found, _Snapshot) else found
+
+
+def object_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], locate: codec.Locate | None = None,
+                ) -> tuple[Kernel, list[Any], Sequence[codec.Ref]]:
+    """Kernel, parts and references for one call of `function`.
+
+    As `object_kernel` and `codec.dumps_call`, but a callable by value that is
+    new, or that may have changed inside, travels with the call: a million
+    lambdas made in a loop leave nothing behind at the workers.
+    """
+    found = _known(function)
+    if found is None:
+        found = _meet(function)
+        if isinstance(found, bytes):
+            return object_kernel(_apply), *codec.dumps_call((found, *args), kwargs, locate)
+    elif isinstance(found, _Snapshot):
+        found = found.as_kernel()
+    return found, *codec.dumps_call(args, kwargs, locate)
+
+
+def _apply(function: bytes, /, *args: Any, **kwargs: Any) -> Any:
+    """Calls, in a worker, a callable that came with the call."""
+    return _unpickled(function)(*args, **kwargs)
+
+
+# --- loading blobs --------------------------------------------------------------------
+
+def load_blob(digest: bytes, blob: Any) -> tuple[int, Any]:
+    """Kind, and what is called: a callable, or a NativeFunction.
+
+    Raises BadKernel if the blob is not what its digest says, or what it holds
+    can't be imported, rebuilt, loaded or compiled here; KernelChanged if its
+    module is not what it was.
+    """
+    view = memoryview(blob)
+    if hashlib.sha256(view).digest() != bytes(digest):
+        raise BadKernel("a kernel's code arrived damaged: it is not what its digest says")
+    kind, form, content = view[0], chr(view[1]), view[2:]
+    match form:
+        case "R":
+            return kind, _resolve(msgspec.json.decode(content, type=_Reference))
+        case "V":
+            return kind, _unpickled(content)
+        case "L":
+            (size,) = struct.unpack_from("<I", content)
+            head = msgspec.json.decode(content[4:4 + size])
+            library = native.load(bytes(content[4 + size:]), head["file"])
+            return kind, native.NativeFunction(library.address(head["symbol"]), _ABI_OF[kind], head["symbol"], library)
+        case "N":
+            return kind, _compiled(_unpickled(content), _ABI_OF[kind])
+    raise BadKernel(f"a kernel of the unknown form {form!r}", hint="rank and worker must run the same version")
+
+
+def _unpickled(data: Any) -> Any:
+    try:
+        return pickle.loads(data)
+    except BadKernel:
+        raise
+    except Exception as error:  # unpickling imports modules and runs constructors
+        raise BadKernel(f"the kernel can't be rebuilt in a worker: {type(error).__name__}: {error}",
+                        hint="what it refers to must be importable there too") from error
+
+
+def _compiled(blob: Any, abi: str) -> native.NativeFunction:
+    cfunc = blob.compile()
+    return native.NativeFunction(cfunc.address, abi, blob.__qualname__, cfunc)
+
+
+# --- calling Python kernels on arrays -----------------------------------------------------
+
+def bind_python(function: Callable[..., Any], name: str, wants_out: bool, inputs: Sequence[np.ndarray],
+                outputs: Sequence[np.ndarray]) -> Thunk:
+    """A function without parameters that runs `function` once on these arrays.
+
+    Inputs of shape () are passed as numpy's scalars, read anew at each call. A
+    result must have its output's shape, and be convertible without loss of kind
+    (no float to int): KernelError otherwise.
+    """
+    make = _template(tuple(array.ndim == 0 for array in inputs), len(outputs), wants_out)
+    if wants_out:
+        out: Any = outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return make(function, inputs, out, functools.partial(_check_returned, name, tuple(outputs)), None, None)
+    if len(outputs) == 1:
+        store = functools.partial(_store, name, "its result", outputs[0])
+        return make(function, inputs, outputs[0], store, outputs[0].dtype, outputs[0].shape)
+    return make(function, inputs, None, functools.partial(_store_all, name, tuple(outputs)), None, None)
+
+
+@functools.lru_cache(maxsize=_REMEMBERED)
+def _template(scalar: tuple[bool, ...], n_out: int, wants_out: bool) -> Callable[..., Thunk]:
+    """A maker of thunks for this pattern of arguments.
+
+    As source, because a call with its arguments spelled out takes half the time
+    of one with `*inputs`, and this is the path of a microsecond.
+    """
+    names = [f"a{index}" for index in range(len(scalar))]
+    call = ", ".join(f"{arg}[()]" if is_scalar else arg for arg, is_scalar in zip(names, scalar, strict=True))
+    if wants_out:
+        body = f"""
+        r = function({call}{", " if call else ""}out=out)
+        if r is not None and r is not out:
+            check(r)"""
+    elif n_out == 1:
+        body = f"""
+        r = function({call})
+        if type(r) is ndarray and r.dtype is dtype and r.shape == shape:
+            out[...] = r
+        else:
+            check(r)"""
+    else:
+        body = f"""
+        check(function({call}))"""
+    source = f"""
+def make(function, inputs, out, check, dtype, shape):
+    {"".join(f"{arg}, " for arg in names)}{"= inputs" if names else "pass"}
+    def thunk():{body}
+    return thunk
+"""
+    scope: dict[str, Any] = {"ndarray": np.ndarray}
+    # Under our own name, so that remote tracebacks begin with the kernel.
+    exec(compile(source, f"{__file__}:thunk", "exec"), scope)
+    return scope["make"]
+
+
+def _store(name: str, what: str, out: np.ndarray, result: Any) -> None:
+    """out[...] = result where that loses nothing; KernelError otherwise."""
+    if result is None:
+        raise KernelError(f"kernel {name} returned None for {what}",
+                          hint="return an array, or give the kernel a parameter named out and write to it")
+    try:
+        array = np.asarray(result)
+    except ValueError as error:
+        raise KernelError(f"kernel {name} returned for {what} what is no array: {error}") from error
+    if array.shape != out.shape and not array.size == out.size == 1:
+        raise KernelError(f"kernel {name} returned shape {array.shape} for {what}, and the output has {out.shape}",
+                          hint="return exactly that shape, or write to a parameter named out")
+    try:
+        if type(result) is int or type(result) is bool:
+            out[...] = result                # numpy checks the range of Python's own integers
+        else:
+            np.copyto(out, array.reshape(out.shape), casting="same_kind")
+    except (TypeError, OverflowError, ValueError) as error:
+        raise KernelError(f"kernel {name} returned {array.dtype} for {what}, which does not fit the output's "
+                          f"{out.dtype}: {error}", hint="convert it in the kernel, or pass an output of its dtype") from error
+
+
+def _store_all(name: str, outputs: tuple[np.ndarray, ...], result: Any) -> None:
+    if not outputs:
+        return
+    if not isinstance(result, (tuple, list)) or len(result) != len(outputs):
+        got = f"{len(result)} results" if isinstance(result, (tuple, list)) else f"one {type(result).__name__}"
+        raise KernelError(f"kernel {name} returned {got} for {len(outputs)} outputs",
+                          hint=f"return a tuple of {len(outputs)} arrays")
+    for index, (out, item) in enumerate(zip(outputs, result, strict=True)):
+        _store(name, f"result {index}", out, item)
+
+
+def _check_returned(name: str, outputs: tuple[np.ndarray, ...], result: Any) -> None:
+    """A kernel with a parameter `out` may return out; an array of its own would be lost in silence."""
+    for item in result if isinstance(result, (tuple, list)) else (result,):
+        if isinstance(item, np.ndarray) and not any(np.may_share_memory(item, out) for out in outputs):
+            raise KernelError(f"kernel {name} has a parameter out, but returned another array of shape {item.shape}",
+                              hint="write the result with out[...] = result, or drop the parameter")

@@ -203,7 +203,6 @@ class Join(RankRequest, tag="join"):
     directory: bytes
     environment: tuple[tuple[bytes, bytes], ...]
     affinity: tuple[int, ...]
-    parent_pid: int = 0
     lend: str = "auto"
     cores: tuple[int, ...] = ()      # lend exactly these
     observer: bool = False           # asks and commands only: no zygote, does not hold the service

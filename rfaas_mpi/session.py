@@ -75,7 +75,8 @@ def _filesystem(path: Path) -> str:
 def _ours(path: Path, *, given: bool) -> Path:
     """Creates the directory if missing; ServiceError unless it is a real directory that only we can change."""
     try:
-        os.makedirs(path.parent, exist_ok=True) if given else None
+        if given:
+            os.makedirs(path.parent, exist_ok=True)
         os.mkdir(path, 0o700)
     except FileExistsError:
         pass
@@ -256,7 +257,7 @@ def _start(directory: Path, settings: Settings, deadline: float) -> None:
         raise ServiceError("sys.executable is empty: this interpreter can't start the service",
                            hint="start it with `rfaas up`")
     environment = config.scrubbed(config.environment())
-    environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry or ".") for entry in sys.path)
+    environment["PYTHONPATH"] = os.pathsep.join(_absolute(entry) for entry in sys.path)
     ready, tell = os.pipe2(os.O_CLOEXEC)
     try:
         try:
@@ -322,6 +323,18 @@ def _interpreter_flags() -> tuple[str, ...]:
     if sys.flags.dont_write_bytecode:
         flags.append("-B")
     return tuple(flags)
+
+
+def _absolute(entry: str) -> str:
+    # No relative entry outlives a change of directory, and "" means the directory.
+    return entry if os.path.isabs(entry) else os.path.join(_directory(), entry)
+
+
+def _directory() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return "/"
 
 
 class _Pending:
@@ -439,10 +452,10 @@ class Session:
         self._reader.start()
         environment = config.environment()
         join = msg.Join(
-            id=next(self._ids), pid=os.getpid(), parent_pid=os.getppid(),
+            id=next(self._ids), pid=os.getpid(),
             executable=os.fsencode(sys.executable or ""), flags=_interpreter_flags(),
-            path=tuple(os.fsencode(os.path.abspath(entry or ".")) for entry in sys.path if isinstance(entry, str)),
-            directory=os.fsencode(os.getcwd()),
+            path=tuple(os.fsencode(_absolute(entry)) for entry in sys.path if isinstance(entry, str)),
+            directory=os.fsencode(_directory()),
             environment=tuple((os.fsencode(name), os.fsencode(value)) for name, value in environment.items()),
             affinity=tuple(sorted(os.sched_getaffinity(os.getpid()))), lend=self.settings.lend,
             cores=self.settings.cores, observer=observer)

@@ -165,7 +165,6 @@ class Worker:
     connections: dict[int, int] = field(default_factory=dict)     # connection → session
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
     watched: bool = False            # it has run an invocation with a time limit
-    dialled: set[int] = field(default_factory=set)                # sessions that ever dialled it
 
     @property
     def lease(self) -> int:
@@ -282,8 +281,6 @@ class AgentCore:
             return 0
         connection, self._next_connection = self._next_connection, self._next_connection + 1
         worker.connections[connection] = session
-        if session:
-            worker.dialled.add(session)
         return connection
 
     def gone(self, number: int, connection: int) -> None:
@@ -291,11 +288,6 @@ class AgentCore:
         worker = self.workers.get(number)
         if worker is not None:
             worker.connections.pop(connection, None)
-
-    def session_ended(self, session: int) -> None:
-        """Nobody is told there any more (its leases are stopped by the manager)."""
-        for worker in self.workers.values():
-            worker.dialled.discard(session)
 
     def output(self, number: int, lines: Iterable[str]) -> tuple[int, ...]:
         """Keeps a worker's last lines; returns the sessions that get them."""
@@ -353,7 +345,6 @@ class AgentCore:
         cause, reason = classify(how, page, killed=own, kill_invocation=worker.kill_invocation)
         actions: list[Action] = []
         victim = worker.connections.get(page.connection, 0) if page.invocation else 0
-        # A cancel that was sent for this invocation did what it was meant to.
         for session in self._audience(worker):
             mine = page.invocation if session == victim else 0
             actions.append(Tell((session,), WorkerEnded(
@@ -421,7 +412,7 @@ class AgentCore:
         return [Kill(worker.number)] if worker.pid else []
 
     def _audience(self, worker: Worker) -> tuple[int, ...]:
-        return tuple(sorted({worker.session, *worker.dialled}))
+        return tuple(sorted({worker.session, *worker.connections.values()} - {0}))
 
     def _forget(self, worker: Worker, actions: list[Action]) -> None:
         del self.workers[worker.number]

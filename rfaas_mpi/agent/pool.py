@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from rfaas_mpi import messages as msg
 from rfaas_mpi.agent.core import Page
 from rfaas_mpi.session import FileLock
 
-__all__ = ["CoreLocks", "Lines", "WorkerHandle", "ZygoteHandle", "ZygoteKind"]
+__all__ = ["CoreLocks", "Lines", "Taking", "WorkerHandle", "ZygoteHandle", "ZygoteKind"]
 
 log = logging.getLogger("rfaas_mpi.agent")
 
@@ -310,6 +311,28 @@ class WorkerHandle:
         os.close(self.output)
         if self.pidfd >= 0:
             os.close(self.pidfd)
+
+
+class Taking(FileLock):
+    """Held for the moment in which a service looks which cores it can have."""
+
+    WAIT_S = 0.5
+
+    def take(self, *, shared: bool = False) -> bool:
+        """Waits a little, then goes on without: a stopped service must not stop the others."""
+        if self.fd >= 0:
+            return True
+        try:
+            deadline = time.monotonic() + self.WAIT_S
+            while not super().take(shared=shared):
+                if time.monotonic() > deadline:
+                    log.warning("%s is held by another service for long", self.path)
+                    return False
+                time.sleep(0.001)
+        except OSError as error:
+            log.warning("%s: %s", self.path, error)
+            return False
+        return True
 
 
 class CoreLocks:

@@ -65,8 +65,8 @@ class Manager:
     """Sessions' demands and leases over one lease book.
 
     A demand that can't be met waits for its time-out; those that wait are
-    served in the order in which they came, each time something may have become
-    free. Actions are to be done in order.
+    served, in the order in which they came, by the next report: the shell makes
+    one when something may have become free. Actions are to be done in order.
     """
 
     def __init__(self, book: LeaseBook) -> None:
@@ -110,16 +110,16 @@ class Manager:
     def session_ended(self, session: int, now: float) -> list[Action]:
         """Its connection ended: what it holds and what it waits for."""
         self._waiting = [waiting for waiting in self._waiting if waiting.session != session]
-        return self._handle(SessionEnded(session), now) + self._retry(now)
+        return self._handle(SessionEnded(session), now)
 
     def stopped(self, lease: int, seat: int, now: float) -> list[Action]:
         """Nothing of this worker can run any more."""
-        return self._handle(WorkersStopped(lease, (seat,)), now) + self._retry(now)
+        return self._handle(WorkersStopped(lease, (seat,)), now)
 
     def tick(self, now: float) -> list[Action]:
         """Ends what came to its end, refuses who waited long enough."""
         self._next_tick = now + TICK_S
-        actions = self._handle(Tick(), now) + self._retry(now)
+        actions = self._handle(Tick(), now)
         for waiting in [w for w in self._waiting if w.deadline <= now]:
             self._waiting.remove(waiting)
             actions += self._try(waiting, now, last=True)

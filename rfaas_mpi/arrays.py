@@ -194,7 +194,10 @@ def _convert(value: Any, name: str) -> np.ndarray:
         case memoryview() | array.array():
             return _from_buffer(value, name)
         case bool() | int() | float() | complex() | np.generic():
-            return np.asarray(value)
+            number = np.asarray(value)
+            if number.dtype.hasobject:
+                raise InvalidBuffer(f"{name} is {value!r:.40}, which does not fit 64 bits; send it with submit")
+            return number
         case list():
             return _from_spec(value, name)
         case str():
@@ -244,7 +247,7 @@ def _from_spec(spec: list[Any], name: str) -> np.ndarray:
             case None:
                 pass
             case _:
-                values = values.reshape(-1).view(_datatype(part, values.dtype, name))
+                values = _viewed(values, part, name)
     if count is None:
         return values if len(spec) < 2 or start == 0 else values[start:]
     flat = values.reshape(-1)
@@ -254,17 +257,18 @@ def _from_spec(spec: list[Any], name: str) -> np.ndarray:
     return flat[start:start + count]
 
 
-def _datatype(part: Any, default: np.dtype, name: str) -> np.dtype:
-    """The dtype of an mpi4py datatype or of a type code, seen from outside mpi4py."""
-    code = getattr(part, "typestr", None) or getattr(part, "typechar", None) or part
+def _viewed(values: np.ndarray, datatype: Any, name: str) -> np.ndarray:
+    """The same bytes as elements of an mpi4py datatype or a type code, seen from outside mpi4py."""
+    code = getattr(datatype, "typestr", None) or getattr(datatype, "typechar", None) or datatype
     try:
-        found = np.dtype(code)
+        dtype = np.dtype(code)
     except TypeError:
-        raise InvalidBuffer(f"{name} has {part!r} as its datatype; give a numpy dtype, its code, or "
+        raise InvalidBuffer(f"{name} has {datatype!r} as its datatype; give a numpy dtype, its code, or "
                             "a basic MPI datatype") from None
-    if not found.itemsize:
-        return default
-    return found
+    if dtype.hasobject or not dtype.itemsize or values.nbytes % dtype.itemsize:
+        raise InvalidBuffer(f"{name} has {values.nbytes} bytes, which are no whole number of elements of "
+                            f"the datatype {dtype}")
+    return values.reshape(-1).view(dtype)
 
 
 def arguments(value: Any) -> tuple[Any, ...]:

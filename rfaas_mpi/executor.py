@@ -108,7 +108,7 @@ class Executor(concurrent.futures.Executor):
         self._init_key = Initialised.new_key(os.urandom(8)) if initializer is not None else None
         self._fns: weakref.WeakKeyDictionary[Any, Kernel] = weakref.WeakKeyDictionary()
         self._last: tuple[Any, Kernel | None] = (None, None)
-        self._apply = self._shipped(_apply)
+        self._generic: Kernel | None = None
         self._by_value = 0
         self._submitted = 0
         self._pumps: set[Pump] = set()
@@ -151,7 +151,9 @@ class Executor(concurrent.futures.Executor):
         if fn is not last:
             kernel = self._kernel_of(fn)
             if kernel is None:
-                args, kernel = (fn, *args), self._apply  # type: ignore[assignment]
+                if self._generic is None:
+                    self._generic = self._shipped(_apply)
+                args, kernel = (fn, *args), self._generic  # type: ignore[assignment]
         for value in args:
             if type(value) is Constant:
                 args = tuple(v.array if type(v) is Constant else v for v in args)  # type: ignore[assignment]

@@ -43,7 +43,7 @@ def run_buffers(kernel: Kernel, inputs: tuple[Any, ...],
     """
     try:
         with _as_kernel():
-            kernel.run_local(inputs, outputs)
+            kernel.run(inputs, outputs)
     except KeyboardInterrupt:
         raise
     except BadKernel as error:

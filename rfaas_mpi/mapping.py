@@ -6,9 +6,8 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from typing import Any
-
-from rfaas_mpi.futures import Future
 
 __all__ = ["Results", "chunks"]
 

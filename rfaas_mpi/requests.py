@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,14 @@ class Request:
 
     __slots__ = ("__weakref__", "_active", "_crew", "_error", "_history", "_inputs", "_kernel",
                  "_number", "_outputs", "_peers", "_raw", "_run", "_settling", "_wait", "out")
+
+    if TYPE_CHECKING:
+        Waitall: Callable[..., bool]
+        Waitany: Callable[..., int]
+        Waitsome: Callable[..., list[int] | None]
+        Testall: Callable[..., bool]
+        Testany: Callable[..., tuple[int, bool]]
+        Testsome: Callable[..., list[int] | None]
 
     def __init__(self, crew: Crew, kernel: Kernel, inputs: tuple[np.ndarray, ...],
                  outputs: tuple[np.ndarray, ...], out: Any, timeout_s: float | None, *,
@@ -223,32 +231,6 @@ class Request:
                 self._history = None
                 self._ended()
 
-    # -- several requests, as mpi4py has them ------------------------------------------------
-
-    @staticmethod
-    def Waitall(requests: Sequence[Request], timeout_s: float | None = None) -> bool:
-        return Waitall(requests, timeout_s)
-
-    @staticmethod
-    def Waitany(requests: Sequence[Request], timeout_s: float | None = None) -> int:
-        return Waitany(requests, timeout_s)
-
-    @staticmethod
-    def Waitsome(requests: Sequence[Request], timeout_s: float | None = None) -> list[int] | None:
-        return Waitsome(requests, timeout_s)
-
-    @staticmethod
-    def Testall(requests: Sequence[Request]) -> bool:
-        return Testall(requests)
-
-    @staticmethod
-    def Testany(requests: Sequence[Request]) -> tuple[int, bool]:
-        return Testany(requests)
-
-    @staticmethod
-    def Testsome(requests: Sequence[Request]) -> list[int] | None:
-        return Testsome(requests)
-
 
 class PersistentRequest(Request):
     """An invocation that is set up once and started as often as you like.
@@ -258,6 +240,9 @@ class PersistentRequest(Request):
     """
 
     __slots__ = ()
+
+    if TYPE_CHECKING:
+        Startall: Callable[[Sequence[PersistentRequest]], None]
 
     def __init__(self, crew: Crew, kernel: Kernel, inputs: tuple[np.ndarray, ...],
                  outputs: tuple[np.ndarray, ...], out: Any, timeout_s: float | None) -> None:
@@ -304,10 +289,6 @@ class PersistentRequest(Request):
 
     def _freed(self) -> None:
         raise ClosedError("this request was freed; make another with Invoke_init")
-
-    @staticmethod
-    def Startall(requests: Sequence[PersistentRequest]) -> None:
-        Startall(requests)
 
 
 def Startall(requests: Sequence[PersistentRequest]) -> None:
@@ -319,99 +300,6 @@ def Startall(requests: Sequence[PersistentRequest]) -> None:
         request._error = None
         request._run()
         request._active = True
-
-
-def Waitall(requests: Sequence[Request], timeout_s: float | None = None) -> bool:
-        return Waitall(requests, timeout_s)
-
-    @staticmethod
-    def Waitany(requests: Sequence[Request], timeout_s: float | None = None) -> int:
-        return Waitany(requests, timeout_s)
-
-    @staticmethod
-    def Waitsome(requests: Sequence[Request], timeout_s: float | None = None) -> list[int] | None:
-        return Waitsome(requests, timeout_s)
-
-    @staticmethod
-    def Testall(requests: Sequence[Request]) -> bool:
-        return Testall(requests)
-
-    @staticmethod
-    def Testany(requests: Sequence[Request]) -> tuple[int, bool]:
-        return Testany(requests)
-
-    @staticmethod
-    def Testsome(requests: Sequence[Request]) -> list[int] | None:
-        return Testsome(requests)
-
-
-class PersistentRequest(Request):
-    """An invocation that is set up once and started as often as you like.
-
-    It holds a slot only while it is active, so there may be many more of them
-    than slots.
-    """
-
-    __slots__ = ()
-
-    def __init__(self, crew: Crew, kernel: Kernel, inputs: tuple[np.ndarray, ...],
-                 outputs: tuple[np.ndarray, ...], out: Any, timeout_s: float | None) -> None:
-        super().__init__(crew, kernel, inputs, outputs, out, timeout_s, persistent=True)
-
-    # Start and Wait are what a loop at a million calls a second pays for: no
-    # call here that the plain path does not need.
-
-    def Start(self) -> None:
-        """Starts the invocation; never blocks.
-
-        Raises InvalidBuffer if it, or another one that shares an array with it,
-        is still in flight, ClosedError after Free or the executor's end.
-        """
-        if self._active or self._peers:
-            self._check_start()
-        self._error = None
-        self._run()
-        self._active = True
-
-    def Wait(self, timeout_s: float | None = None) -> bool:
-        if timeout_s is None and self._active:
-            self._wait()
-            if self._raw.outcome == 1 and self._history is None:
-                self._active = False
-                return True
-        return Request.Wait(self, timeout_s)
-
-    Wait.__doc__ = Request.Wait.__doc__
-
-    def _check_start(self) -> None:
-        if self._active:
-            raise InvalidBuffer(f"this request of {self._kernel!r} is still active",
-                                hint="Wait for it (or Test until True) before the next Start")
-        self._check_peers()
-
-    def _ended(self) -> None:
-        self._active = False
-
-    def _release(self) -> None:
-        if self._number:
-            super()._release()
-            self._run = self._freed
-
-    def _freed(self) -> None:
-        raise ClosedError("this request was freed; make another with Invoke_init")
-
-    @staticmethod
-    def Startall(requests: Sequence[PersistentRequest]) -> None:
-        Startall(requests)
-
-
-def Startall(requests: Sequence[PersistentRequest]) -> None:
-    """Starts persistent requests, as Start does for each; none of them is started if one can't be."""
-    for request in requests:
-        if request._active or request._peers:
-            request._check_start()
-    for request in requests:
-        request.Start()
 
 
 def Waitall(requests: Sequence[Request], timeout_s: float | None = None) -> bool:
@@ -511,3 +399,9 @@ def _wait_some(requests: Sequence[Request], timeout_s: float | None) -> None:
     # Requests of several executors have no common doorbell: look at each in turn.
     for crew, raws in by_crew.items():
         crew.wait_any(raws, 0.001 if timeout_s is None else min(0.001, timeout_s))
+
+
+# mpi4py has them as static methods of its requests too.
+PersistentRequest.Startall = staticmethod(Startall)
+for _function in (Waitall, Waitany, Waitsome, Testall, Testany, Testsome):
+    setattr(Request, _function.__name__, staticmethod(_function))

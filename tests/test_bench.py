@@ -192,3 +192,175 @@ def test_the_local_kernel_is_the_one_the_partner_runs(partner):
     x, y = array("d", [1.5, -2.0, 0.25]), array("d", [0.0] * 3)
     raw.library().rfm_bench_local(x.buffer_info()[0], y.buffer_info()[0], 3)
     assert list(y) == [3.0, -4.0, 0.5]
+
+
+# --- what is made of the figures -----------------------------------------------------
+
+def fig(p50: float, **more: object) -> dict:
+    return {"p50": p50, "p99": 2 * p50, "count": 600, "unit": "?", **more}
+
+
+def everything() -> dict:
+    """What `rfaas bench all` prints, with made-up figures that reach every target but one."""
+    aa = {"aa": fig(1.0)}
+    pinning = {"rank_core": 0, "worker_cores": [1], "spin_us": 1000.0}
+    both = lambda p50, **more: {"untouched": fig(p50, **more), "touched": fig(2 * p50, **more)}  # noqa: E731
+    rows = [{"size_bytes": size, "block": 200, "local_us": both(size / 1e3), "bound_us": both(size / 1e3),
+             "registered_us": both(size / 1e3), "plain_us": both(size / 0.9e3), "copies_us": both(size / 8e3),
+             "registered_over_bound": {"untouched": fig(1.05, **aa), "touched": fig(1.2, **aa)}}
+            for size in (1 << 10, 1 << 20, 64 << 20)]
+    return {
+        "bench": "all", "version": "0.1.0", "command": ["rfaas", "bench", "all"], "settings": {}, "seconds": 99.0,
+        "environment": {"when": "2024-01-01T00:00:00+00:00", "cpu": "A Processor", "cores_online": 2, "virtual": True,
+                        "kernel": "6.1", "libc": "glibc 2.36", "python": "3.11.2", "versions": {"numpy": "2.0"},
+                        "clock_ns": 25, "load_average": [0.1, 0.1, 0.1]},
+        "latency": {"raw_ns": fig(400.0, in_blocks=380.0), "native_ns": fig(500.0, in_blocks=480.0),
+                    "native_call_ns": fig(700.0), "native_over_raw_ns": fig(100.0, **aa),
+                    "native_call_over_raw_ns": fig(320.0, **aa), "local_ns": fig(300.0), "python_ns": fig(1500.0),
+                    "python_over_local_ns": fig(1200.0, **aa), "object_us": fig(10.0), "object_array_us": fig(20.0),
+                    "warm_us": fig(18.0), "futex_us": fig(15.0), "warm_over_futex": fig(1.2, **aa),
+                    "pinning": pinning},
+        "throughput": {"native_c_per_s": fig(4e6, **aa), "native_per_s": fig(1.5e6, **aa),
+                       "python_per_s": fig(4e5, **aa), "object_per_s": fig(5e4, **aa), "pinning": pinning},
+        "payload": {"rows": rows, "pinning": pinning},
+        "cold": {"service_start_ms": fig(200.0), "first_lease_to_first_result_ms": fig(300.0),
+                 "lease_to_first_result_ms": fig(5.0, steps={"grant_ms": fig(1.0), "dial_ms": fig(4.0)}),
+                 "executor_to_first_result_ms": fig(6.0), "waiting_worker_percent": fig(0.01),
+                 "pinning": {"rank_core": 0}},
+    }
+
+
+@pytest.fixture(scope="module")
+def page():
+    """benchmarks/report.py, which is a script beside the package."""
+    import importlib.util
+    from pathlib import Path
+    spec = importlib.util.spec_from_file_location("report", Path(__file__).parents[1] / "benchmarks" / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["report"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["report"]
+
+
+def test_a_terminal_of_80_columns_shows_every_figure():
+    from rfaas_mpi.bench import report
+    lines = report.as_text(everything())
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    for name in ("native_over_raw_ns", "warm_us", "object_per_s", "64 MiB", "grant_ms", "waiting_worker_percent"):
+        assert name in text
+
+
+def test_the_page_says_what_was_reached_and_what_was_not(page):
+    text = page.render(everything(), "here.json")
+    assert text.startswith(page.BEGIN) and text.endswith(page.END)
+    missed = [line for line in text.splitlines() if "**missed**" in line]
+    assert len(missed) == 1 and "registered arrays over bound, touched" in missed[0]
+    assert sum("| reached |" in line for line in text.splitlines()) == 15
+
+
+def test_a_rate_below_its_target_is_missed(page):
+    data = everything()
+    data["throughput"]["native_per_s"]["p50"] = 0.9e6
+    missed = [target.what for target in page.targets(data) if not target.met]
+    assert "invocations per second, native, from Python" in missed
+
+
+def test_only_the_figures_of_the_page_are_replaced(page):
+    before = f"words\n{page.BEGIN}\nold\n{page.END}\nmore words\n"
+    after = page.insert(before, page.render(everything(), "here.json"))
+    assert after.startswith("words\n") and after.endswith("\nmore words\n")
+    assert "old" not in after
+    with pytest.raises(ValueError, match="figures: begin"):
+        page.insert("no marks", "part")
+
+
+def test_the_docs_have_the_marks(page):
+    from pathlib import Path
+    text = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert text.count(page.BEGIN) == text.count(page.END) == 1
+
+
+def test_the_picture_of_the_payloads_is_drawn(page, tmp_path):
+    pytest.importorskip("matplotlib")
+    page.draw(everything(), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_are_kept_whole_or_not_at_all(tmp_path):
+    import json
+
+    from rfaas_mpi.bench import suite
+    from rfaas_mpi.errors import ConfigError
+    file = tmp_path / "kept.json"
+    suite.check_writable(file)
+    suite.keep(everything(), file)
+    assert json.loads(file.read_text())["bench"] == "all"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
+    with pytest.raises(ConfigError, match="no directory"):
+        suite.check_writable(tmp_path / "nowhere" / "kept.json")
+
+
+# --- the real thing --------------------------------------------------------------------
+
+def is_figure(value: object) -> bool:
+    return isinstance(value, dict) and value["count"] > 0 and value["p50"] <= value["p99"]
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """measured(what): the object that `rfaas bench WHAT --json` prints, made quickly."""
+    if not TWO_CORES:
+        pytest.skip("a benchmark needs a core for the rank and one to borrow")
+    import json
+
+    def run(what: str) -> dict:
+        done = subprocess.run([sys.executable, "-m", "rfaas_mpi.cli", "bench", what, "--json", "--quick", "--runs", "1"],
+                              capture_output=True, text=True, timeout=110)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        data = json.loads(done.stdout)
+        assert data["bench"] == what
+        assert data["environment"]["cpu"] and data["environment"]["kernel"]
+        return data
+
+    return run
+
+
+def test_latency_has_every_figure_and_an_a_a_beside_what_is_compared(measured):
+    data = measured("latency")
+    plain = {"raw_ns", "native_ns", "native_call_ns", "local_ns", "python_ns", "object_us", "object_array_us",
+             "warm_us", "futex_us"}
+    compared = {"native_over_raw_ns", "native_call_over_raw_ns", "python_over_local_ns", "warm_over_futex"}
+    for name in plain | compared:
+        assert is_figure(data[name]), name
+    for name in compared:
+        assert is_figure(data[name]["aa"]), name
+        assert len(data[name]["runs"]) == 1
+    assert data["pinning"]["rank_core"] not in data["pinning"]["worker_cores"]
+
+
+def test_throughput_has_every_rate(measured):
+    data = measured("throughput")
+    for name in ("native_c_per_s", "native_per_s", "python_per_s", "object_per_s"):
+        assert data[name]["count"] > 0
+        assert data[name]["p99"] <= data[name]["p50"], "p99 is the rate that nearly all blocks reach"
+        assert data[name]["aa"]["count"] > 0
+
+
+def test_payload_has_a_row_for_each_size(measured):
+    data = measured("payload")
+    assert [row["size_bytes"] for row in data["rows"]] == [1 << shift for shift in range(10, 27, 2)]
+    for row in data["rows"]:
+        for name in ("local_us", "bound_us", "registered_us", "plain_us", "copies_us", "registered_over_bound"):
+            for kind in ("untouched", "touched"):
+                assert is_figure(row[name][kind]), (row["size_bytes"], name, kind)
+
+
+def test_cold_has_the_steps_of_a_lease(measured):
+    data = measured("cold")
+    for name in ("service_start_ms", "first_lease_to_first_result_ms", "lease_to_first_result_ms",
+                 "executor_to_first_result_ms", "waiting_worker_percent"):
+        assert is_figure(data[name]), name
+    assert list(data["lease_to_first_result_ms"]["steps"]) == ["grant_ms", "dial_ms", "attach_ms", "first_call_ms"]

@@ -171,3 +171,38 @@ def test_an_encoding_without_ticks_gets_words():
     done = rfaas("doctor", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert "✔" not in done.stdout
     assert "\nok memfd" in done.stdout
+
+
+def test_status_is_readable_and_fits_80_columns():
+    from rfaas_mpi.cli.service import describe
+    data = {
+        "running": True, "pid": 4321, "version": "0.1.0", "uptime_s": 75.2, "directory": "/run/user/1000/rfaas/0123",
+        "stay": False, "cores": {"spare": [1, 2, 3], "lent": [1, 2], "free": [3], "kept": {"0": "a rank's"},
+                                 "why_none": ""},
+        "memory": {"lendable_bytes": 3 << 30, "free_bytes": 1 << 30}, "waiting": 1,
+        "leases": [{"id": 7, "epoch": 1, "session": 1, "state": "ACTIVE", "cores": [1, 2], "memory_bytes": 2 << 30,
+                    "hard_end": None}],
+        "workers": [{"number": 9, "lease": 7, "pid": 4400, "cores": [1], "state": "WAITING", "running": True,
+                     "invocations": 12, "exec_ns": 5_000_000, "poll_ns": 0, "connections": 1}],
+        "sessions": [{"number": 1, "pid": 4300, "age_s": 60.0}], "zygotes": [], "usage": []}
+    lines = list(describe(data))
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    for fact in ("pid 4321", "lent 1-2", "free 3", "1.0 GiB of 3.0 GiB", "7: active", "9: pid 4400", "12 invocations"):
+        assert fact in text
+    none = {**data, "cores": {**data["cores"], "lent": [], "free": [], "why_none": "one core only"}}
+    assert any("one core only" in line for line in describe(none))
+
+
+def test_status_without_a_service_says_so_and_starts_none(tmp_path):
+    environment = {**os.environ, "RFAAS_RUNTIME_DIR": str(tmp_path)}
+    done = rfaas("status", "--json", env=environment)
+    assert done.returncode == output.NOT_RUNNING
+    assert json.loads(done.stdout) == {"running": False}
+    assert [path for path in tmp_path.rglob("*") if path.is_socket()] == []
+
+
+def test_down_without_a_service_is_done_already(tmp_path):
+    done = rfaas("down", "--json", env={**os.environ, "RFAAS_RUNTIME_DIR": str(tmp_path)})
+    assert done.returncode == output.OK
+    assert json.loads(done.stdout) == {"running": False, "was_running": False}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rfaas_mpi.cli import doctor, output
+from rfaas_mpi.cli.output import core_ranges
 from rfaas_mpi.config import core_list
 
 
@@ -99,8 +100,8 @@ def test_a_check_that_fails_itself_is_in_the_report(monkeypatch):
     def broken() -> list[doctor.Check]:
         raise RuntimeError("no /proc here")
 
-    monkeypatch.setattr(doctor, "_cpu_max", broken)
-    check = by_name(doctor.examine())["cpu.max"]
+    monkeypatch.setattr(doctor, "_cores_and_memory", broken)
+    check = by_name(doctor.examine())["cores and memory"]
     assert not check.ok
     assert "no /proc here" in check.reason
 
@@ -124,7 +125,7 @@ def test_something_needed_that_is_missing_is_named_at_the_end():
 
 @pytest.mark.parametrize(("cores", "text"), [([], ""), ([3], "3"), ([0, 1, 2], "0-2"), ([8, 0, 2, 3], "0,2-3,8")])
 def test_core_lists_are_short(cores, text):
-    assert doctor._ranges(cores) == text
+    assert core_ranges(cores) == text
 
 
 def test_packages_are_those_that_the_build_requires():
@@ -138,3 +139,17 @@ def test_packages_are_those_that_the_build_requires():
         required[name] = tuple(int(part) for part in version.split("."))
     assert doctor.PACKAGES == required
     assert wanted["requires-python"] == ">=" + ".".join(map(str, doctor.MINIMUM_PYTHON))
+
+
+def test_less_cpu_time_than_cores_is_told_and_a_way_out():
+    assert doctor._quota(None, 4).ok
+    assert doctor._quota(4.0, 4).ok
+    check = doctor._quota(1.5, 4)
+    assert not check.ok and "1.5" in check.reason and check.fix
+
+
+def test_a_bound_rank_is_told_from_one_that_may_float():
+    assert doctor._bound([2], 4, 1).ok
+    floating = doctor._bound([0, 1, 2, 3], 4, 2)
+    assert not floating.ok
+    assert "2 cores are kept" in floating.reason and "bind-to" in floating.fix

@@ -11,6 +11,7 @@ from typing import Any
 
 from rfaas_mpi.bench import environment, measure, raw
 from rfaas_mpi.bench.raw import BenchError
+from rfaas_mpi.config import Settings
 from rfaas_mpi.executor import Executor
 
 # Round trips before a block, so that both sides are hot when it begins.
@@ -99,7 +100,7 @@ def stage(options: Options, *, data_bytes: int = 0) -> Iterator[Stage]:
             if cores.rank in worker_cores:
                 raise BenchError(f"the worker shares core {cores.rank} with the rank", hint="`rfaas doctor` says why")
             os.sched_setaffinity(partner.pid, set(worker_cores))
-            spin_s = executor.settings.spin_us * 1e-6
+            spin_s = Settings.load(transport=options.transport).spin_us * 1e-6
             yield Stage(options, executor, partner, cores.rank, worker_cores, worker_pid, spin_s)
 
 

@@ -13,6 +13,7 @@ import importlib
 import mmap
 import os
 import platform
+import re
 import shutil
 import signal
 import stat
@@ -24,6 +25,7 @@ from importlib import metadata
 from pathlib import Path
 
 from rfaas_mpi.cli import output
+from rfaas_mpi.cli.output import core_ranges
 from rfaas_mpi.errors import RFaaSError
 
 WIDTH = 80
@@ -47,8 +49,8 @@ def examine() -> list[Check]:
     """All checks, in the order in which to read them. Never raises for what it finds."""
     groups: Sequence[tuple[str, Callable[[], Iterable[Check]]]] = (
         ("python", _python), ("packages", _packages), ("extension", _extension), ("system calls", _system_calls),
-        ("runtime directory", _runtime_directory), ("cores and memory", _cores_and_memory), ("cpu.max", _cpu_max),
-        ("rank", _bound), ("mpi", _mpi), ("numba", _numba), ("transports", _transports), ("service", _service))
+        ("runtime directory", _runtime_directory), ("cores and memory", _cores_and_memory), ("mpi", _mpi),
+        ("numba", _numba), ("transports", _transports), ("service", _service))
     found: list[Check] = []
     for name, group in groups:
         try:
@@ -260,22 +262,6 @@ def _filesystem(path: Path) -> str:
 
 # --- what there is to lend ----------------------------------------------------------
 
-def _ranges(cores: Iterable[int]) -> str:
-    """0-3,8 for 0, 1, 2, 3, 8."""
-    text: list[str] = []
-    first = last = None
-    for core in sorted(cores):
-        if last is not None and core == last + 1:
-            last = core
-            continue
-        if first is not None:
-            text.append(str(first) if first == last else f"{first}-{last}")
-        first = last = core
-    if first is not None:
-        text.append(str(first) if first == last else f"{first}-{last}")
-    return ",".join(text)
-
-
 def _cores_and_memory() -> Iterable[Check]:
     from rfaas_mpi import config
     from rfaas_mpi.agent import cores
@@ -286,87 +272,46 @@ def _cores_and_memory() -> Iterable[Check]:
     # As if this process were a rank, which is what a user asks about.
     me = cores.Rank(pid=os.getpid(), mask=tuple(sorted(os.sched_getaffinity(0))),
                     local_ranks=cores.local_ranks(environment),
-                    launch=cores.launch_key(environment, os.getpid(), os.getppid()))
-    spare = cores.spare_cores(facts, [me], slurm, lend=settings.lend == "yes")
-    if settings.lend == "no":
-        yield Check("spare cores", False, "none: RFAAS_LEND says that nothing is lent", "unset RFAAS_LEND")
-    elif spare.cores:
-        yield Check("spare cores", True, f"{_ranges(spare.cores)} can be lent to a rank started like this process")
+                    launch=cores.launch_key(environment, os.getpid(), cores.launcher_pid(environment, os.getpid())))
+    spare = cores.spare_cores(facts, [me], slurm, lend=settings.lend, only=settings.cores)
+    if spare.cores:
+        yield Check("spare cores", True,
+                    f"{core_ranges(spare.cores)} can be lent to a rank that was started like this process")
     else:
-        yield Check("spare cores", False, f"none: {spare.reason or 'every core is kept'}; kernels run on the rank then",
-                    "bind the ranks (`mpiexec -bind-to core`), start fewer of them, or ask for more cores")
+        why, *way_out = re.split("[:;] ", spare.reason or "every core is kept", maxsplit=1)
+        yield Check("spare cores", False, f"none ({why}); kernels run on the rank itself then",
+                    way_out[0] if way_out else "bind the ranks, start fewer of them, or ask for more cores")
     by_reason: dict[str, list[int]] = {}
     for core, why in spare.kept.items():
         by_reason.setdefault(why, []).append(core)
     for why, kept in by_reason.items():
-        yield Check(f"core {_ranges(kept)}", True, f"not lent: {why}")
-    memory = cores.lendable_memory(facts, slurm)
+        yield Check(f"core {core_ranges(kept)}", True, f"not lent: {why}")
+    memory = cores.lendable_memory(facts, slurm, reserve=settings.memory_reserve)
     yield Check("memory to lend", memory > 0, f"{memory / (1 << 30):.1f} GiB",
                 "ask for more memory, or lower RFAAS_MEMORY_RESERVE")
+    yield _quota(facts.quota_cpus, len(facts.cpuset))
+    yield _bound(me.mask, len(facts.cpuset), me.local_ranks)
 
 
-def _cgroup_directories() -> Iterable[Path]:
-    """This process' cgroup and those around it, for the hierarchies that limit CPU time."""
-    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root = Path("/sys/fs/cgroup")
-            if (root / "unified").is_dir():
-                root /= "unified"
-        elif "cpu" in controllers.split(","):
-            root = Path("/sys/fs/cgroup", controllers)
-        else:
-            continue
-        here = root / path.lstrip("/")
-        while True:
-            yield here
-            if here == root or root not in here.parents:
-                break
-            here = here.parent
+def _quota(cpus: float | None, cores: int) -> Check:
+    if cpus is None:
+        return Check("cpu.max", True, "CPU time is not limited")
+    if cpus >= cores:
+        return Check("cpu.max", True, f"{cpus:g} CPUs' worth of time for {cores} cores")
+    return Check("cpu.max", False, f"{cpus:g} CPUs' worth of time for {cores} cores: cores beyond that are not lent, "
+                 "since the kernel would stop all of them in turn", "ask for a larger limit")
 
 
-def _cpu_max() -> Iterable[Check]:
-    cores = len(os.sched_getaffinity(0))
-    least: tuple[float, Path] | None = None
-    for directory in _cgroup_directories():
-        try:
-            if (directory / "cpu.max").exists():
-                quota, period = (directory / "cpu.max").read_text().split()[:2]
-            elif (directory / "cpu.cfs_quota_us").exists():
-                quota = (directory / "cpu.cfs_quota_us").read_text().strip()
-                period = (directory / "cpu.cfs_period_us").read_text().strip()
-            else:
-                continue
-        except OSError:  # it went away, or is not for us to read
-            continue
-        if quota in ("max", "-1"):
-            continue
-        share = int(quota) / int(period)
-        if least is None or share < least[0]:
-            least = (share, directory)
-    if least is None:
-        yield Check("cpu.max", True, "CPU time is not limited")
-    elif least[0] >= cores:
-        yield Check("cpu.max", True, f"{least[0]:g} CPUs for {cores} cores ({least[1]})")
-    else:
-        yield Check("cpu.max", False, f"{least[0]:g} CPUs' worth of time for {cores} cores ({least[1]}): "
-                    "with all of them busy the kernel stops them in turn", "ask for a larger limit")
-
-
-def _bound() -> Iterable[Check]:
-    from rfaas_mpi import config
-    from rfaas_mpi.agent import cores
-    mask = os.sched_getaffinity(0)
-    online = len(cores.read_node_facts().cpuset) or os.cpu_count() or 1
-    ranks = cores.local_ranks(config.environment())
-    if online == 1:
-        yield Check("bound", False, "there is one core only", "ask for more cores: one for the rank, the others to lend")
-    elif len(mask) < online:
-        yield Check("bound", True, f"this process is bound to {_ranges(mask)}")
-    else:
-        yield Check("bound", False, f"this process may use all {online} cores, so one core is kept for each of the "
-                    f"{ranks} rank{'s' if ranks > 1 else ''} on this node and the rank may wander onto a lent one",
-                    "bind ranks: `mpiexec -bind-to core` (MPICH, Open MPI) or `srun --cpu-bind=cores`")
+def _bound(mask: Sequence[int], cores: int, ranks: int) -> Check:
+    if cores == 1:
+        return Check("bound", False, "there is one core only",
+                     "ask for more cores: one for the rank, the others to lend")
+    if len(mask) < cores:
+        return Check("bound", True, f"this process is bound to {core_ranges(mask)}")
+    kept = "one core is kept for it" if ranks == 1 else f"{ranks} cores are kept for the {ranks} ranks on this node"
+    return Check("bound", False, f"this process may run on all {cores} cores: {kept}, and the kernel may still put "
+                 "the rank on a core that is lent",
+                 "bind ranks: `mpiexec -bind-to core` (MPICH, Open MPI) or `srun --cpu-bind=cores`")
 
 
 # --- what is optional ----------------------------------------------------------------

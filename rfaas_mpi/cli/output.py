@@ -64,6 +64,17 @@ def can_show(text: str, stream: TextIO | None = None) -> bool:
     return True
 
 
+def core_ranges(cores: Iterable[int]) -> str:
+    """`0-3,8` for 0, 1, 2, 3, 8."""
+    groups: list[list[int]] = []
+    for core in sorted(cores):
+        if groups and core == groups[-1][-1] + 1:
+            groups[-1].append(core)
+        else:
+            groups.append([core])
+    return ",".join(str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in groups)
+
+
 @dataclass
 class Output:
     """How this command was asked to answer."""

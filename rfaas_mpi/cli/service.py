@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from rfaas_mpi.cli.output import core_ranges
 from rfaas_mpi.errors import ServiceError
 from rfaas_mpi.session import Session
 
@@ -50,6 +51,38 @@ def describe(data: dict[str, Any]) -> Iterator[str]:
     if not data["running"]:
         yield "No service runs; the first Executor starts one (or `rfaas up`)."
         return
-    for name, value in data.items():
-        if name != "running":
-            yield f"{name}: {value}"
+    cores, memory = data["cores"], data["memory"]
+    stays = "stays until `rfaas down`" if data["stay"] else "leaves after its last rank"
+    yield f"service    pid {data['pid']}, version {data['version']}, up {_duration(data['uptime_s'])}, {stays}"
+    yield f"           {data['directory']}"
+    lendable = core_ranges([*cores["lent"], *cores["free"]])
+    if lendable:
+        yield f"cores      {lendable}: lent {core_ranges(cores['lent']) or 'none'}, " \
+              f"free {core_ranges(cores['free']) or 'none'}"
+    else:
+        yield f"cores      none to lend: {cores['why_none'] or 'every core is kept'}"
+    yield f"memory     {_gib(memory['free_bytes'])} of {_gib(memory['lendable_bytes'])} free"
+    yield f"ranks      {len(data['sessions'])}" + (f", {data['waiting']} waiting for cores" if data["waiting"] else "")
+    for rank in data["sessions"]:
+        yield f"  pid {rank['pid']}, for {_duration(rank['age_s'])}"
+    yield f"leases     {len(data['leases'])}"
+    for lease in data["leases"]:
+        yield (f"  {lease['id']}: {lease['state'].lower()}, cores {core_ranges(lease['cores'])}, "
+               f"{_gib(lease['memory_bytes'])}")
+    yield f"workers    {len(data['workers'])}"
+    for worker in data["workers"]:
+        doing = "running" if worker["running"] else worker["state"].lower()
+        yield (f"  {worker['number']}: pid {worker['pid']}, core {core_ranges(worker['cores'])}, {doing}, "
+               f"{worker['invocations']} invocations in {_duration(worker['exec_ns'] / 1e9)}")
+
+
+def _gib(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -9,13 +9,7 @@ import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    invariant,
-    multiple,
-    rule,
-)
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from rfaas_mpi.leases import (
     Action,
@@ -213,6 +207,15 @@ def test_a_demand_that_arrives_after_its_session_ended_gets_nothing(book):
     assert isinstance(refuse, Refuse) and "has ended" in refuse.reason
 
 
+def test_a_session_that_ended_is_remembered_for_as_long_as_its_leases_live():
+    book = LeaseBook(pick_cores, remember_s=100.0)
+    book.handle(report(), 0.0)
+    granted(book, demand())
+    book.handle(SessionEnded(7), 1.0)
+    book.handle(Tick(), 500.0)
+    assert isinstance(book.handle(demand(2), 500.0)[0], Refuse)
+
+
 @pytest.mark.parametrize("first, again", [
     (Activated(1), Activated(1)),
     (Revoke(1, grace_s=5.0), Revoke(1, grace_s=5.0)),
@@ -224,8 +227,9 @@ def test_the_second_of_two_equal_events_changes_nothing(book, first, again):
     assert only_lease(granted(book, demand(high=2))).id == 1
     book.handle(first, 1.0)
     before = (book.lease(1), book.nodes)
-    assert book.handle(again, 2.0) == []
-    assert (book.lease(1), book.nodes) == before
+    for now in (1.0, 2.0):
+        assert book.handle(again, now) == []
+        assert (book.lease(1), book.nodes) == before
 
 
 # --- ending -----------------------------------------------------------------
@@ -282,6 +286,13 @@ def test_a_core_missing_from_a_report_takes_only_its_worker_back(book):
     assert stop.cause is Cause.REVOKED
     book.handle(WorkersStopped(lease.id, (1,)), 2.0)
     assert 2 not in view(book).free
+
+
+def test_one_missing_core_takes_the_whole_worker_back(book):
+    lease = only_lease(granted(book, demand(high=2, cores_per_worker=2)))
+    notify, stop = book.handle(report(spare=(1, 2, 4)), 1.0)
+    assert notify.workers == stop.workers == (1,)
+    assert book.lease(lease.id).state is LeaseState.GRANTED
 
 
 def test_an_owner_in_a_hurry_shortens_the_grace_but_never_lengthens_it(book):
@@ -376,3 +387,320 @@ def test_events_and_actions_survive_a_trace_on_disk(book):
     actions = [action for event in events for action in book.handle(event, 0.0)]
     assert msgspec.json.decode(
         msgspec.json.encode(actions), type=list[Action]) == actions
+
+
+# --- long random lives ------------------------------------------------------
+
+NODES = ("n0", "n1", "n2")
+NEXT_STATES = {
+    LeaseState.GRANTED: {LeaseState.ACTIVE, LeaseState.REVOKING, LeaseState.RELEASED,
+                         LeaseState.EXPIRED, LeaseState.LOST},
+    LeaseState.ACTIVE: {LeaseState.REVOKING, LeaseState.RELEASED, LeaseState.EXPIRED,
+                        LeaseState.LOST},
+    LeaseState.REVOKING: {LeaseState.RELEASED, LeaseState.EXPIRED, LeaseState.LOST},
+}
+
+
+class World:
+    """Ranks and agents around a book: they do what its actions say, and check them.
+
+    `running` is what really runs on each node's cores, also where the book was
+    told that the node is lost: two leases on one core would meet there. All of
+    its knowledge comes from the events sent and the actions returned.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.stored = 0
+        self.running: dict[str, dict[int, tuple[int, int]]] = {n: {} for n in NODES}
+        self.reports: dict[str, NodeReport] = {}
+        self.highest = 0                     # epoch or id, over all books
+        self.next_session = 0
+        self.grants = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """A new book from the stored epoch; old sessions are gone, workers run on."""
+        self.book = LeaseBook(pick_cores, epoch=self.stored, activate_within_s=20.0,
+                              remember_s=50.0)
+        self.reports.clear()
+        self.states: dict[int, LeaseState] = {}
+        self.answers: dict[tuple[int, int], tuple[Demand, Action]] = {}
+        self.past: list[Event] = []
+        self.sessions = [self.new_session() for _ in range(3)]
+
+    def new_session(self) -> int:
+        self.next_session += 1
+        return self.next_session
+
+    def send(self, event: Event) -> list[Action]:
+        """Hand in one event, check and do what comes back, look at everything."""
+        self.past.append(event)
+        del self.past[:-40]
+        match event:
+            case NodeReport(node=name):
+                self.reports[name] = event
+            case NodeLost(node=name):
+                self.reports.pop(name, None)
+            case WorkersStopped(lease_id, workers):
+                self.stop_running(lease_id, workers)
+        before = {lease.id: lease for lease in self.book.leases}
+        actions = self.book.handle(event, self.now)
+        if isinstance(event, Demand):
+            self.check_answer(event, actions)
+        for position, action in enumerate(actions):
+            match action:
+                case Store(epoch):
+                    assert epoch > self.stored
+                    self.stored = epoch
+                case Grant():
+                    assert isinstance(event, Demand) and position == len(actions) - 1
+                case StopWorkers(node, lease_id, workers, _, grace_s):
+                    self.check_stop(event, before, node, lease_id, workers, grace_s)
+                case Notify(session, lease_id):
+                    assert before[lease_id].session == session
+        if isinstance(event, NodeReport):
+            for lease in self.book.leases:
+                for worker in lease.workers if lease.node == event.node else ():
+                    assert (worker.number in lease.stopping
+                            or set(worker.cores) <= set(event.spare))
+        self.check()
+        return actions
+
+    def check_answer(self, event: Demand, actions: list[Action]) -> None:
+        key = (event.session, event.request_id)
+        answer = actions[-1]
+        assert isinstance(answer, Grant | Refuse)
+        assert (answer.session, answer.request_id) == key
+        if key in self.answers:
+            first, same = self.answers[key]
+            assert len(actions) == 1
+            if first == event:
+                assert answer == same
+            else:
+                assert isinstance(answer, Refuse)
+            return
+        self.answers[key] = (event, answer)
+        if isinstance(answer, Refuse):
+            assert len(actions) == 1 and answer.asked == event.workers_min
+            assert answer.available < answer.asked or "has ended" in answer.reason
+            return
+        assert event.workers_min <= answer.workers <= event.workers_max
+        assert bool(answer.reason) == (answer.workers < event.workers_max)
+        # The epoch is durable before the answer, if the answer needs one.
+        assert [type(action) for action in actions[:-1]] == [Store] * bool(answer.leases)
+        for lease in answer.leases:
+            self.check_grant(event, lease, actions[0])
+
+    def check_grant(self, event: Demand, lease: Lease, store: Action) -> None:
+        assert isinstance(store, Store) and lease.epoch <= store.epoch
+        assert lease.epoch > self.highest and lease.id > self.highest
+        self.highest = max(lease.epoch, lease.id)
+        self.grants += 1
+        assert lease.workers
+        last = self.reports[lease.node]
+        there = self.running[lease.node]
+        for worker in lease.workers:
+            assert len(worker.cores) == event.cores_per_worker
+            for core in worker.cores:
+                assert core not in there, f"core {core} of {lease.node} granted twice"
+                assert core in last.spare
+                there[core] = (lease.id, worker.number)
+        assert last.hard_end is None or lease.hard_end <= last.hard_end
+        assert lease.hard_end is None or lease.hard_end > self.now
+        used = sum(held.memory_bytes for held in self.book.leases
+                   if held.node == lease.node)
+        assert lease.memory_bytes == 0 or used <= last.memory_bytes
+
+    def check_stop(self, event: Event, before: dict[int, Lease], node: str,
+                   lease_id: int, workers: tuple[int, ...], grace_s: float) -> None:
+        assert grace_s >= 0.0
+        lease = before.get(lease_id)
+        if lease is None:
+            # Only an agent that was thought dead is told about an ended lease.
+            assert isinstance(event, NodeReport) and workers == ()
+            for core, (held, _) in list(self.running[node].items()):
+                if held == lease_id:
+                    del self.running[node][core]
+        else:
+            assert lease.node == node
+            assert set(workers) <= {worker.number for worker in lease.workers}
+            if lease.hard_end is not None:
+                assert grace_s == 0.0 or self.now + grace_s <= lease.hard_end
+
+    def stop_running(self, lease_id: int, workers: tuple[int, ...]) -> None:
+        for there in self.running.values():
+            for core, (held, number) in list(there.items()):
+                if held == lease_id and (not workers or number in workers):
+                    del there[core]
+
+    def check(self) -> None:
+        """The book's own view agrees with what really runs."""
+        states = {lease.id: lease for lease in self.book.leases}
+        for view in self.book.nodes:
+            held = {core: lease.id for lease in states.values()
+                    if lease.node == view.node for core in lease.cores}
+            assert tuple(sorted(held)) == view.lent, "a core is in two live leases"
+            there = self.running[view.node]
+            for core, lease_id in held.items():
+                assert there[core][0] == lease_id
+            assert set(view.free) <= set(view.spare) - set(there)
+        for lease_id, old in list(self.states.items()):
+            lease = states.get(lease_id) or self.book.lease(lease_id)
+            if lease is None:
+                assert not old.live, f"lease {lease_id} was forgotten while it lived"
+                del self.states[lease_id]
+            elif lease.state is not old:
+                assert lease.state in NEXT_STATES.get(old, ()), (old, lease.state)
+                self.states[lease_id] = lease.state
+        for lease_id, lease in states.items():
+            self.states.setdefault(lease_id, lease.state)
+            assert lease.workers and lease.state.live
+            all_stop = len(lease.stopping) == len(lease.workers)
+            assert (lease.state is LeaseState.REVOKING) == all_stop
+            assert (lease.cause is None) != all_stop
+
+    def end(self) -> None:
+        """Everybody leaves: every core is free again and every lease has its end."""
+        for lease in self.book.leases:
+            self.send(SessionEnded(lease.session))
+            self.send(WorkersStopped(lease.id))
+        assert self.book.leases == []
+        assert self.book.next_deadline() is None
+        for name in NODES:
+            self.running[name].clear()
+            self.send(report(name))
+            assert view(self.book, name).free == (1, 2, 3, 4)
+            assert view(self.book, name).memory_free == 8 * GIB
+
+    # --- what may happen ---
+
+    def wants(self, choose: random.Random) -> None:
+        low = choose.choice((0, 0, 1, 1, 2, 5))
+        self.send(Demand(
+            session=choose.choice(self.sessions), request_id=choose.randrange(40),
+            uid=choose.choice((1, 2)), workers_min=low,
+            workers_max=low + choose.randrange(4), cores_per_worker=choose.choice((1, 1, 2, 3)),
+            memory_per_worker=choose.choice((0, 0, GIB, 3 * GIB)),
+            duration_s=choose.choice((None, None, 5.0, 30.0))))
+
+    def reports_in(self, choose: random.Random) -> None:
+        name = choose.choice(NODES)
+        spare = [core for core in range(8) if choose.random() < 0.8]
+        choose.shuffle(spare)
+        self.send(NodeReport(
+            node=name, spare=tuple(spare), memory_bytes=choose.choice((4, 8, 16)) * GIB,
+            numa={core: core // 4 for core in spare},
+            busy={core: held for core, (held, _) in self.running[name].items()},
+            hard_end=choose.choice((None, None, self.now + 15.0)),
+            grace_s=choose.choice((0.0, 3.0)),
+            lends_to_uid=choose.choice((None, None, 1))))
+
+    def stops(self, choose: random.Random) -> None:
+        """An agent says that workers are gone: told to stop or not."""
+        if leases := self.book.leases:
+            lease = choose.choice(leases)
+            numbers = lease.stopping or [worker.number for worker in lease.workers]
+            self.send(WorkersStopped(lease.id, choose.choice(
+                (tuple(numbers), (choose.choice(numbers),)))))
+
+    def changes_a_lease(self, choose: random.Random) -> None:
+        if leases := self.book.leases:
+            lease = choose.choice(leases)
+            some = tuple(worker.number for worker in lease.workers
+                         if choose.random() < 0.5)
+            self.send(choose.choice((
+                Activated(lease.id), Activated(lease.id),
+                Revoke(lease.id, some, choose.choice((0.0, 1.0, 60.0))),
+                Release(choose.choice(self.sessions), lease.id))))
+
+    def repeats(self, choose: random.Random) -> None:
+        """Something arrives twice, late."""
+        event = choose.choice(self.past) if self.past else Tick()
+        if isinstance(event, NodeReport):
+            # A report is a fact about now; an old one can't be true again.
+            return
+        if isinstance(event, Demand) and (event.session, event.request_id) not in self.answers:
+            return
+        self.send(event)
+
+    def session_ends(self, choose: random.Random) -> None:
+        gone = choose.choice(self.sessions)
+        self.send(SessionEnded(gone))
+        if choose.random() < 0.8:
+            self.sessions[self.sessions.index(gone)] = self.new_session()
+
+    def node_is_lost(self, choose: random.Random) -> None:
+        name = choose.choice(NODES)
+        if choose.random() < 0.5:
+            self.running[name].clear()
+            held = [lease for lease in self.book.leases if lease.node == name]
+            # Dead for real; the book hears of it in the same breath.
+            self.send(NodeLost(name))
+            assert all(self.book.lease(lease.id).state is LeaseState.LOST for lease in held)
+        elif name in self.reports:
+            self.send(NodeLost(name))
+
+    def time_passes(self, choose: random.Random) -> None:
+        self.now += choose.choice((0.1, 1.0, 10.0))
+        self.send(Tick())
+        deadline = self.book.next_deadline()
+        assert deadline is None or deadline > self.now
+        # What the book has forgotten may be asked for anew.
+        self.answers = {key: answer for key, answer in self.answers.items()
+                        if self.book.remembers(*key)}
+
+    def book_restarts(self, choose: random.Random) -> None:
+        self.restart()
+
+    def old_workers_end(self, choose: random.Random) -> None:
+        """What an earlier book granted comes to its hard end at the agent."""
+        live = {lease.id for lease in self.book.leases}
+        for there in self.running.values():
+            for core, (held, _) in list(there.items()):
+                if held not in live:
+                    del there[core]
+
+
+OPERATIONS = {
+    World.wants: 30, World.stops: 22, World.reports_in: 10, World.changes_a_lease: 14,
+    World.repeats: 12, World.time_passes: 8, World.session_ends: 4,
+    World.old_workers_end: 3, World.node_is_lost: 2, World.book_restarts: 0.2,
+}
+
+
+def test_no_random_life_breaks_a_promise():
+    """RFAAS_SOAK_LEASES sets how many operations."""
+    count = int(os.environ.get("RFAAS_SOAK_LEASES", "100000"))
+    choose = random.Random(count)
+    world = World()
+    operations = choose.choices(list(OPERATIONS), list(OPERATIONS.values()), k=count)
+    for operation in operations:
+        operation(world, choose)
+    world.end()
+    assert world.grants > count // 20, "the test exercises too little"
+
+
+class LeaseBookMachine(RuleBasedStateMachine):
+    """The same world, driven by hypothesis, which finds the shortest failing life."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+
+    @rule(choose=st.randoms(use_true_random=False),
+          operation=st.sampled_from(list(OPERATIONS)))
+    def happens(self, choose: random.Random, operation) -> None:
+        operation(self.world, choose)
+
+    @invariant()
+    def the_book_agrees_with_what_runs(self) -> None:
+        self.world.check()
+
+    def teardown(self) -> None:
+        self.world.end()
+
+
+TestLeaseBookMachine = LeaseBookMachine.TestCase
+TestLeaseBookMachine.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None)

@@ -87,7 +87,7 @@ class _Entry:
     def __init__(self, lease: Lease, activate_by: float | None) -> None:
         self.lease = lease
         self.activate_by = activate_by
-        self.stops: dict[int, tuple[float, Cause]] = {}  # worker → (until, why)
+        self.stops: dict[int, float] = {}      # worker told to stop → by when
 
     @property
     def deadline(self) -> float | None:
@@ -195,6 +195,10 @@ class LeaseBook:
         if (ended := self._ended.get(lease_id)) is not None:
             return ended[0]
         return None
+
+    def remembers(self, session: int, request_id: int) -> bool:
+        """True while the same demand would get the same answer."""
+        return (session, request_id) in self._answers
 
     def session_leases(self, session: int) -> Sequence[Lease]:
         """The live leases of one session, oldest first."""
@@ -411,13 +415,10 @@ class LeaseBook:
         stop = tuple(
             worker.number for worker in lease.workers
             if (not asked or worker.number in asked)
-            and until < entry.stops.get(worker.number, (math.inf, cause))[0])
+            and until < entry.stops.get(worker.number, math.inf))
         if not stop:
             return []
-        for number in stop:
-            # The first cause stays: it is the one that ends the worker.
-            entry.stops[number] = (
-                until, entry.stops.get(number, (until, cause))[1])
+        entry.stops.update(dict.fromkeys(stop, until))
         self._restate(entry, cause)
 
         actions: list[Action] = []
@@ -451,12 +452,15 @@ class LeaseBook:
                 for core in worker.cores:
                     del node.held[core]
         self._change(entry, workers=left)
-        if entry.stops:
-            self._restate(entry, next(cause for _, cause in entry.stops.values()))
+        # Nothing else stops some workers of a lease and not the others.
+        self._restate(entry, Cause.REVOKED)
         return []
 
     def _restate(self, entry: _Entry, cause: Cause) -> None:
-        """Write down who is stopping; once all are, the lease ends by `cause`."""
+        """Write down who is stopping; once all are, the lease ends by `cause`.
+
+        By the first such cause: what comes later only hurries it.
+        """
         stopping = tuple(worker.number for worker in entry.lease.workers
                          if worker.number in entry.stops)
         self._change(entry, stopping=stopping)

@@ -76,11 +76,18 @@ def dumps_call(args: tuple[Any, ...], kwargs: Mapping[str, Any],
 
 
 def loads_call(parts: Sequence[Any], refs: Sequence[Any] = ()) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of `dumps_call`; arrays lie in `parts` (writable if those are) and `refs`."""
+    """(args, kwargs) of `dumps_call`; arrays lie in `parts` (writable if those are) and `refs`.
+
+    Raises KernelError if they do not survive the way here.
+    """
     first = parts[0]
-    if first[-1] == _PLAIN_END:
-        return pickle.loads(first), {}
-    value, keywords = _loads(first, parts, refs)
+    try:
+        if first[-1] == _PLAIN_END:
+            return pickle.loads(first), {}
+        value, keywords = _loads(first, parts, refs)
+    except Exception as error:  # anything: the user's own __setstate__ runs in there
+        raise KernelError(f"the arguments arrived but can't be rebuilt in the worker: {_describe(error)}",
+                          hint="what they refer to must be importable there too") from error
     return value, keywords or {}
 
 
@@ -461,7 +468,7 @@ def error_for_invoke(data: Any, name: str = "") -> KernelError:
     error = loads_error(data)
     if isinstance(error, KernelError):
         return error if error.__cause__ is not None or not name else KernelError(f"kernel {name}: {error}")
-    wrapped = KernelError(f"kernel {name} raised {_describe(error)}" if name else f"the kernel raised {_describe(error)}")
+    wrapped = KernelError(f"{f'kernel {name}' if name else 'the kernel'} raised {_describe(error)}")
     wrapped.__cause__ = error
     return wrapped
 

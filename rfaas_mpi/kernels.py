@@ -22,8 +22,7 @@ import struct
 import sys
 import threading
 import types
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,13 @@ import msgspec
 import numpy as np
 
 from rfaas_mpi import codec, native
-from rfaas_mpi.errors import BadKernel, KernelChanged, KernelError
+from rfaas_mpi.calling import PythonCall, Thunk
+from rfaas_mpi.errors import BadKernel, KernelChanged
 from rfaas_mpi.types import Initialised
 
 __all__ = [
-    "KIND_NATIVE", "KIND_NUMBA", "KIND_OBJECT", "KIND_PLAIN", "KIND_PYTHON", "Kernel", "Thunk",
-    "as_kernel", "bind_python", "kernel", "load_blob", "object_call", "object_kernel",
+    "KIND_NATIVE", "KIND_NUMBA", "KIND_OBJECT", "KIND_PLAIN", "KIND_PYTHON", "Kernel",
+    "as_kernel", "kernel", "load_blob", "object_kernel", "short_name", "takes_out",
 ]
 
 # The fabric's numbers. A numba kernel is of the kind of its ABI, since it is
@@ -47,9 +47,6 @@ KIND_NATIVE = 2
 KIND_PLAIN = 3
 KIND_NUMBA = 4
 KIND_OBJECT = 5
-
-Thunk = Callable[[], "tuple[int, ...] | None"]
-"""Runs a kernel once on the arrays it was bound to; bytes of each output, or None: all of them."""
 
 _NATIVE_KINDS = {"rfm": KIND_NATIVE, "plain": KIND_PLAIN}
 _ABI_OF = {kind: abi for abi, kind in _NATIVE_KINDS.items()}
@@ -318,8 +315,9 @@ def _pickled(function: Any) -> bytes:
         cloudpickle.Pickler(file, 5).dump(function)
         return file.getvalue()
     except Exception as error:
+        why = _culprit(function) or f"{type(error).__name__}: {error}"
         raise BadKernel(
-            f"{_name_of(function)} can't be shipped to a worker: {_culprit(function) or f'{type(error).__name__}: {error}'}",
+            f"{_name_of(function)} can't be shipped to a worker: {why}",
             hint="make it inside the kernel, or pass what it is made from as an argument") from error
     finally:
         _pickling.active = outer
@@ -418,6 +416,20 @@ class Kernel:
         """SHA-256 of the blob, 32 bytes."""
         return self._origin.pack(self.kind, self.name)[1]
 
+    @property
+    def fn(self) -> Callable[..., Any] | None:
+        """The Python callable; None for native kernels."""
+        return self._function if self.kind not in _ABI_OF else None
+
+    @property
+    def settled(self) -> bool:
+        """Whether what was packed is what the function is now, for certain.
+
+        False if the function is by value, and something that it refers to was
+        bound anew or is mutable.
+        """
+        return self._origin.settled()
+
     def meta(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> bytes:
         """What a worker must know to bind it to such arrays; nothing for native kernels."""
         return b"" if self.kind in _ABI_OF else codec.encode_binding(inputs, outputs)
@@ -434,7 +446,8 @@ class Kernel:
         """A function without parameters that runs it here on these arrays."""
         if self.kind in _ABI_OF:
             return self._origin.local().bind(inputs, outputs)
-        return bind_python(self._function, self.name, self.wants_out, inputs, outputs)
+        scalar = tuple(array.ndim == 0 for array in inputs)
+        return PythonCall(self._function, self.name, self.wants_out, scalar, len(outputs)).bind(inputs, outputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._function is not None and self.kind not in _ABI_OF:
@@ -469,7 +482,7 @@ def _read_only(array: np.ndarray) -> np.ndarray:
 
 
 def _from_function(function: Any, kind: int, name: str) -> Kernel:
-    return Kernel(_Python(function), kind, name, _takes_out(function))
+    return Kernel(_Python(function), kind, name, takes_out(function))
 
 
 def _from_blob(blob: bytes, name: str) -> Kernel:
@@ -499,6 +512,10 @@ class _Python:
         self._packed = _pack(kind, "V", _pickled(self.function))
         return self._packed
 
+    def settled(self) -> bool:
+        capture = self._capture
+        return self._packed is not None and (capture is None or (capture.exact and capture.unchanged()))
+
 
 class _Library:
     """A function in a shared library, by the library's bytes."""
@@ -512,6 +529,9 @@ class _Library:
 
     def pack(self, kind: int, name: str) -> tuple[bytes, bytes]:
         return self._packed
+
+    def settled(self) -> bool:
+        return True
 
     def local(self) -> native.NativeFunction:
         if self._local is None:
@@ -543,6 +563,9 @@ class _Numba:
             self._packed = _pack(kind, "N", _pickled(
                 _NumbaBlob(self.function, self._cfunc._sig, dict(compiler.locals), options)))
         return self._packed
+
+    def settled(self) -> bool:
+        return True           # numba compiled it with what it referred to then
 
     def local(self) -> native.NativeFunction:
         return native.NativeFunction(self._cfunc.address, self._abi, self.function.__qualname__, self._cfunc)
@@ -595,7 +618,7 @@ def kernel(function: Any = None, /, *, name: str | None = None) -> Any:
             or inspect.isasyncgenfunction(function):
         raise BadKernel(f"{_name_of(function)} is a generator or coroutine function, which can't be a kernel",
                         hint="return the result instead of yielding or awaiting it")
-    return Kernel(_Python(function), KIND_PYTHON, name or _short_name(function), _takes_out(function))
+    return Kernel(_Python(function), KIND_PYTHON, name or short_name(function), takes_out(function))
 
 
 def as_kernel(thing: Any) -> Kernel:
@@ -613,11 +636,13 @@ def as_kernel(thing: Any) -> Kernel:
 _kernel_of = functools.lru_cache(maxsize=_REMEMBERED)(lambda function: kernel(function))
 
 
-def _short_name(function: Any) -> str:
+def short_name(function: Any) -> str:
+    """What a callable is called in messages."""
     return getattr(function, "__name__", None) or type(function).__name__
 
 
-def _takes_out(function: Any) -> bool:
+def takes_out(function: Any) -> bool:
+    """Whether a callable has a parameter `out` that can be passed by name."""
     if isinstance(function, np.ufunc):
         return True
     try:
@@ -650,116 +675,34 @@ def _cfunc_abi(cfunc: Any) -> str:
 
 # --- callables for submit -----------------------------------------------------------------
 
-class _Packed:
-    """A callable of which only the blob is kept here."""
-
-    function = None
-
-    def __init__(self, form: str, content: bytes) -> None:
-        self._packed = _pack(KIND_OBJECT, form, content)
-
-    def pack(self, kind: int, name: str) -> tuple[bytes, bytes]:
-        return self._packed
-
-
-class _Snapshot:
-    """A callable by value, all of whose captures are immutable, as it was last pickled."""
-
-    def __init__(self, function: Any, capture: _Capture, data: bytes) -> None:
-        self.function = function
-        self.capture = capture
-        self.data = data
-        self.kernel: Kernel | None = None
-
-    def as_kernel(self) -> Kernel:
-        if self.kernel is None:
-            self.kernel = _object_kernel(_name_of(self.function), "V", self.data)
-        return self.kernel
-
-
-# By id: a dictionary of weak references takes four times as long.
-_references: dict[int, tuple[weakref.ref[Any], Kernel]] = {}
-_snapshots: dict[int, _Snapshot] = {}
-
-
-def _known(function: Any) -> Kernel | _Snapshot | None:
-    """What is remembered of a callable and still holds."""
-    key = id(function)
-    reference = _references.get(key)
-    if reference is not None and reference[0]() is function:
-        return reference[1]
-    snapshot = _snapshots.get(key)
-    if snapshot is not None and snapshot.function is function and snapshot.capture.unchanged():
-        return snapshot
-    return None
-
-
-def _meet(function: Any) -> Kernel | bytes:
-    """First use, or one after a change: the kernel of an importable function, else the pickle."""
-    if isinstance(function, Kernel) and function.kind not in _ABI_OF:
-        return _meet(function._function)
-    ref = _reference(function)
-    if ref is not None:
-        made = _object_kernel(_name_of(function), "R", msgspec.json.encode(ref))
-        try:
-            key = id(function)
-            _references[key] = weakref.ref(function, lambda _: _references.pop(key, None)), made
-        except TypeError:
-            pass              # a builtin: cheap enough to look up each time
-        return made
-    capture = _Capture(function)
-    data = _pickled(function)
-    if capture.exact:
-        while len(_snapshots) >= _REMEMBERED:
-            _snapshots.pop(next(iter(_snapshots)), None)
-        _snapshots[id(function)] = _Snapshot(function, capture, data)
-    return data
-
-
-def _object_kernel(name: str, form: str, content: bytes) -> Kernel:
-    return Kernel(_Packed(form, content), KIND_OBJECT, name, False)
+# By id, since a callable may define equality; the oldest is forgotten.
+_objects: dict[int, Kernel] = {}
 
 
 def object_kernel(function: Any) -> Kernel:
-    """The kernel for `submit(function, …)`.
+    """The kernel for `submit(function, …)`: any callable, also a Kernel of a Python function.
 
     The same one each time if the function can be imported, or if all that it
-    refers to is immutable and unchanged; else it is pickled again, so that what
-    runs is what the function is now. Raises BadKernel that names what can't be
-    pickled.
+    refers to is immutable and unchanged (its kernel is `settled`); else it is
+    pickled again, so that what runs is what the function is now. Raises
+    BadKernel that names what can't be pickled.
     """
-    found = _known(function)
-    if found is None:
-        met = _meet(function)
-        if isinstance(met, Kernel):
-            return met
-        found = _known(function)
-        if found is None:
-            return _object_kernel(_name_of(function), "V", met)
-    return found.as_kernel() if isinstance(found, _Snapshot) else found
-
-
-def object_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], locate: codec.Locate | None = None,
-                ) -> tuple[Kernel, list[Any], Sequence[codec.Ref]]:
-    """Kernel, parts and references for one call of `function`.
-
-    As `object_kernel` and `codec.dumps_call`, but a callable by value that is
-    new, or that may have changed inside, travels with the call: a million
-    lambdas made in a loop leave nothing behind at the workers.
-    """
-    found = _known(function)
-    if found is None:
-        found = _meet(function)
-        if isinstance(found, bytes):
-            return object_kernel(_apply), *codec.dumps_call((found, *args), kwargs, locate)
-    elif isinstance(found, _Snapshot):
-        found = found.as_kernel()
-    return found, *codec.dumps_call(args, kwargs, locate)
-
-
-def _apply(function: bytes, /, *args: Any, **kwargs: Any) -> Any:
-    """Calls, in a worker, a callable that came with the call."""
-    return _unpickled(function)(*args, **kwargs)
+    if isinstance(function, Kernel):
+        if function.fn is None:
+            raise BadKernel(f"{function!r} takes buffers, not objects", hint="use Invoke")
+        function = function.fn
+    known = _objects.get(id(function))
+    if known is not None and known.fn is function and known.settled:
+        return known
+    if not callable(function):
+        raise BadKernel(f"{function!r} can't be called")
+    made = Kernel(_Python(function), KIND_OBJECT, _name_of(function), False)
+    _ = made.blob             # what can't be pickled is told now
+    if made.settled:
+        while len(_objects) >= _REMEMBERED:
+            _objects.pop(next(iter(_objects)), None)
+        _objects[id(function)] = made
+    return made
 
 
 # --- loading blobs --------------------------------------------------------------------
@@ -803,100 +746,3 @@ def _unpickled(data: Any) -> Any:
 def _compiled(blob: Any, abi: str) -> native.NativeFunction:
     cfunc = blob.compile()
     return native.NativeFunction(cfunc.address, abi, blob.__qualname__, cfunc)
-
-
-# --- calling Python kernels on arrays -----------------------------------------------------
-
-def bind_python(function: Callable[..., Any], name: str, wants_out: bool, inputs: Sequence[np.ndarray],
-                outputs: Sequence[np.ndarray]) -> Thunk:
-    """A function without parameters that runs `function` once on these arrays.
-
-    Inputs of shape () are passed as numpy's scalars, read anew at each call. A
-    result must have its output's shape, and be convertible without loss of kind
-    (no float to int): KernelError otherwise.
-    """
-    make = _template(tuple(array.ndim == 0 for array in inputs), len(outputs), wants_out)
-    if wants_out:
-        out: Any = outputs[0] if len(outputs) == 1 else tuple(outputs)
-        return make(function, inputs, out, functools.partial(_check_returned, name, tuple(outputs)), None, None)
-    if len(outputs) == 1:
-        store = functools.partial(_store, name, "its result", outputs[0])
-        return make(function, inputs, outputs[0], store, outputs[0].dtype, outputs[0].shape)
-    return make(function, inputs, None, functools.partial(_store_all, name, tuple(outputs)), None, None)
-
-
-@functools.lru_cache(maxsize=_REMEMBERED)
-def _template(scalar: tuple[bool, ...], n_out: int, wants_out: bool) -> Callable[..., Thunk]:
-    """A maker of thunks for this pattern of arguments.
-
-    As source, because a call with its arguments spelled out takes half the time
-    of one with `*inputs`, and this is the path of a microsecond.
-    """
-    names = [f"a{index}" for index in range(len(scalar))]
-    call = ", ".join(f"{arg}[()]" if is_scalar else arg for arg, is_scalar in zip(names, scalar, strict=True))
-    if wants_out:
-        body = f"""
-        r = function({call}{", " if call else ""}out=out)
-        if r is not None and r is not out:
-            check(r)"""
-    elif n_out == 1:
-        body = f"""
-        r = function({call})
-        if type(r) is ndarray and r.dtype is dtype and r.shape == shape:
-            out[...] = r
-        else:
-            check(r)"""
-    else:
-        body = f"""
-        check(function({call}))"""
-    source = f"""
-def make(function, inputs, out, check, dtype, shape):
-    {"".join(f"{arg}, " for arg in names)}{"= inputs" if names else "pass"}
-    def thunk():{body}
-    return thunk
-"""
-    scope: dict[str, Any] = {"ndarray": np.ndarray}
-    # Under our own name, so that remote tracebacks begin with the kernel.
-    exec(compile(source, f"{__file__}:thunk", "exec"), scope)
-    return scope["make"]
-
-
-def _store(name: str, what: str, out: np.ndarray, result: Any) -> None:
-    """out[...] = result where that loses nothing; KernelError otherwise."""
-    if result is None:
-        raise KernelError(f"kernel {name} returned None for {what}",
-                          hint="return an array, or give the kernel a parameter named out and write to it")
-    try:
-        array = np.asarray(result)
-    except ValueError as error:
-        raise KernelError(f"kernel {name} returned for {what} what is no array: {error}") from error
-    if array.shape != out.shape and not array.size == out.size == 1:
-        raise KernelError(f"kernel {name} returned shape {array.shape} for {what}, and the output has {out.shape}",
-                          hint="return exactly that shape, or write to a parameter named out")
-    try:
-        if type(result) is int or type(result) is bool:
-            out[...] = result                # numpy checks the range of Python's own integers
-        else:
-            np.copyto(out, array.reshape(out.shape), casting="same_kind")
-    except (TypeError, OverflowError, ValueError) as error:
-        raise KernelError(f"kernel {name} returned {array.dtype} for {what}, which does not fit the output's "
-                          f"{out.dtype}: {error}", hint="convert it in the kernel, or pass an output of its dtype") from error
-
-
-def _store_all(name: str, outputs: tuple[np.ndarray, ...], result: Any) -> None:
-    if not outputs:
-        return
-    if not isinstance(result, (tuple, list)) or len(result) != len(outputs):
-        got = f"{len(result)} results" if isinstance(result, (tuple, list)) else f"one {type(result).__name__}"
-        raise KernelError(f"kernel {name} returned {got} for {len(outputs)} outputs",
-                          hint=f"return a tuple of {len(outputs)} arrays")
-    for index, (out, item) in enumerate(zip(outputs, result, strict=True)):
-        _store(name, f"result {index}", out, item)
-
-
-def _check_returned(name: str, outputs: tuple[np.ndarray, ...], result: Any) -> None:
-    """A kernel with a parameter `out` may return out; an array of its own would be lost in silence."""
-    for item in result if isinstance(result, (tuple, list)) else (result,):
-        if isinstance(item, np.ndarray) and not any(np.may_share_memory(item, out) for out in outputs):
-            raise KernelError(f"kernel {name} has a parameter out, but returned another array of shape {item.shape}",
-                              hint="write the result with out[...] = result, or drop the parameter")

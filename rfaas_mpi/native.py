@@ -219,7 +219,7 @@ class NativeFunction:
 
 
 def _bufs(arrays: Sequence[np.ndarray]) -> ctypes.Array[_Buf]:
-    return (_Buf * len(arrays))(*((array.ctypes.data, array.nbytes, array.nbytes) for array in arrays))
+    return (_Buf * len(arrays))(*[_Buf(array.ctypes.data, array.nbytes, array.nbytes) for array in arrays])
 
 
 def read_library(path: str) -> bytes:

@@ -1,0 +1,75 @@
+"""What the data plane asks of Python in a worker: load kernels, bind them, run them, describe errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rfaas_mpi import codec, kernels
+from rfaas_mpi.calling import PythonCall, Thunk
+from rfaas_mpi.errors import BadKernel
+from rfaas_mpi.native import NativeFunction
+
+__all__ = ["Handlers"]
+
+
+class _Bound:
+    """A Python kernel and the shapes it was bound to."""
+
+    def __init__(self, function: Callable[..., Any], binding: codec.Binding) -> None:
+        self._inputs = tuple((arg.shape, codec.dtype_of(arg.dtype)) for arg in binding.inputs)
+        self._outputs = tuple((arg.shape, codec.dtype_of(arg.dtype)) for arg in binding.outputs)
+        self._call = PythonCall(function, kernels.short_name(function), kernels.takes_out(function),
+                                tuple(shape == () for shape, _ in self._inputs), len(self._outputs))
+
+    def views(self, inputs: Sequence[memoryview], outputs: Sequence[memoryview]) -> Thunk:
+        """Runs the kernel once on this memory; inputs become read-only arrays."""
+        return self._call.bind(
+            [np.ndarray(shape, dtype, memory.toreadonly())
+             for (shape, dtype), memory in zip(self._inputs, inputs, strict=True)],
+            [np.ndarray(shape, dtype, memory) for (shape, dtype), memory in zip(self._outputs, outputs, strict=True)])
+
+
+class Handlers:
+    """Implements fabric's WorkerHandlers. `flush` is called after each kernel that is not native."""
+
+    def __init__(self, flush: Callable[[], None]) -> None:
+        self.after_call = flush
+        # Libraries stay loaded until the worker ends: they may have left
+        # threads and pointers of theirs behind.
+        self._libraries: list[NativeFunction] = []
+
+    def load_kernel(self, kind: int, digest: bytes, blob: memoryview) -> object:
+        """The callable or NativeFunction in a blob. Raises BadKernel as `kernels.load_blob` does."""
+        packed, loaded = kernels.load_blob(digest, blob)
+        if packed != kind:
+            raise BadKernel(f"a kernel of kind {packed} was announced as one of kind {kind}")
+        if isinstance(loaded, NativeFunction):
+            self._libraries.append(loaded)
+        return loaded
+
+    def bind(self, kernel: object, meta: bytes, n_in: int, n_out: int) -> int | object:
+        """A native kernel's address, or an object with `views`. BadKernel where kernel and arguments don't fit."""
+        if isinstance(kernel, NativeFunction):
+            if kernel.abi == "plain" and (n_in, n_out) != (1, 1):
+                raise BadKernel(f"kernel {kernel.name} has the plain ABI, which takes one input and one output, not "
+                                f"{n_in} and {n_out}", hint='write it for the "rfm" ABI')
+            return kernel.address
+        assert callable(kernel)
+        binding = codec.decode_binding(meta)
+        if (len(binding.inputs), len(binding.outputs)) != (n_in, n_out):
+            raise BadKernel(f"{n_in} inputs and {n_out} outputs were announced, and {len(binding.inputs)} and "
+                            f"{len(binding.outputs)} described")
+        return _Bound(kernel, binding)
+
+    def run_object(self, kernel: Callable[..., Any], parts: Sequence[memoryview],
+                   refs: Sequence[memoryview]) -> list[Any]:
+        """The parts of what the callable returns. Raises what it raises."""
+        args, kwargs = codec.loads_call(parts, refs)
+        return codec.dumps_result(kernel(*args, **kwargs))
+
+    def format_error(self, error: BaseException) -> bytes:
+        """The error as bytes for the rank; never raises."""
+        return codec.dumps_error(error)

@@ -1,0 +1,65 @@
+"""A worker's Python side: output that arrives line by line, a name for every crash, then the data plane's loop."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import io
+import sys
+from collections.abc import Callable
+
+from rfaas_mpi import config, fabric
+from rfaas_mpi.worker.handlers import Handlers
+
+__all__ = ["main"]
+
+_STDIO_LINES = 1          # _IOLBF
+
+
+class _Lines(io.TextIOWrapper):
+    """Text to a descriptor, written at each end of a line, so that a crash loses no finished one."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(io.FileIO(fd, "w", closefd=False), encoding="utf-8", errors="backslashreplace",
+                         line_buffering=True)
+        self.pending = False
+
+    def write(self, text: str) -> int:
+        self.pending = True
+        return super().write(text)
+
+
+def _capture_output() -> Callable[[], None]:
+    """Replaces sys.stdout and sys.stderr; the function it returns flushes what stands without an end of line."""
+    out, err = _Lines(1), _Lines(2)
+    sys.stdout, sys.stderr = out, err
+
+    def flush() -> None:
+        if out.pending or err.pending:
+            for stream in (out, err):
+                stream.pending = False
+                stream.flush()
+    return flush
+
+
+def _line_buffer_stdio() -> None:
+    """C's stdout to a pipe is buffered in blocks otherwise, and a native kernel's crash would take its lines along."""
+    libc = ctypes.CDLL(None)
+    stdout = ctypes.c_void_p.in_dll(libc, "stdout")
+    libc.setvbuf(stdout, None, ctypes.c_int(_STDIO_LINES), ctypes.c_size_t(0))
+
+
+def main(agent_fd: int, page_fd: int, cores: tuple[int, ...]) -> int:
+    """Serves kernels on `cores`, to which this process is pinned already; returns the exit status.
+
+    Ends when it is told to on the agent's socket, or when that is closed.
+    """
+    flush = _capture_output()
+    faulthandler.enable(file=2, all_threads=False)
+    _line_buffer_stdio()
+    settings = config.Settings.load()
+    worker = fabric.Worker(agent_fd, page_fd, Handlers(flush), spin_us=settings.spin_us)
+    try:
+        return worker.run()
+    finally:
+        flush()

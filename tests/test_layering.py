@@ -14,6 +14,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "rfaas_mpi"
+HERE = "tests/test_layering.py"
 
 # From the top down. A module imports from the steps below its own only; names on
 # one step don't import each other. A package (leases/) counts as one name.
@@ -22,13 +23,13 @@ STEPS = (
     ("bench", "service"),
     ("mpi",),
     ("executor",),
-    ("requests", "futures"),
+    ("requests", "futures", "mapping"),
     ("crew",),
     ("manager", "agent"),
     ("planner", "worker", "lending", "local"),
     ("arrays",),
     ("fabric", "placement", "leases", "slurm", "kernels", "session", "inline"),
-    ("codec", "config", "messages", "policy"),
+    ("codec", "config", "messages", "policy", "native", "calling"),
     ("errors", "types", "_version", "_include"),
 )
 STEP_OF = {name: step for step, names in enumerate(STEPS) for name in names}
@@ -91,9 +92,9 @@ def cython_imports_of(source: str) -> Iterator[Import]:
 def layering_problems(name: str, imports: list[Import]) -> list[str]:
     """What is wrong with the imports of the part `name`, a line each."""
     if name not in STEP_OF:
-        return [f"rfaas_mpi.{name} is on no step: add it to STEPS in {__file__}, as low "
-                "as its imports allow, and to the table in the design"]
-    problems = []
+        return [f"rfaas_mpi.{name} is on no step: add it to STEPS in {HERE}, as low as "
+                "its imports allow"]
+    problems: dict[str, None] = {}  # in order, each once
     for line, module, _ in imports:
         parts = module.split(".")
         if parts[0] != "rfaas_mpi":
@@ -102,14 +103,14 @@ def layering_problems(name: str, imports: list[Import]) -> list[str]:
         if target == name:
             continue
         if target not in STEP_OF:
-            problems.append(
-                f"line {line} imports {module}, which is no part on any step: import "
-                "from the part that defines it, not from the package's front")
+            problems[f"line {line} imports {module}, which is on no step: if it is a "
+                     f"part, add it to STEPS in {HERE}; if it is a name of the package's "
+                     "front, import it from the part that defines it"] = None
         elif STEP_OF[target] <= STEP_OF[name]:
             where = "above" if STEP_OF[target] < STEP_OF[name] else "on the same step"
-            problems.append(f"line {line} imports {module}, which is {where}: move what "
-                            "both need down, or hand it in as an argument")
-    return problems
+            problems[f"line {line} imports {module}, which is {where}: move what both "
+                     "need down, or hand it in as an argument"] = None
+    return list(problems)
 
 
 def environment_reads(source: str) -> Iterator[int]:
@@ -214,8 +215,8 @@ def test_the_data_plane_knows_nothing_of_python():
     ("leases", "import rfaas_mpi.manager.core", "above"),
     ("leases", "from rfaas_mpi import service", "above"),
     ("leases", "def f():\n    from rfaas_mpi import cli", "above"),
-    ("leases", "from rfaas_mpi import Executor", "no part"),
-    ("leases", "import rfaas_mpi", "no part"),
+    ("leases", "from rfaas_mpi import Executor", "package's front"),
+    ("leases", "import rfaas_mpi", "package's front"),
     ("novel", "", "on no step")])
 def test_the_rules_tell_a_good_import_from_a_bad_one(name, source, said):
     problems = layering_problems(

@@ -53,7 +53,8 @@ test: setup test-c test-python  ## set-up and every test
 test-python: setup
 	$(PY) -m pytest
 
-soak: setup  ## ten million invocations across all API styles
+soak: setup  ## ten million invocations across all API styles, a million lease operations
+	RFAAS_SOAK_LEASES=1000000 $(PY) -m pytest tests/test_lease_book.py --timeout 3600
 	RFAAS_SOAK_INVOCATIONS=10000000 $(PY) -m pytest tests/test_soak.py --timeout 3600
 
 bench: setup  ## the figures of docs/benchmarks.md, as JSON under out/

@@ -70,7 +70,7 @@ class Crew:
         self.closed = False
         self._pid = os.getpid()
         self._spans = Spans()
-        self._refs: dict[Any, Any] = {}
+        self._refs: dict[bytes, Any] = {}
         # Every future that is not over; in order, oldest first.
         self.pending: dict[Any, None] = {}
         self._on_rank: dict[Any, None] = {}
@@ -139,9 +139,10 @@ class Crew:
 
     def reference(self, kernel: Kernel) -> Any:
         """The fabric's number for a kernel."""
-        found = self._refs.get(kernel)
+        digest = kernel.digest
+        found = self._refs.get(digest)
         if found is None:
-            found = self._refs[kernel] = self.invoker.kernel(kernel.kind, kernel.digest, kernel.blob)
+            found = self._refs[digest] = self.invoker.kernel(kernel.kind, digest, kernel.blob)
         return found
 
     def run_buffers(self, kernel: Kernel, inputs: tuple[np.ndarray, ...],

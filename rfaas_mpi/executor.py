@@ -27,7 +27,7 @@ from rfaas_mpi.kernels import Kernel, object_kernel
 from rfaas_mpi.mapping import Pump, Results, chunks
 from rfaas_mpi.messages import Grant
 from rfaas_mpi.requests import PersistentRequest, Request
-from rfaas_mpi.types import Chunk, Initialised
+from rfaas_mpi.types import Chunk, Initialised, apply
 
 __all__ = ["Executor"]
 
@@ -38,7 +38,9 @@ Buffer = ArrayLike | Constant
 Buffers = Buffer | tuple[Buffer, ...]
 
 _SWEEP_EVERY = 256
-_BY_VALUE = 256
+_UNSETTLED = 256
+# What is sent once and then called by its number.
+_SHIPPED = (types.FunctionType, types.BuiltinFunctionType, type, Kernel)
 
 
 class Executor(concurrent.futures.Executor):
@@ -106,10 +108,10 @@ class Executor(concurrent.futures.Executor):
         self._initializer = initializer
         self._initargs = initargs
         self._init_key = Initialised.new_key(os.urandom(8)) if initializer is not None else None
-        self._fns: weakref.WeakKeyDictionary[Any, Kernel] = weakref.WeakKeyDictionary()
-        self._last: tuple[Any, Kernel | None] = (None, None)
-        self._generic: Kernel | None = None
-        self._by_value = 0
+        # The callable that was submitted last, as long as its kernel is what it is.
+        self._last: tuple[Any, Any] = (object(), None)
+        self._wrapped: dict[bytes, Kernel] = {}
+        self._unsettled: set[bytes] = set()
         self._submitted = 0
         self._pumps: set[Pump] = set()
         self._shutdown_lock = threading.Lock()
@@ -148,21 +150,22 @@ class Executor(concurrent.futures.Executor):
         """
         crew = self._crew or self._open()
         last, kernel = self._last
-        if fn is not last:
+        if fn is not last or not kernel.settled:
             kernel = self._kernel_of(fn)
             if kernel is None:
-                if self._generic is None:
-                    self._generic = self._shipped(_apply)
-                args, kernel = (fn, *args), self._generic  # type: ignore[assignment]
+                args, kernel = (fn, *args), self._initialised(object_kernel(apply))  # type: ignore[assignment]
+        return self._send(crew, kernel, args, kwargs)
+
+    def _send(self, crew: Crew, kernel: Kernel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[Any]:
         for value in args:
             if type(value) is Constant:
-                args = tuple(v.array if type(v) is Constant else v for v in args)  # type: ignore[assignment]
+                args = tuple([v.array if type(v) is Constant else v for v in args])
                 break
         if kwargs:
-            kwargs = {k: v.array if type(v) is Constant else v for k, v in kwargs.items()}  # type: ignore[assignment]
+            kwargs = {k: v.array if type(v) is Constant else v for k, v in kwargs.items()}
         call = (kernel, args, kwargs)
         raw = crew.object_request(*call)
-        future: Future[T] = Future(crew, raw, call)
+        future: Future[Any] = Future(crew, raw, call)
         crew.pending[future] = None
         try:
             raw.start()
@@ -198,10 +201,10 @@ class Executor(concurrent.futures.Executor):
                 return self.submit(fn, *item)
             source = iter(items)
         else:
-            chunk = self._shipped(Chunk(fn))
+            chunk = self._initialised(object_kernel(Chunk(fn)))
 
             def submit(item: Any) -> Future[Any]:
-                return self.submit(chunk, item)
+                return self._send(crew, chunk, (item,), {})
             source = chunks((tuple(item) for item in items), chunksize)
         pump = Pump(submit, source, self._window, _wait_any(crew), unordered=unordered)
         self._pumps.add(pump)
@@ -215,40 +218,34 @@ class Executor(concurrent.futures.Executor):
 
     def _kernel_of(self, fn: Callable[..., Any]) -> Kernel | None:
         """The kernel for a callable, or None where it is to travel with each call."""
-        kernel = None
-        if isinstance(fn, Kernel) and fn.fn is None:
-            raise TypeError(f"{fn!r} is native and takes buffers; use Invoke")
-        try:
-            kernel = self._fns.get(fn)
-        except TypeError:
+        if not isinstance(fn, _SHIPPED):
+            # It may change between two calls, as a bound method's object does.
+            if not callable(fn):
+                raise TypeError(f"{fn!r} is not callable")
             return None
-        if kernel is None:
-            # Anything else may change between two calls, as a bound method's object does.
-            if not isinstance(fn, (types.FunctionType, types.BuiltinFunctionType, Kernel)):
-                if not callable(fn):
-                    raise TypeError(f"{fn!r} is not callable")
+        kernel = object_kernel(fn)
+        if kernel.settled:
+            kernel = self._initialised(kernel)
+            self._last = fn, kernel
+            return kernel
+        if kernel.digest not in self._unsettled:
+            # A worker keeps the code it was sent: a loop that makes a new closure
+            # for each call must not fill it.
+            if len(self._unsettled) >= _UNSETTLED:
                 return None
-            if getattr(fn, "__closure__", None):
-                # A worker keeps what it was sent: a loop that makes a new closure
-                # for each call must not fill it.
-                self._by_value += 1
-                if self._by_value > _BY_VALUE:
-                    return None
-            kernel = self._shipped(fn)
-            try:
-                self._fns[fn] = kernel
-            except TypeError:
-                return kernel
-        self._last = fn, kernel
-        return kernel
+            self._unsettled.add(kernel.digest)
+        return self._initialised(kernel)
 
-    def _shipped(self, fn: Callable[..., Any]) -> Kernel:
-        if isinstance(fn, Kernel):
-            fn = fn.fn
-        if self._initializer is not None:
+    def _initialised(self, kernel: Kernel) -> Kernel:
+        """The kernel that runs the initializer first, where there is one."""
+        if self._initializer is None:
+            return kernel
+        found = self._wrapped.get(kernel.digest)
+        if found is None:
             assert self._init_key is not None
-            fn = Initialised(fn, self._initializer, self._initargs, self._init_key)
-        return object_kernel(fn)
+            found = object_kernel(Initialised(kernel.fn, self._initializer, self._initargs, self._init_key))
+            self._wrapped[kernel.digest] = found
+        return found
 
     # -- buffers ---------------------------------------------------------------------------------------
 
@@ -408,11 +405,6 @@ def _demand(workers: tuple[int, int] | int | None, max_workers: int | None,
         case (int() as least, int() as most) if 0 <= least <= most and most >= 1:
             return least, most
     raise ConfigError(f"workers={workers!r} is no demand", hint="give (min, max) with 0 <= min <= max and max >= 1, or one number")
-
-
-def _apply(fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
-    """Calls a callable that travelled with the call."""
-    return fn(*args, **kwargs)
 
 
 def _wait_any(crew: Crew) -> Callable[[list[Future[Any]], float | None], None]:

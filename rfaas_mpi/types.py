@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["UNDEFINED", "Action", "Chunk", "Initialised", "Outcome"]
+__all__ = ["UNDEFINED", "Action", "Chunk", "Initialised", "Outcome", "apply"]
 
 UNDEFINED = -32766
 """What Waitany and Testany return where no request is active, as in MPI."""
@@ -80,3 +80,8 @@ class Chunk:
 
     def __call__(self, chunk: list[tuple[Any, ...]]) -> list[Any]:
         return [self.fn(*item) for item in chunk]
+
+
+def apply(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Calls a callable that travelled with the call."""
+    return fn(*args, **kwargs)

@@ -464,12 +464,27 @@ void rfm_binding_destroy(struct rfm_invoker *inv, struct rfm_binding *binding)
 static void push_ended(struct rfm_request *req)
 {
     struct rfm_invoker *inv = req->inv;
-    struct rfm_request *top = rfm_load_relaxed(&inv->ended);
+    struct rfm_request *top;
 
+    if ((__atomic_fetch_or(&req->watch, RFM_WATCH_LISTED, __ATOMIC_ACQ_REL) &
+         RFM_WATCH_LISTED) != 0) {
+        return;
+    }
+    top = rfm_load_relaxed(&inv->ended);
     do {
         req->next_ended = top;
     } while (!__atomic_compare_exchange_n(&inv->ended, &top, req, true,
                                           __ATOMIC_RELEASE, __ATOMIC_RELAXED));
+}
+
+struct rfm_request *rfm_request_unlist(struct rfm_request *req)
+{
+    struct rfm_request *next = req->next_ended;
+
+    (void)__atomic_fetch_and(&req->watch,
+                             ~(RFM_WATCH_LISTED | RFM_WATCH_ASKED),
+                             __ATOMIC_ACQ_REL);
+    return next;
 }
 
 struct rfm_request *rfm_invoker_take_ended(struct rfm_invoker *inv)
@@ -528,15 +543,19 @@ void rfm_request_end(struct rfm_request *req, enum rfm_outcome outcome)
     end_unlisted(req, outcome);
 }
 
-void rfm_request_watch(struct rfm_request *req)
+bool rfm_request_watch(struct rfm_request *req)
 {
     uint32_t watch = __atomic_fetch_or(&req->watch, RFM_WATCH_ASKED,
                                        __ATOMIC_ACQ_REL);
 
-    if (((watch & RFM_WATCH_ENDED) != 0) && ((watch & RFM_WATCH_ASKED) == 0)) {
+    if ((watch & RFM_WATCH_ASKED) != 0) {
+        return false;
+    }
+    if ((watch & RFM_WATCH_ENDED) != 0) {
         push_ended(req);
         rfm_door_knock(req->inv->door);
     }
+    return true;
 }
 
 /* --- the queue ------------------------------------------------------------ */
@@ -836,7 +855,7 @@ int rfm_request_start(struct rfm_request *req, uint64_t timeout_ns)
     req->pin      = NULL;
     req->expired  = 0;
     req->wire_flags &= ~RFM_REQ_FETCH;
-    rfm_store_relaxed(&req->watch, 0);
+    (void)__atomic_fetch_and(&req->watch, ~RFM_WATCH_ENDED, __ATOMIC_ACQ_REL);
     if (timeout_ns != 0) {
         set_deadline(req, timeout_ns);
     }
@@ -856,7 +875,7 @@ int rfm_request_restart(struct rfm_request *req)
     req->attempts++;
     req->pin     = NULL;
     req->wire_flags &= ~RFM_REQ_FETCH;
-    rfm_store_relaxed(&req->watch, 0);
+    (void)__atomic_fetch_and(&req->watch, ~RFM_WATCH_ENDED, __ATOMIC_ACQ_REL);
     submit(req);
     return RFM_OK;
 }
@@ -875,7 +894,7 @@ int rfm_request_fetch(struct rfm_request *req, const struct rfm_desc *into)
     req->wire_flags |= RFM_REQ_FETCH;
     req->into        = *into;
     req->pin         = req->chan;
-    rfm_store_relaxed(&req->watch, 0);
+    (void)__atomic_fetch_and(&req->watch, ~RFM_WATCH_ENDED, __ATOMIC_ACQ_REL);
     submit(req);
     return RFM_OK;
 }

@@ -14,6 +14,7 @@
 
 #define RFM_WATCH_ASKED  0x1u
 #define RFM_WATCH_ENDED  0x2u
+#define RFM_WATCH_LISTED 0x4u
 
 enum rfm_channel_state {
     RFM_CH_OPEN,        /* takes invocations                               */

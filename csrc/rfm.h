@@ -200,7 +200,10 @@ int  rfm_invoker_kernel(struct rfm_invoker *inv, uint32_t kind,
 int  rfm_invoker_progress(struct rfm_invoker *inv);
 void rfm_invoker_wake(struct rfm_invoker *inv);
 void rfm_invoker_abandon(struct rfm_invoker *inv);
+/* Watched requests that ended, linked by next_ended; each is given back with
+ * rfm_request_unlist() before it may be listed again. */
 struct rfm_request *rfm_invoker_take_ended(struct rfm_invoker *inv);
+struct rfm_request *rfm_request_unlist(struct rfm_request *req);
 uint32_t rfm_invoker_channels(struct rfm_invoker *inv,
                               struct rfm_channel **out, uint32_t max);
 uint64_t rfm_invoker_queued(struct rfm_invoker *inv);
@@ -238,7 +241,8 @@ int  rfm_request_start(struct rfm_request *req, uint64_t timeout_ns);
 int  rfm_request_restart(struct rfm_request *req);
 int  rfm_request_fetch(struct rfm_request *req, const struct rfm_desc *into);
 int  rfm_request_cancel(struct rfm_request *req);
-void rfm_request_watch(struct rfm_request *req);
+/* True if it was not watched before (the watcher holds it until unlisted). */
+bool rfm_request_watch(struct rfm_request *req);
 void rfm_request_discard(struct rfm_request *req);
 
 enum rfm_wait_mode { RFM_WAIT_ALL, RFM_WAIT_ANY, RFM_WAIT_WATCHED };
@@ -319,6 +323,8 @@ void rfm_worker_loaded(struct rfm_worker *w, struct rfm_event *ev, void *user,
 void rfm_worker_bound(struct rfm_worker *w, struct rfm_event *ev, void *user,
                       rfm_kernel_fn *native, rfm_plain_fn *plain,
                       const char *error, uint64_t error_bytes);
+/* Where a piece of the rank's arenas is mapped; NULL if it is in none. */
+void *rfm_event_resolve(const struct rfm_event *ev, const struct rfm_desc *desc);
 /* Answers to CALL and FETCH. sizes may be NULL (all outputs full). */
 void rfm_worker_reply(struct rfm_worker *w, struct rfm_event *ev,
                       uint32_t status, uint32_t flags, uint64_t out_bytes,

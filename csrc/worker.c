@@ -1179,6 +1179,11 @@ static int serve(struct rfm_worker *w, struct rfm_conn *conn, uint32_t slot,
     return 1;
 }
 
+void *rfm_event_resolve(const struct rfm_event *ev, const struct rfm_desc *desc)
+{
+    return resolve(ev->conn, desc->arena, desc->offset, desc->size);
+}
+
 void rfm_worker_reply(struct rfm_worker *w, struct rfm_event *ev,
                       uint32_t status, uint32_t flags, uint64_t out_bytes,
                       const uint64_t *sizes)

@@ -197,7 +197,8 @@ def _take(place: Any, item: Any, parts: list[Any], refs: list[Ref], locate: Loca
         size = item.nbytes
         # The size first: asking for an address takes longer than copying little.
         if size <= _IN_BAND_BYTES:
-            return place, letter, item.shape, bytearray(item)
+            # Not bytearray(item): one integer would count as a length.
+            return place, letter, item.shape, bytearray(item.tobytes())
         where = locate(item.ctypes.data, size) if locate is not None else None
         if where is not None:
             refs.append((*where, size))

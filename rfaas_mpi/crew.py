@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rfaas_mpi import codec, local, policy
 from rfaas_mpi.arrays import Memory, Spans
 from rfaas_mpi.config import Settings
-from rfaas_mpi.errors import ClosedError, ForkedError, KernelError, KernelTimeout, RFaaSError, WorkerLost
+from rfaas_mpi.errors import ClosedError, ConfigError, ForkedError, KernelError, KernelTimeout, RFaaSError, WorkerLost
 from rfaas_mpi.inline import InlineInvoker
 from rfaas_mpi.lending import Lending, describe, lost_error
 from rfaas_mpi.types import Action, Outcome
@@ -82,8 +82,11 @@ class Crew:
             self.invoker: Any = InlineInvoker(time.monotonic_ns)
         else:
             from rfaas_mpi import fabric
-            self.invoker = fabric.Invoker(slots=settings.slots, slot_bytes=settings.slot_bytes,
-                                          spin_us=settings.spin_us)
+            try:
+                self.invoker = fabric.Invoker(slots=settings.slots, slot_bytes=settings.slot_bytes,
+                                              spin_us=settings.spin_us)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
         self.inline = isinstance(self.invoker, InlineInvoker)
         self.memory = Memory(self.invoker)
 
@@ -230,7 +233,11 @@ class Crew:
 
     def _notify(self) -> None:
         while not self.closed:
-            for raw in self.invoker.next_watched(_NOTIFIER_S):
+            try:
+                ended = self.invoker.next_watched(_NOTIFIER_S)
+            except ClosedError:
+                return
+            for raw in ended:
                 future = self._watched.pop(raw, None)
                 if future is not None:
                     self._advance(future)

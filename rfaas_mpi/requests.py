@@ -141,7 +141,7 @@ class Request:
         return self._raw.out_sizes
 
     def __repr__(self) -> str:
-        state = "freed" if not self._number else "active" if self._active else "inactive"
+        state = "active" if self._active else "ended" if not self._number else "inactive"
         return f"<{type(self).__name__} of {self._kernel!r}: {state}>"
 
     # -- inside ------------------------------------------------------------------------------
@@ -220,6 +220,9 @@ class Request:
             case Action.DELIVER:
                 self._history = None
                 self._ended()
+            case Action.FETCH:
+                # An error text that was too long for the slot.
+                self._raw.fetch(0.0)
             case Action.REISSUE:
                 self._raw.restart()
             case Action.RUN_ON_RANK:

@@ -52,10 +52,10 @@ def _figures(part: dict) -> Iterator[str]:
 
 
 def _payload(part: dict) -> Iterator[str]:
-    names = ("local_us", "bound_us", "registered_us", "plain_us", "copies_us")
+    names = ("local_us", "bound_us", "registered_us", "plain_us")
     for kind in ("untouched", "touched"):
-        yield f"  {kind + ', p50':16}" + "".join(f"{name:>12}" for name in names[:4])
+        yield f"  {kind + ', p50':16}" + "".join(f"{name:>15}" for name in names)
         for row in part["rows"]:
             size = row["size_bytes"]
             text = f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
-            yield f"  {text:16}" + "".join(f"{_number(row[name][kind]['p50']):>12}" for name in names[:4])
+            yield f"  {text:16}" + "".join(f"{_number(row[name][kind]['p50']):>15}" for name in names)

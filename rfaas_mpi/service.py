@@ -193,7 +193,9 @@ class Service:
         """Serves until it is told to leave, or nobody has been here for the linger time."""
         while not self.leaving:
             for key, mask in self._selector.select(self._patience()):
-                if not self.leaving:
+                # What was handled just before may have closed it, and its
+                # number may belong to something else already.
+                if not self.leaving and self._selector.get_map().get(key.fd) == key:
                     key.data(mask)
             self._on_time()
 

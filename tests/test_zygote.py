@@ -1,0 +1,196 @@
+"""The fork server alone: what it forks, what it refuses, and that it takes everything with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from rfaas_mpi import config
+from rfaas_mpi import messages as msg
+from rfaas_mpi.agent.pool import Lines, WorkerHandle, ZygoteHandle, ZygoteKind
+
+
+@pytest.fixture(scope="module")
+def view(tmp_path_factory) -> Path:
+    return tiny.make_view(tmp_path_factory.mktemp("view"))
+
+
+def kind(view: Path, *before: Path, **environment: str) -> ZygoteKind:
+    """What a rank with this path and environment would have."""
+    variables = {**os.environ, **environment}
+    return ZygoteKind.of(msg.Join(
+        id=1, pid=os.getpid(), executable=os.fsencode(sys.executable), flags=(),
+        path=tuple(os.fsencode(entry) for entry in (*before, view, *sys.path)), directory=os.fsencode(os.getcwd()),
+        environment=tuple((os.fsencode(name), os.fsencode(value)) for name, value in variables.items()), affinity=(0,)))
+
+
+class Fork:
+    """A zygote and what it said."""
+
+    def __init__(self, of: ZygoteKind) -> None:
+        self.zygote = ZygoteHandle(of, time.monotonic())
+        self.workers: dict[int, WorkerHandle] = {}
+
+    def hear(self) -> tuple[object, list[int]]:
+        """The next message; fails if none comes."""
+        assert select.select([self.zygote.channel], [], [], 30)[0], "the zygote says nothing"
+        data, fds, _, _ = socket.recv_fds(self.zygote.channel, 1 << 16, 1)
+        if not data:
+            raise ConnectionResetError("the zygote is gone")
+        return msg.unpack_from_zygote(data), fds
+
+    def start(self) -> None:
+        said, _ = self.hear()
+        assert isinstance(said, msg.ZygoteReady), said
+        self.zygote.became_ready()
+
+    def fork(self, number: int, cores: tuple[int, ...] = (0,)) -> WorkerHandle:
+        handle = WorkerHandle.fork(self.zygote, number, 1, cores, 0, time.monotonic())
+        self.workers[number] = handle
+        said, fds = self.hear()
+        assert isinstance(said, msg.WorkerForked) and said.worker == number, said
+        handle.pid, handle.pidfd = said.pid, fds[0]
+        assert select.select([handle.agent], [], [], 30)[0]
+        [frame] = handle.frames.feed(handle.agent.recv(1 << 16))
+        assert frame.type == msg.FRAME_READY
+        return handle
+
+    def close(self) -> None:
+        self.zygote.close()
+        for handle in self.workers.values():
+            handle.close()
+
+
+@pytest.fixture
+def forker(view):
+    with contextlib.closing(Fork(kind(view))) as forker:
+        forker.start()
+        yield forker
+
+
+def ended(handle: WorkerHandle) -> bool:
+    return bool(select.select([handle.pidfd], [], [], 30)[0])
+
+
+def test_a_worker_that_is_told_to_quit_ends_with_status_0(forker):
+    handle = forker.fork(1)
+    handle.send(msg.pack_frame(msg.FRAME_QUIT))
+    said, _ = forker.hear()
+    assert (said.worker, said.pid, said.signal, said.exit_code) == (1, handle.pid, 0, 0)
+    assert said.cpu_s > 0 and said.max_rss_bytes > 1 << 20
+
+
+def test_how_a_worker_ended_is_reported(forker):
+    handle = forker.fork(1)
+    handle.kill()
+    said, _ = forker.hear()
+    assert (said.worker, said.signal) == (1, signal.SIGKILL)
+    assert handle.gone()
+
+
+def test_a_worker_ends_when_its_agent_socket_does(forker):
+    handle = forker.fork(1)
+    handle.agent.close()
+    said, _ = forker.hear()
+    assert isinstance(said, msg.WorkerExited) and said.worker == 1
+
+
+def test_the_end_of_its_channel_ends_a_zygote_and_its_workers(forker):
+    handles = [forker.fork(1), forker.fork(2)]
+    forker.zygote.close()
+    assert all(ended(handle) for handle in handles)
+    assert forker.zygote.process.returncode == 0
+
+
+def test_a_killed_zygote_leaves_no_worker(forker):
+    handle = forker.fork(1)
+    forker.zygote.process.kill()
+    assert ended(handle)
+
+
+def test_a_zygote_that_is_not_single_threaded_refuses_to_fork(view, tmp_path):
+    # As an application's sitecustomize might.
+    (tmp_path / "cloudpickle.py").write_text(
+        "import threading\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n")
+    with contextlib.closing(Fork(kind(view, tmp_path))) as forker:
+        said, _ = forker.hear()
+        assert isinstance(said, msg.ZygoteProblem) and "threads" in said.message
+
+
+def test_a_zygote_that_can_not_import_says_why(view, tmp_path):
+    (tmp_path / "numpy.py").write_text("raise ImportError('not this one')")
+    with contextlib.closing(Fork(kind(view, tmp_path))) as forker:
+        said, _ = forker.hear()
+        assert isinstance(said, msg.ZygoteProblem) and said.worker == 0 and "not this one" in said.message
+        with pytest.raises(ConnectionResetError):
+            forker.hear()
+
+
+def test_workers_ordered_before_the_zygote_is_ready_are_forked_when_it_is(view):
+    with contextlib.closing(Fork(kind(view))) as forker:
+        handle = WorkerHandle.fork(forker.zygote, 5, 1, (0,), 0, time.monotonic())
+        forker.workers[5] = handle
+        forker.start()
+        said, fds = forker.hear()
+        assert isinstance(said, msg.WorkerForked) and said.worker == 5
+        handle.pidfd = fds[0]
+
+
+def test_ranks_of_one_launch_share_a_zygote(view):
+    first = kind(view, PMI_RANK="0", OMPI_COMM_WORLD_RANK="0", SLURM_PROCID="0", PMIX_SERVER_URI41="a;b")
+    second = kind(view, PMI_RANK="1", OMPI_COMM_WORLD_RANK="1", SLURM_PROCID="1", PMIX_SERVER_URI41="c;d")
+    assert first.key == second.key
+    assert kind(view, MY_SETTING="1").key != first.key
+
+
+def test_what_a_launcher_gave_one_rank_is_scrubbed_and_the_rest_is_kept():
+    kept = {"PATH": "/bin", "SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "4", "MPICH_HOME": "/opt/mpich", "OMP_STACKSIZE": "1M"}
+    gone = {"PMI_FD": "9", "PMIX_RANK": "1", "OMPI_MCA_x": "y", "HYDI_CONTROL_FD": "8", "SLURM_PROCID": "3",
+            "SLURM_STEP_ID": "0", "MPI_LOCALRANKID": "1"}
+    assert config.scrubbed({**kept, **gone}) == kept
+
+
+# --- lines ------------------------------------------------------------------------
+
+def test_lines_are_put_together_from_pieces():
+    lines = Lines(0.0)
+    assert lines.feed(b"on", 0.0) == [] and lines.since == 0.0
+    assert lines.feed(b"e\ntwo\nthr", 0.1) == ["one", "two"]
+    assert lines.flush() == ["thr"] and lines.since is None
+    assert lines.feed(b"\n", 0.2) == [""]
+
+
+def test_a_line_without_end_is_cut_into_pieces():
+    lines = Lines(0.0)
+    said = lines.feed(b"x" * 100_000, 0.0)
+    assert said and all(len(line) <= 8192 for line in said)
+    assert "".join([*said, *lines.flush()]) == "x" * 100_000
+
+
+def test_a_flood_is_cut_and_says_so_and_keeps_its_end():
+    lines = Lines(0.0)
+    said: list[str] = []
+    for _ in range(1000):
+        said += lines.feed(b"spam\n" * 20_000, 0.0)
+    said += lines.feed(b"the end\n", 0.0)
+    said += lines.flush()
+    assert sum(map(len, said)) < 16 << 20
+    assert said[-1] == "the end" and any("left out" in line for line in said)
+
+
+def test_output_flows_again_after_a_flood():
+    lines = Lines(0.0)
+    for _ in range(1000):
+        lines.feed(b"spam\n" * 20_000, 0.0)
+    lines.flush()
+    assert lines.feed(b"news\n", 10.0) == ["news"]

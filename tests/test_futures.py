@@ -15,13 +15,13 @@ import pytest
 from rfaas_mpi import Executor, KernelError
 
 
-@pytest.fixture(scope="module", params=["inline", "shm"])
+@pytest.fixture(params=["inline", "shm"])
 def ex(request):
     with Executor(workers=1, transport=request.param) as executor:
         yield executor
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def worker():
     """An executor whose one worker is another process."""
     with Executor(workers=1) as executor:

@@ -31,13 +31,13 @@ from rfaas_mpi import (
 Testall.__test__ = Testany.__test__ = Testsome.__test__ = False
 
 
-@pytest.fixture(scope="module", params=["inline", "shm"])
+@pytest.fixture(params=["inline", "shm"])
 def ex(request):
     with Executor(workers=1, transport=request.param) as executor:
         yield executor
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def worker():
     """An executor whose one worker is another process."""
     with Executor(workers=1) as executor:
@@ -340,15 +340,16 @@ def test_an_array_that_is_being_written_is_not_given_to_another_request(worker, 
     for inputs, out in ((np.ones(4), memory[:4]), (memory, np.empty(10))):
         with pytest.raises(InvalidBuffer, match="still in flight"):
             worker.Iinvoke(k.double, inputs, out)
-    worker.Invoke(k.double, np.ones(4), memory[1:5])
+    beside = worker.Iinvoke(k.double, np.ones(4), memory[1:5])
     persistent = worker.Invoke_init(k.double, np.ones(4), memory[:4])
     with pytest.raises(InvalidBuffer, match="still in flight"):
         persistent.Start()
     flag.touch()
     assert slow.Wait()
+    assert beside.Wait()
     persistent.Start()
     assert persistent.Wait()
-    assert memory[0] == 2
+    assert memory.tolist() == [2, 2, 2, 2, 2, 0, 0, 0, 0, 0]
 
 
 def test_requests_that_read_the_same_array_run_together(worker):

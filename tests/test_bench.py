@@ -96,9 +96,9 @@ def test_single_invocations_are_counted_one_by_one():
     assert figure == {"p50": 12.0, "p99": 12.0, "count": 12, "unit": "ns", "in_blocks": 10.0}
 
 
-def test_where_only_single_invocations_are_timed_they_make_the_block():
+def test_where_only_single_invocations_are_timed_their_median_is_the_block():
     run = measure.interleave([measure.Subject("one", singles=lambda n: [10] * (n - 1) + [50])], cycles=2, block=4)
-    assert run.blocks["one"] == [20.0, 20.0]
+    assert run.blocks["one"] == [10.0, 10.0]
     assert run.singles["one"] == [10, 10, 10, 50] * 2
 
 
@@ -364,3 +364,20 @@ def test_cold_has_the_steps_of_a_lease(measured):
                  "executor_to_first_result_ms", "waiting_worker_percent"):
         assert is_figure(data[name]), name
     assert list(data["lease_to_first_result_ms"]["steps"]) == ["grant_ms", "dial_ms", "attach_ms", "first_call_ms"]
+
+
+def test_ctrl_c_in_mid_run_ends_a_benchmark_quietly_and_leaves_nothing(measured):
+    import signal
+    with subprocess.Popen([sys.executable, "-m", "rfaas_mpi.cli", "bench", "latency", "--json"],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        told = ""
+        while "run 1 of" not in told:
+            line = process.stderr.readline()
+            assert line, f"the benchmark ended by itself: {told}"
+            told += line
+        process.send_signal(signal.SIGINT)
+        out, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in rest and "interrupted" in rest
+    import json
+    assert json.loads(out)["ok"] is False

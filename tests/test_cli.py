@@ -206,3 +206,44 @@ def test_down_without_a_service_is_done_already(tmp_path):
     done = rfaas("down", "--json", env={**os.environ, "RFAAS_RUNTIME_DIR": str(tmp_path)})
     assert done.returncode == output.OK
     assert json.loads(done.stdout) == {"running": False, "was_running": False}
+
+
+def test_up_keeps_a_service_until_down:
+    # A directory of its own: other tests' services are not this one's to end. Paths of sockets are short.
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix="rfaas-t-") as directory:
+        environment = {**os.environ, "RFAAS_RUNTIME_DIR": directory}
+        started = rfaas("up", "--json", env=environment)
+        assert started.returncode == output.OK, started.stderr
+        pid = json.loads(started.stdout)["pid"]
+        try:
+            again = rfaas("up", "--json", env=environment)
+            assert json.loads(again.stdout)["pid"] == pid, "up joins the service that runs"
+            seen = rfaas("status", "--json", env=environment)
+            assert seen.returncode == output.OK
+            data = json.loads(seen.stdout)
+            assert data["running"] and data["pid"] == pid and data["stay"]
+            people = rfaas("status", env=environment)
+            assert f"pid {pid}" in people.stdout and people.stderr == ""
+        finally:
+            ended = rfaas("down", "--json", env=environment)
+        assert ended.returncode == output.OK
+        assert json.loads(ended.stdout) == {"running": False, "was_running": True}
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_status_shows_the_worker_of_a_rank():
+    code = ("import subprocess, sys\n"
+            "from rfaas_mpi.executor import Executor\n"
+            "with Executor(workers=1) as executor:\n"
+            "    executor.submit(abs, -1).result()\n"
+            "    sys.exit(subprocess.call([sys.executable, '-m', 'rfaas_mpi.cli', 'status', '--json']))\n")
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("a worker needs a core besides the rank's")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == output.OK, done.stderr
+    data = json.loads(done.stdout)
+    assert len(data["leases"]) == len(data["workers"]) == 1
+    assert data["workers"][0]["cores"] == data["leases"][0]["cores"]
+    assert len(data["sessions"]) == 1

@@ -60,7 +60,7 @@ def facts() -> dict:
         "huge_pages_shared": _text("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
         "python": platform.python_version(),
         "implementation": sys.implementation.name,
-        "versions": {name: _version(name) for name in ("rfaas_mpi", "numpy", "msgspec", "cloudpickle")},
+        "versions": {name: _version(name) for name in ("numpy", "msgspec", "cloudpickle")},
         "clock_ns": raw.clock_ns(),
         "load_average": list(os.getloadavg()),
     }

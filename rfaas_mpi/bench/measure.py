@@ -26,7 +26,8 @@ class Subject:
     """Something that is measured.
 
     `block(n)` does n invocations and returns the ns of all of them; `singles(n)` returns the ns of each. `prepare(n)`
-    comes before each of the two and is not measured. Without `block` a block is the sum of its singles.
+    comes before each of the two and is not measured. Without `block` a block stands for the median of its singles:
+    where few fit into a block, one that the machine disturbed would be all that a mean tells.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Subject:
             each = self.singles(count)
             run.singles[self.name].extend(each)
             if self.block is None:
-                run.blocks[self.name].append(sum(each) / count)
+                run.blocks[self.name].append(float(statistics.median(each)))
 
     def _prepared(self, count: int) -> None:
         if self.prepare is not None:

@@ -83,9 +83,9 @@ def make(function, inputs, out, check, dtype, shape):
     def thunk():{body}
     return thunk
 """
-    scope: dict[str, Any] = {"ndarray": np.ndarray}
     # Under our own name, so that remote tracebacks begin with the kernel.
-    exec(compile(source, f"{__file__}:thunk", "exec"), scope)
+    scope: dict[str, Any] = {"__name__": __name__, "ndarray": np.ndarray}
+    exec(compile(source, f"<thunk of {__name__}>", "exec"), scope)
     return scope["make"]
 
 

@@ -21,7 +21,6 @@ import pickle
 import struct
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -304,14 +303,14 @@ def _loads(first: Any, parts: Sequence[Any], refs: Sequence[Any]) -> tuple[Any, 
 # --- errors ---------------------------------------------------------------------
 
 _ERROR_MAGIC = b"\x00rfe1"
-# magic, then text, pickled exception and traceback, each behind its length. It
-# travels in one slot, and what does not fit is cut off: the traceback stands
-# last because it can lose its end.
+# magic, then text, pickled exception and traceback, each behind its length. Where
+# it says why a kernel can't be loaded, what does not fit a slot is cut off: the
+# traceback stands last because it can lose its end.
 _ERROR_HEAD = struct.Struct("<5sIII")
-_ERROR_BYTES = 15000
+_TRACEBACK_BYTES = 10_000
 _TEXT_CHARACTERS = 2000
-_PICKLE_BYTES = 9000
-_OWN = str(Path(__file__).resolve().parent)
+_PICKLE_BYTES = 1 << 20
+_OWN = __name__.partition(".")[0]
 
 
 class RemoteTraceback(Exception):
@@ -366,7 +365,7 @@ def _middle_out(text: str, limit: int) -> str:
 def _without_our_frames(error: BaseException) -> Any:
     """The traceback from the kernel's own first frame on, or all of it if there is none."""
     trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OWN):
+    while trace is not None and trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == _OWN:
         trace = trace.tb_next
     return trace if trace is not None else error.__traceback__
 
@@ -409,8 +408,7 @@ def dumps_error(error: BaseException) -> bytes:
         lines = traceback.format_exception(type(raised), raised, _without_our_frames(raised))
         text = _utf8(_short(_describe(error), _TEXT_CHARACTERS))
         pickled = _pickle_error(error)
-        room = _ERROR_BYTES - len(text) - len(pickled)
-        trace = _utf8(_middle_out("".join(lines), room // 2))[:room]
+        trace = _utf8(_middle_out("".join(lines), _TRACEBACK_BYTES))
         return _ERROR_HEAD.pack(_ERROR_MAGIC, len(text), len(pickled), len(trace)) + text + pickled + trace
     except BaseException as second:  # this is the last stop: a worker must answer with something
         return (f"the kernel raised {type(error).__name__}, and describing it raised "

@@ -56,7 +56,7 @@ def _exported(data: bytes) -> list[str] | None:
                 return [_text(data, names_at + name)
                         for name, info, _, index, _, _ in _SYMBOL.iter_unpack(data[start:start + length])
                         if index != 0 and info & 15 in _FUNCTIONS]
-    except (struct.error, IndexError, UnicodeDecodeError) as error:
+    except (struct.error, IndexError, OverflowError, ValueError) as error:
         raise ValueError(f"its tables are damaged ({error})") from error
     return None
 

@@ -1,0 +1,482 @@
+"""NAME
+    blackscholes.py: price European options on the rank's core and on borrowed ones
+
+PURPOSE
+    Black and Scholes (1973) over distinct seeded options, as many as PARSEC's
+    native input. Each MPI rank owns a block of the options. It cuts the block
+    into cells, hands cells to its workers and prices others itself, until none
+    is left. Every price is checked against scipy before a rate is printed.
+
+USAGE
+    mpiexec -n 1 python apps/blackscholes.py [--options 10000000] [--workers 0|1]
+        [--rounds 9] [--bound] [--kill] [--json FILE]
+
+    --workers N  cores to borrow; 0: the rank's core alone
+    --bound      also time two bare pinned processes that price half each (one
+                 rank only): no borrowed core can do better than that
+    --kill       one more run, in which a worker is killed half-way
+    --json FILE  write what was printed, and the killed run's timeline, to FILE
+
+    Ends with status 1, and prints no rate, where a price is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import rfaas_mpi as rf
+
+BLOCK = 1 << 16       # options that are drawn together: the same for any number of ranks
+ALIGN = 64            # cells are multiples of this, so each starts on a cache line
+TOLERANCE = 1e-10     # of a price; prices are up to 126, so 1e-14 is one rounding
+AHEAD = 3             # cells that wait at a worker, so that it never waits for the rank
+
+
+# --- the options and their prices ------------------------------------------------
+
+class Options(NamedTuple):
+    """n options: float64[n] each, but `put`: uint8[n], 0 is a call, 1 a put."""
+
+    spot: np.ndarray
+    strike: np.ndarray
+    rate: np.ndarray
+    volatility: np.ndarray
+    years: np.ndarray
+    put: np.ndarray
+
+    def part(self, cell: slice) -> Options:
+        return Options(*(column[cell] for column in self))
+
+
+def make_options(first: int, count: int, seed: int,
+                 empty: Callable[[int, str], np.ndarray]) -> Options:
+    """Options number `first` to `first + count`, in arrays that `empty(n, dtype)` gives."""
+    options = Options(*(empty(count, dtype) for dtype in ("f8",) * 5 + ("u1",)))
+    for block in range(first // BLOCK, -(-(first + count) // BLOCK)):
+        random = np.random.default_rng([seed, block])
+        spot = random.uniform(20.0, 180.0, BLOCK)
+        drawn = (spot, spot * random.uniform(0.7, 1.3, BLOCK),
+                 random.uniform(0.01, 0.10, BLOCK), random.uniform(0.10, 0.60, BLOCK),
+                 random.uniform(0.05, 2.0, BLOCK), random.integers(0, 2, BLOCK, "u1"))
+        start = block * BLOCK
+        low, high = max(first, start), min(first + count, start + BLOCK)
+        for column, values in zip(options, drawn):
+            column[low - first:high - first] = values[low - start:high - start]
+    return options
+
+
+def black_scholes_ref(options: Options) -> np.ndarray:
+    """The prices by numpy and scipy, float64[n]: the kernel's plain twin.
+
+    Source: F. Black, M. Scholes, The Pricing of Options and Corporate
+    Liabilities, J. Political Economy 81 (1973), equation 13.
+    """
+    from scipy.special import ndtr
+
+    spot, strike, rate, volatility, years, put = options
+    spread = volatility * np.sqrt(years)
+    d1 = (np.log(spot / strike) + (rate + volatility**2 / 2) * years) / spread
+    sign = np.where(put, -1.0, 1.0)
+    discounted = strike * np.exp(-rate * years)
+    return sign * (spot * ndtr(sign * d1) - discounted * ndtr(sign * (d1 - spread)))
+
+
+def largest_error(options: Options, prices: np.ndarray) -> float:
+    """The largest difference from the twin, over all options; NaN if one is NaN."""
+    worst = 0.0
+    for start in range(0, len(prices), 16 * BLOCK):
+        cell = slice(start, start + 16 * BLOCK)
+        error = np.max(np.abs(black_scholes_ref(options.part(cell)) - prices[cell]))
+        worst = float(np.maximum(worst, error))
+    return worst
+
+
+def grid(count: int) -> list[slice]:
+    """The cells of `count` options: large ones first, smaller ones towards the end.
+
+    It depends on `count` alone, so that any division of the work gives the same
+    bits; small cells come last, so that rank and workers end together.
+    """
+    cells, start = [], 0
+    while start < count:
+        size = min(max((count - start) // 16, 4096), max(count // 64, 4096))
+        size = min(-(-size // ALIGN) * ALIGN, count - start)
+        cells.append(slice(start, start + size))
+        start += size
+    return cells
+
+
+# --- one run: the rank and its workers ---------------------------------------------
+
+def run_shared(cells: Sequence[slice], requests: Sequence[Any],
+               price_here: Callable[[slice], None], workers: int) -> None:
+    """Prices every cell once: here, or by the cell's request on a worker."""
+    flying: list[Any] = []
+    cell = 0
+    while cell < len(cells):
+        flying = [request for request in flying if not request.Test()]
+        while len(flying) < AHEAD * workers and cell < len(cells):
+            requests[cell].Start()
+            flying.append(requests[cell])
+            cell += 1
+        if cell < len(cells):
+            price_here(cells[cell])
+            cell += 1
+    for request in flying:
+        request.Wait()
+
+
+class Traced:
+    """A request that notes when it was started and when its end was seen."""
+
+    def __init__(self, request: Any) -> None:
+        self.request = request
+        self.started_ns = self.seen_ns = 0
+
+    def Start(self) -> None:
+        self.started_ns = time.monotonic_ns()
+        self.request.Start()
+
+    def Test(self) -> bool:
+        if not self.request.Test():
+            return False
+        self.seen_ns = time.monotonic_ns()
+        return True
+
+    def Wait(self) -> None:
+        self.request.Wait()
+        self.seen_ns = time.monotonic_ns()
+
+
+# --- the bound: bare processes -----------------------------------------------------
+
+class _Buf(ctypes.Structure):
+    _fields_ = [("ptr", ctypes.c_void_p), ("size", ctypes.c_uint64),
+                ("capacity", ctypes.c_uint64)]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_uint32), ("n_in", ctypes.c_uint32),
+                ("n_out", ctypes.c_uint32), ("n_const", ctypes.c_uint32),
+                ("inputs", ctypes.POINTER(_Buf)), ("outputs", ctypes.POINTER(_Buf)),
+                ("constants", ctypes.POINTER(_Buf)), ("scratch", ctypes.c_void_p),
+                ("scratch_bytes", ctypes.c_uint64), ("invocation", ctypes.c_uint64)]
+
+
+def bare(library: str, core: int, first: int, count: int, seed: int) -> None:
+    """A bare process: at each line `NS` on stdin prices its options at that time.
+
+    Answers `start end digest`, times in CLOCK_MONOTONIC ns. Nothing of the
+    product runs here but the kernel's own machine code.
+    """
+    os.sched_setaffinity(0, {core})
+    kernel = ctypes.CDLL(library).rfm_black_scholes
+    options = make_options(first, count, seed, np.empty)
+    prices = np.empty(count)
+    buffers = [_Buf(array.ctypes.data, array.nbytes, array.nbytes)
+               for array in (*options, prices)]
+    call = _Call(1, 6, 1, 0, (_Buf * 6)(*buffers[:6]), (_Buf * 1)(buffers[6]), None, None, 0, 0)
+    prices.fill(np.nan)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        prices.fill(np.nan)
+        begin = int(line)
+        while time.monotonic_ns() < begin:
+            pass
+        start = time.monotonic_ns()
+        status = kernel(ctypes.byref(call))
+        end = time.monotonic_ns()
+        assert status == 0, f"the kernel returned {status}"
+        print(start, end, hashlib.blake2b(prices).hexdigest(), flush=True)
+
+
+class BareProcesses:
+    """One bare process on each core, each with an equal share of the options."""
+
+    def __init__(self, library: str, cores: Sequence[int], count: int, seed: int) -> None:
+        edges = [count * k // len(cores) // ALIGN * ALIGN for k in range(len(cores))] + [count]
+        self.parts = [slice(low, high) for low, high in zip(edges, edges[1:])]
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--bare", library, str(core), str(part.start),
+                 str(part.stop - part.start), str(seed)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for core, part in zip(cores, self.parts)]
+        for process in self.processes:
+            self._answer(process)
+
+    def _answer(self, process: subprocess.Popen[str]) -> str:
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a bare process ended with status {process.wait()}")
+        return line
+
+    def run(self) -> tuple[float, list[str]]:
+        """Seconds from the first start to the last end, and each part's digest."""
+        begin = time.monotonic_ns() + 100_000_000
+        for process in self.processes:
+            process.stdin.write(f"{begin}\n")
+            process.stdin.flush()
+        answers = [self._answer(process).split() for process in self.processes]
+        first = min(int(answer[0]) for answer in answers)
+        last = max(int(answer[1]) for answer in answers)
+        return (last - first) / 1e9, [answer[2] for answer in answers]
+
+    def close(self) -> None:
+        """Ends the processes. Safe to call twice."""
+        for process in self.processes:
+            process.stdin.close()
+            process.wait()
+            process.stdout.close()
+        self.processes = []
+
+
+# --- the job -----------------------------------------------------------------------
+
+def whereabouts(_: int) -> tuple[int, int]:
+    """pid and first core of the process that runs this."""
+    return os.getpid(), min(os.sched_getaffinity(0))
+
+
+def pin(local_rank: int) -> int:
+    """Binds this rank to one core, if its launcher has not; returns the core."""
+    cores = sorted(os.sched_getaffinity(0))
+    core = cores[local_rank % len(cores)]
+    os.sched_setaffinity(0, {core})
+    return core
+
+
+class Pricing:
+    """One rank's block of the options, and the ways to price it."""
+
+    def __init__(self, first: int, count: int, seed: int, workers: int) -> None:
+        self.library = str(Path(rf.__file__).with_name("_native_kernels.so"))
+        self.kernel = rf.Kernel.from_library(self.library, "rfm_black_scholes")
+        # At least none: where no core is spare, the rank does all of it.
+        self.executor = rf.Executor(workers=(0, workers)) if workers else None
+        empty = self.executor.empty if self.executor else np.empty
+        self.options = make_options(first, count, seed, empty)
+        self.prices = empty(count, "f8")
+        self.cells = grid(count)
+        self.workers: dict[int, int] = {}
+        self.requests: list[Any] = []
+        if self.executor:
+            places = dict(self.executor.map(whereabouts, range(16 * workers), chunksize=1))
+            self.workers = {pid: core for pid, core in places.items() if pid != os.getpid()}
+            self.requests = [
+                self.executor.Invoke_init(self.kernel, tuple(self.options.part(cell)),
+                                          self.prices[cell])
+                for cell in self.cells]
+
+    def price_here(self, cell: slice) -> None:
+        self.kernel(*self.options.part(cell), out=self.prices[cell])
+
+    def alone(self) -> float:
+        """Seconds to price the block on the rank's core."""
+        self.prices.fill(np.nan)
+        start = time.perf_counter()
+        self.kernel(*self.options, out=self.prices)
+        return time.perf_counter() - start
+
+    def shared(self) -> float:
+        """Seconds to price the block together with the workers."""
+        self.prices.fill(np.nan)
+        start = time.perf_counter()
+        run_shared(self.cells, self.requests, self.price_here, len(self.workers))
+        return time.perf_counter() - start
+
+    def killed(self) -> dict[str, Any]:
+        """Prices the block while one worker is killed a third of the way; the timeline, in ns.
+
+        The rank's bars are measured. A worker's are as long as its kernel ran and
+        lie behind one another, as a worker runs its cells.
+        """
+        self.prices.fill(np.nan)
+        killed_ns = 0
+        rank: list[tuple[int, int]] = []
+        requests = [Traced(request) for request in self.requests]
+
+        def price_here(cell: slice) -> None:
+            nonlocal killed_ns
+            if not killed_ns and cell.start >= len(self.prices) // 3:
+                os.kill(min(self.workers), signal.SIGKILL)
+                killed_ns = time.monotonic_ns()
+            start = time.monotonic_ns()
+            self.price_here(cell)
+            rank.append((start, time.monotonic_ns()))
+
+        begin = time.monotonic_ns()
+        run_shared(self.cells, requests, price_here, len(self.workers))
+        end = time.monotonic_ns()
+        return {"begin_ns": begin, "end_ns": end, "killed_ns": killed_ns, "rank": rank,
+                "workers": timeline([traced for traced in requests if traced.seen_ns], killed_ns)}
+
+    def close(self) -> None:
+        """Frees the requests and gives the cores back. Safe to call twice."""
+        for request in self.requests:
+            request.Free()
+        self.requests = []
+        if self.executor:
+            self.executor.shutdown()
+
+
+def timeline(requests: Sequence[Traced], killed_ns: int) -> dict[int, list[tuple[int, int]]]:
+    """Worker number → its bars (start, end), laid out from what the rank saw."""
+    workers: dict[int, list[tuple[int, int]]] = {}
+    for traced in sorted(requests, key=lambda traced: traced.seen_ns):
+        bars = workers.setdefault(traced.request.worker, [])
+        exec_ns = traced.request.exec_ns
+        if bars:
+            start = max(traced.started_ns, bars[-1][1])
+        elif traced.started_ns < killed_ns < traced.seen_ns:
+            start = traced.seen_ns - exec_ns  # handed on by the worker that was killed
+        else:
+            start = traced.started_ns
+        bars.append((start, start + exec_ns))
+    return dict(sorted(workers.items()))
+
+
+class Verdict:
+    """Checks run after run: the first against scipy, the others against the first, bit by bit."""
+
+    def __init__(self) -> None:
+        self.expected: np.ndarray | None = None
+        self.error = 0.0
+        self.runs = 0
+        self.wrong: list[str] = []
+
+    def check(self, what: str, options: Options, prices: np.ndarray) -> None:
+        self.runs += 1
+        if self.expected is None:
+            self.error = largest_error(options, prices)
+            if not self.error <= TOLERANCE:
+                self.wrong.append(f"{what}: off by {self.error:.3g} (allowed {TOLERANCE:g})")
+            self.expected = prices.copy()
+        elif not np.array_equal(prices, self.expected):
+            count = int(np.sum(prices != self.expected))
+            self.wrong.append(f"{what}: {count} prices differ from those that scipy confirmed")
+
+    def check_digests(self, what: str, parts: Sequence[slice], digests: Sequence[str]) -> None:
+        self.runs += 1
+        for part, digest in zip(parts, digests):
+            if hashlib.blake2b(self.expected[part]).hexdigest() != digest:
+                self.wrong.append(f"{what}: options {part.start} to {part.stop} differ")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--options", type=int, default=10_000_000)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seed", type=int, default=1973)
+    parser.add_argument("--bound", action="store_true")
+    parser.add_argument("--kill", action="store_true")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args(arguments)
+
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    if args.bound and comm.size > 1:
+        parser.error("--bound is for one rank")
+    local = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    core = pin(local.rank)
+    local.Free()
+
+    def say(text: str, where: Any = sys.stdout) -> None:
+        if comm.rank == 0:
+            print(text, file=where, flush=True)
+
+    edges = [args.options * k // comm.size // ALIGN * ALIGN for k in range(comm.size)]
+    first = edges[comm.rank]
+    count = [*edges, args.options][comm.rank + 1] - first
+    pricing = Pricing(first, count, args.seed, args.workers)
+    bare_processes = None
+    try:
+        worker_cores = sorted(pricing.workers.values())
+        config = {"options": args.options, "seed": args.seed, "ranks": comm.size,
+                  "cores": comm.gather(core), "worker_cores": comm.gather(worker_cores),
+                  "kernel": "rfm_black_scholes", "rounds": args.rounds}
+        say(f"config   {args.options:,} distinct options, {comm.size} rank(s) on core(s) "
+            f"{config['cores']}, workers on {config['worker_cores']}, {args.rounds} rounds")
+        if args.workers and not pricing.workers:
+            print(f"rank {comm.rank}: no core is spare here; it works alone", file=sys.stderr)
+
+        ways: dict[str, Callable[[], float]] = {"alone": pricing.alone}
+        if pricing.workers:
+            ways["shared"] = pricing.shared
+        if args.bound and pricing.workers:
+            bare_processes = BareProcesses(pricing.library, [core, *worker_cores], count, args.seed)
+        verdict = Verdict()
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        # Taken in turn, so that what disturbs the machine disturbs all alike.
+        for turn in range(args.rounds):
+            say(f"  round {turn + 1} of {args.rounds}", sys.stderr)
+            for way, run in ways.items():
+                comm.Barrier()
+                elapsed = run()
+                seconds[way].append(comm.allreduce(elapsed, MPI.MAX))
+                verdict.check(way, pricing.options, pricing.prices)
+            if bare_processes:
+                elapsed, digests = bare_processes.run()
+                seconds.setdefault("bound", []).append(elapsed)
+                verdict.check_digests("bound", bare_processes.parts, digests)
+        kill = None
+        if args.kill and pricing.workers:
+            say("  once more, with a worker killed in mid-run", sys.stderr)
+            kill = pricing.killed()
+            verdict.check("killed", pricing.options, pricing.prices)
+    finally:
+        if bare_processes:
+            bare_processes.close()
+        pricing.close()
+
+    wrong = [line for lines in comm.allgather(verdict.wrong) for line in lines]
+    error = comm.allreduce(verdict.error, MPI.MAX)
+    for line in wrong:
+        say(f"verdict  WRONG {line}")
+    if wrong:
+        return 1
+    say(f"verdict  every price agrees with scipy to {error:.1g} (allowed {TOLERANCE:g}), "
+        f"all {verdict.runs} runs to the last bit")
+    if kill:
+        say(f"         one of them lost a worker by SIGKILL after "
+            f"{(kill['killed_ns'] - kill['begin_ns']) / 1e6:.0f} ms: no price is missing")
+    median = {way: statistics.median(values) for way, values in seconds.items()}
+    names = {"alone": "rank's core alone", "shared": f"with {len(pricing.workers)} borrowed",
+             "bound": "bound: bare processes"}
+    label = "rate   "
+    for way, value in median.items():
+        say(f"{label}  {names[way]:<22} {args.options / value / 1e6:8.1f} M options/s"
+            f"   {value * 1e3:8.1f} ms   {median['alone'] / value:5.2f}x")
+        label = "       "
+    if "bound" in median:
+        say(f"         {median['bound'] / median['shared']:.1%} of the bound's speed-up")
+    if args.json and comm.rank == 0:
+        report = {"config": config, "verdict": {"correct": True, "largest_error": error,
+                                                "allowed": TOLERANCE, "runs": verdict.runs},
+                  "seconds": seconds, "median_s": median, "kill": kill}
+        Path(args.json).write_text(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--bare"]:
+        bare(sys.argv[2], *map(int, sys.argv[3:7]))
+    else:
+        sys.exit(main())

@@ -255,3 +255,21 @@ def test_status_shows_the_worker_of_a_rank():
     assert len(data["leases"]) == len(data["workers"]) == 1
     assert data["workers"][0]["cores"] == data["leases"][0]["cores"]
     assert len(data["sessions"]) == 1
+
+
+def test_demo_answers_with_one_object_and_draws_its_picture(tmp_path):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("the demo needs a core for the rank and one to borrow")
+    for name in ("scipy", "skimage", "matplotlib"):
+        pytest.importorskip(name)
+    done = rfaas("demo", "--options", "200000", "--out", str(tmp_path), "--json")
+    assert done.returncode == output.OK, done.stderr
+    data = json.loads(done.stdout)
+    assert data["ok"] is True
+    assert [path.name for path in tmp_path.glob("*.png")] == ["demo.png"]
+
+
+def test_a_demo_of_nothing_is_refused():
+    done = rfaas("demo", "--options", "0")
+    assert done.returncode == output.USAGE
+    assert "--options" in done.stderr

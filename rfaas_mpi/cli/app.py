@@ -81,11 +81,11 @@ def app() -> None:
 @app.command(epilog=_examples("rfaas demo", "rfaas demo --options 1000000 --out /tmp/demo"))
 @click.option("--options", "n_options", type=click.IntRange(min=1000), default=10_000_000, show_default=True,
               help="Options to price with Black-Scholes.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out"), show_default=True,
-              help="Directory for the pictures.")
+@click.option("--out", "directory", type=click.Path(file_okay=False, path_type=Path), default=Path("out"),
+              show_default=True, help="Directory for the pictures.")
 @common
 @click.pass_obj
-def demo(out: Output, n_options: int, **arguments: Any) -> None:
+def demo(out: Output, n_options: int, directory: Path) -> None:
     """Run the main job with a borrowed core.
 
     Prices options with Black-Scholes on the rank's core alone, then with one
@@ -95,7 +95,7 @@ def demo(out: Output, n_options: int, **arguments: Any) -> None:
     mid-run to show that nothing is lost, and writes a picture of the timeline.
     """
     from rfaas_mpi.cli import demo as job
-    data, lines = job.run(n_options=n_options, out_dir=arguments["out"], progress=out.progress)
+    data, lines = job.run(n_options=n_options, out_dir=directory, progress=out.progress)
     out.answer(data, lines)
     if not data.get("ok", True):
         raise Finished(output.FAILED)

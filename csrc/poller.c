@@ -26,7 +26,7 @@ static void measure_ticks(void)
 
         do {
             t1 = rfm_now_ns();
-        } while (t1 - t0 < 500000ull);
+        } while (t1 - t0 < 150000ull);
         c1 = rfm_ticks();
         if (c1 > c0) {
             double rate = (double)(t1 - t0) / (double)(c1 - c0);

@@ -50,7 +50,7 @@ static inline uint64_t rfm_ticks(void)
 #endif
 }
 
-/* Measures the counter's rate once (about 2 ms); safe from any thread. */
+/* Measures the counter's rate once (about 0.5 ms); safe from any thread. */
 void rfm_ticks_init(void);
 uint64_t rfm_ticks_to_ns(uint64_t ticks);
 uint64_t rfm_ns_to_ticks(uint64_t ns);

@@ -14,6 +14,7 @@ def _after_fork():
 
 
 os.register_at_fork(after_in_child=_after_fork)
+c.rfm_ticks_init()                     # once, so that forks of the zygote have it already
 
 
 cdef int check(int status, str what="") except? -1000:

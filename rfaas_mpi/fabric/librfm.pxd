@@ -263,3 +263,4 @@ cdef extern from "rfm.h" nogil:
 
 cdef extern from "poller.h" nogil:
     uint64_t rfm_now_ns()
+    void rfm_ticks_init()

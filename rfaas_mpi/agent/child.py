@@ -13,12 +13,12 @@ import resource
 import signal
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rfaas_mpi import config
 from rfaas_mpi.errors import NestedError
 
-__all__ = ["die_with_parent", "forbid_mpi", "become_worker"]
+__all__ = ["Embryo", "adopt_orphans", "die_with_parent", "forbid_mpi", "name_process"]
 
 AGENT_FD = 3
 PAGE_FD = 4
@@ -108,23 +108,19 @@ def forbid_mpi() -> None:
 
 
 def _cap_threads(threads: int) -> None:
+    if threads == 1:
+        return                        # as the zygote was started
     for name in config.THREAD_VARIABLES:
         os.environ[name] = str(threads)
-    if threads > 1:
-        # Libraries that the zygote has loaded read their variable long ago.
-        import threadpoolctl
-        threadpoolctl.threadpool_limits(limits=threads)
+    # Libraries that the zygote has loaded read their variable long ago.
+    import threadpoolctl
+    threadpoolctl.threadpool_limits(limits=threads)
 
 
-def _limit_memory(memory_bytes: int) -> None:
-    """Bounds private writable memory; what the process has now comes on top. Arenas are shared and don't count."""
+def _data_bytes() -> int:
+    """Private writable memory of this process."""
     with open("/proc/self/status") as status:
-        data = next((int(line.split()[1]) << 10 for line in status if line.startswith("VmData:")), 0)
-    limit = memory_bytes + data
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        return next((int(line.split()[1]) << 10 for line in status if line.startswith("VmData:")), 0)
 
 
 def _write(path: str, text: str) -> None:
@@ -136,53 +132,68 @@ def _write(path: str, text: str) -> None:
         return
 
 
-def become_worker(worker: int, cores: Sequence[int], memory_bytes: int, agent_fd: int, page_fd: int,
-                  output_fd: int, parent: int) -> None:
-    """Turns this fork into worker `worker`. Its agent socket is descriptor 3 then, its page 4, and nothing else open.
+class Embryo:
+    """A fork that is everything that any worker is, and waits to be told which one.
 
-    Raises OSError where the node refuses something that isolation needs.
+    Making it is where the time goes (each page that it touches first has to be
+    copied), so the zygote keeps one ready. Raises OSError where the node
+    refuses something that isolation needs.
     """
-    die_with_parent(parent)
-    os.setsid()
-    # The order matters: the three may already have the numbers that they get.
-    agent_fd, page_fd, output_fd = (_above(fd) for fd in (agent_fd, page_fd, output_fd))
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.dup2(output_fd, 1)
-    os.dup2(output_fd, 2)
-    os.dup2(agent_fd, AGENT_FD, inheritable=False)
-    os.dup2(page_fd, PAGE_FD, inheritable=False)
-    _close_above(PAGE_FD)
-    sys.stdin = open(0)
-    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
-    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)
-    # Ctrl-C in the terminal is for the rank.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    def __init__(self, parent: int, keep: Iterable[int]) -> None:
+        die_with_parent(parent)
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
+        # Ctrl-C in the terminal is for the rank.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        _close_all_but(keep)
+        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+        _write("/proc/self/oom_score_adj", "1000")
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        # Forks share their parent's streams of random numbers otherwise.
+        random.seed()
+        numpy_random = sys.modules.get("numpy.random")
+        if numpy_random is not None:
+            numpy_random.seed()
+        forbid_mpi()
+        os.environ[config.WORKER_MARK] = "0"
+        config.Settings.load()        # for the pages that it touches
+        self._data_bytes = _data_bytes()
 
-    os.sched_setaffinity(0, cores)
-    name_process(f"rfaas-worker{worker}")
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    _write("/proc/self/oom_score_adj", "1000")
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if memory_bytes > 0:
-        _limit_memory(memory_bytes)
-    os.environ[config.WORKER_MARK] = str(worker)
-    _cap_threads(len(cores))
-    # Forks share their parent's streams of random numbers otherwise.
-    random.seed()
-    numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is not None:
-        numpy_random.seed()
+    def become(self, worker: int, cores: Sequence[int], memory_bytes: int, agent_fd: int, page_fd: int,
+               output_fd: int) -> None:
+        """From here on this is worker `worker`: its agent socket is descriptor 3, its page 4, nothing else is open."""
+        os.sched_setaffinity(0, cores)
+        # The three may already have the numbers that they get.
+        agent_fd, page_fd, output_fd = (_above(fd) for fd in (agent_fd, page_fd, output_fd))
+        os.dup2(output_fd, 1)
+        os.dup2(output_fd, 2)
+        os.dup2(agent_fd, AGENT_FD, inheritable=False)
+        os.dup2(page_fd, PAGE_FD, inheritable=False)
+        os.closerange(PAGE_FD + 1, _ABOVE + 4)
+        name_process(f"rfaas-worker{worker}")
+        os.environ[config.WORKER_MARK] = str(worker)
+        _cap_threads(len(cores))
+        if memory_bytes > 0:
+            # Bounds private writable memory, on top of what it has now. Arenas are shared and don't count.
+            limit = memory_bytes + self._data_bytes
+            hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+            if hard != resource.RLIM_INFINITY:
+                limit = min(limit, hard)
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def _close_above(last: int) -> None:
+# Copies of descriptors go where nothing else is.
+_ABOVE = 64
+
+
+def _close_all_but(keep: Iterable[int]) -> None:
+    wanted = {0, 1, 2, *keep}
     for name in os.listdir("/proc/self/fd"):
-        if int(name) > last:
+        if int(name) not in wanted:
             try:
                 os.close(int(name))
             except OSError as error:
@@ -192,4 +203,4 @@ def _close_above(last: int) -> None:
 
 def _above(fd: int) -> int:
     """A copy of `fd` that is out of the way of 0–4."""
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 64)
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE)

@@ -10,6 +10,8 @@ keep their boundaries) leads to the service; its end is the end of everything.
 
 from __future__ import annotations
 
+import gc
+import io
 import os
 import selectors
 import signal
@@ -21,7 +23,8 @@ from rfaas_mpi import messages as msg
 
 __all__ = ["main", "serve"]
 
-DATAGRAM_BYTES = 1 << 20
+DATAGRAM_BYTES = 1 << 16
+SPARE_AFTER_S = 0.02
 
 
 def main(fd: int, setup_fd: int, parent: int) -> None:
@@ -77,25 +80,58 @@ class _Zygote:
     def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
         self.workers: dict[int, int] = {}        # pid → worker
+        self.spare: tuple[int, socket.socket] | None = None
 
-    def fork(self, order: msg.ForkWorker, fds: list[int]) -> None:
-        """Forks one worker and tells the service, with a pidfd, before it can be reaped."""
-        agent_fd, page_fd, output_fd = fds
-        if threads() != 1:
-            _say(self.channel, msg.ZygoteProblem(
-                order.worker, f"{threads()} threads run in the zygote: forking now could lock up the worker; "
-                              "a module that was imported there started them"))
+    def fork(self, data: bytes, fds: list[int]) -> None:
+        """Makes one worker of the spare fork, else of a new one; tells the service, with a pidfd, before it can be
+        reaped."""
+        order = msg.unpack_to_zygote(data)
+        assert isinstance(order, msg.ForkWorker)
+        try:
+            pid = self._order_spare(data, fds) or self._fork(order, fds)
+        except RuntimeError as error:
+            _say(self.channel, msg.ZygoteProblem(order.worker, str(error)))
             return
-        parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            _run_worker(order, agent_fd, page_fd, output_fd, parent)
         self.workers[pid] = order.worker
         pidfd = os.pidfd_open(pid)
         try:
             _say(self.channel, msg.WorkerForked(order.worker, pid), [pidfd])
         finally:
             os.close(pidfd)
+
+    def _fork(self, order: msg.ForkWorker | None, fds: list[int]) -> int:
+        """A child that becomes the worker at once, or, without an order, the spare one."""
+        if threads() != 1:
+            raise RuntimeError(f"{threads()} threads run in the zygote: forking now could lock up the worker; "
+                               "a module that was imported there started them")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            _run_worker(order, fds, theirs, parent)
+        theirs.close()
+        if order is None:
+            self.spare = pid, ours
+        else:
+            ours.close()
+        return pid
+
+    def _order_spare(self, data: bytes, fds: list[int]) -> int:
+        """Its pid; 0 if there is none."""
+        if self.spare is None:
+            return 0
+        (pid, channel), self.spare = self.spare, None
+        with channel:
+            try:
+                socket.send_fds(channel, [data], fds)
+            except OSError:
+                return 0              # it was killed; it will be reaped like any other
+        return pid
+
+    def make_spare(self) -> None:
+        """Forks the next worker ahead of its order."""
+        if self.spare is None:
+            self._fork(None, [])
 
     def reap(self) -> None:
         """Tells of every worker that ended, once nothing that it started runs any more."""
@@ -108,6 +144,9 @@ class _Zygote:
                 return
             pid = ended.si_pid
             worker = self.workers.pop(pid, None)
+            if self.spare is not None and pid == self.spare[0]:
+                self.spare[1].close()
+                self.spare = None
             if worker is not None:
                 # Its number is not free before it is reaped, so this hits its own group only.
                 _kill_group(pid)
@@ -123,11 +162,11 @@ class _Zygote:
     def _kill_orphans(self) -> None:
         """Ends what dead workers left behind, whatever session it moved to; theirs come to us, the subreaper."""
         for pid in _children():
-            if pid in self.workers:
+            if pid in self.workers or (self.spare is not None and pid == self.spare[0]):
                 continue
             try:
                 if os.getsid(pid) in self.workers:
-                    continue          # started by a kernel that still runs
+                    continue          # started by a kernel whose worker lives
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
@@ -136,6 +175,8 @@ class _Zygote:
         for pid in list(self.workers):
             _kill_group(pid)
             os.kill(pid, signal.SIGKILL)
+        if self.spare is not None:
+            self.spare[1].close()
 
 
 def _children() -> list[int]:
@@ -157,13 +198,21 @@ def _say(channel: socket.socket, message: object, fds: list[int] | None = None) 
     socket.send_fds(channel, [msg.pack_plain(message)], fds or [])  # type: ignore[arg-type]
 
 
-def _run_worker(order: msg.ForkWorker, agent_fd: int, page_fd: int, output_fd: int, parent: int) -> None:
-    """In the fork: becomes the worker, never returns."""
+def _run_worker(order: msg.ForkWorker | None, fds: list[int], orders: socket.socket, parent: int) -> None:
+    """In the fork: becomes the worker that is ordered, now or later; never returns."""
     status = 70
     try:
         from rfaas_mpi.agent import child
-        child.become_worker(order.worker, order.cores, order.memory_bytes, agent_fd, page_fd, output_fd, parent)
-        child.forbid_mpi()
+        embryo = child.Embryo(parent, [*fds, orders.fileno()])
+        if order is None:
+            data, fds, _, _ = socket.recv_fds(orders, DATAGRAM_BYTES, 3)
+            if not data:
+                os._exit(0)
+            later = msg.unpack_to_zygote(data)
+            assert isinstance(later, msg.ForkWorker)
+            order = later
+        orders.detach()               # become() closes it with all the rest
+        embryo.become(order.worker, order.cores, order.memory_bytes, *fds)
         from rfaas_mpi.worker.main import main as serve_kernels
         status = serve_kernels(child.AGENT_FD, child.PAGE_FD, order.cores)
     except SystemExit as leaving:
@@ -181,8 +230,6 @@ def _run_worker(order: msg.ForkWorker, agent_fd: int, page_fd: int, output_fd: i
 
 def serve(channel: socket.socket) -> int:
     """Forks on demand until the service is gone; returns the exit status."""
-    import gc
-
     _import_all()
     if threads() != 1:
         _say(channel, msg.ZygoteProblem(0, f"importing a worker's modules left {threads()} threads running"))
@@ -196,22 +243,28 @@ def serve(channel: socket.socket) -> int:
     signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     zygote = _Zygote(channel)
+    zygote.make_spare()
     selector = selectors.DefaultSelector()
     selector.register(channel, selectors.EVENT_READ)
     selector.register(wake_r, selectors.EVENT_READ)
     _say(channel, msg.ZygoteReady(os.getpid()))
     while True:
-        for key, _ in selector.select():
+        ready = selector.select(SPARE_AFTER_S if zygote.spare is None else None)
+        if not ready:
+            # Only now: forking at once would take time from the worker just made.
+            zygote.make_spare()
+        for key, _ in ready:
             if key.fileobj is channel:
                 data, fds, _, _ = socket.recv_fds(channel, DATAGRAM_BYTES, 3)
                 if not data:
                     zygote.kill_all()
                     return 0
                 try:
-                    order = msg.unpack_to_zygote(data)
-                    if isinstance(order, msg.ForkWorker):
-                        zygote.fork(order, fds)
+                    zygote.fork(data, fds)
                 finally:
                     for fd in fds:
                         os.close(fd)

@@ -105,7 +105,7 @@ def _summary(report: dict[str, Any]) -> list[str]:
     speedup = median["alone"] / median["shared"]
     bound = median["alone"] / median["bound"]
     return [f"speed-up {speedup:.2f}x with a borrowed core; two bare processes reach {bound:.2f}x "
-            f"({speedup / bound:.0%} of it)"]
+            f"({report['of_bound']:.0%} of it, median of {len(report['seconds']['bound'])} rounds)"]
 
 
 # --- the picture -----------------------------------------------------------------
@@ -145,7 +145,7 @@ def _draw_timeline(axes: Any, report: dict[str, Any]) -> None:
         rows.append((f"{name}\ncore {core}" if position == 0 else name, bars, WORKER if position == 0 else REPLACED))
     for row, (_, bars, colour) in enumerate(rows):
         axes.broken_barh([(ms(start), (end - start) / 1e6) for start, end in bars], (row - 0.36, 0.72),
-                         facecolors=colour, edgecolor="white", linewidth=0.6)
+                         facecolors=colour, edgecolor="white", linewidth=0.35)
     killed = ms(kill["killed_ns"])
     axes.axvline(killed, color=KILL, linewidth=1.6)
     axes.annotate("worker killed (SIGKILL)", (killed, -0.62), xytext=(6, 0), textcoords="offset points",
@@ -156,7 +156,8 @@ def _draw_timeline(axes: Any, report: dict[str, Any]) -> None:
     axes.set_xlabel("ms since the start; a bar is one cell of options")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.set_title(f"{config_['options']:,} options while the worker is killed in mid-run: every price is right")
+    axes.set_title(f"{config_['options']:,} options, {kill['passes']} times over, and the worker killed in mid-run: "
+                   "every price is right")
 
 
 def _draw_speedup(axes: Any, report: dict[str, Any]) -> None:

@@ -211,15 +211,26 @@ int32_t rfm_bad_segfault(const struct rfm_call *call)
     return 0;
 }
 
-/* One 64-byte line too many. */
-int32_t rfm_bad_overrun(const struct rfm_call *call)
+static int32_t overrun(const struct rfm_call *call, uint64_t bytes)
 {
     volatile uint8_t *out = call->outputs[0].ptr;
 
-    for (uint64_t i = 0; i < call->outputs[0].capacity + 64; i++) {
+    for (uint64_t i = 0; i < call->outputs[0].capacity + bytes; i++) {
         out[i] = 0xee;
     }
     return 0;
+}
+
+/* One number too many. */
+int32_t rfm_bad_overrun(const struct rfm_call *call)
+{
+    return overrun(call, sizeof(double));
+}
+
+/* One 64-byte line too many. */
+int32_t rfm_bad_overrun_line(const struct rfm_call *call)
+{
+    return overrun(call, 64);
 }
 
 /* Fills its output and claims one byte more than fits. */

@@ -50,7 +50,7 @@ _ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None)})
 _PLAIN_END = ord(".")
 
 # dtypes with one letter; all others travel inside the pickle.
-_LETTERS = {np.dtype(letter): letter for letter in "?bBhHiIlLqQefdgFDG"}
+_LETTERS = {np.dtype(letter): letter for letter in "?bBhHiIlLefdgFDG"}
 _DTYPES = {letter: dtype for dtype, letter in _LETTERS.items()}
 _SCALARS = {dtype.type: letter for dtype, letter in _LETTERS.items()}
 _SCALARS.pop(np.bool_)  # singletons; pickle keeps their identity

@@ -37,7 +37,7 @@ from rfaas_mpi.types import Initialised
 
 __all__ = [
     "KIND_NATIVE", "KIND_NUMBA", "KIND_OBJECT", "KIND_PLAIN", "KIND_PYTHON", "Kernel",
-    "as_kernel", "kernel", "load_blob", "object_kernel", "short_name", "takes_out",
+    "kernel", "load_blob", "object_kernel", "short_name", "takes_out",
 ]
 
 # The fabric's numbers. A numba kernel is of the kind of its ABI, since it is
@@ -423,10 +423,11 @@ class Kernel:
 
     @property
     def settled(self) -> bool:
-        """Whether what was packed is what the function is now, for certain.
+        """Whether a worker may keep it: it is for certain what the function is now, and will be used again.
 
         False if the function is by value, and something that it refers to was
-        bound anew or is mutable.
+        bound anew or is mutable, or `object_kernel` has seen it only once: a
+        loop that makes a lambda for each call must not fill the workers.
         """
         return self._origin.settled()
 
@@ -499,6 +500,7 @@ class _Python:
         self.function = function
         self._packed: tuple[bytes, bytes] | None = None
         self._capture: _Capture | None = None
+        self.used_again = False
         _note_source(function)
 
     def pack(self, kind: int, name: str) -> tuple[bytes, bytes]:
@@ -512,9 +514,13 @@ class _Python:
         self._packed = _pack(kind, "V", _pickled(self.function))
         return self._packed
 
-    def settled(self) -> bool:
+    def is_current(self) -> bool:
+        """Whether what was packed is for certain what the callable is now."""
         capture = self._capture
         return self._packed is not None and (capture is None or (capture.exact and capture.unchanged()))
+
+    def settled(self) -> bool:
+        return (self._capture is None or self.used_again) and self.is_current()
 
 
 class _Library:
@@ -621,21 +627,6 @@ def kernel(function: Any = None, /, *, name: str | None = None) -> Any:
     return Kernel(_Python(function), KIND_PYTHON, name or short_name(function), takes_out(function))
 
 
-def as_kernel(thing: Any) -> Kernel:
-    """The thing itself if it is a Kernel, else a Kernel of it; the same one each time for functions.
-
-    Raises BadKernel as `kernel` does.
-    """
-    if isinstance(thing, Kernel):
-        return thing
-    if isinstance(thing, (types.FunctionType, types.BuiltinFunctionType, np.ufunc)) or _is_cfunc(thing):
-        return _kernel_of(thing)
-    return kernel(thing)
-
-
-_kernel_of = functools.lru_cache(maxsize=_REMEMBERED)(lambda function: kernel(function))
-
-
 def short_name(function: Any) -> str:
     """What a callable is called in messages."""
     return getattr(function, "__name__", None) or type(function).__name__
@@ -683,22 +674,24 @@ def object_kernel(function: Any) -> Kernel:
     """The kernel for `submit(function, …)`: any callable, also a Kernel of a Python function.
 
     The same one each time if the function can be imported, or if all that it
-    refers to is immutable and unchanged (its kernel is `settled`); else it is
-    pickled again, so that what runs is what the function is now. Raises
-    BadKernel that names what can't be pickled.
+    refers to is immutable and unchanged; else it is pickled again, so that what
+    runs is what the function is now. Raises BadKernel that names what can't be
+    pickled.
     """
     if isinstance(function, Kernel):
         if function.fn is None:
             raise BadKernel(f"{function!r} takes buffers, not objects", hint="use Invoke")
         function = function.fn
     known = _objects.get(id(function))
-    if known is not None and known.fn is function and known.settled:
+    if known is not None and known.fn is function and known._origin.is_current():
+        known._origin.used_again = True
         return known
     if not callable(function):
         raise BadKernel(f"{function!r} can't be called")
-    made = Kernel(_Python(function), KIND_OBJECT, _name_of(function), False)
+    source = _Python(function)
+    made = Kernel(source, KIND_OBJECT, _name_of(function), False)
     _ = made.blob             # what can't be pickled is told now
-    if made.settled:
+    if source.is_current():
         while len(_objects) >= _REMEMBERED:
             _objects.pop(next(iter(_objects)), None)
         _objects[id(function)] = made

@@ -11,7 +11,7 @@ import pytest
 
 import rfaas_mpi
 from rfaas_mpi import Executor, codec, kernels
-from rfaas_mpi.errors import BadKernel, KernelChanged, KernelError, NestedError
+from rfaas_mpi.errors import BadKernel, KernelChanged, KernelError, KernelTimeout, NestedError
 from rfaas_mpi.kernels import Kernel, kernel, object_kernel
 from rfaas_mpi.worker.handlers import Handlers
 
@@ -269,3 +269,29 @@ def test_mpi_inside_a_kernel_is_a_clear_error(ex):
         return MPI.COMM_WORLD.Get_rank()
     with pytest.raises(NestedError, match="MPI.COMM_WORLD"):
         ex.submit(communicates).result()
+
+
+@pytest.mark.parametrize(("symbol", "abi", "says", "facts"), [
+    ("rfm_bad_negative", "rfm", "returned -1", {"signal": 0}),
+    ("rfm_bad_segfault", "rfm", "SIGSEGV", {"signal": 11}),
+    ("rfm_bad_abort", "rfm", "SIGABRT", {"signal": 6}),
+    ("rfm_bad_exit", "rfm", "7", {"exit_code": 7}),
+    ("rfm_bad_quick_exit", "rfm", "8", {"exit_code": 8}),
+    ("rfm_bad_overrun", "rfm", "past the end of output 0", {"signal": 0}),
+    ("rfm_bad_length", "rfm", "33 bytes to output 0, which holds 32", {"signal": 0}),
+    ("rfm_bad_plain_length", "plain", "4294967295 bytes to output 0, which holds 32", {"signal": 0}),
+])
+def test_a_native_kernel_that_misbehaves_fails_alone_and_says_how(ex, symbol, abi, says, facts):
+    x = np.zeros(4)
+    for out in (np.zeros(4), ex.empty(4)):
+        with pytest.raises(KernelError, match=says) as caught:
+            ex.Invoke(Kernel.from_library(LIBRARY, symbol, abi=abi), x, out)
+        for name, value in facts.items():
+            assert getattr(caught.value, name) == value
+        assert ex.Invoke(Kernel.from_library(LIBRARY, "rfm_scale2"), np.ones(4), out).tolist() == [2] * 4
+
+
+def test_a_native_kernel_that_loops_is_stopped_at_its_time_limit(ex):
+    with pytest.raises(KernelTimeout):
+        ex.Invoke(Kernel.from_library(LIBRARY, "rfm_bad_loop"), np.zeros(1), np.zeros(1), timeout_s=0.3)
+    assert ex.submit(int, "3").result() == 3

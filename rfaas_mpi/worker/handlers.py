@@ -64,9 +64,9 @@ class Handlers:
                             f"{len(binding.outputs)} described")
         return _Bound(kernel, binding)
 
-    def run_object(self, kernel: Callable[..., Any], parts: Sequence[memoryview],
-                   refs: Sequence[memoryview]) -> list[Any]:
+    def run_object(self, kernel: object, parts: Sequence[memoryview], refs: Sequence[memoryview]) -> list[Any]:
         """The parts of what the callable returns. Raises what it raises."""
+        assert callable(kernel)
         args, kwargs = codec.loads_call(parts, refs)
         return codec.dumps_result(kernel(*args, **kwargs))
 

@@ -91,7 +91,7 @@ def test_arrays_without_one_block_of_memory_arrive():
 
 
 def test_numpy_scalars_keep_their_type():
-    for value in (np.float64(1.5), np.int64(7), np.longlong(7), np.int8(-3), np.complex64(1j), np.bool_(True),
+    for value in (np.float64(1.5), np.int64(7), np.int8(-3), np.complex64(1j), np.bool_(True),
                   np.float32(2)):
         (got,), _ = call_and_back(value)
         assert type(got) is type(value) and got == value

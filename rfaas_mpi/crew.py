@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -78,6 +79,7 @@ class Crew:
         self._watched: dict[Any, Any] = {}
         self._notifier: threading.Thread | None = None
         self._said = False
+        self.on_close: Callable[[], object] = _nothing
         if settings.transport == "inline":
             self.invoker: Any = InlineInvoker(time.monotonic_ns)
         else:
@@ -329,7 +331,9 @@ class Crew:
                 if verdict is not None:
                     return lost_error(verdict)
                 why = self.lending.why if self.lending is not None else None
-                return why or WorkerLost("no worker is left to run this invocation", hint="make a new Executor")
+                # A copy: each error that is raised gets its own traceback.
+                return copy.copy(why) if why is not None else WorkerLost(
+                    "no worker is left to run this invocation", hint="make a new Executor")
         return None
 
     def _kernel_failed(self, outcome: Outcome, detail: Any, *, objects: bool) -> BaseException:
@@ -398,6 +402,14 @@ class Crew:
         if self._notifier is not None and self._notifier is not me:
             self._notifier.join(2.0)
         self._refs.clear()
+        # The memory of the data plane goes with the last request and array on
+        # it, not with this object, which its user may still hold.
+        self.invoker = InlineInvoker(time.monotonic_ns)
+        self.invoker.close()
+        self.memory = Memory(self.invoker)
+        if self.lending is not None:
+            self.lending.detach(self.invoker)
+        self.on_close()
 
     def forget(self) -> None:
         """In a forked child: nothing here is ours any more. Takes no lock, since the parent may have held it."""
@@ -407,6 +419,10 @@ class Crew:
         for future in list(self.pending):
             future.__dict__.update(_error=error, _over="FINISHED", _cond=None)
         self.pending.clear()
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 def worker_error(ended: WorkerEnded, *, timeout: bool = False) -> KernelError:

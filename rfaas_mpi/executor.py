@@ -421,7 +421,9 @@ _crews: weakref.WeakSet[Crew] = weakref.WeakSet()
 def _new_crew(executor: Executor, settings: Settings) -> Crew:
     crew = Crew(settings)
     _crews.add(crew)
-    weakref.finalize(executor, _forgotten, crew).atexit = False
+    forgotten = weakref.finalize(executor, _forgotten, crew)
+    forgotten.atexit = False
+    crew.on_close = forgotten.detach
     return crew
 
 

@@ -106,14 +106,18 @@ class InlineInvoker:
 
     def begin(self) -> int:
         """The next invocation's id. Raises ClosedError and ForkedError as the fabric does."""
-        if self.closed:
-            raise ClosedError("the executor is shut down; make another Executor")
+        self._live()
         if os.getpid() != self._pid:
             raise ForkedError("this executor belongs to the process that made it; make another one here")
         return next(self._ids)
 
+    def _live(self) -> None:
+        if self.closed:
+            raise ClosedError("the executor is shut down; make another Executor")
+
     def alloc(self, nbytes: int, *, zero: bool = False) -> Any:
         """64-byte aligned memory, as the workers' arenas give it."""
+        self._live()
         raw = np.zeros(nbytes + 64, np.uint8) if zero else np.empty(nbytes + 64, np.uint8)
         start = -raw.__array_interface__["data"][0] % 64
         return raw[start:start + nbytes].data
@@ -145,6 +149,7 @@ class InlineInvoker:
         """Nothing ever waits here."""
 
     def stats(self) -> dict[str, int]:
+        self._live()
         return {}
 
     def close(self) -> None:

@@ -201,8 +201,10 @@ class Lending:
                     self.why = ServiceLost(event.message or "the service ended",
                                            hint="make a new Executor: it starts another one")
                     channels = list(self._channels.values())
-                # Its workers end with it, but one that is stopped may not yet have noticed.
+                # Its workers end with it; one that is stopped would only notice later,
+                # and keep what it was given in flight until then.
                 for channel in channels:
+                    channel.kill()
                     channel.close()
                 self._look()
 
@@ -241,6 +243,8 @@ class Lending:
     def _look(self) -> None:
         """Decides whether anybody is left to wait for."""
         with self._lock:
+            if self._closed:
+                return
             now = time.monotonic()
             for lease, until in list(self._awaited.items()):
                 if until <= now:
@@ -270,6 +274,10 @@ class Lending:
                 except ServiceError as error:
                     log.debug("lease=%d not released: %s", lease, error)
 
+    def detach(self, invoker: Any) -> None:
+        """Lets go of a data plane that was closed."""
+        self._invoker = invoker
+
     def close(self) -> None:
         """Ends the session. Safe to call twice."""
         self.release()
@@ -277,6 +285,9 @@ class Lending:
         self._events.put(None)
         if self._thread is not threading.current_thread():
             self._thread.join(2.0)
+        with self._lock:
+            self._channels.clear()
+            self.alone = True
 
 
 def lease_error(event: msg.LeaseEnded) -> RFaaSError:

@@ -14,7 +14,9 @@ from typing import Any
 
 from rfaas_mpi.errors import ConfigError
 
-__all__ = ["Places", "Settings", "core_list", "describe", "environment", "inside_worker", "places", "scrubbed", "slurm_job"]
+__all__ = [
+    "Places", "Settings", "core_list", "describe", "environment", "inside_worker", "places", "scrubbed", "slurm_job",
+]
 
 PREFIX = "RFAAS_"
 WORKER_MARK = "RFAAS_INSIDE_WORKER"

@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import struct
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeVar, Union
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -59,7 +59,7 @@ GONE_BODY = struct.Struct("<I")
 def version_number(version: str = __version__) -> int:
     """`major<<16 | minor<<8 | patch`, as the hello carries it."""
     numbers = [int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:3]]
-    major, minor, patch = (numbers + [0, 0, 0])[:3]
+    major, minor, patch = [*numbers, 0, 0, 0][:3]
     return major << 16 | min(minor, 255) << 8 | min(patch, 255)
 
 
@@ -193,7 +193,7 @@ class RankRequest(msgspec.Struct, frozen=True, tag_field="t"):
     id: int
 
 
-class Join(RankRequest, tag="join"):
+class Join(RankRequest, frozen=True, tag="join"):
     """First message of a session: who this is and what a worker must look like."""
 
     pid: int
@@ -208,7 +208,7 @@ class Join(RankRequest, tag="join"):
     observer: bool = False           # asks and commands only: no zygote, does not hold the service
 
 
-class LeaseRequest(RankRequest, tag="lease"):
+class LeaseRequest(RankRequest, frozen=True, tag="lease"):
     workers_min: int
     workers_max: int
     cores_per_worker: int
@@ -216,30 +216,30 @@ class LeaseRequest(RankRequest, tag="lease"):
     timeout_s: float = 0.0
 
 
-class KillRequest(RankRequest, tag="kill"):
+class KillRequest(RankRequest, frozen=True, tag="kill"):
     lease: int
     worker: int
     reason: str
     invocation: int = 0              # 0: whatever runs; else only if this one still runs
 
 
-class ReleaseRequest(RankRequest, tag="release"):
+class ReleaseRequest(RankRequest, frozen=True, tag="release"):
     lease: int
 
 
-class StatusRequest(RankRequest, tag="status"):
+class StatusRequest(RankRequest, frozen=True, tag="status"):
     pass
 
 
-class StayRequest(RankRequest, tag="stay"):
+class StayRequest(RankRequest, frozen=True, tag="stay"):
     """The service stays until it is told to go down."""
 
 
-class DownRequest(RankRequest, tag="down"):
+class DownRequest(RankRequest, frozen=True, tag="down"):
     pass
 
 
-AnyRequest = Union[Join, LeaseRequest, KillRequest, ReleaseRequest, StatusRequest, StayRequest, DownRequest]
+AnyRequest = Join | LeaseRequest | KillRequest | ReleaseRequest | StatusRequest | StayRequest | DownRequest
 
 
 # ---- service → rank ----------------------------------------------------------------------------
@@ -250,7 +250,7 @@ class Answer(msgspec.Struct, frozen=True, tag_field="t"):
     id: int
 
 
-class Welcome(Answer, tag="welcome"):
+class Welcome(Answer, frozen=True, tag="welcome"):
     session: int
     service_pid: int
     cores: tuple[int, ...]           # what may be lent, lent ones included
@@ -260,39 +260,39 @@ class Welcome(Answer, tag="welcome"):
     why_none: str = ""               # why no core is lent, where none is
 
 
-class Granted(Answer, tag="granted"):
+class Granted(Answer, frozen=True, tag="granted"):
     leases: tuple[GrantLease, ...]
     reason: str = ""                 # why fewer than asked for
 
 
-class Denied(Answer, tag="denied"):
+class Denied(Answer, frozen=True, tag="denied"):
     message: str
     hint: str = ""
 
 
-class Failed(Answer, tag="failed"):
+class Failed(Answer, frozen=True, tag="failed"):
     """A request that could not be done for another reason than a lack of cores."""
 
     message: str
     hint: str = ""
 
 
-class Done(Answer, tag="done"):
+class Done(Answer, frozen=True, tag="done"):
     ok: bool = True
 
 
-class StatusAnswer(Answer, tag="status"):
+class StatusAnswer(Answer, frozen=True, tag="status"):
     data: dict[str, Any] = {}
 
 
-AnyAnswer = Union[Welcome, Granted, Denied, Failed, Done, StatusAnswer]
+AnyAnswer = Welcome | Granted | Denied | Failed | Done | StatusAnswer
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="t"):
     """Base of what the service tells unasked."""
 
 
-class Log(Event, tag="log"):
+class Log(Event, frozen=True, tag="log"):
     """Lines that a worker wrote to stdout or stderr."""
 
     lease: int
@@ -305,7 +305,7 @@ def log_text(event: Log) -> str:
     return "".join(f"[rfaas worker {event.worker}] {line}\n" for line in event.lines)
 
 
-class WorkerReady(Event, tag="ready"):
+class WorkerReady(Event, frozen=True, tag="ready"):
     """A replacement can be dialled. `replaces` is the number of the worker that ended."""
 
     lease: int
@@ -314,7 +314,7 @@ class WorkerReady(Event, tag="ready"):
     replaces: int = 0
 
 
-class WorkerEnded(Event, tag="ended"):
+class WorkerEnded(Event, frozen=True, tag="ended"):
     """A worker is gone, and who caused it.
 
     cause: kernel · infrastructure · unknown. reason: signal · exit · memory · deadline · cancel · released ·
@@ -333,7 +333,7 @@ class WorkerEnded(Event, tag="ended"):
     message: str = ""
 
 
-class LeaseEnded(Event, tag="lease_ended"):
+class LeaseEnded(Event, frozen=True, tag="lease_ended"):
     """The service ended a lease unasked. cause: expired · revoked · failed · service."""
 
     lease: int
@@ -341,20 +341,19 @@ class LeaseEnded(Event, tag="lease_ended"):
     message: str = ""
 
 
-class ServiceEnded(Event, tag="service_ended"):
+class ServiceEnded(Event, frozen=True, tag="service_ended"):
     """The connection to the service ended (told by the session itself, last event of all)."""
 
     message: str = ""
 
 
-AnyEvent = Union[Log, WorkerReady, WorkerEnded, LeaseEnded, ServiceEnded]
-AnyToRank = Union[Welcome, Granted, Denied, Failed, Done, StatusAnswer, Log, WorkerReady, WorkerEnded, LeaseEnded,
-                  ServiceEnded]
+AnyEvent = Log | WorkerReady | WorkerEnded | LeaseEnded | ServiceEnded
+AnyToRank = (Welcome | Granted | Denied | Failed | Done | StatusAnswer | Log | WorkerReady | WorkerEnded
+             | LeaseEnded | ServiceEnded)
 
 _encoder = msgspec.json.Encoder()
-_decode_request = msgspec.json.Decoder(AnyRequest)
-_decode_to_rank = msgspec.json.Decoder(AnyToRank)
-_T = TypeVar("_T")
+_decode_request: msgspec.json.Decoder[AnyRequest] = msgspec.json.Decoder(AnyRequest)
+_decode_to_rank: msgspec.json.Decoder[AnyToRank] = msgspec.json.Decoder(AnyToRank)
 
 
 def pack_message(message: msgspec.Struct) -> bytes:
@@ -422,10 +421,10 @@ class ZygoteProblem(msgspec.Struct, frozen=True, tag_field="t", tag="problem"):
     message: str
 
 
-AnyToZygote = Union[ZygoteSetup, ForkWorker]
-AnyFromZygote = Union[ZygoteReady, WorkerForked, WorkerExited, ZygoteProblem]
-_decode_to_zygote = msgspec.json.Decoder(AnyToZygote)
-_decode_from_zygote = msgspec.json.Decoder(AnyFromZygote)
+AnyToZygote = ZygoteSetup | ForkWorker
+AnyFromZygote = ZygoteReady | WorkerForked | WorkerExited | ZygoteProblem
+_decode_to_zygote: msgspec.json.Decoder[AnyToZygote] = msgspec.json.Decoder(AnyToZygote)
+_decode_from_zygote: msgspec.json.Decoder[AnyFromZygote] = msgspec.json.Decoder(AnyFromZygote)
 
 
 def pack_plain(message: msgspec.Struct) -> bytes:

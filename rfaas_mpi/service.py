@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -47,6 +48,8 @@ PARTIAL_LINE_S = 0.2                 # an unfinished line is shown after this
 LEAVE_RETRY_S = 0.05
 CORE_RETRY_S = 0.1                   # another service of ours may give up a core
 REPORT_S = 5.0                       # the node is looked at again while leases live
+FORGET_S = 7 * 86400.0               # files of a service that last started so long ago are removed
+LOG_BYTES = 1 << 20                  # a longer log is begun anew
 LIFE_LOCK_S = 5.0                    # the service before may need so long to end
 NODE = "local"
 
@@ -87,7 +90,7 @@ class SessionHandle:
     join: msg.Join | None = None
     kind: ZygoteKind | None = None
     rank: node_cores.Rank | None = None
-    slurm: node_cores.SlurmFacts = node_cores.SlurmFacts()
+    slurm: node_cores.SlurmFacts = field(default_factory=node_cores.SlurmFacts)
     dropped_lines: int = 0
     closed: bool = False
 
@@ -147,6 +150,8 @@ class Service:
             self._life.wait(deadline)
         except ServiceError:
             raise ServiceError(f"another service lives in {self.directory}") from None
+        if (log_file := self.directory / "log").exists() and log_file.stat().st_size > LOG_BYTES:
+            os.truncate(log_file, 0)
         os.ftruncate(self._life.fd, 0)
         os.pwrite(self._life.fd, b"%d\n" % os.getpid(), 0)
         self._store = Store(self.directory / "store.db")
@@ -154,6 +159,7 @@ class Service:
         self.agent = AgentCore()
         # The rank that started us may have been bound to one core.
         self._facts = node_cores.read_node_facts(affinity=full_cpuset())
+        _forget_old(self.directory.parent, self.directory)
         cores_directory = self.directory.parent / "cores"
         cores_directory.mkdir(mode=0o700, exist_ok=True)
         self._locks = CoreLocks(cores_directory)
@@ -604,7 +610,8 @@ class Service:
             log.info("lease=%d session=%d cores=%s granted", lease.id, session.number, lease.cores)
         # Forked first: the answer's way to the rank costs no time then.
         self._act(started)
-        self._send(session, msg.Granted(granted.request, tuple(answer), granted.reason))
+        reason = granted.reason if answer else self._why_none or granted.reason
+        self._send(session, msg.Granted(granted.request, tuple(answer), reason))
 
     def _notify(self, notify: manager_core.Notify) -> None:
         lease = self.manager.book.lease(notify.lease_id)
@@ -913,6 +920,20 @@ def _why_ended(lease: int, cause: Cause) -> str:
             return f"lease {lease} came to its hard end"
         case _:
             return f"lease {lease} ended: {cause}"
+
+
+def _forget_old(base: Path, ours: Path) -> None:
+    """Removes the files of services that nobody has started for long: login sessions and jobs come and go."""
+    for directory in base.iterdir():
+        life = directory / "life.lock"
+        try:
+            if directory == ours or time.time() - life.stat().st_mtime < FORGET_S:
+                continue
+            with FileLock(directory / "join.lock") as join, FileLock(life) as lives:
+                if join.take() and lives.take():
+                    shutil.rmtree(directory)
+        except (FileNotFoundError, NotADirectoryError):
+            continue                  # no service's directory, or another service was faster
 
 
 def _peer(connection: socket.socket) -> tuple[int, int]:

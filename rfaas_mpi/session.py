@@ -399,9 +399,9 @@ class Session:
             raise NestedError("an Executor can't be used inside a kernel",
                               hint="offload from the rank; a kernel computes and returns")
         settings = settings or Settings.load()
-        directory = service_directory(settings)
         deadline = time.monotonic() + settings.start_timeout_s
         for attempt in itertools.count():
+            directory = service_directory(settings)
             try:
                 return cls._open_once(settings, directory, deadline, on_event, start, observer)
             except (ConnectionError, FileNotFoundError, TimeoutError) as error:

@@ -72,8 +72,7 @@ def test_a_worker_has_only_its_own_descriptors_and_no_terminal(rank):
     line = rank.dial()
     # 0-2, agent socket, page twice (mapping it keeps one), the rank's connection, and the listing itself.
     assert line.ask("sorted(int(fd) for fd in os.listdir('/proc/self/fd'))")[:5] == [0, 1, 2, 3, 4]
-    links = line.ask("[(fd, os.path.exists('/proc/self/fd/' + fd) and os.readlink('/proc/self/fd/' + fd)) for fd in os.listdir('/proc/self/fd')]")
-    assert len(links) <= 8, links
+    assert len(line.ask("os.listdir('/proc/self/fd')")) <= 8
     assert line.ask("os.readlink('/proc/self/fd/0')") == "/dev/null"
     assert line.ask("os.getsid(0) == os.getpid()")
 
@@ -220,7 +219,7 @@ def test_what_a_kernel_started_ends_with_its_worker(rank, wait_until):
 # --- leases -------------------------------------------------------------------------
 
 def test_a_demand_beyond_what_is_spare_is_denied_with_both_numbers(nobody_else):
-    with pytest.raises(LeaseDenied, match="3 workers.*2 available"):
+    with pytest.raises(LeaseDenied, match=r"3 workers.*2 available"):
         nobody_else.request(3, 3, timeout_s=0)
 
 
@@ -319,8 +318,7 @@ def test_a_flood_of_output_does_not_grow_the_service(rank, wait_until):
         return int(Path(f"/proc/{service}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     before = resident()
-    line.ask("[os.write(1, b'x' * 99 + b'\\n') and None for _ in range(100)] and [os.write(1, (b'y' * 99 + b'\\n') * 600)"
-             " and None for _ in range(1700)] and 1")
+    line.ask("[os.write(1, (b'y' * 99 + b'\\n') * 600) and None for _ in range(1700)] and 1")
     line.do("print('the end'); os._exit(4)")
     ended = rank.session.verdict(rank.lease, rank.worker, 30)
     assert ended.last_lines[-1] == "the end" and len(ended.last_lines) <= 20

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -252,7 +251,8 @@ def test_the_service_holds_none_of_its_starters_descriptors(view):
         code = ("import sys; sys.path.insert(0, %r); sys.path.insert(1, %r)\n"
                 "from rfaas_mpi.session import Session; from rfaas_mpi.config import Settings\n"
                 "s = Session.open(Settings.load(runtime_dir=%r, linger_s=5)); print(s.service_pid)")
-        rank = subprocess.run([sys.executable, "-c", code % (str(view), str(Path(__file__).parent), chosen.runtime_dir)],
+        code %= (str(view), str(Path(__file__).parent), chosen.runtime_dir)
+        rank = subprocess.run([sys.executable, "-c", code],
                               pass_fds=(give,), capture_output=True, text=True, timeout=60, check=True)
         # Its end of file, with the service still there, is what mpiexec waits for.
         os.close(give)

@@ -154,7 +154,8 @@ def test_ranks_of_one_launch_share_a_zygote(view):
 
 
 def test_what_a_launcher_gave_one_rank_is_scrubbed_and_the_rest_is_kept():
-    kept = {"PATH": "/bin", "SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "4", "MPICH_HOME": "/opt/mpich", "OMP_STACKSIZE": "1M"}
+    kept = {"PATH": "/bin", "SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "4",
+            "MPICH_HOME": "/opt/mpich", "OMP_STACKSIZE": "1M"}
     gone = {"PMI_FD": "9", "PMIX_RANK": "1", "OMPI_MCA_x": "y", "HYDI_CONTROL_FD": "8", "SLURM_PROCID": "3",
             "SLURM_STEP_ID": "0", "MPI_LOCALRANKID": "1"}
     assert config.scrubbed({**kept, **gone}) == kept

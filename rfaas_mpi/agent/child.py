@@ -24,7 +24,6 @@ AGENT_FD = 3
 PAGE_FD = 4
 
 _PR_SET_PDEATHSIG = 1
-_PR_SET_DUMPABLE = 4
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
@@ -40,7 +39,7 @@ def _prctl(option: int, value: int | bytes) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """SIGKILL for this process when the thread that forked it ends; SystemExit if it has already."""
+    """SIGKILL for this process when the thread that forked it ends; ends it now if that has ended already."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
@@ -66,7 +65,10 @@ class _NoMPI:
         raise NestedError(f"mpi4py.{object.__getattribute__(self, '_name')} was used inside a kernel",
                           hint="a worker is no MPI rank: communicate in the rank, compute in the kernel")
 
-    __call__ = __setattr__ = __getitem__ = __iter__ = __len__ = __index__ = _refuse
+    __call__ = __getitem__ = __iter__ = __len__ = __index__ = _refuse
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self._refuse()
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__") and name.endswith("__"):
@@ -202,5 +204,5 @@ def _close_all_but(keep: Iterable[int]) -> None:
 
 
 def _above(fd: int) -> int:
-    """A copy of `fd` that is out of the way of 0–4."""
+    """A copy of `fd` that is out of the way of 0 to 4."""
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE)

@@ -64,7 +64,6 @@ def _become_like_the_rank(setup: msg.ZygoteSetup) -> None:
 def _import_all() -> None:
     """Everything that a worker needs and that costs time to import."""
     import cloudpickle  # noqa: F401
-    import numpy  # noqa: F401
     import numpy.random  # noqa: F401
     import threadpoolctl  # noqa: F401
 

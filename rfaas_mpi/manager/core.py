@@ -1,4 +1,4 @@
-"""The manager's decisions: which demand is answered when, and what the lease book's actions mean for a session. Pure."""
+"""The manager's decisions, pure: which demand is answered when, and what the book's actions mean for a session."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ class Store:
         self.epoch = self._reserved
 
     def _reserve(self, epoch: int) -> None:
-        self._epochs.execute("INSERT INTO epoch VALUES (1, ?) ON CONFLICT (one) DO UPDATE SET reserved = excluded.reserved",
-                             (epoch,))
+        self._epochs.execute("INSERT INTO epoch VALUES (1, ?) "
+                             "ON CONFLICT (one) DO UPDATE SET reserved = excluded.reserved", (epoch,))
         self._reserved = epoch
 
     def keep(self, epoch: int) -> None:

@@ -44,17 +44,23 @@ class Store:
             self._open(path)
             # What was given out is not known any more: begin above all of it.
             self._reserve(int(time.time()))
+            self.epoch = self._reserved
 
     def _open(self, path: Path) -> None:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         # Two connections: an epoch is on disk before it is used, usage may lag.
         self._epochs = sqlite3.connect(path, isolation_level=None)
         self._usage = sqlite3.connect(path, isolation_level=None)
-        self._epochs.execute("PRAGMA journal_mode=WAL")
-        self._epochs.execute("PRAGMA synchronous=FULL")
-        self._usage.execute("PRAGMA synchronous=OFF")
-        self._epochs.executescript(_SCHEMA)
-        row = self._epochs.execute("SELECT reserved FROM epoch").fetchone()
+        try:
+            self._epochs.execute("PRAGMA journal_mode=WAL")
+            self._epochs.execute("PRAGMA synchronous=FULL")
+            self._usage.execute("PRAGMA synchronous=OFF")
+            self._epochs.executescript(_SCHEMA)
+            row = self._epochs.execute("SELECT reserved FROM epoch").fetchone()
+        except sqlite3.Error:
+            self._usage.close()
+            self._epochs.close()
+            raise
         self._reserved = 0 if row is None else int(row[0])
         self.epoch = self._reserved
 

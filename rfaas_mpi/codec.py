@@ -454,6 +454,10 @@ def loads_error(data: Any) -> Exception:
     return error
 
 
+def _called(name: str) -> str:
+    return f"kernel {name}" if name else "the kernel"
+
+
 def error_for_future(data: Any, name: str = "") -> Exception:
     """For `Future.exception()`: the user's own exception, as `concurrent.futures` gives it."""
     error = loads_error(data)
@@ -467,7 +471,7 @@ def error_for_invoke(data: Any, name: str = "") -> KernelError:
     error = loads_error(data)
     if isinstance(error, KernelError):
         return error if error.__cause__ is not None or not name else KernelError(f"kernel {name}: {error}")
-    wrapped = KernelError(f"{f'kernel {name}' if name else 'the kernel'} raised {_describe(error)}")
+    wrapped = KernelError(f"{_called(name)} raised {_describe(error)}")
     wrapped.__cause__ = error
     return wrapped
 
@@ -478,7 +482,7 @@ def error_for_bind(data: Any, name: str = "") -> RFaaSError:
     if isinstance(error, BadKernel):
         return error
     text = str(error) if isinstance(error, (KernelError, NestedError)) else _describe(error)
-    wrapped = BadKernel(f"kernel {name or 'without a name'} can't be loaded by the worker: {text}")
+    wrapped = BadKernel(f"{_called(name)} can't be loaded by the worker: {text}")
     wrapped.__cause__ = error
     return wrapped
 

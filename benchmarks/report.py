@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rfaas_mpi.bench.report import figures
-
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 LARGE = 256 << 10
-WAYS = ("local_us", "bound_us", "registered_us", "plain_us")
+WAYS = ("local", "bound", "registered", "plain")
+# What stands in a figure's name where the rank writes x before and reads y after.
+KINDS = {"untouched": "", "touched": "_touched"}
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,23 @@ class Target:
 def targets(data: dict) -> Iterator[Target]:
     """All targets for which `data`, of `rfaas bench all`, has the figures."""
     latency, rate, cold = data["latency"], data["throughput"], data["cold"]
-    raw = latency["raw_ns"]["in_blocks"]
-    yield Target("native kernel, from C, over raw", latency["native_over_raw_ns"]["p50"], 200, "ns")
-    yield Target("native kernel, from Python, over raw", latency["native_call_over_raw_ns"]["p50"], 500, "ns")
-    yield Target("Python kernel over the local call", latency["python_over_local_ns"]["p50"], round(raw + 1500), "ns")
-    yield Target("object kernel, two ints", latency["object_us"]["p50"], 15, "µs")
-    yield Target("object kernel, float64[8]", latency["object_array_us"]["p50"], 25, "µs")
-    yield Target("warm worker over a futex", latency["warm_over_futex"]["p50"], 1.5, "x")
+    # The difference is of whole blocks, with no clock in them, so raw is too.
+    raw = latency["figures"]["raw_ns"]["in_blocks"]
+    yield Target("native kernel, from C, over raw", latency["native_over_raw_ns"], 200, "ns")
+    yield Target("native kernel, from Python, over raw", latency["native_call_over_raw_ns"], 500, "ns")
+    yield Target("Python kernel over the local call", latency["python_over_local_ns"], round(raw + 1500), "ns")
+    yield Target("object kernel, two ints", latency["object_us"], 15, "µs")
+    yield Target("object kernel, float64[8]", latency["object_array_us"], 25, "µs")
+    yield Target("warm worker over a futex", latency["warm_over_futex"], 1.5, "x")
     for name, what, least in (("native_c", "native, from C", 3e6), ("native", "native, from Python", 1e6),
                               ("python", "Python kernel", 3e5), ("object", "objects", 4e4)):
-        yield Target(f"invocations per second, {what}", rate[f"{name}_per_s"]["p50"], least, "1/s", at_least=True)
+        yield Target(f"invocations per second, {what}", rate[f"{name}_per_s"], least, "1/s", at_least=True)
     rows = data["payload"]["rows"]
-    for kind in ("untouched", "touched"):
-        worst = max((row for row in rows if row["size_bytes"] >= LARGE),
-                    key=lambda row: row["registered_over_bound"][kind]["p50"])
+    for kind, part in KINDS.items():
+        ratio = f"registered{part}_over_bound"
+        worst = max((row for row in rows if row["size_bytes"] >= LARGE), key=lambda row: row[ratio])
         yield Target(f"registered arrays over bound, {kind}, worst of {size_text(LARGE)} and up "
-                     f"({size_text(worst['size_bytes'])})", worst["registered_over_bound"][kind]["p50"], 1.1, "x")
+                     f"({size_text(worst['size_bytes'])})", worst[ratio], 1.1, "x")
         # Below that a call's fixed cost is more than a tenth; what it may be is said above.
         small = [row for row in rows if row["size_bytes"] < LARGE]
         worst = max(small, key=lambda row: more_than_bound(row, kind))
@@ -66,14 +67,15 @@ def targets(data: dict) -> Iterator[Target]:
     worst = max(rows, key=copies_more)
     yield Target(f"plain arrays over registered, touched, in copies each way, worst size "
                  f"({size_text(worst['size_bytes'])})", round(copies_more(worst), 2), 1, "copies")
-    yield Target("lease to first result, warm service", cold["lease_to_first_result_ms"]["p50"], 10, "ms")
-    yield Target("start of the service", cold["service_start_ms"]["p50"], 1000, "ms")
-    yield Target("a worker that waits", cold["waiting_worker_percent"]["p50"], 1, "% of a core")
+    yield Target("lease to first result, warm service", cold["lease_to_first_result_ms"], 10, "ms")
+    yield Target("start of the service", cold["service_start_ms"], 1000, "ms")
+    yield Target("a worker that waits", cold["waiting_worker_percent"], 1, "% of a core")
 
 
 def more_than_bound(row: dict, kind: str) -> float:
     """µs by which registered arrays exceed 1.1 times what bare processes need."""
-    return row["registered_us"][kind]["p50"] - 1.1 * row["bound_us"][kind]["p50"]
+    part = KINDS[kind]
+    return row[f"registered{part}_us"] - 1.1 * row[f"bound{part}_us"]
 
 
 def copies_more(row: dict) -> float:
@@ -81,8 +83,7 @@ def copies_more(row: dict) -> float:
 
     Touched, since a copy touches: x then is in the rank's cache on both sides of the comparison.
     """
-    more = row["plain_us"]["touched"]["p50"] - row["registered_us"]["touched"]["p50"]
-    return more / row["copies_us"]["touched"]["p50"]
+    return (row["plain_touched_us"] - row["registered_touched_us"]) / row["copies_touched_us"]
 
 
 def size_text(size: int) -> str:
@@ -138,29 +139,30 @@ def _figures(data: dict) -> Iterator[str]:
         yield ""
         yield "| | p50 | p99 | in blocks | A/A | count |"
         yield "|---|--:|--:|--:|--:|--:|"
-        for name, figure in figures(data[part]):
+        for name, figure in data[part]["figures"].items():
             blocks = number(figure["in_blocks"]) if "in_blocks" in figure else ""
             aa = number(figure["aa"]["p50"]) if "aa" in figure else ""
-            yield (f"| `{name.strip()}` | {number(figure['p50'])} | {number(figure['p99'])} | {blocks} | {aa} | "
+            yield (f"| `{name}` | {number(figure['p50'])} | {number(figure['p99'])} | {blocks} | {aa} | "
                    f"{figure['count']:,} |")
         yield ""
 
 
 def _payload(data: dict) -> Iterator[str]:
     yield "### Payload"
-    for kind in ("untouched", "touched"):
+    for kind, part in KINDS.items():
         yield ""
         yield f"y = 2x, {kind}; p50 (p99) in µs."
         yield ""
-        yield ("| size | " + " | ".join(f"`{way}`" for way in WAYS)
+        yield ("| size | " + " | ".join(f"`{way}{part}_us`" for way in WAYS)
                + " | copies | registered / bound | A/A | count |")
         yield "|---|" + "--:|" * (len(WAYS) + 4)
         for row in data["payload"]["rows"]:
-            cells = [f"{number(row[way][kind]['p50'])} ({number(row[way][kind]['p99'])})" for way in WAYS]
-            ratio = row["registered_over_bound"][kind]
+            names = [f"{way}{part}_us" for way in WAYS]
+            cells = [f"{number(row[name])} ({number(row[f'{name}_p99'])})" for name in names]
+            ratio = row["figures"][f"registered{part}_over_bound"]
             yield (f"| {size_text(row['size_bytes'])} | {' | '.join(cells)} | "
-                   f"{number(row['copies_us'][kind]['p50'])} | {ratio['p50']} | {ratio['aa']['p50']} | "
-                   f"{row['bound_us'][kind]['count']:,} |")
+                   f"{number(row[f'copies{part}_us'])} | {ratio['p50']} | {ratio['aa']['p50']} | "
+                   f"{row[f'bound{part}_us_count']:,} |")
     yield ""
 
 
@@ -179,10 +181,9 @@ def draw(data: dict, file: Path) -> None:
     rows = data["payload"]["rows"]
     sizes = [row["size_bytes"] for row in rows]
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True)
-    for axis, kind in zip(axes, ("untouched", "touched"), strict=True):
+    for axis, (kind, part) in zip(axes, KINDS.items(), strict=True):
         for way, style in zip(WAYS, ("k:", "C7-", "C0-", "C1-"), strict=True):
-            axis.plot(sizes, [row[way][kind]["p50"] for row in rows], style, marker=".",
-                      label=way.removesuffix("_us"))
+            axis.plot(sizes, [row[f"{way}{part}_us"] for row in rows], style, marker=".", label=way)
         axis.set(xscale="log", yscale="log", xlabel="bytes in x and in y", title=f"y = 2x, {kind}")
         axis.set_xticks(sizes, [size_text(size) for size in sizes], rotation=45)
         axis.minorticks_off()

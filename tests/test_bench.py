@@ -74,6 +74,12 @@ def test_the_p99_of_a_rate_is_what_99_percent_of_the_blocks_reach():
     assert slow["p99"] == 500_000
 
 
+def test_a_figure_is_a_plain_number_under_its_name_and_whole_beside_it():
+    figure = {"p50": 1.5, "p99": 2.5, "count": 7, "unit": "us", "aa": {"p50": 0.1}}
+    assert measure.flat({"warm_us": figure}) == {
+        "warm_us": 1.5, "warm_us_p99": 2.5, "warm_us_count": 7, "figures": {"warm_us": figure}}
+
+
 def test_subjects_alternate_in_blocks_and_rest_between():
     log: list[str] = []
 
@@ -204,28 +210,32 @@ def everything() -> dict:
     """What `rfaas bench all` prints, with made-up figures that reach every target but one."""
     aa = {"aa": fig(1.0)}
     pinning = {"rank_core": 0, "worker_cores": [1], "spin_us": 1000.0}
-    both = lambda p50, **more: {"untouched": fig(p50, **more), "touched": fig(2 * p50, **more)}  # noqa: E731
-    rows = [{"size_bytes": size, "block": 200, "local_us": both(size / 1e3), "bound_us": both(size / 1e3),
-             "registered_us": both(size / 1e3), "plain_us": both(size / 0.9e3), "copies_us": both(size / 8e3),
-             "registered_over_bound": {"untouched": fig(1.05, **aa), "touched": fig(1.2, **aa)}}
-            for size in (1 << 10, 1 << 20, 64 << 20)]
+    rows = []
+    for size in (1 << 10, 1 << 20, 64 << 20):
+        figures: dict[str, dict] = {"registered_over_bound": fig(1.05, **aa),
+                                    "registered_touched_over_bound": fig(1.2, **aa)}
+        for way, rate in (("local", 1e3), ("bound", 1e3), ("registered", 1e3), ("plain", 0.9e3), ("copies", 8e3)):
+            figures |= {f"{way}_us": fig(size / rate), f"{way}_touched_us": fig(2 * size / rate)}
+        rows.append({"size_bytes": size, "block": 200, **measure.flat(figures)})
     return {
         "bench": "all", "version": "0.1.0", "command": ["rfaas", "bench", "all"], "settings": {}, "seconds": 99.0,
         "environment": {"when": "2024-01-01T00:00:00+00:00", "cpu": "A Processor", "cores_online": 2, "virtual": True,
                         "kernel": "6.1", "libc": "glibc 2.36", "python": "3.11.2", "versions": {"numpy": "2.0"},
                         "clock_ns": 25, "load_average": [0.1, 0.1, 0.1]},
-        "latency": {"raw_ns": fig(400.0, in_blocks=380.0), "native_ns": fig(500.0, in_blocks=480.0),
+        "latency": {**measure.flat({"raw_ns": fig(400.0, in_blocks=380.0), "native_ns": fig(500.0, in_blocks=480.0),
                     "native_call_ns": fig(700.0), "native_over_raw_ns": fig(100.0, **aa),
                     "native_call_over_raw_ns": fig(320.0, **aa), "local_ns": fig(300.0), "python_ns": fig(1500.0),
                     "python_over_local_ns": fig(1200.0, **aa), "object_us": fig(10.0), "object_array_us": fig(20.0),
-                    "warm_us": fig(18.0), "futex_us": fig(15.0), "warm_over_futex": fig(1.2, **aa),
+                    "warm_us": fig(18.0), "futex_us": fig(15.0), "warm_over_futex": fig(1.2, **aa)}),
                     "pinning": pinning},
-        "throughput": {"native_c_per_s": fig(4e6, **aa), "native_per_s": fig(1.5e6, **aa),
-                       "python_per_s": fig(4e5, **aa), "object_per_s": fig(5e4, **aa), "pinning": pinning},
+        "throughput": {**measure.flat({"native_c_per_s": fig(4e6, **aa), "native_per_s": fig(1.5e6, **aa),
+                       "python_per_s": fig(4e5, **aa), "object_per_s": fig(5e4, **aa)}),
+                       "pinning": pinning},
         "payload": {"rows": rows, "pinning": pinning},
-        "cold": {"service_start_ms": fig(200.0), "first_lease_to_first_result_ms": fig(300.0),
-                 "lease_to_first_result_ms": fig(5.0, steps={"grant_ms": fig(1.0), "dial_ms": fig(4.0)}),
-                 "executor_to_first_result_ms": fig(6.0), "waiting_worker_percent": fig(0.01),
+        "cold": {**measure.flat({"service_start_ms": fig(200.0), "first_lease_to_first_result_ms": fig(300.0),
+                                 "lease_to_first_result_ms": fig(5.0), "step_grant_ms": fig(1.0),
+                                 "step_dial_ms": fig(4.0), "executor_to_first_result_ms": fig(6.0),
+                                 "waiting_worker_percent": fig(0.01)}),
                  "pinning": {"rank_core": 0}},
     }
 
@@ -248,7 +258,7 @@ def test_a_terminal_of_80_columns_shows_every_figure():
     lines = report.as_text(everything())
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
-    for name in ("native_over_raw_ns", "warm_us", "object_per_s", "64 MiB", "grant_ms", "waiting_worker_percent"):
+    for name in ("native_over_raw_ns", "warm_us", "object_per_s", "64 MiB", "step_grant_ms", "waiting_worker_percent"):
         assert name in text
 
 
@@ -262,7 +272,7 @@ def test_the_page_says_what_was_reached_and_what_was_not(page):
 
 def test_a_rate_below_its_target_is_missed(page):
     data = everything()
-    data["throughput"]["native_per_s"]["p50"] = 0.9e6
+    data["throughput"]["native_per_s"] = 0.9e6
     missed = [target.what for target in page.targets(data) if not target.met]
     assert "invocations per second, native, from Python" in missed
 
@@ -304,8 +314,15 @@ def test_figures_are_kept_whole_or_not_at_all(tmp_path):
 
 # --- the real thing --------------------------------------------------------------------
 
-def is_figure(value: object) -> bool:
-    return isinstance(value, dict) and value["count"] > 0 and value["p50"] <= value["p99"]
+def check_figure(part: dict, name: str) -> None:
+    """Plain numbers under the name, and the same with all else in `figures`."""
+    for key in (name, f"{name}_p99", f"{name}_count"):
+        assert type(part[key]) in (int, float), key
+    assert part[f"{name}_count"] > 0, name
+    figure = part["figures"][name]
+    assert [figure[key] for key in ("p50", "p99", "count")] == [
+        part[key] for key in (name, f"{name}_p99", f"{name}_count")], name
+    assert figure["unit"], name
 
 
 @pytest.fixture(scope="module")
@@ -330,40 +347,45 @@ def measured():
 
 def test_latency_has_every_figure_and_an_a_a_beside_what_is_compared(measured):
     data = measured("latency")
-    plain = {"raw_ns", "native_ns", "native_call_ns", "local_ns", "python_ns", "object_us", "object_array_us",
+    single = {"raw_ns", "native_ns", "native_call_ns", "local_ns", "python_ns", "object_us", "object_array_us",
              "warm_us", "futex_us"}
     compared = {"native_over_raw_ns", "native_call_over_raw_ns", "python_over_local_ns", "warm_over_futex"}
-    for name in plain | compared:
-        assert is_figure(data[name]), name
+    assert data["figures"].keys() == single | compared
+    for name in single | compared:
+        check_figure(data, name)
+        assert data[name] <= data[f"{name}_p99"], name
     for name in compared:
-        assert is_figure(data[name]["aa"]), name
-        assert len(data[name]["runs"]) == 1
+        figure = data["figures"][name]
+        assert figure["aa"]["count"] > 0, name
+        assert figure["runs"] == [data[name]], "of one run the best is that one"
     assert data["pinning"]["rank_core"] not in data["pinning"]["worker_cores"]
 
 
 def test_throughput_has_every_rate(measured):
     data = measured("throughput")
     for name in ("native_c_per_s", "native_per_s", "python_per_s", "object_per_s"):
-        assert data[name]["count"] > 0
-        assert data[name]["p99"] <= data[name]["p50"], "p99 is the rate that nearly all blocks reach"
-        assert data[name]["aa"]["count"] > 0
+        check_figure(data, name)
+        assert data[f"{name}_p99"] <= data[name], "p99 is the rate that nearly all blocks reach"
+        assert data["figures"][name]["aa"]["count"] > 0
 
 
 def test_payload_has_a_row_for_each_size(measured):
     data = measured("payload")
     assert [row["size_bytes"] for row in data["rows"]] == [1 << shift for shift in range(10, 27, 2)]
     for row in data["rows"]:
-        for name in ("local_us", "bound_us", "registered_us", "plain_us", "copies_us", "registered_over_bound"):
-            for kind in ("untouched", "touched"):
-                assert is_figure(row[name][kind]), (row["size_bytes"], name, kind)
+        for kind in ("", "_touched"):
+            for way in ("local", "bound", "registered", "plain", "copies"):
+                check_figure(row, f"{way}{kind}_us")
+            check_figure(row, f"registered{kind}_over_bound")
+            assert row["figures"][f"registered{kind}_over_bound"]["aa"]["count"] > 0
 
 
 def test_cold_has_the_steps_of_a_lease(measured):
     data = measured("cold")
-    for name in ("service_start_ms", "first_lease_to_first_result_ms", "lease_to_first_result_ms",
+    steps = ("step_grant_ms", "step_dial_ms", "step_attach_ms", "step_first_call_ms")
+    for name in ("service_start_ms", "first_lease_to_first_result_ms", "lease_to_first_result_ms", *steps,
                  "executor_to_first_result_ms", "waiting_worker_percent"):
-        assert is_figure(data[name]), name
-    assert list(data["lease_to_first_result_ms"]["steps"]) == ["grant_ms", "dial_ms", "attach_ms", "first_call_ms"]
+        check_figure(data, name)
 
 
 def test_ctrl_c_in_mid_run_ends_a_benchmark_quietly_and_leaves_nothing(measured):

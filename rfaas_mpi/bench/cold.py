@@ -3,10 +3,10 @@
     service_start   no service runs: Session.open until it has welcomed us
     zygote          the first lease of a service: its zygote has to start and import numpy
     lease           later ones: the zygote forks
-      ├ grant       asked for until granted
-      ├ dial        connection to the worker, both sides proven
-      ├ attach      shared memory handed over; the worker has been forked and answers
-      └ first call  kernel and binding sent, and the first result there
+      ├ step_grant       asked for until granted
+      ├ step_dial        connection to the worker, both sides proven
+      ├ step_attach      shared memory handed over; the worker has been forked and answers
+      └ step_first_call  kernel and binding sent, and the first result there
     executor        the same by Executor() and Invoke, joining the service included
 
 All of it in a runtime directory of its own, beside a service that may be running.
@@ -54,17 +54,17 @@ def measure_cold(options: Options) -> dict:
                     leases, executors, waiting = _leases(settings, options)
                 finally:
                     keeper.down()
-            return {
+            figures = {
                 "service_start_ms": measure.figure(starts, unit="ms", digits=2),
                 "first_lease_to_first_result_ms": measure.figure(zygotes, unit="ms", digits=2),
-                "lease_to_first_result_ms": {
-                    **measure.figure([sum(steps.values()) for steps in leases], unit="ms", digits=3),
-                    "steps": {name: measure.figure([steps[name] for steps in leases], unit="ms", digits=3)
-                              for name in leases[0]}},
+                "lease_to_first_result_ms": measure.figure([sum(steps.values()) for steps in leases], unit="ms",
+                                                           digits=3),
+                **{f"step_{name}": measure.figure([steps[name] for steps in leases], unit="ms", digits=3)
+                   for name in leases[0]},
                 "executor_to_first_result_ms": measure.figure(executors, unit="ms", digits=3),
                 "waiting_worker_percent": waiting,
-                "pinning": {"rank_core": cores.rank},
             }
+            return {**measure.flat(figures), "pinning": {"rank_core": cores.rank}}
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

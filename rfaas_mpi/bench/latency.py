@@ -22,7 +22,8 @@ IDLE_CYCLES = 2
 def measure_latency(options: Options) -> dict:
     """The figures of latency, in ns and µs as their names say."""
     with stage(options) as here:
-        return {**_hot(here), **_python(here), **_objects(here), **_warm(here), "pinning": here.facts()}
+        figures = {**_hot(here), **_python(here), **_objects(here), **_warm(here)}
+        return {**measure.flat(figures), "pinning": here.facts()}
 
 
 def _check(what: str, got: object, wanted: object) -> None:
@@ -97,7 +98,8 @@ def _hot(here: Stage) -> dict:
     }
 
 
-def _local(name: str, call: Callable[[], object]) -> Subject:
+def _called(name: str, call: Callable[[], object]) -> Subject:
+    """Whatever is called without arguments."""
     clock = time.perf_counter_ns
 
     def block(count: int) -> int:
@@ -112,17 +114,38 @@ def _local(name: str, call: Callable[[], object]) -> Subject:
     return Subject(name, block, timed_each(call), prepare)
 
 
+def _local_copy(name: str, function: Callable, x: np.ndarray, out: np.ndarray) -> Subject:
+    """The function called in place, with no frame of ours around it that the remote side does not have."""
+    clock = time.perf_counter_ns
+
+    def block(count: int) -> int:
+        begin = clock()
+        for _ in range(count):
+            function(x, out=out)
+        return clock() - begin
+
+    def singles(count: int) -> list[int]:
+        times = []
+        for _ in range(count):
+            begin = clock()
+            function(x, out=out)
+            times.append(clock() - begin)
+        return times
+
+    def prepare(_count: int) -> None:
+        block(WARM_UP)
+
+    return Subject(name, block, singles, prepare)
+
+
 def _python(here: Stage) -> dict:
     request, x, y = _copy_request(here, kernels.python_copy, [1.5])
     local_out = np.zeros_like(y)
     # The function itself: a kernel's own __call__ would make the local side look slower.
     function = kernels.python_copy.__wrapped__
-
-    def local_call() -> None:
-        function(x, out=local_out)
-
     runs = here.runs("Python kernel beside a local call", [
-        _local("local", local_call), _calls("python", request), _local("local_again", local_call),
+        _local_copy("local", function, x, local_out), _calls("python", request),
+        _local_copy("local_again", function, x, local_out),
     ], cycles=here.options.cycles(CYCLES))
     _check("the Python kernel called locally", local_out, x)
     request.Free()
@@ -139,8 +162,8 @@ def _objects(here: Stage) -> dict:
     _check("add(2, 3)", submit(kernels.add, 2, 3).result(), 5)
     _check("double_array", submit(kernels.double_array, values).result(), 2.0 * values)
     runs = here.runs("object kernels", [
-        _local("ints", lambda: submit(kernels.add, 2, 3).result()),
-        _local("array", lambda: submit(kernels.double_array, values).result()),
+        _called("ints", lambda: submit(kernels.add, 2, 3).result()),
+        _called("array", lambda: submit(kernels.double_array, values).result()),
     ], cycles=here.options.cycles(CYCLES // 4))
     return {"object_us": measure.latency_figure(runs, "ints", unit="us", digits=2),
             "object_array_us": measure.latency_figure(runs, "array", unit="us", digits=2)}

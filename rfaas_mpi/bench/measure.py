@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 # Blocks of this many invocations alternate.
@@ -85,6 +85,18 @@ def figure(values: Sequence[float], *, unit: str, scale: float = 1.0, digits: in
     return {"p50": round(statistics.median(values) * scale, digits),
             "p99": round(percentile(values, 99) * scale, digits),
             "count": len(values), "unit": unit, **more}
+
+
+def flat(figures: Mapping[str, dict]) -> dict:
+    """Plain numbers for who reads a figure by its name, and all that is known of it beside them.
+
+    `name` is its p50 (of a difference: that of the best run), `name_p99` and `name_count` stand beside it; the figure
+    itself, with its unit, its runs and its A/A, lies in `figures` under the same name.
+    """
+    plain: dict = {}
+    for name, value in figures.items():
+        plain |= {name: value["p50"], f"{name}_p99": value["p99"], f"{name}_count": value["count"]}
+    return {**plain, "figures": dict(figures)}
 
 
 def latency_figure(runs: Sequence[Run], name: str, *, unit: str = "ns", digits: int = 1) -> dict:

@@ -33,7 +33,10 @@ WARM_UP = 3
 
 
 def measure_payload(options: Options, sizes: tuple[int, ...] = SIZES) -> dict:
-    """`rows`: one for each size, each figure untouched and touched, in µs."""
+    """`rows`: one for each size, each figure untouched and touched, in µs.
+
+    In a row `local_us` is of untouched arrays and `local_touched_us` of touched ones, and so for each way.
+    """
     with stage(options, data_bytes=max(sizes)) as here:
         return {"rows": [_row(here, size) for size in sizes], "pinning": here.facts()}
 
@@ -80,9 +83,8 @@ def _row(here: Stage, size: int) -> dict:
     ways = {"local": (local, x, y), "registered": (call(registered), rx, ry), "plain": (call(plain), px, py),
             "copies": (copies, x, y)}
     block = _block(here, local)
-    figures = {f"{name}_us": {} for name in ("local", "bound", "registered", "plain", "copies")}
-    row: dict = {"size_bytes": size, "block": block, **figures, "registered_over_bound": {}}
-    for kind, touch in (("untouched", False), ("touched", True)):
+    figures: dict[str, dict] = {}
+    for touch, kind in ((False, ""), (True, "_touched")):
         subjects = [
             _way("local", *ways["local"], touch=touch), _bare("bound", bound, touch=touch),
             _way("registered", *ways["registered"], touch=touch), _way("plain", *ways["plain"], touch=touch),
@@ -91,15 +93,15 @@ def _row(here: Stage, size: int) -> dict:
         runs = [measure.interleave(subjects, cycles=here.options.cycles(CYCLES), block=block, between=here.rest)
                 for _ in range(here.options.runs)]
         for name in ("local", "bound", "registered", "plain", "copies"):
-            row[f"{name}_us"][kind] = measure.latency_figure(runs, name, unit="us", digits=2)
-        row["registered_over_bound"][kind] = measure.ratio(runs, "registered", "bound", "bound_again")
+            figures[f"{name}{kind}_us"] = measure.latency_figure(runs, name, unit="us", digits=2)
+        figures[f"registered{kind}_over_bound"] = measure.ratio(runs, "registered", "bound", "bound_again")
         wanted = 2.0 * x
         for name, got in (("local", y), ("bound", bound.y), ("registered", ry), ("plain", py)):
             if not np.array_equal(got, wanted):
                 raise BenchError(f"y is not 2x after {name} with {size} bytes; no time is worth anything then")
     registered.Free()
     plain.Free()
-    return row
+    return {"size_bytes": size, "block": block, **measure.flat(figures)}
 
 
 def _block(here: Stage, local: Callable[[], object]) -> int:

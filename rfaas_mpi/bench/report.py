@@ -31,31 +31,19 @@ def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def is_figure(value: object) -> bool:
-    return isinstance(value, dict) and {"p50", "p99", "count"} <= value.keys()
-
-
-def figures(part: dict) -> Iterator[tuple[str, dict]]:
-    """(name, figure) of everything measured, steps behind what they are steps of."""
-    for name, value in part.items():
-        if is_figure(value):
-            yield name, value
-            for step, inner in value.get("steps", {}).items():
-                yield f"  {step}", inner
-
-
 def _figures(part: dict) -> Iterator[str]:
     yield f"  {'':32}{'p50':>11}{'p99':>11}{'A/A':>11}{'count':>9}"
-    for name, value in figures(part):
+    for name, value in part["figures"].items():
         aa = _number(value["aa"]["p50"]) if "aa" in value else ""
         yield f"  {name:32}{_number(value['p50']):>11}{_number(value['p99']):>11}{aa:>11}{value['count']:>9}"
 
 
 def _payload(part: dict) -> Iterator[str]:
-    names = ("local_us", "bound_us", "registered_us", "plain_us")
-    for kind in ("untouched", "touched"):
-        yield f"  {kind + ', p50':16}" + "".join(f"{name:>15}" for name in names)
+    ways = ("local", "bound", "registered", "plain")
+    for kind, title in (("", "untouched, p50 µs"), ("_touched", "touched, p50 µs")):
+        yield f"  {title:17}" + "".join(f"{way:>12}" for way in ways) + f"{'/bound':>7}{'A/A':>6}"
         for row in part["rows"]:
-            size = row["size_bytes"]
+            size, ratio = row["size_bytes"], row["figures"][f"registered{kind}_over_bound"]
             text = f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
-            yield f"  {text:16}" + "".join(f"{_number(row[name][kind]['p50']):>15}" for name in names)
+            yield (f"  {text:17}" + "".join(f"{_number(row[f'{way}{kind}_us']):>12}" for way in ways)
+                   + f"{ratio['p50']:>7.2f}{ratio['aa']['p50']:>6.2f}")

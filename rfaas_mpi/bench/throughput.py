@@ -36,7 +36,7 @@ def measure_throughput(options: Options) -> dict:
         for name in ("native_c", "native", "python", "object"):
             again = measure.rate_figure(runs, f"{name}_again")
             figures[f"{name}_per_s"] = {**measure.rate_figure(runs, name), "aa": again}
-        return {**figures, "pinning": here.facts()}
+        return {**measure.flat(figures), "pinning": here.facts()}
 
 
 def _requests(here: Stage, kernel: object) -> list[PersistentRequest]:

@@ -20,7 +20,7 @@ EXTENSION_SOURCES := setup.py $(wildcard csrc/*.c csrc/*.h) \
     $(wildcard rfaas_mpi/fabric/*.pyx rfaas_mpi/fabric/*.pxi rfaas_mpi/fabric/*.pxd)
 
 setup: $(VENV)/.installed  ## system packages, .venv and the build; quick the second time
-	@$(MAKE) --no-print-directory $(VENV)/.built
+	@$(MAKE) --silent --no-print-directory $(VENV)/.built
 
 $(VENV)/.created:
 	@tools/system_packages.sh $(PYTHON)

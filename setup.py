@@ -17,14 +17,14 @@ HIDDEN = "-fvisibility=hidden"
 CYTHON_FLAGS = ["-Wno-unused-parameter", "-Wno-unused-function",
                 "-Wno-missing-field-initializers"]
 
-# Headers that a user's own native kernel includes (rfaas_mpi.get_include()).
-PUBLIC_HEADERS = ["csrc/rfm_call.h"]
-
-
-# Shared libraries of their own, which the extension does not contain.
-KERNELS = "csrc/kernels.c"
-BENCH = "csrc/bench.c"
-
+# What is copied into the package, where it is not installed as a checkout:
+# directory in the package → files.
+COPIES = {
+    # For a user's own native kernels: rfaas_mpi.get_include().
+    "include": ["csrc/rfm_call.h"],
+    # What `rfaas demo` runs.
+    "apps": ["apps/blackscholes.py", "apps/thumbnails.py"],
+}
 
 # Libraries of their own, no part of the data plane.
 KERNELS = "csrc/kernels.c"
@@ -51,12 +51,13 @@ class BuildExt(build_ext):
 class BuildPy(build_py):
     def run(self) -> None:
         super().run()
-        if self.editable_mode:  # get_include() finds csrc/ itself then
+        if self.editable_mode:
             return
-        include = Path(self.build_lib, "rfaas_mpi", "include")
-        include.mkdir(parents=True, exist_ok=True)
-        for header in PUBLIC_HEADERS:
-            shutil.copy2(header, include)
+        for directory, files in COPIES.items():
+            target = Path(self.build_lib, "rfaas_mpi", directory)
+            target.mkdir(parents=True, exist_ok=True)
+            for file in files:
+                shutil.copy2(file, target)
 
 
 headers = sorted(glob("csrc/*.h"))

@@ -163,6 +163,7 @@ class Worker:
     killed: str = ""                 # the reason of our own kill
     kill_invocation: int = 0
     connections: dict[int, int] = field(default_factory=dict)     # connection → session
+    heirs: tuple[int, ...] = ()      # sessions that used the worker it replaces
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
     watched: bool = False            # it has run an invocation with a time limit
 
@@ -272,7 +273,7 @@ class AgentCore:
         worker.state = State.SERVING
         if not worker.replaces:
             return []
-        return [Tell((worker.session,), WorkerReady(worker.lease, number, worker.seat.cores, worker.replaces))]
+        return [Tell(self._audience(worker), WorkerReady(worker.lease, number, worker.seat.cores, worker.replaces))]
 
     def attach(self, number: int, lease: int, session: int) -> int:
         """A rank's connection is on its way to the worker: its number; 0 if there is no such worker."""
@@ -345,7 +346,8 @@ class AgentCore:
         cause, reason = classify(how, page, killed=own, kill_invocation=worker.kill_invocation)
         actions: list[Action] = []
         victim = worker.connections.get(page.connection, 0) if page.invocation else 0
-        for session in self._audience(worker):
+        audience = self._audience(worker)
+        for session in audience:
             mine = page.invocation if session == victim else 0
             actions.append(Tell((session,), WorkerEnded(
                 lease=worker.lease, worker=number, cause=cause, reason=reason, signal=how.signal,
@@ -359,6 +361,7 @@ class AgentCore:
             return actions
         successor = self._seat_worker(seat, worker.session, now)
         successor.replaces = number
+        successor.heirs = audience
         if not worker.killed:
             seat.deaths.append(now)
         if len(seat.deaths) == DEATHS and now - seat.deaths[0] <= DEATHS_WITHIN_S:
@@ -412,7 +415,7 @@ class AgentCore:
         return [Kill(worker.number)] if worker.pid else []
 
     def _audience(self, worker: Worker) -> tuple[int, ...]:
-        return tuple(sorted({worker.session, *worker.connections.values()} - {0}))
+        return tuple(sorted({worker.session, *worker.heirs, *worker.connections.values()} - {0}))
 
     def _forget(self, worker: Worker, actions: list[Action]) -> None:
         del self.workers[worker.number]

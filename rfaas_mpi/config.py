@@ -26,12 +26,13 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
                     "NUMEXPR_NUM_THREADS", "NUMBA_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "GOTO_NUM_THREADS")
 
 # What a launcher gave one rank alone. A service or a worker that kept these
-# would differ from rank to rank, or would take itself for that rank.
+# would differ from rank to rank, or would take itself for that rank. And what
+# pytest changes with each test: each would start an interpreter of its own.
 _RANK_VARIABLES = re.compile(
     r"^(PMI_|PMIX_|PMI2_|OMPI_|OPAL_|ORTE_|PRTE_|MPI_LOCAL|MPIR_|MPICH_INTERFACE|HYDRA_|HYDI_|HYDT_"
     r"|I_MPI_HYDRA|I_MPI_INFO|MV2_COMM_WORLD|PALS_|ALPS_APP|FLUX_TASK|GMON_OUT|KMP_|GOMP_|OMP_PROC_BIND$|OMP_PLACES$"
     r"|SLURM_(PROCID|LOCALID|NODEID|GTIDS|TASK_PID|STEP|SRUN_|LAUNCH|CPU_BIND|MEM_BIND|DISTRIBUTION|UMASK|PRIO_PROCESS"
-    r"|PMI|PTY|TOPOLOGY|TASKS_PER_NODE$))")
+    r"|PMI|PTY|TOPOLOGY|TASKS_PER_NODE$)|PYTEST_CURRENT_TEST$)")
 
 
 def scrubbed(environment: Mapping[str, str]) -> dict[str, str]:

@@ -27,6 +27,8 @@
 #include "rfm_transport.h"
 #include "shm.h"
 
+#define GUARDED_BYTES (RFM_MAX_SLOT_BYTES + RFM_PAGE_SIZE)
+
 struct mapped {
     uint32_t arena;
     uint8_t *base;
@@ -48,7 +50,9 @@ struct bound {                  /* a binding */
     uint16_t n_in;
     uint16_t n_out;
     bool     has_call;          /* an address travels with each call */
-    bool     in_slot;           /* something lies in the slot, not its line */
+    bool     in_slot;           /* inputs lie in the slot, not its line     */
+    bool     out_in_slot;       /* outputs do                               */
+    uint8_t *area;              /* native: outputs before they are copied   */
     struct rfm_layout layout;
     struct rfm_arg *args;
     struct rfm_buf *bufs;
@@ -103,8 +107,12 @@ struct rfm_worker {
 
     /* private copies, so that nothing is read twice from shared memory */
     struct rfm_request_line line __attribute__((aligned(RFM_CACHE_LINE)));
-    uint8_t  out_line[RFM_INLINE_BYTES + RFM_CANARY_BYTES]
-        __attribute__((aligned(RFM_CACHE_LINE)));
+
+    /* Small outputs are written here and copied into the reply: a native
+     * kernel that writes on meets a canary, then a page that faults, and
+     * never another invocation's reply. */
+    uint8_t *guarded;           /* GUARDED_BYTES, then the guard page */
+    uint8_t *out_line;          /* its last bytes: a line's payload + canary */
 
     uint32_t control_pending __attribute__((aligned(RFM_CACHE_LINE)));
     uint32_t quit;              /* atomic */
@@ -279,6 +287,7 @@ int rfm_worker_create(const struct rfm_worker_attr *attr,
 {
     struct rfm_worker *w;
     uint8_t *door;
+    void *guarded;
     void *page;
     int rc = RFM_ERR_SYSTEM;
 
@@ -299,9 +308,21 @@ int rfm_worker_create(const struct rfm_worker_attr *attr,
         goto err_free;
     }
     w->page = page;
+    rc      = RFM_ERR_NO_MEMORY;
+    guarded = mmap(NULL, GUARDED_BYTES + RFM_PAGE_SIZE, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (guarded == MAP_FAILED) {
+        goto err_page;
+    }
+    w->guarded  = guarded;
+    w->out_line = w->guarded + GUARDED_BYTES -
+                  (RFM_INLINE_BYTES + RFM_CANARY_BYTES);
+    if (mprotect(w->guarded + GUARDED_BYTES, RFM_PAGE_SIZE, PROT_NONE) != 0) {
+        goto err_guarded;
+    }
     rc = rfm_memfd_create("rfaas-door", RFM_DOOR_BYTES, &w->door_fd);
     if (rc < 0) {
-        goto err_page;
+        goto err_guarded;
     }
     rc = rfm_memfd_map(w->door_fd, RFM_DOOR_BYTES, false, &door);
     if (rc < 0) {
@@ -340,6 +361,8 @@ err_door:
     rfm_memfd_unmap(door, RFM_DOOR_BYTES);
 err_door_fd:
     close(w->door_fd);
+err_guarded:
+    munmap(guarded, GUARDED_BYTES + RFM_PAGE_SIZE);
 err_page:
     munmap(page, RFM_PAGE_BYTES);
 err_free:
@@ -412,6 +435,7 @@ void rfm_worker_destroy(struct rfm_worker *w)
     close(w->door_fd);
     rfm_store_release(&w->page->state, RFM_PAGE_ENDING);
     munmap(w->page, RFM_PAGE_BYTES);
+    munmap(w->guarded, GUARDED_BYTES + RFM_PAGE_SIZE);
     pthread_mutex_destroy(&w->lock);
     free(w);
 }
@@ -610,9 +634,25 @@ static void point_at_lines(struct rfm_worker *w, struct bound *b)
         } else if (b->layout.out_in_line) {
             b->bufs[i].ptr = w->out_line + b->args[i].at;
         } else {
-            b->in_slot = true;
+            b->out_in_slot = true;
         }
     }
+}
+
+/* a native kernel's outputs that don't fit the line: as far back from the
+ * guard page as they and their canaries need */
+static void point_at_guarded(struct rfm_worker *w, struct bound *b)
+{
+    uint64_t bytes = (b->layout.out_bytes + RFM_CACHE_LINE - 1) &
+                     ~(uint64_t)(RFM_CACHE_LINE - 1);
+
+    b->area = w->guarded + GUARDED_BYTES - bytes;
+    for (uint32_t i = b->n_in; i < (uint32_t)b->n_in + b->n_out; i++) {
+        if (b->args[i].place == RFM_INLINE) {
+            b->bufs[i].ptr = b->area + b->args[i].at;
+        }
+    }
+    b->out_in_slot = false;
 }
 
 static const char bad_binding[] = "the binding made no sense to the worker";
@@ -699,10 +739,12 @@ void rfm_worker_bound(struct rfm_worker *w, struct rfm_event *ev, void *user,
 {
     struct bound *b = ev->conn->bindings[ev->number % RFM_MAX_BINDINGS];
 
-    (void)w;
     b->user   = user;
     b->native = native;
     b->plain  = plain;
+    if (((native != NULL) || (plain != NULL)) && b->out_in_slot) {
+        point_at_guarded(w, b);
+    }
     if (error != NULL) {
         b->error       = copy_text(error, error_bytes);
         b->error_bytes = (b->error != NULL) ? error_bytes : 0;
@@ -926,10 +968,10 @@ static bool point(struct rfm_conn *conn, struct bound *b, uint32_t slot,
             }
             /* the redzone flag travels with the address */
             b->args[i].flags = desc.flags & RFM_ARG_CANARY;
-        } else if ((arg->place == RFM_INLINE) && b->in_slot) {
+        } else if (arg->place == RFM_INLINE) {
             if (i < b->n_in) {
                 b->bufs[i].ptr = (uint8_t *)(uintptr_t)in + arg->at;
-            } else if (!b->layout.out_in_line) {
+            } else if (b->out_in_slot) {
                 b->bufs[i].ptr =
                     conn->link->ops->worker_payload(conn->link, slot) + arg->at;
             }
@@ -1058,6 +1100,10 @@ static void run_native(struct rfm_worker *w, struct rfm_conn *conn,
         reply.status = RFM_ST_KERNEL;
         set_bytes(conn, slot, &reply, text, strlen(text));
     } else {
+        if (b->area != NULL) {
+            memcpy(conn->link->ops->worker_payload(conn->link, slot), b->area,
+                   b->layout.out_bytes);
+        }
         set_sizes(w, conn, b, slot, &reply, sizes);
     }
     publish(conn, slot, &reply);
@@ -1156,7 +1202,7 @@ static int serve(struct rfm_worker *w, struct rfm_conn *conn, uint32_t slot,
         return serve_object(w, conn, b, slot, payload, ev, start);
     }
     if ((w->line.in_bytes != b->layout.in_bytes) ||
-        ((b->has_call || b->in_slot) &&
+        ((b->has_call || b->in_slot || b->out_in_slot) &&
          !point(conn, b, slot, w->line.payload, payload))) {
         refuse(w, conn, slot, RFM_ST_PROTOCOL, lies, sizeof(lies) - 1);
         return 0;
@@ -1172,7 +1218,7 @@ static int serve(struct rfm_worker *w, struct rfm_conn *conn, uint32_t slot,
     ev->n_out  = b->n_out;
     ev->bufs   = b->bufs;
     ev->fixed  = !b->has_call;
-    if (!b->in_slot) {
+    if (!b->in_slot && !b->out_in_slot) {
         ev->flags = 0x100;      /* the same memory in every slot */
     }
     begin_call(w, conn, start);

@@ -79,8 +79,11 @@ def run(*, n_options: int, out_dir: Path,
 
 
 def _run_app(app: str, arguments: list[str], progress: Callable[[str], None]) -> int:
-    command = [launcher(), "-n", "1", sys.executable, str(apps_directory() / f"{app}.py"), *arguments]
-    progress(f"$ {Path(command[0]).name} -n 1 python apps/{app}.py {' '.join(arguments[:-2])}".rstrip())
+    script = apps_directory() / f"{app}.py"
+    command = [launcher(), "-n", "1", sys.executable, str(script), *arguments]
+    # Without the file for us at the end, it can be typed as it stands.
+    shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    progress(" ".join(["$ mpiexec -n 1 python", str(shown), *arguments[:-2]]))
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True, errors="replace", env=config.scrubbed(config.environment()))
     guard = threading.Timer(TIMEOUT_S, process.kill)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import itertools
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from rfaas_mpi.errors import ClosedError, InvalidBuffer
 
-__all__ = ["Constant", "Memory", "Spans", "arguments", "as_input", "as_output", "check_overlap"]
+__all__ = ["Constant", "Memory", "Spans", "arguments", "as_input", "as_inputs", "as_output", "as_outputs",
+           "check_overlap"]
 
 Shape = int | Sequence[int]
 
@@ -127,6 +128,20 @@ def check_memory(nbytes: int, limit: int, what: str) -> None:
         raise InvalidBuffer(
             f"{what} needs {nbytes} bytes, but a worker was granted {limit}",
             hint="ask for more with Executor(memory_per_worker=...), or call with smaller pieces")
+
+
+def as_inputs(given: Any, kernel: str) -> tuple[np.ndarray, ...]:
+    """The inputs of an invocation, one or a tuple, as arrays; see `as_input`."""
+    if type(given) is np.ndarray and given.flags.c_contiguous and not given.dtype.hasobject:
+        return (given,)
+    return tuple([value if type(value) is np.ndarray and value.flags.c_contiguous and not value.dtype.hasobject
+                  else as_input(value, f"input {i} of {kernel}") for i, value in enumerate(arguments(given))])
+
+
+def as_outputs(given: Any, kernel: str) -> tuple[np.ndarray, ...]:
+    """The outputs of an invocation, one or a tuple, as arrays; see `as_output`."""
+    return tuple([value if type(value) is np.ndarray and value.flags.carray and not value.dtype.hasobject
+                  else as_output(value, f"output {i} of {kernel}") for i, value in enumerate(arguments(given))])
 
 
 def as_input(value: Any, name: str = "the input") -> np.ndarray:
@@ -284,11 +299,6 @@ def _looks_like_spec(value: list[Any]) -> bool:
     return not all(isinstance(part, (np.ndarray, Constant, np.generic)) for part in value)
 
 
-def address(values: np.ndarray) -> int:
-    """Where the array's bytes begin."""
-    return values.__array_interface__["data"][0]
-
-
 def check_overlap(inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
     """Raises InvalidBuffer where an output shares bytes with another argument."""
     for j, out in enumerate(outputs):
@@ -302,6 +312,7 @@ def check_overlap(inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -
 
 
 Span = tuple[int, int, int]
+Entry = tuple[int, list[Span], list[Span]]
 
 
 class Spans:
@@ -312,43 +323,32 @@ class Spans:
     """
 
     def __init__(self) -> None:
-        self._read: list[Span] = []
-        self._written: list[Span] = []
-        self._longest = {id(self._read): 0, id(self._written): 0}
+        self._read = _Sorted()
+        self._written = _Sorted()
         self._owners: dict[int, Any] = {}
         self._numbers = itertools.count(1)
 
     def add(self, owner: Any, inputs: Sequence[np.ndarray],
-            outputs: Sequence[np.ndarray]) -> tuple[int, list[Any]]:
-        """Enters an owner's arguments; its number, and the owners whose spans clash with them."""
+            outputs: Sequence[np.ndarray]) -> tuple[Entry, list[Any]]:
+        """Enters an owner's arguments; what `remove` takes, and the owners whose spans clash with them."""
         number = next(self._numbers)
-        clashes: dict[int, Any] = {}
-        mine_read = [_span(values, number) for values in inputs if values.nbytes]
-        mine_written = [_span(values, number) for values in outputs if values.nbytes]
-        for span in mine_written:
-            for other in itertools.chain(self._touching(self._read, span),
-                                         self._touching(self._written, span)):
-                clashes[other] = self._owners[other]
-        for span in mine_read:
-            for other in self._touching(self._written, span):
-                clashes[other] = self._owners[other]
-        self._enter(self._read, mine_read)
-        self._enter(self._written, mine_written)
+        read, written = _spans(inputs, number), _spans(outputs, number)
+        clashes = self._clashes(read, written)
+        self._read.add(read)
+        self._written.add(written)
         self._owners[number] = owner
-        return number, list(clashes.values())
+        return (number, read, written), clashes
 
-    def remove(self, number: int, inputs: Sequence[np.ndarray],
-               outputs: Sequence[np.ndarray]) -> None:
-        """Forgets an owner; the same arrays as it was entered with. Safe to call twice."""
-        if self._owners.pop(number, None) is None:
-            return
-        for where, arrays in ((self._read, inputs), (self._written, outputs)):
-            for values in arrays:
-                if values.nbytes:
-                    span = _span(values, number)
-                    del where[bisect_left(where, span)]
-            if not where:
-                self._longest[id(where)] = 0
+    def clashes(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> list[Any]:
+        """The owners whose spans clash with these arguments, which are not entered."""
+        return self._clashes(_spans(inputs, 0), _spans(outputs, 0)) if self._owners else []
+
+    def remove(self, entry: Entry) -> None:
+        """Forgets an owner. Safe to call twice."""
+        number, read, written = entry
+        if self._owners.pop(number, None) is not None:
+            self._read.remove(read)
+            self._written.remove(written)
 
     def owners(self) -> list[Any]:
         """Everybody who is entered."""
@@ -357,26 +357,56 @@ class Spans:
     def __len__(self) -> int:
         return len(self._owners)
 
-    def _enter(self, where: list[Span], spans: list[Span]) -> None:
+    def _clashes(self, read: list[Span], written: list[Span]) -> list[Any]:
+        found: set[int] = set()
+        for span in written:
+            found.update(self._read.touching(span))
+            found.update(self._written.touching(span))
+        for span in read:
+            found.update(self._written.touching(span))
+        return [self._owners[number] for number in found]
+
+
+class _Sorted:
+    """Spans by their first byte."""
+
+    def __init__(self) -> None:
+        self._spans: list[Span] = []
+        self._longest = 0
+
+    def add(self, spans: list[Span]) -> None:
         for span in spans:
-            insort(where, span)
-            length = span[1] - span[0]
-            if length > self._longest[id(where)]:
-                self._longest[id(where)] = length
+            insort(self._spans, span)
+            self._longest = max(self._longest, span[1] - span[0])
 
-    def _touching(self, where: list[Span], span: Span) -> Iterator[int]:
+    def remove(self, spans: list[Span]) -> None:
+        for span in spans:
+            del self._spans[bisect_left(self._spans, span)]
+        if not self._spans:
+            self._longest = 0
+
+    def touching(self, span: Span) -> list[int]:
+        """Numbers of the owners of spans that share a byte with this one."""
+        if not self._spans:
+            return []
         start, end, _ = span
-        at = bisect_left(where, (end, 0, 0))
-        reach = start - self._longest[id(where)]
-        while at > 0:
-            at -= 1
-            first, last, number = where[at]
+        found = []
+        # Nothing longer than the longest can reach from before this into the span.
+        reach = start - self._longest
+        for at in range(bisect_left(self._spans, (end, 0, 0)) - 1, -1, -1):
+            first, last, number = self._spans[at]
             if first < reach:
-                return
+                break
             if last > start:
-                yield number
+                found.append(number)
+        return found
 
 
-def _span(values: np.ndarray, number: int) -> Span:
-    start = address(values)
-    return start, start + values.nbytes, number
+def _spans(arrays: Sequence[np.ndarray], number: int) -> list[Span]:
+    found = []
+    for values in arrays:
+        size = values.nbytes
+        if size:
+            start = values.__array_interface__["data"][0]
+            found.append((start, start + size, number))
+    return found

@@ -156,28 +156,34 @@ class Crew:
         outcome, detail = local.run_buffers(kernel, inputs, outputs)
         return None if outcome is Outcome.OK else self._kernel_failed(outcome, detail, objects=False)
 
-    def enter(self, request: Any, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> int:
-        """Notes a request's arrays, so that others on the same memory know of it."""
+    def enter(self, request: Any, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> Any:
+        """Notes a request's arrays, so that others on the same memory know of it; what `leave` takes."""
         mine = weakref.ref(request)
         with self.lock:
-            number, clashes = self._spans.add(mine, inputs, outputs)
+            entry, clashes = self._spans.add(mine, inputs, outputs)
             for other in clashes:
                 peer = other()
                 if peer is not None:
                     peer._peers.append(mine)
                     request._peers.append(other)
-        return number
+        return entry
 
-    def leave(self, request: Any, number: int, inputs: Sequence[np.ndarray],
-              outputs: Sequence[np.ndarray]) -> None:
+    def leave(self, request: Any, entry: Any) -> None:
         """Forgets a request's arrays. Safe to call twice."""
         with self.lock:
-            self._spans.remove(number, inputs, outputs)
+            self._spans.remove(entry)
             for other in request._peers:
                 peer = other()
                 if peer is not None:
                     peer._peers = [ref for ref in peer._peers if ref() is not request]
             request._peers = []
+
+    def peers(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> list[Any]:
+        """The requests that use the memory of these arrays in a way that clashes."""
+        if not len(self._spans):
+            return []
+        with self.lock:
+            return self._spans.clashes(inputs, outputs)
 
     def wait_any(self, raws: Sequence[Any], timeout_s: float | None) -> None:
         """Returns when one of the fabric requests has ended, or after the time-out."""

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from rfaas_mpi import config, local
-from rfaas_mpi.arrays import Constant, arguments, as_input, as_output, check_memory, check_overlap
+from rfaas_mpi.arrays import Constant, as_inputs, as_outputs, check_memory, check_overlap
 from rfaas_mpi.config import Settings
 from rfaas_mpi.crew import Crew
 from rfaas_mpi.errors import ConfigError, NestedError
@@ -26,8 +26,8 @@ from rfaas_mpi.futures import Future
 from rfaas_mpi.kernels import Kernel, object_kernel
 from rfaas_mpi.mapping import Pump, Results, chunks
 from rfaas_mpi.messages import Grant
-from rfaas_mpi.requests import PersistentRequest, Request
-from rfaas_mpi.types import Chunk, Initialised, apply
+from rfaas_mpi.requests import PersistentRequest, Request, check_peers
+from rfaas_mpi.types import Chunk, Initialised, Outcome, apply
 
 __all__ = ["Executor"]
 
@@ -37,6 +37,7 @@ T = TypeVar("T")
 Buffer = ArrayLike | Constant
 Buffers = Buffer | tuple[Buffer, ...]
 
+_OK = int(Outcome.OK)
 _SWEEP_EVERY = 256
 _UNSETTLED = 256
 # What is sent once and then called by its number.
@@ -259,8 +260,18 @@ class Executor(concurrent.futures.Executor):
         Raises InvalidBuffer for an argument that can't be used, KernelError
         where the kernel fails, KernelTimeout, BadKernel, WorkerLost.
         """
-        request = self.Iinvoke(kernel, inputs, out, timeout_s)
-        request.Wait()
+        _, read, written = self._checked(kernel, inputs, out)
+        crew = self._open()
+        if peers := crew.peers(read, written):
+            check_peers(kernel, peers)
+        raw = crew.buffers_request(kernel, read, written, persistent=False)
+        raw.start(timeout_s)
+        raw.wait()
+        if raw.outcome == _OK:
+            raw.close()
+        else:
+            # Something went wrong: what follows is the same as for a request.
+            Request(crew, kernel, read, written, out, timeout_s, raw=raw).Wait()
         return out
 
     def Iinvoke(self, kernel: Kernel, inputs: Buffers, out: Buffers, timeout_s: float | None = None) -> Request:
@@ -280,15 +291,13 @@ class Executor(concurrent.futures.Executor):
         crew.check()
         if not isinstance(kernel, Kernel):
             raise TypeError(f"{kernel!r} is no kernel; make it one with @rfaas_mpi.kernel or Kernel.from_library")
-        given, results = arguments(inputs), arguments(out)
-        read = tuple([as_input(value, f"input {i} of {kernel.name}") for i, value in enumerate(given)])
-        written = tuple([as_output(value, f"output {i} of {kernel.name}") for i, value in enumerate(results)])
+        read, written = as_inputs(inputs, kernel.name), as_outputs(out, kernel.name)
         check_overlap(read, written)
-        limit = crew.memory.limit
-        if limit:
+        if limit := crew.memory.limit:
             for kind, arrays in (("input", read), ("output", written)):
                 for i, values in enumerate(arrays):
-                    check_memory(values.nbytes, limit, f"{kind} {i} of {kernel.name}")
+                    if values.nbytes > limit:
+                        check_memory(values.nbytes, limit, f"{kind} {i} of {kernel.name}")
         return kernel, read, written
 
     # -- memory ----------------------------------------------------------------------------------------

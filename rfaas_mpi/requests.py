@@ -31,8 +31,8 @@ class Request:
     the same again.
     """
 
-    __slots__ = ("__weakref__", "_active", "_crew", "_error", "_history", "_inputs", "_kernel",
-                 "_number", "_outputs", "_peers", "_raw", "_run", "_settling", "_wait", "out")
+    __slots__ = ("__weakref__", "_active", "_crew", "_entry", "_error", "_history", "_inputs", "_kernel",
+                 "_outputs", "_peers", "_raw", "_run", "_settling", "_wait", "out")
 
     if TYPE_CHECKING:
         Waitall: Callable[..., bool]
@@ -44,21 +44,23 @@ class Request:
 
     def __init__(self, crew: Crew, kernel: Kernel, inputs: tuple[np.ndarray, ...],
                  outputs: tuple[np.ndarray, ...], out: Any, timeout_s: float | None, *,
-                 persistent: bool = False) -> None:
+                 persistent: bool = False, raw: Any = None) -> None:
         self.out = out
         self._crew = crew
         self._kernel = kernel
         self._inputs = inputs
         self._outputs = outputs
-        self._active = False
         self._error: BaseException | None = None
         self._history: History | None = None
         self._settling = False
         self._peers: list[Any] = []
-        self._raw = crew.buffers_request(kernel, inputs, outputs, persistent)
+        # `raw` was made and started by Invoke, which needs no more than that as
+        # long as nothing goes wrong.
+        self._active = raw is not None
+        self._raw = raw if raw is not None else crew.buffers_request(kernel, inputs, outputs, persistent)
         self._run = self._raw.start if timeout_s is None else partial(self._raw.start, timeout_s)
         self._wait = self._raw.wait
-        self._number = crew.enter(self, inputs, outputs)
+        self._entry = crew.enter(self, inputs, outputs)
 
     # -- one request -------------------------------------------------------------------------
 
@@ -114,7 +116,7 @@ class Request:
 
         Safe to call twice; starting it afterwards raises ClosedError.
         """
-        if self._number:
+        if self._entry is not None:
             if self._active and not self._raw.cancel():
                 while not self._raw.wait():
                     pass
@@ -141,7 +143,7 @@ class Request:
         return self._raw.out_sizes
 
     def __repr__(self) -> str:
-        state = "active" if self._active else "ended" if not self._number else "inactive"
+        state = "active" if self._active else "ended" if self._entry is None else "inactive"
         return f"<{type(self).__name__} of {self._kernel!r}: {state}>"
 
     # -- inside ------------------------------------------------------------------------------
@@ -153,12 +155,7 @@ class Request:
         self._active = True
 
     def _check_peers(self) -> None:
-        for peer in self._peers:
-            other = peer()
-            if other is not None and other is not self and other._in_flight():
-                raise InvalidBuffer(
-                    f"an array of this {self._kernel!r} invocation is written or read by another one that is "
-                    f"still in flight ({other!r})", hint="Wait for that one first, or give this one its own array")
+        check_peers(self._kernel, self._peers)
 
     def _in_flight(self) -> bool:
         return self._active and not (self._raw.test() and self._raw.outcome == _OK)
@@ -173,9 +170,9 @@ class Request:
         self._release()
 
     def _release(self) -> None:
-        if self._number:
-            self._crew.leave(self, self._number, self._inputs, self._outputs)
-            self._number = 0
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            self._crew.leave(self, entry)
             self._active = False
             self._raw.close()
 
@@ -235,6 +232,16 @@ class Request:
                 self._ended()
 
 
+def check_peers(kernel: Kernel, peers: Sequence[Any]) -> None:
+    """Raises InvalidBuffer if one of these requests, weakly referenced, is in flight."""
+    for peer in peers:
+        other = peer()
+        if other is not None and other._in_flight():
+            raise InvalidBuffer(
+                f"an array of this {kernel!r} invocation is written or read by another one that is "
+                f"still in flight ({other!r})", hint="Wait for that one first, or give this one its own array")
+
+
 class PersistentRequest(Request):
     """An invocation that is set up once and started as often as you like.
 
@@ -286,7 +293,7 @@ class PersistentRequest(Request):
         self._active = False
 
     def _release(self) -> None:
-        if self._number:
+        if self._entry is not None:
             super()._release()
             self._run = self._freed
 

@@ -183,7 +183,7 @@ request_spans = st.tuples(st.lists(span, max_size=3), st.lists(span, max_size=2)
 def test_clashes_are_exactly_shared_bytes_that_somebody_writes(history):
     ground = np.zeros(80, np.uint8)
     spans = Spans()
-    alive: dict[int, tuple[list[np.ndarray], list[np.ndarray], set[int], set[int]]] = {}
+    alive: dict[int, tuple] = {}
     for owner, ((reads, writes), drop) in enumerate(history):
         inputs = [ground[a:a + n] for a, n in reads]
         outputs = [ground[a:a + n] for a, n in writes]
@@ -191,14 +191,15 @@ def test_clashes_are_exactly_shared_bytes_that_somebody_writes(history):
         written = {i for a, n in writes for i in range(a, a + n)}
         expected = {other for other, (_, _, r, w, _) in alive.items()
                     if written & (r | w) or read & w}
-        number, clashes = spans.add(owner, inputs, outputs)
+        assert set(spans.clashes(inputs, outputs)) == expected
+        entry, clashes = spans.add(owner, inputs, outputs)
         assert set(clashes) == expected
         assert len(clashes) == len(expected)
-        alive[owner] = inputs, outputs, read, written, number
+        alive[owner] = inputs, outputs, read, written, entry
         if drop:
             victim = min(alive)
             gone = alive.pop(victim)
-            spans.remove(gone[4], gone[0], gone[1])
-            spans.remove(gone[4], gone[0], gone[1])
+            spans.remove(gone[4])
+            spans.remove(gone[4])
     assert len(spans) == len(alive)
     assert set(spans.owners()) == set(alive)

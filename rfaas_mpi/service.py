@@ -541,7 +541,7 @@ class Service:
         slurm = joined[0].slurm if joined else node_cores.SlurmFacts()
         spare = node_cores.spare_cores(
             self._facts, [session.rank for session in joined if session.rank is not None], slurm, lend=lend,
-            only=tuple(dict.fromkeys(core for join in joins for core in join.cores)))
+            only=tuple(dict.fromkeys(core for join in joins for core in join.cores)), lent=self._lent())
         cores, kept, reason = list(spare.cores), dict(spare.kept), spare.reason
         # A core is locked while it is lent; to know which ones can be, we lock
         # them all for the moment that the decision takes.

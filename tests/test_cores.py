@@ -56,6 +56,14 @@ def test_before_anybody_joined_one_rank_is_expected():
     assert spare_cores(machine(4)).cores == (1, 2, 3)
 
 
+def test_a_newcomer_that_floats_takes_no_lent_core_back_but_one_that_is_bound_to_it_does():
+    facts = machine(2)
+    first, second = floating(facts, 1, launch="a"), floating(facts, 2, launch="b")
+    assert spare_cores(facts, [first, second]).cores == ()
+    assert spare_cores(facts, [first, second], lent={1}).cores == (1,)
+    assert spare_cores(facts, [first, bound(2, 1, launch="b")], lent={1}).cores == ()
+
+
 def test_one_core_is_never_lent_and_the_reason_says_what_helps():
     spare = spare_cores(machine(1))
     assert spare.cores == () and "RFAAS_CORES" in spare.reason

@@ -179,7 +179,7 @@ def _per_node(text: str) -> list[int]:
 
 def spare_cores(facts: NodeFacts, ranks: Sequence[Rank] = (),
                 slurm: SlurmFacts = SlurmFacts(), *, lend: str = "auto",
-                only: Collection[int] = ()) -> SpareCores:
+                only: Collection[int] = (), lent: Collection[int] = ()) -> SpareCores:
     """The cores of the own cpuset that no rank needs, best to lend first.
 
     Kept are the cores that ranks are bound to, one for each local rank that may
@@ -188,6 +188,10 @@ def spare_cores(facts: NodeFacts, ranks: Sequence[Rank] = (),
     come cores near the ranks, one hardware thread of each physical core, then
     the second threads; the physical core of CPU 0 comes last, since the kernel
     and ranks without a place run there.
+
+    `lent` cores stay spare when another rank that may float comes: it makes
+    fewer cores free for the next lease, it takes none back. A rank that is
+    bound to a lent core does.
 
     `lend`: "no" lends nothing, "yes" lends on a login node of a cluster too.
     `only` lends exactly these cores (as far as they are in the cpuset), which
@@ -211,7 +215,7 @@ def spare_cores(facts: NodeFacts, ranks: Sequence[Rank] = (),
                      "but no cgroup says which: name those to lend with RFAAS_CORES, "
                      "or ask for the node with --exclusive")
 
-    kept = _kept_for_ranks(facts, ranks)
+    kept = _kept_for_ranks(facts, ranks, lent)
     needed = sum(1 for why in kept.values() if why in (_BOUND, _FLOATS))
     cores = _in_order(facts, kept)
     if facts.quota_cpus is not None:
@@ -286,7 +290,7 @@ def _floating(facts: NodeFacts, ranks: Sequence[Rank]) -> int:
     return count
 
 
-def _kept_for_ranks(facts: NodeFacts, ranks: Sequence[Rank]) -> dict[int, str]:
+def _kept_for_ranks(facts: NodeFacts, ranks: Sequence[Rank], lent: Collection[int] = ()) -> dict[int, str]:
     """Core → why a rank needs it, or needs it left alone."""
     bound = frozenset[int]().union(*(_bound_mask(facts, rank) for rank in ranks))
     kept = dict.fromkeys(sorted(bound), _BOUND)
@@ -298,7 +302,7 @@ def _kept_for_ranks(facts: NodeFacts, ranks: Sequence[Rank]) -> dict[int, str]:
     for cpus in physical.values():
         if not bound.isdisjoint(cpus):
             kept.update((cpu, _SIBLING) for cpu in cpus if cpu not in bound)
-        elif floating > 0:
+        elif floating > 0 and not any(cpu in lent for cpu in cpus):
             # The lowest core, where the scheduler and the launcher begin too.
             floating -= 1
             kept[cpus[0]] = _FLOATS

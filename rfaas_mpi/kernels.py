@@ -376,6 +376,11 @@ class Kernel:
     `digest`), changes inside of captured objects are not noticed.
     """
 
+    # `__call__` is a slot of the instance: the interpreter finds the function
+    # itself in it, and a local call has no frame of ours around it.
+    __slots__ = ("__call__", "__dict__", "__weakref__")
+
+    __call__: Callable[..., Any]
     kind: int
     name: str
     wants_out: bool
@@ -388,6 +393,11 @@ class Kernel:
         self._function = source.function
         if self._function is not None:
             functools.update_wrapper(self, self._function, updated=())
+        if kind in _ABI_OF:
+            # Loaded (or compiled by numba) only if it is called here.
+            self.__call__ = lambda *args, **kwargs: source.local()(*args, **kwargs)
+        else:
+            self.__call__ = self._function
 
     @classmethod
     def from_library(cls, path: str | os.PathLike[str], symbol: str, abi: str = "rfm",
@@ -449,11 +459,6 @@ class Kernel:
             return self._origin.local().bind(inputs, outputs)
         scalar = tuple(array.ndim == 0 for array in inputs)
         return PythonCall(self._function, self.name, self.wants_out, scalar, len(outputs)).bind(inputs, outputs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._function is not None and self.kind not in _ABI_OF:
-            return self._function(*args, **kwargs)
-        return self._origin.local()(*args, **kwargs)
 
     def __repr__(self) -> str:
         form = {KIND_NATIVE: "native", KIND_PLAIN: "plain native", KIND_OBJECT: "object"}.get(self.kind, "Python")

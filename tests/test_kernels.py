@@ -213,6 +213,14 @@ def test_functions_of_main_travel_by_value_with_what_they_use():
     assert f is not scope["f"] and f(13) == 4
 
 
+def test_a_local_call_of_a_kernel_has_no_frame_of_ours_around_it():
+    @kernel
+    def caller():
+        return sys._getframe(1)
+
+    assert caller() is sys._getframe()
+
+
 def test_a_kernel_that_calls_itself_or_another_one_travels():
     scope = made_in_main(
         "from rfaas_mpi import kernel\n"

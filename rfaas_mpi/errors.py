@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "RFaaSError", "ConfigError", "AuthError", "VersionMismatch", "ServiceError",
-    "ServiceLost", "LeaseDenied", "LeaseExpired", "LeaseRevoked", "WorkerLost",
+    "NoService", "ServiceLost", "LeaseDenied", "LeaseExpired", "LeaseRevoked", "WorkerLost",
     "KernelError", "KernelTimeout", "BadKernel", "KernelChanged", "InvalidBuffer",
     "Backpressure", "ClosedError", "TransportError", "ForkedError", "NestedError",
 ]
@@ -53,6 +53,10 @@ class VersionMismatch(RFaaSError):
 
 class ServiceError(RFaaSError):
     """The service could not be started, joined, or refused a request."""
+
+
+class NoService(ServiceError):
+    """No service runs here, and none was to be started."""
 
 
 class ServiceLost(ServiceError, ConnectionError):

@@ -34,6 +34,7 @@ from rfaas_mpi.errors import (
     ForkedError,
     LeaseDenied,
     NestedError,
+    NoService,
     RFaaSError,
     ServiceError,
     ServiceLost,
@@ -392,7 +393,7 @@ class Session:
         """Joins the service of this node, starting it where none runs.
 
         `start=False` never starts one. `observer` sessions (the CLI's) get no workers and don't keep the service
-        alive. Raises ServiceError (not running, could not start), AuthError (not ours), VersionMismatch,
+        alive. Raises NoService, ServiceError (could not start), AuthError (not ours), VersionMismatch,
         NestedError inside a kernel.
         """
         if config.inside_worker():
@@ -422,7 +423,7 @@ class Session:
             connection = cls._try_connect(path, deadline)
             if connection is None:
                 if not start:
-                    raise ServiceError("no service runs here", hint="`rfaas up` or an Executor starts it")
+                    raise NoService("no service runs here", hint="`rfaas up` or an Executor starts it")
                 join.wait(deadline)
                 connection = cls._try_connect(path, deadline)
                 if connection is None:

@@ -24,6 +24,7 @@ from rfaas_mpi.errors import (
     ConfigError,
     ForkedError,
     NestedError,
+    NoService,
     ServiceError,
     ServiceLost,
     TransportError,
@@ -239,7 +240,7 @@ def test_joining_while_the_last_service_leaves_always_works():
 
 
 def test_a_rank_without_a_service_starts_none_when_told_so():
-    with pytest.raises(ServiceError, match="no service runs"):
+    with pytest.raises(NoService, match="no service runs"):
         Session.open(tiny.settings(), start=False)
 
 

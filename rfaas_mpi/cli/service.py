@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rfaas_mpi.cli.output import core_ranges
-from rfaas_mpi.errors import ServiceError
+from rfaas_mpi.errors import NoService
 from rfaas_mpi.session import Session
 
 
@@ -14,10 +14,8 @@ def _running() -> Session | None:
     """A session with the service that runs, None if there is none; never starts one."""
     try:
         return Session.open(start=False, observer=True)
-    except ServiceError as error:
-        if type(error) is ServiceError and Exception.__str__(error).startswith("no service runs"):
-            return None
-        raise
+    except NoService:
+        return None
 
 
 def status() -> dict[str, Any]:

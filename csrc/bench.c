@@ -26,6 +26,10 @@
 /* The line's size is what makes a mailbox cost one cache miss, not two. */
 #define LINE RFM_CACHE_LINE
 
+/* Memory for the data is made and laid out as an executor's: see arena.c. */
+#define PAGE    4096u
+#define SEALS   (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
+
 /* Looks between two checks that the partner still lives; about 10 ms. */
 #define LOOKS_PER_CHECK (1u << 18)
 
@@ -49,11 +53,12 @@ struct shared {
     _Alignas(LINE) _Atomic uint32_t ready;   /* futex: partner serves hot    */
 };
 
+_Static_assert(sizeof(struct shared) <= PAGE, "the mailboxes fill a page");
+
 struct rfm_bench {
     struct shared *shared;
-    void          *x;
-    void          *y;
-    uint64_t       data_bytes;
+    uint8_t       *data;        /* x, and y behind it; NULL without */
+    uint64_t       data_bytes;  /* of each, at most                  */
     uint64_t       seq;
     uint64_t       armed;       /* calls that the partner still expects */
     int            mode;
@@ -77,17 +82,61 @@ static long futex_wake(_Atomic uint32_t *word)
     return syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
 }
 
-static void double_values(const double *restrict x, double *restrict y,
-                          uint64_t count)
+/* Not inlined: rank, bare partner and worker then run the same machine code. */
+static __attribute__((noinline)) void
+double_values(const double *restrict x, double *restrict y, uint64_t count)
 {
     for (uint64_t i = 0; i < count; i++) {
         y[i] = 2.0 * x[i];
     }
 }
 
+/* ---- memory ------------------------------------------------------------ */
+
+/* Where y begins: as two arrays lie in an arena, a redzone between them. */
+static uint64_t y_offset(uint64_t bytes)
+{
+    return ((bytes + LINE - 1) & ~(uint64_t)(LINE - 1)) + RFM_REDZONE;
+}
+
+static uint64_t data_total(uint64_t data_bytes)
+{
+    return (y_offset(data_bytes) + data_bytes + PAGE - 1) &
+           ~(uint64_t)(PAGE - 1);
+}
+
+/* A memfd with all its pages; -1 where there is none, errno says why. */
+static int data_create(uint64_t total)
+{
+    int fd = memfd_create("rfaas-bench", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    int code;
+
+    if (fd < 0) {
+        return -1;
+    }
+    if ((ftruncate(fd, (off_t)total) == 0) &&
+        (fallocate(fd, 0, 0, (off_t)total) == 0) &&
+        (fcntl(fd, F_ADD_SEALS, SEALS) == 0)) {
+        return fd;
+    }
+    code = errno;
+    close(fd);
+    errno = code;
+    return -1;
+}
+
+/* Each side maps it itself: fork() would leave the partner's pages to fault. */
+static uint8_t *data_map(int fd, uint64_t total)
+{
+    void *data = mmap(NULL, total, PROT_READ | PROT_WRITE,
+                      MAP_SHARED | MAP_POPULATE, fd, 0);
+
+    return (data == MAP_FAILED) ? NULL : data;
+}
+
 /* ---- the partner ------------------------------------------------------- */
 
-static void serve_call(struct shared *shared, const double *x, double *y,
+static void serve_call(struct shared *shared, uint8_t *data_area,
                        uint64_t seq, uint32_t mode, uint64_t bytes)
 {
     uint64_t data;
@@ -98,7 +147,9 @@ static void serve_call(struct shared *shared, const double *x, double *y,
 
     data = shared->to.data;
     if (mode == RFM_BENCH_DOUBLE) {
-        double_values(x, y, bytes / sizeof(*x));
+        double_values((const double *)data_area,
+                      (double *)(data_area + y_offset(bytes)),
+                      bytes / sizeof(double));
     }
     shared->from.data = data;
     atomic_store_explicit(&shared->from.seq, seq, memory_order_release);
@@ -115,9 +166,10 @@ static uint32_t sleep_on(_Atomic uint32_t *bell, uint32_t seen)
     return value;
 }
 
-static _Noreturn void partner_main(struct shared *shared, const double *x,
-                                   double *y, pid_t parent)
+static _Noreturn void partner_main(struct shared *shared, int data_fd,
+                                   uint64_t total, pid_t parent)
 {
+    uint8_t *data_area = NULL;
     uint64_t seq    = 0;
     uint32_t orders = 0;
     uint32_t rung   = 0;
@@ -127,6 +179,12 @@ static _Noreturn void partner_main(struct shared *shared, const double *x,
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != parent) {
         _exit(0);
+    }
+    if (data_fd >= 0) {
+        data_area = data_map(data_fd, total);
+        if (data_area == NULL) {
+            _exit(1);           /* the caller sees that it has ended */
+        }
     }
     null_fd = open("/dev/null", O_RDWR);
     if (null_fd >= 0) {
@@ -157,7 +215,7 @@ static _Noreturn void partner_main(struct shared *shared, const double *x,
             if (mode == RFM_BENCH_FUTEX) {
                 rung = sleep_on(&shared->bell, rung);
             }
-            serve_call(shared, x, y, seq, mode, bytes);
+            serve_call(shared, data_area, seq, mode, bytes);
         }
     }
 }
@@ -180,8 +238,9 @@ BENCH_API int rfm_bench_open(uint64_t data_bytes, int cpu,
 {
     struct rfm_bench *bench;
     cpu_set_t         cpus;
-    size_t            total;
-    pid_t             parent = getpid();
+    uint64_t          total   = 0;
+    int               data_fd = -1;
+    pid_t             parent  = getpid();
 
     if ((bench_p == NULL) || (data_bytes > (UINT64_C(1) << 40)) ||
         (cpu >= CPU_SETSIZE)) {
@@ -193,24 +252,30 @@ BENCH_API int rfm_bench_open(uint64_t data_bytes, int cpu,
         return RFM_BENCH_SYSTEM;
     }
 
-    /* Page by page: x and y then start like an array in an arena does. */
-    data_bytes        = (data_bytes + 4095) & ~UINT64_C(4095);
-    total             = 4096 + 2 * data_bytes;
     bench->data_bytes = data_bytes;
-    bench->shared     = mmap(NULL, total, PROT_READ | PROT_WRITE,
+    bench->shared     = mmap(NULL, PAGE, PROT_READ | PROT_WRITE,
                              MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     if (bench->shared == MAP_FAILED) {
         goto err_free;
     }
-    bench->x = (char *)bench->shared + 4096;
-    bench->y = (char *)bench->x + data_bytes;
+    if (data_bytes > 0) {
+        total   = data_total(data_bytes);
+        data_fd = data_create(total);
+        if (data_fd < 0) {
+            goto err_unmap;
+        }
+        bench->data = data_map(data_fd, total);
+        if (bench->data == NULL) {
+            goto err_close;
+        }
+    }
 
     bench->pid = fork();
     if (bench->pid < 0) {
-        goto err_unmap;
+        goto err_unmap_data;
     }
     if (bench->pid == 0) {
-        partner_main(bench->shared, bench->x, bench->y, parent);
+        partner_main(bench->shared, data_fd, total, parent);
     }
 
     if (cpu >= 0) {
@@ -221,14 +286,25 @@ BENCH_API int rfm_bench_open(uint64_t data_bytes, int cpu,
         }
     }
 
+    if (data_fd >= 0) {
+        close(data_fd);         /* both sides map it */
+    }
     *bench_p = bench;
     return RFM_BENCH_OK;
 
 err_kill:
     kill(bench->pid, SIGKILL);
     waitpid(bench->pid, NULL, 0);
+err_unmap_data:
+    if (bench->data != NULL) {
+        munmap(bench->data, total);
+    }
+err_close:
+    if (data_fd >= 0) {
+        close(data_fd);
+    }
 err_unmap:
-    munmap(bench->shared, total);
+    munmap(bench->shared, PAGE);
 err_free:
     free(bench);
     return RFM_BENCH_SYSTEM;
@@ -242,7 +318,10 @@ BENCH_API void rfm_bench_close(struct rfm_bench *bench)
     kill(bench->pid, SIGKILL);
     while ((waitpid(bench->pid, NULL, 0) < 0) && (errno == EINTR)) {
     }
-    munmap(bench->shared, 4096 + 2 * bench->data_bytes);
+    if (bench->data != NULL) {
+        munmap(bench->data, data_total(bench->data_bytes));
+    }
+    munmap(bench->shared, PAGE);
     free(bench);
 }
 
@@ -253,12 +332,15 @@ BENCH_API int rfm_bench_pid(const struct rfm_bench *bench)
 
 BENCH_API void *rfm_bench_x(const struct rfm_bench *bench)
 {
-    return bench->x;
+    return bench->data;
 }
 
-BENCH_API void *rfm_bench_y(const struct rfm_bench *bench)
+BENCH_API void *rfm_bench_y(const struct rfm_bench *bench, uint64_t bytes)
 {
-    return bench->y;
+    if ((bench->data == NULL) || (bytes > bench->data_bytes)) {
+        return NULL;
+    }
+    return bench->data + y_offset(bytes);
 }
 
 BENCH_API int rfm_bench_arm(struct rfm_bench *bench, int mode, uint64_t count,

@@ -41,8 +41,9 @@ enum rfm_bench_status {
 struct rfm_bench;
 
 /*
- * Forks the partner with `data_bytes` of shared memory for each of x and y,
- * all pages present. cpu < 0 leaves the partner's affinity as it is.
+ * Forks the partner with room for `data_bytes` of each of x and y: a sealed
+ * memfd that each side maps with all pages present, as arenas are. cpu < 0
+ * leaves the partner's affinity as it is.
  */
 int rfm_bench_open(uint64_t data_bytes, int cpu, struct rfm_bench **bench_p);
 
@@ -50,8 +51,13 @@ int rfm_bench_open(uint64_t data_bytes, int cpu, struct rfm_bench **bench_p);
 void rfm_bench_close(struct rfm_bench *bench);
 
 int   rfm_bench_pid(const struct rfm_bench *bench);
+
+/*
+ * Where x lies, and y behind an x of `bytes`, as two blocks in an arena would;
+ * NULL without data, or where it is larger than the room.
+ */
 void *rfm_bench_x(const struct rfm_bench *bench);
-void *rfm_bench_y(const struct rfm_bench *bench);
+void *rfm_bench_y(const struct rfm_bench *bench, uint64_t bytes);
 
 /* The next `count` calls are served in `mode`, on the first `bytes` of x. */
 int rfm_bench_arm(struct rfm_bench *bench, int mode, uint64_t count,

@@ -128,13 +128,17 @@ def test_a_bare_partner_answers_every_armed_call(partner, mode):
 
 
 def test_a_bare_partner_doubles_the_shared_values(partner):
-    x, y = (view.cast("d") for view in partner.buffers())
+    x, y = (view.cast("d") for view in partner.buffers(4096))
     for index in range(len(x)):
         x[index] = float(index)
     partner.arm(raw.DOUBLE, 1, 4096)
     partner.call()
-    assert list(y) == [2.0 * index for index in range(512)] + [0.0] * 512
+    assert list(y) == [2.0 * index for index in range(512)]
     del x, y
+    # What lies behind y was not touched.
+    _, room = (view.cast("d") for view in partner.buffers(8192))
+    assert set(room[512:]) == {0.0}
+    del room
 
 
 def test_a_call_that_was_not_armed_is_refused_not_waited_for(partner):
@@ -149,6 +153,8 @@ def test_a_call_that_was_not_armed_is_refused_not_waited_for(partner):
 def test_more_bytes_than_are_shared_are_refused(partner):
     with pytest.raises(ValueError, match="out of range"):
         partner.arm(raw.DOUBLE, 1, 16384)
+    with pytest.raises(ValueError, match="room for 8192"):
+        partner.buffers(16384)
 
 
 def test_a_killed_partner_is_an_error_not_a_hang(partner):

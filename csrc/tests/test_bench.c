@@ -33,7 +33,7 @@ static void shared_values_are_doubled(void)
 
     assert(rfm_bench_open(4096, -1, &bench) == RFM_BENCH_OK);
     x = rfm_bench_x(bench);
-    y = rfm_bench_y(bench);
+    y = rfm_bench_y(bench, 4096);
     for (int i = 0; i < 512; i++) {
         x[i] = i;
     }

@@ -46,7 +46,7 @@ class Bound:
 
     def __init__(self, partner: raw.Partner, size: int) -> None:
         self.partner, self.size = partner, size
-        self.x, self.y = (np.frombuffer(view, dtype=np.float64)[:size // 8] for view in partner.buffers())
+        self.x, self.y = (np.frombuffer(view, dtype=np.float64) for view in partner.buffers(size))
 
     def arm(self, count: int) -> None:
         self.partner.arm(raw.DOUBLE, WARM_UP + count, self.size)

@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL:
         ("rfm_bench_close", None, [partner]),
         ("rfm_bench_pid", ctypes.c_int, [partner]),
         ("rfm_bench_x", partner, [partner]),
-        ("rfm_bench_y", partner, [partner]),
+        ("rfm_bench_y", partner, [partner, u64]),
         ("rfm_bench_arm", ctypes.c_int, [partner, ctypes.c_int, u64, u64]),
         ("rfm_bench_call", i64, [partner]),
         ("rfm_bench_calls", i64, [partner, u64, ctypes.POINTER(i64)]),
@@ -84,12 +84,17 @@ class Partner:
     def pid(self) -> int:
         return self._lib.rfm_bench_pid(self._live())
 
-    def buffers(self) -> tuple[memoryview, memoryview]:
-        """x and y, shared with the partner, writable bytes; not to be used after close()."""
+    def buffers(self, size_bytes: int) -> tuple[memoryview, memoryview]:
+        """x and y of that size, shared with the partner, writable bytes; not to be used after close().
+
+        ValueError if there is less room than that.
+        """
         pointer = self._live()
-        kind = ctypes.c_char * self.data_bytes
+        if not 0 < size_bytes <= self.data_bytes:
+            raise ValueError(f"{size_bytes} bytes, and room for {self.data_bytes}")
+        kind = ctypes.c_char * size_bytes
         return (memoryview(kind.from_address(self._lib.rfm_bench_x(pointer))).cast("B"),
-                memoryview(kind.from_address(self._lib.rfm_bench_y(pointer))).cast("B"))
+                memoryview(kind.from_address(self._lib.rfm_bench_y(pointer, size_bytes))).cast("B"))
 
     def arm(self, mode: int, count: int, size_bytes: int = 0) -> None:
         """Wakes the partner for the next `count` calls; ValueError while calls are still armed."""

@@ -119,20 +119,34 @@ def sleeps(x):
     time.sleep(600)
 
 
+def begin(name: object) -> None:
+    """Says in a file which process has begun."""
+    path = Path(str(name))
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.write_text(str(os.getpid()))
+    fresh.rename(path)
+
+
 @kernel
-def scribbles(started, out):
+def scribbles(begun, value, out):
     """Says that it runs, then writes to its output for ever."""
-    Path(started.tobytes().decode()).touch()
+    begin(begun.tobytes().decode())
     while True:
         out += 1
 
 
 @kernel
-def fills_when(started, flag, out):
+def fills_when(begun, flag, out):
     """Says that it runs, waits for a file, fills its output with 5."""
-    Path(started.tobytes().decode()).touch()
+    begin(begun.tobytes().decode())
     wait_for(flag.tobytes().decode())
     out[...] = 5
+
+
+@kernel
+def stops_itself(x):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return x
 
 
 def wait_for(name: object) -> None:
@@ -143,8 +157,8 @@ def wait_for(name: object) -> None:
         time.sleep(0.002)
 
 
-def start_then_wait(started, flag, value):
-    Path(started).touch()
+def begin_then_wait(begun, flag, value):
+    begin(begun)
     wait_for(flag)
     return value
 

@@ -177,11 +177,11 @@ def test_a_kernel_that_loops_is_stopped_at_its_time_limit_alone(ex, make, how):
 
 def test_a_call_that_loops_can_be_cancelled_with_force_alone(ex, tmp_path):
     neighbours = Neighbours(ex)
-    started = tmp_path / "started"
+    begun = tmp_path / "begun"
     neighbours.start()
-    future = ex.submit(faults.start_then_wait, started, tmp_path / "never", 1)
+    future = ex.submit(faults.begin_then_wait, begun, tmp_path / "never", 1)
     neighbours.start()
-    faults.wait_for(started)
+    faults.wait_for(begun)
     with pytest.raises(concurrent.futures.TimeoutError):
         future.result(0.05)
     assert future.cancel(force=True)

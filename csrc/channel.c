@@ -23,6 +23,7 @@
 
 #define SHORT_NS     1000000ull     /* kernels longer than this don't queue  */
 #define AHEAD_NS     256000ull      /* this much work is sent ahead          */
+#define LONGEST_NS   (1ull << 56)   /* two years                             */
 
 /* --- setting up ----------------------------------------------------------- */
 
@@ -47,6 +48,15 @@ static int await_readable(int fd, uint64_t deadline_ns)
     }
 }
 
+/* A peer that is gone shows by its pidfd. One that doesn't read, or that may
+ * have seen half a frame, can't be used any more. */
+static void sent(struct rfm_channel *chan, int rc)
+{
+    if ((rc < 0) && (rc != RFM_ERR_PEER)) {
+        (void)rfm_channel_kill(chan);
+    }
+}
+
 static void send_arena(void *ctx, const struct rfm_arena_info *arena)
 {
     rfm_channel_send_arena(ctx, arena->id, arena->fd, arena->bytes);
@@ -59,8 +69,9 @@ void rfm_channel_send_arena(struct rfm_channel *chan, uint32_t arena, int fd,
     struct iovec iov = { &body, sizeof(body) };
 
     pthread_mutex_lock(&chan->control);
-    /* a peer that is gone shows by its pidfd; nothing to do about it here */
-    (void)rfm_frame_send(chan->fd, RFM_CTL_ARENA, 0, &iov, 1, &fd, 1);
+    if (chan->fd >= 0) {
+        sent(chan, rfm_frame_send(chan->fd, RFM_CTL_ARENA, 0, &iov, 1, &fd, 1));
+    }
     pthread_mutex_unlock(&chan->control);
 }
 
@@ -71,6 +82,10 @@ void rfm_channel_send_number(struct rfm_channel *chan, uint16_t type,
     struct iovec iov = { &body, sizeof(body) };
 
     pthread_mutex_lock(&chan->control);
+    if (chan->fd < 0) {
+        pthread_mutex_unlock(&chan->control);
+        return;
+    }
     if (type == RFM_CTL_UNBIND) {
         uint8_t *bound = &chan->bound[number % RFM_MAX_BINDINGS];
 
@@ -80,11 +95,19 @@ void rfm_channel_send_number(struct rfm_channel *chan, uint16_t type,
         }
         rfm_store_release(bound, 0);
     }
-    (void)rfm_frame_send(chan->fd, type, cookie, &iov, 1, NULL, 0);
+    sent(chan, rfm_frame_send(chan->fd, type, cookie, &iov, 1, NULL, 0));
     pthread_mutex_unlock(&chan->control);
 }
 
 /* ATTACH, then ATTACHED: the only exchange that is waited for */
+static int send_signal(int pidfd, int signal)
+{
+    if (syscall(SYS_pidfd_send_signal, pidfd, signal, NULL, 0) != 0) {
+        return (errno == ESRCH) ? RFM_ERR_PEER : RFM_ERR_SYSTEM;
+    }
+    return RFM_OK;
+}
+
 static int shake_hands(struct rfm_channel *chan, uint64_t deadline_ns)
 {
     struct rfm_invoker *inv = chan->inv;
@@ -135,6 +158,12 @@ static int shake_hands(struct rfm_channel *chan, uint64_t deadline_ns)
         rc = answer.status;
         goto err_link;
     }
+    /* the fence hangs on it: it must be a process, and one that we may kill */
+    rc = send_signal(chan->pidfd, 0);
+    if (rc < 0) {
+        rc = (rc == RFM_ERR_PEER) ? RFM_ERR_PEER : RFM_ERR_PROTOCOL;
+        goto err_link;
+    }
     chan->link = link;
     return RFM_OK;
 
@@ -165,6 +194,7 @@ int rfm_channel_create(struct rfm_invoker *inv, int fd, uint64_t lease,
     chan->depth  = 1;
     chan->bound = calloc(RFM_MAX_BINDINGS, 1);
     pthread_mutex_init(&chan->control, NULL);
+    pthread_mutex_init(&chan->pid_lock, NULL);
     rfm_rx_init(&chan->rx, 4096);
     if (chan->bound == NULL) {
         rfm_channel_destroy(chan);
@@ -195,6 +225,7 @@ void rfm_channel_destroy(struct rfm_channel *chan)
     }
     rfm_rx_fini(&chan->rx);
     pthread_mutex_destroy(&chan->control);
+    pthread_mutex_destroy(&chan->pid_lock);
     free(chan->bound);
     free(chan->shipped);
     free(chan);
@@ -281,6 +312,7 @@ static int send_binding(struct rfm_channel *chan,
         if (rc == RFM_OK) {
             rfm_store_release(bound, 1);
         }
+        sent(chan, rc);
     }
     pthread_mutex_unlock(&chan->control);
     return rc;
@@ -305,30 +337,29 @@ static void write_payload(const struct rfm_request *req, uint8_t *to)
 }
 
 static void fill_slot(struct rfm_channel *chan, struct rfm_request *req,
-                      uint32_t slot)
+                      uint32_t slot, struct rfm_request_line *line)
 {
     const struct rfm_transport *ops = chan->link->ops;
-    struct rfm_request_line line;
-    uint8_t *to = line.payload;
+    uint8_t *to = line->payload;
 
-    line.id        = req->wire_id;
-    line.binding   = req->binding->number;
-    line.flags     = req->wire_flags;
-    line.budget_ns = 0;
+    line->id        = req->wire_id;
+    line->binding   = req->binding->number;
+    line->flags     = req->wire_flags;
+    line->budget_ns = 0;
     if ((req->wire_flags & RFM_REQ_FETCH) != 0) {
         struct rfm_wire_fetch fetch = { req->id, req->into };
 
-        line.in_bytes = sizeof(fetch);
+        line->in_bytes = sizeof(fetch);
         memcpy(to, &fetch, sizeof(fetch));
     } else if ((req->wire_flags & (RFM_REQ_OBJECT | RFM_REQ_STAGED)) != 0) {
-        line.in_bytes = req->payload_bytes;
+        line->in_bytes = req->payload_bytes;
         if (req->payload_bytes > RFM_INLINE_BYTES) {
             to = ops->rank_payload(chan->link, slot);
         }
         memcpy(to, req->payload, req->payload_bytes);
     } else {
-        line.in_bytes = req->binding->layout.in_bytes;
-        if (line.in_bytes > RFM_INLINE_BYTES) {
+        line->in_bytes = req->binding->layout.in_bytes;
+        if (line->in_bytes > RFM_INLINE_BYTES) {
             to = ops->rank_payload(chan->link, slot);
         }
         write_payload(req, to);
@@ -336,26 +367,30 @@ static void fill_slot(struct rfm_channel *chan, struct rfm_request *req,
     if (req->deadline_ns != 0) {
         uint64_t now = rfm_now_ns();
 
-        line.budget_ns = (now < req->deadline_ns) ? req->deadline_ns - now : 1;
+        line->budget_ns = (now < req->deadline_ns) ? req->deadline_ns - now : 1;
     }
     if (req->attempts > 1) {
         ops->rank_forget(chan->link, slot);
     }
-    ops->rank_post(chan->link, slot, &line);
 }
 
 int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
 {
     uint64_t head = rfm_load_acquire(&chan->head);
+    struct rfm_request_line line;
     uint32_t slot;
-    bool sent = true;
+    bool known = true;
 
     do {
+        uint64_t out;
+
         if ((head & RFM_HEAD_CLOSED) != 0) {
             return RFM_ERR_CLOSED;
         }
-        if (head - rfm_load_acquire(&chan->tail) >=
-            rfm_load_relaxed(&chan->depth)) {
+        out = head - rfm_load_acquire(&chan->tail);
+        /* a tail beyond head: others moved on meanwhile, and the exchange
+         * will say so; that is not a full channel */
+        if ((out >= rfm_load_relaxed(&chan->depth)) && (out <= chan->slots)) {
             return RFM_ERR_NO_RESOURCE;
         }
     } while (!__atomic_compare_exchange_n(&chan->head, &head, head + 1, true,
@@ -366,16 +401,19 @@ int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
         uint32_t number = req->binding->number % RFM_MAX_BINDINGS;
 
         if (rfm_load_acquire(&chan->bound[number]) == 0) {
-            sent = send_binding(chan, req->binding) == RFM_OK;
+            known = send_binding(chan, req->binding) == RFM_OK;
         }
     }
     req->chan   = chan;
     req->worker = chan->worker;
     rfm_store_release(&req->state, RFM_POSTED);
     chan->inflight[slot].req = req;
-    if (sent) {
-        rfm_store_release(&chan->inflight[slot].id, req->wire_id);
-        fill_slot(chan, req, slot);
+    if (known) {
+        fill_slot(chan, req, slot, &line);
+        /* From here on it may end, and req with it, even if its answer came
+         * before its question; but it can't be before the worker is asked. */
+        rfm_store_release(&chan->inflight[slot].id, line.id);
+        chan->link->ops->rank_post(chan->link, slot, &line);
     } else {
         /* the peer is gone, or soon will be: it ends LOST with the channel */
         rfm_store_release(&chan->inflight[slot].id, UINT64_MAX);
@@ -410,6 +448,7 @@ static enum rfm_outcome take_outputs(struct rfm_request *req,
     const struct rfm_binding *binding = req->binding;
     const uint8_t *from = binding->layout.out_in_line ? line->payload : payload;
 
+    /* all of them are checked before one byte is written */
     for (uint32_t i = 0; i < binding->n_out; i++) {
         const struct rfm_arg *arg = &binding->args[binding->n_in + i];
         uint64_t size = arg->size;
@@ -424,6 +463,11 @@ static enum rfm_outcome take_outputs(struct rfm_request *req,
             return RFM_LOST;    /* a worker that lies about sizes */
         }
         req->out_sizes[i] = size;
+    }
+    for (uint32_t i = 0; i < binding->n_out; i++) {
+        const struct rfm_arg *arg = &binding->args[binding->n_in + i];
+        uint64_t size = req->out_sizes[i];
+
         if ((arg->place == RFM_INLINE) && (size > 0)) {
             memcpy(req->args[binding->n_in + i].user, from + arg->at, size);
         }
@@ -431,6 +475,7 @@ static enum rfm_outcome take_outputs(struct rfm_request *req,
     return RFM_DONE;
 }
 
+/* RFM_LOST: no worker of ours says that */
 static enum rfm_outcome take_reply(struct rfm_channel *chan,
                                    struct rfm_request *req,
                                    const struct rfm_reply_line *line,
@@ -481,6 +526,10 @@ static void adapt_depth(struct rfm_channel *chan, uint64_t exec_ns)
     uint64_t mean = chan->mean_exec_ns;
     uint64_t depth = 1;
 
+    /* the worker's word: it must not make the sum wrap to nothing */
+    if (exec_ns > LONGEST_NS) {
+        exec_ns = LONGEST_NS;
+    }
     mean = (mean == 0) ? exec_ns + 1 : mean + 1 - mean / 8 + exec_ns / 8;
     chan->mean_exec_ns = mean;
     if (mean < SHORT_NS) {
@@ -500,7 +549,7 @@ static int reap_locked(struct rfm_channel *chan)
     uint64_t tail = chan->tail;
     int n = 0;
 
-    while (chan->link != NULL) {
+    while ((chan->link != NULL) && !chan->broken) {
         uint32_t slot = (uint32_t)tail & (chan->slots - 1);
         uint64_t id = rfm_load_acquire(&chan->inflight[slot].id);
         struct rfm_reply_line line;
@@ -515,6 +564,17 @@ static int reap_locked(struct rfm_channel *chan)
         }
         req = chan->inflight[slot].req;
         outcome = take_reply(chan, req, &line, payload);
+        if (outcome == RFM_LOST) {
+            /* Who lies may write, too: it ends with the channel, fenced. */
+            chan->broken = true;
+            rfm_channel_drain(chan);
+            (void)rfm_channel_kill(chan);
+            break;
+        }
+        if (outcome == RFM_BUSY) {
+            /* no id comes to a channel twice: elsewhere, not here again */
+            rfm_channel_drain(chan);
+        }
         if ((line.status == RFM_ST_OK) &&
             ((req->wire_flags & RFM_REQ_FETCH) == 0)) {
             adapt_depth(chan, line.exec_ns);
@@ -541,16 +601,65 @@ int rfm_channel_reap(struct rfm_channel *chan)
     return n;
 }
 
+int rfm_channel_arm(struct rfm_channel *chan)
+{
+    int n = 0;
+
+    if (__atomic_exchange_n(&chan->reap_lock, 1, __ATOMIC_ACQUIRE) != 0) {
+        return RFM_ERR_BUSY;
+    }
+    if (chan->link != NULL) {
+        uint64_t in_flight = rfm_channel_in_flight(chan);
+
+        chan->link->ops->rank_wake_at(chan->link,
+                                      chan->tail + ((in_flight + 1) / 2));
+        n = reap_locked(chan);
+    }
+    rfm_store_release(&chan->reap_lock, 0);
+    return n;
+}
+
 /* --- its end -------------------------------------------------------------- */
+
+/* What only a living channel needs; the rest stays for whoever looks at it. */
+static void strip(struct rfm_channel *chan)
+{
+    pthread_mutex_lock(&chan->control);
+    close(chan->fd);
+    chan->fd = -1;
+    free(chan->bound);
+    chan->bound = NULL;
+    free(chan->shipped);
+    chan->shipped      = NULL;
+    chan->shipped_size = 0;
+    rfm_rx_fini(&chan->rx);
+    pthread_mutex_unlock(&chan->control);
+    pthread_mutex_lock(&chan->pid_lock);
+    close(chan->pidfd);
+    chan->pidfd = -1;
+    pthread_mutex_unlock(&chan->pid_lock);
+}
+
+/* takes no tickets from now on: how many it gave out */
+static uint64_t no_more(struct rfm_channel *chan, uint32_t state)
+{
+    uint32_t at = rfm_load_acquire(&chan->state);
+    uint64_t head = __atomic_fetch_or(&chan->head, RFM_HEAD_CLOSED,
+                                      __ATOMIC_ACQ_REL);
+
+    while ((at < state) &&
+           !__atomic_compare_exchange_n(&chan->state, &at, state, false,
+                                        __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+    }
+    return head & ~RFM_HEAD_CLOSED;
+}
 
 void rfm_channel_dead(struct rfm_channel *chan)
 {
     struct rfm_link *link;
-    uint64_t head;
+    uint64_t head = no_more(chan, RFM_CH_DRAINING);
     uint64_t tail;
 
-    head = __atomic_fetch_or(&chan->head, RFM_HEAD_CLOSED, __ATOMIC_ACQ_REL) &
-           ~RFM_HEAD_CLOSED;
     while (rfm_load_acquire(&chan->published) != head) {
         sched_yield();
     }
@@ -568,23 +677,19 @@ void rfm_channel_dead(struct rfm_channel *chan)
         rfm_store_release(&chan->tail, tail + 1);
         rfm_request_end(req, RFM_LOST);
     }
-    rfm_store_release(&chan->state, RFM_CH_DEAD);
     rfm_store_release(&chan->reap_lock, 0);
     if (link != NULL) {
         link->ops->rank_close(link);
     }
+    strip(chan);
+    /* last: its place may be given away from now on */
+    rfm_store_release(&chan->state, RFM_CH_DEAD);
     rfm_door_knock(chan->inv->door);
 }
 
 static void close_head(struct rfm_channel *chan, uint32_t state)
 {
-    uint32_t at = rfm_load_acquire(&chan->state);
-
-    (void)__atomic_fetch_or(&chan->head, RFM_HEAD_CLOSED, __ATOMIC_ACQ_REL);
-    while ((at < state) &&
-           !__atomic_compare_exchange_n(&chan->state, &at, state, false,
-                                        __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
-    }
+    no_more(chan, state);
     rfm_service_kick(chan->inv);
 }
 
@@ -600,13 +705,15 @@ void rfm_channel_drain(struct rfm_channel *chan)
 
 int rfm_channel_kill(struct rfm_channel *chan)
 {
-    if ((rfm_load_acquire(&chan->state) == RFM_CH_DEAD) || (chan->pidfd < 0)) {
-        return RFM_ERR_PEER;
+    int rc = RFM_ERR_PEER;
+
+    /* so that the number isn't another file's by the time it is used */
+    pthread_mutex_lock(&chan->pid_lock);
+    if (chan->pidfd >= 0) {
+        rc = send_signal(chan->pidfd, SIGKILL);
     }
-    if (syscall(SYS_pidfd_send_signal, chan->pidfd, SIGKILL, NULL, 0) != 0) {
-        return (errno == ESRCH) ? RFM_ERR_PEER : RFM_ERR_SYSTEM;
-    }
-    return RFM_OK;
+    pthread_mutex_unlock(&chan->pid_lock);
+    return rc;
 }
 
 void rfm_channel_info(struct rfm_channel *chan, struct rfm_channel_info *info)

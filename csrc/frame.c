@@ -3,6 +3,7 @@
 #include "frame.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -11,6 +12,24 @@
 #include "rfm.h"
 
 #define MAX_IOV 8u
+
+/* A peer whose control thread reads nothing for so long is stopped or broken;
+ * whoever sends may hold locks that others need to deal with that. */
+#define STUCK_MS 5000
+
+static int await_room(int fd)
+{
+    struct pollfd p = { .fd = fd, .events = POLLOUT };
+    int rc;
+
+    do {
+        rc = poll(&p, 1, STUCK_MS);
+    } while ((rc < 0) && (errno == EINTR));
+    if (rc == 0) {
+        return RFM_ERR_TIMEOUT;
+    }
+    return (rc > 0) ? RFM_OK : RFM_ERR_SYSTEM;
+}
 
 int rfm_frame_send(int fd, uint16_t type, uint64_t cookie,
                    const struct iovec *body, uint32_t n_body, const int *fds,
@@ -56,10 +75,18 @@ int rfm_frame_send(int fd, uint16_t type, uint64_t cookie,
         memcpy(CMSG_DATA(cmsg), fds, n_fds * sizeof(int));
     }
     while (msg.msg_iovlen > 0) {
-        ssize_t sent = sendmsg(fd, &msg, MSG_NOSIGNAL);
+        ssize_t sent = sendmsg(fd, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
 
         if (sent < 0) {
             if (errno == EINTR) {
+                continue;
+            }
+            if ((errno == EAGAIN) || (errno == EWOULDBLOCK)) {
+                int rc = await_room(fd);
+
+                if (rc < 0) {
+                    return rc;
+                }
                 continue;
             }
             return ((errno == EPIPE) || (errno == ECONNRESET)) ? RFM_ERR_PEER
@@ -90,6 +117,8 @@ void rfm_rx_init(struct rfm_rx *rx, uint32_t max_body)
 
 static int take_fds(struct rfm_rx *rx, struct msghdr *msg)
 {
+    int rc = ((msg->msg_flags & MSG_CTRUNC) != 0) ? RFM_ERR_PROTOCOL : RFM_OK;
+
     for (struct cmsghdr *c = CMSG_FIRSTHDR(msg); c != NULL;
          c = CMSG_NXTHDR(msg, c)) {
         size_t n;
@@ -105,12 +134,12 @@ static int take_fds(struct rfm_rx *rx, struct msghdr *msg)
             if (rx->n_fds < RFM_MAX_FRAME_FDS) {
                 rx->fds[rx->n_fds++] = fd;
             } else {
-                close(fd);
-                return RFM_ERR_PROTOCOL;
+                close(fd);      /* and the rest of them too */
+                rc = RFM_ERR_PROTOCOL;
             }
         }
     }
-    return ((msg->msg_flags & MSG_CTRUNC) != 0) ? RFM_ERR_PROTOCOL : RFM_OK;
+    return rc;
 }
 
 /* at most `want` bytes more; the count, or a status */

@@ -7,7 +7,9 @@
 
 #include "rfm_wire.h"
 
-/* Sends one frame whose body is the concatenation of iov; blocks. */
+/* Sends one frame whose body is the concatenation of iov. Waits for room;
+ * RFM_ERR_TIMEOUT if the peer reads nothing for some seconds: what was sent
+ * may then end in the middle of a frame, and the connection is of no use. */
 int rfm_frame_send(int fd, uint16_t type, uint64_t cookie,
                    const struct iovec *iov, uint32_t n_iov, const int *fds,
                    uint32_t n_fds);

@@ -48,7 +48,7 @@ static void arena_made(void *ctx, const struct rfm_arena_info *arena)
     uint32_t n = rfm_load_acquire(&inv->n_channels);
 
     for (uint32_t i = 0; i < n; i++) {
-        struct rfm_channel *chan = rfm_load_acquire(&inv->channels[i]);
+        struct rfm_channel *chan = rfm_channel_at(inv, i);
 
         if (rfm_load_acquire(&chan->state) != RFM_CH_DEAD) {
             rfm_channel_send_arena(chan, arena->id, arena->fd, arena->bytes);
@@ -61,7 +61,7 @@ static void send_number(struct rfm_invoker *inv, uint16_t type, uint32_t number)
     uint32_t n = rfm_load_acquire(&inv->n_channels);
 
     for (uint32_t i = 0; i < n; i++) {
-        struct rfm_channel *chan = rfm_load_acquire(&inv->channels[i]);
+        struct rfm_channel *chan = rfm_channel_at(inv, i);
 
         if (rfm_load_acquire(&chan->state) != RFM_CH_DEAD) {
             rfm_channel_send_number(chan, type, number, 0);
@@ -189,10 +189,17 @@ void rfm_invoker_close(struct rfm_invoker *inv, uint64_t timeout_ns)
 void rfm_invoker_destroy(struct rfm_invoker *inv)
 {
     struct rfm_kernel *kernel = inv->kernels;
+    struct rfm_channel *chan = inv->buried;
 
     rfm_heap_set_hooks(inv->heap, NULL);
     for (uint32_t i = 0; i < inv->n_channels; i++) {
         rfm_channel_destroy(inv->channels[i]);
+    }
+    while (chan != NULL) {
+        struct rfm_channel *next = chan->next_buried;
+
+        rfm_channel_destroy(chan);
+        chan = next;
     }
     while (kernel != NULL) {
         struct rfm_kernel *next = kernel->next;
@@ -223,11 +230,24 @@ uint32_t rfm_invoker_slot_bytes(struct rfm_invoker *inv)
 
 /* --- channels ------------------------------------------------------------- */
 
+/* admin held: a dead one's place, or a new one; RFM_MAX_CHANNELS if none */
+static uint32_t find_place(struct rfm_invoker *inv)
+{
+    uint32_t i = 0;
+
+    while ((i < inv->n_channels) &&
+           (rfm_load_acquire(&inv->channels[i]->state) != RFM_CH_DEAD)) {
+        i++;
+    }
+    return i;
+}
+
 int rfm_invoker_attach(struct rfm_invoker *inv, int fd, uint64_t lease,
                        uint32_t worker, uint64_t timeout_ns,
                        struct rfm_channel **chan_p)
 {
     struct rfm_channel *chan;
+    uint32_t place;
     int rc;
 
     pthread_mutex_lock(&inv->admin);
@@ -236,7 +256,8 @@ int rfm_invoker_attach(struct rfm_invoker *inv, int fd, uint64_t lease,
         rc = RFM_ERR_CLOSED;
         goto out;
     }
-    if (inv->n_channels >= RFM_MAX_CHANNELS) {
+    place = find_place(inv);
+    if (place >= RFM_MAX_CHANNELS) {
         close(fd);
         rc = RFM_ERR_NO_RESOURCE;
         goto out;
@@ -245,8 +266,14 @@ int rfm_invoker_attach(struct rfm_invoker *inv, int fd, uint64_t lease,
     if (rc < 0) {
         goto out;
     }
-    rfm_store_release(&inv->channels[inv->n_channels], chan);
-    rfm_store_release(&inv->n_channels, inv->n_channels + 1);
+    if (place < inv->n_channels) {
+        inv->channels[place]->next_buried = inv->buried;
+        inv->buried = inv->channels[place];
+    }
+    rfm_store_release(&inv->channels[place], chan);
+    if (place == inv->n_channels) {
+        rfm_store_release(&inv->n_channels, place + 1);
+    }
     rfm_heap_unlock(inv->heap);         /* taken by rfm_channel_create */
     rfm_store_release(&inv->abandoned, 0);
     *chan_p = chan;
@@ -268,7 +295,7 @@ uint32_t rfm_invoker_channels(struct rfm_invoker *inv, struct rfm_channel **out,
         n = max;
     }
     for (uint32_t i = 0; i < n; i++) {
-        out[i] = inv->channels[i];
+        out[i] = rfm_channel_at(inv, i);
     }
     return n;
 }
@@ -284,7 +311,7 @@ uint64_t rfm_invoker_in_flight(struct rfm_invoker *inv)
     uint64_t sum = 0;
 
     for (uint32_t i = 0; i < n; i++) {
-        sum += rfm_channel_in_flight(inv->channels[i]);
+        sum += rfm_channel_in_flight(rfm_channel_at(inv, i));
     }
     return sum;
 }
@@ -383,7 +410,9 @@ int rfm_layout(struct rfm_arg *args, uint16_t n_in, uint16_t n_out,
         layout->in_bytes = lay_out(args, 0, n_in, descs, RFM_CACHE_LINE, 0);
     }
     layout->out_bytes   = lay_out(args, n_in, n, sizes, 0, 0);
-    layout->out_in_line = layout->out_bytes <= RFM_INLINE_BYTES;
+    /* there is no room for canaries between several in one line */
+    layout->out_in_line = (layout->out_bytes <= RFM_INLINE_BYTES) &&
+                          (layout->n_inline_out <= 1);
     if (!layout->out_in_line) {
         layout->out_bytes = lay_out(args, n_in, n, sizes, RFM_CACHE_LINE,
                                     RFM_CANARY_BYTES);
@@ -545,6 +574,7 @@ void rfm_request_end(struct rfm_request *req, enum rfm_outcome outcome)
 
 bool rfm_request_watch(struct rfm_request *req)
 {
+    struct rfm_invoker *inv = req->inv;
     uint32_t watch = __atomic_fetch_or(&req->watch, RFM_WATCH_ASKED,
                                        __ATOMIC_ACQ_REL);
 
@@ -553,7 +583,7 @@ bool rfm_request_watch(struct rfm_request *req)
     }
     if ((watch & RFM_WATCH_ENDED) != 0) {
         push_ended(req);
-        rfm_door_knock(req->inv->door);
+        rfm_door_knock(inv->door);
     }
     return true;
 }
@@ -573,7 +603,7 @@ static struct rfm_channel *pick(struct rfm_invoker *inv,
         return req->pin;
     }
     if (n == 1) {
-        return inv->channels[0];
+        return rfm_channel_at(inv, 0);
     }
     start = rfm_load_relaxed(&inv->next_channel);
     for (uint32_t k = 0; k < n; k++) {
@@ -584,7 +614,7 @@ static struct rfm_channel *pick(struct rfm_invoker *inv,
         if (i >= n) {
             i %= n;
         }
-        chan = inv->channels[i];
+        chan = rfm_channel_at(inv, i);
         if ((rfm_load_relaxed(&chan->head) & RFM_HEAD_CLOSED) != 0) {
             continue;
         }
@@ -602,25 +632,28 @@ static struct rfm_channel *pick(struct rfm_invoker *inv,
     return best;
 }
 
-static bool try_post(struct rfm_invoker *inv, struct rfm_request *req)
+/* Afterwards req is its owner's, unless it was refused. */
+enum posting { REFUSED, POSTED, OVER };
+
+static enum posting try_post(struct rfm_invoker *inv, struct rfm_request *req)
 {
     struct rfm_channel *chan = pick(inv, req);
     int rc;
 
     if (chan == NULL) {
-        return false;
+        return REFUSED;
     }
     rc = rfm_channel_post(chan, req);
     if ((rc == RFM_ERR_CLOSED) && (req->pin != NULL)) {
         /* what it wants is gone with its worker */
         end_unlisted(req, RFM_LOST);
-        return true;
+        return OVER;
     }
-    return rc == RFM_OK;
+    return (rc == RFM_OK) ? POSTED : REFUSED;
 }
 
-/* queue lock held */
-static void unlink_queued(struct rfm_invoker *inv, struct rfm_request *req)
+/* queue lock held; it still counts as queued */
+static void take_out(struct rfm_invoker *inv, struct rfm_request *req)
 {
     if (req->prev != NULL) {
         req->prev->next = req->next;
@@ -634,21 +667,35 @@ static void unlink_queued(struct rfm_invoker *inv, struct rfm_request *req)
     }
     req->next = NULL;
     req->prev = NULL;
+}
+
+static void unlink_queued(struct rfm_invoker *inv, struct rfm_request *req)
+{
+    take_out(inv, req);
     (void)__atomic_fetch_sub(&inv->queued, 1, __ATOMIC_SEQ_CST);
 }
 
-/* queue lock held: posts what can be posted */
-static void post_queued(struct rfm_invoker *inv)
+/*
+ * Queue lock held: posts what can be posted; true if one ended instead.
+ *
+ * What is refused must be pumped by whoever makes room. So it counts as queued
+ * while it is tried: either try_post sees the room, or who made it sees
+ * `queued` (rfm_invoker_progress has a fence in between, too).
+ */
+static bool post_queued(struct rfm_invoker *inv)
 {
     struct rfm_request *req = inv->first;
+    bool ended = false;
 
     while (req != NULL) {
         struct rfm_request *next = req->next;
         bool pinned = req->pin != NULL;
+        enum posting posting;
 
         /* out of the list first: once posted it may end at any moment */
-        unlink_queued(inv, req);
-        if (!try_post(inv, req)) {
+        take_out(inv, req);
+        posting = try_post(inv, req);
+        if (posting == REFUSED) {
             /* back to where it was */
             req->next = next;
             req->prev = (next != NULL) ? next->prev : inv->last;
@@ -662,38 +709,41 @@ static void post_queued(struct rfm_invoker *inv)
             } else {
                 inv->last = req;
             }
-            (void)__atomic_fetch_add(&inv->queued, 1, __ATOMIC_SEQ_CST);
             if (!pinned) {
-                return;         /* no room for anybody */
+                break;          /* no room for anybody */
             }
+        } else {
+            (void)__atomic_fetch_sub(&inv->queued, 1, __ATOMIC_SEQ_CST);
+            ended |= posting == OVER;
         }
         req = next;
     }
+    return ended;
 }
 
 /* Asks each worker to wake the service thread when half of what it has is
- * done. True if replies came meanwhile. */
+ * done. True if the queue is worth another look. */
 static bool arm_refill(struct rfm_invoker *inv)
 {
     uint32_t n = rfm_load_acquire(&inv->n_channels);
     bool moved = false;
+    bool busy = false;
 
     for (uint32_t i = 0; i < n; i++) {
-        struct rfm_channel *chan = inv->channels[i];
+        int rc = rfm_channel_arm(rfm_channel_at(inv, i));
 
-        if (__atomic_exchange_n(&chan->reap_lock, 1, __ATOMIC_ACQUIRE) != 0) {
-            continue;           /* its reaper will pump when it is done */
-        }
-        if (chan->link != NULL) {
-            uint64_t in_flight = rfm_channel_in_flight(chan);
-
-            chan->link->ops->rank_wake_at(chan->link, chan->tail +
-                                          ((in_flight + 1) / 2));
-        }
-        rfm_store_release(&chan->reap_lock, 0);
-        moved |= rfm_channel_reap(chan) != 0;
+        moved |= rc > 0;
+        busy  |= rc < 0;
     }
-    return moved;
+    if (moved) {
+        rfm_door_knock(inv->door);
+    }
+    if (busy) {
+        /* Its reaper may have looked before the last reply came, and leave
+         * without a word: then nobody would be woken. */
+        sched_yield();
+    }
+    return moved || busy;
 }
 
 void rfm_invoker_pump(struct rfm_invoker *inv)
@@ -701,10 +751,15 @@ void rfm_invoker_pump(struct rfm_invoker *inv)
     bool again;
 
     do {
+        bool ended;
+
         again = false;
         pthread_mutex_lock(&inv->queue_lock);
-        post_queued(inv);
+        ended = post_queued(inv);
         pthread_mutex_unlock(&inv->queue_lock);
+        if (ended) {
+            rfm_door_knock(inv->door);
+        }
         if ((rfm_load_acquire(&inv->queued) != 0) &&
             (rfm_load_acquire(&inv->pollers) == 0)) {
             again = arm_refill(inv);
@@ -735,7 +790,7 @@ int rfm_invoker_progress(struct rfm_invoker *inv)
     int moved = 0;
 
     for (uint32_t i = 0; i < n; i++) {
-        int rc = rfm_channel_reap(inv->channels[i]);
+        int rc = rfm_channel_reap(rfm_channel_at(inv, i));
 
         if (rc > 0) {
             moved += rc;
@@ -744,11 +799,12 @@ int rfm_invoker_progress(struct rfm_invoker *inv)
         }
     }
     if (moved > 0) {
+        /* other threads' requests may be among them; its fence also keeps the
+         * next look from passing the room that was made */
+        rfm_door_knock(inv->door);
         if (rfm_load_relaxed(&inv->queued) != 0) {
             rfm_invoker_pump(inv);
         }
-        /* other threads' requests may be among them */
-        rfm_door_knock(inv->door);
         return moved;
     }
     return busy ? RFM_ERR_BUSY : 0;
@@ -799,14 +855,22 @@ static void submit(struct rfm_request *req)
 
     req->outcome = RFM_PENDING;
     rfm_store_release(&req->state, RFM_QUEUED);
-    if ((rfm_load_relaxed(&inv->queued) == 0) && try_post(inv, req)) {
-        return;
+    if (rfm_load_relaxed(&inv->queued) == 0) {
+        enum posting posting = try_post(inv, req);
+
+        if (posting == OVER) {
+            rfm_door_knock(inv->door);
+        }
+        if (posting != REFUSED) {
+            return;
+        }
     }
     if (rfm_load_relaxed(&inv->abandoned) != 0) {
         pthread_mutex_lock(&inv->queue_lock);
         forget_deadline(req);
         pthread_mutex_unlock(&inv->queue_lock);
         end_unlisted(req, RFM_NO_WORKER);
+        rfm_door_knock(inv->door);
         return;
     }
     (void)rfm_invoker_progress(inv);
@@ -816,12 +880,12 @@ static void submit(struct rfm_request *req)
     }
 }
 
-static void set_deadline(struct rfm_request *req, uint64_t timeout_ns)
+static void set_deadline(struct rfm_request *req, uint64_t at_ns)
 {
     struct rfm_invoker *inv = req->inv;
 
     pthread_mutex_lock(&inv->queue_lock);
-    req->deadline_ns = rfm_now_ns() + timeout_ns;
+    req->deadline_ns = at_ns;
     req->sooner      = NULL;
     req->later       = inv->soonest;
     if (inv->soonest != NULL) {
@@ -854,10 +918,16 @@ int rfm_request_start(struct rfm_request *req, uint64_t timeout_ns)
     req->attempts = 1;
     req->pin      = NULL;
     req->expired  = 0;
+    req->limit_ns = 0;
+    req->result_bytes = 0;
     req->wire_flags &= ~RFM_REQ_FETCH;
     (void)__atomic_fetch_and(&req->watch, ~RFM_WATCH_ENDED, __ATOMIC_ACQ_REL);
     if (timeout_ns != 0) {
-        set_deadline(req, timeout_ns);
+        uint64_t now = rfm_now_ns();
+
+        req->limit_ns = (timeout_ns < UINT64_MAX - now) ? now + timeout_ns
+                                                        : UINT64_MAX;
+        set_deadline(req, req->limit_ns);
     }
     submit(req);
     return RFM_OK;
@@ -874,8 +944,21 @@ int rfm_request_restart(struct rfm_request *req)
     req->wire_id = req->id;
     req->attempts++;
     req->pin     = NULL;
+    req->expired = 0;
+    req->result_bytes = 0;
     req->wire_flags &= ~RFM_REQ_FETCH;
     (void)__atomic_fetch_and(&req->watch, ~RFM_WATCH_ENDED, __ATOMIC_ACQ_REL);
+    if (req->limit_ns != 0) {
+        if (rfm_now_ns() >= req->limit_ns) {
+            struct rfm_invoker *inv = req->inv;
+
+            rfm_store_release(&req->state, RFM_QUEUED);
+            end_unlisted(req, RFM_TIMED_OUT);
+            rfm_door_knock(inv->door);
+            return RFM_OK;
+        }
+        set_deadline(req, req->limit_ns);
+    }
     submit(req);
     return RFM_OK;
 }

@@ -34,9 +34,10 @@ struct rfm_inflight {
  */
 struct rfm_channel {
     struct rfm_invoker *inv;
+    struct rfm_channel *next_buried;
     struct rfm_link *link;      /* NULL once dead; under reap_lock */
-    int      fd;
-    int      pidfd;
+    int      fd;                /* -1 once dead; under control */
+    int      pidfd;             /* -1 once dead; under pid_lock */
     uint32_t pid;
     uint32_t worker;
     uint64_t lease;
@@ -51,11 +52,13 @@ struct rfm_channel {
     uint32_t depth;             /* how many tickets may be out */
 
     uint32_t reap_lock __attribute__((aligned(RFM_CACHE_LINE)));
+    bool     broken;            /* its worker lies: nothing more is taken */
     uint64_t tail;
     uint64_t mean_exec_ns;
     struct rfm_inflight inflight[RFM_MAX_SLOTS];
 
     pthread_mutex_t control;    /* sending; what was sent */
+    pthread_mutex_t pid_lock;   /* held for one system call */
     uint8_t *bound;             /* [RFM_MAX_BINDINGS], atomic */
     uint8_t *shipped;           /* by number of kernel */
     uint32_t shipped_size;
@@ -76,7 +79,10 @@ struct rfm_invoker {
 
     uint32_t n_channels __attribute__((aligned(RFM_CACHE_LINE)));
     uint32_t next_channel;
+    /* Dead ones give their places to new ones, but stay in memory: anybody
+     * may still look at them. */
     struct rfm_channel *channels[RFM_MAX_CHANNELS];
+    struct rfm_channel *buried;
 
     uint64_t queued __attribute__((aligned(RFM_CACHE_LINE)));
     uint32_t pollers;
@@ -110,6 +116,9 @@ void rfm_channel_destroy(struct rfm_channel *chan);
 int  rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req);
 /* Replies moved, or RFM_ERR_BUSY when somebody else is at it. */
 int  rfm_channel_reap(struct rfm_channel *chan);
+/* The same, and from now on the worker wakes the service thread once half of
+ * what it has is done. */
+int  rfm_channel_arm(struct rfm_channel *chan);
 /* Its worker can't write any more: ends what was in flight, unmaps. */
 void rfm_channel_dead(struct rfm_channel *chan);
 void rfm_channel_send_arena(struct rfm_channel *chan, uint32_t arena, int fd,
@@ -122,6 +131,12 @@ static inline uint64_t rfm_channel_in_flight(struct rfm_channel *chan)
     uint64_t head = rfm_load_acquire(&chan->head) & ~RFM_HEAD_CLOSED;
 
     return head - tail;
+}
+
+static inline struct rfm_channel *rfm_channel_at(struct rfm_invoker *inv,
+                                                uint32_t i)
+{
+    return rfm_load_acquire(&inv->channels[i]);
 }
 
 /* invoker.c */

@@ -175,7 +175,8 @@ struct rfm_request {
     /* queue and deadlines: under the invoker's queue lock */
     struct rfm_request *next;
     struct rfm_request *prev;
-    uint64_t deadline_ns;
+    uint64_t deadline_ns;       /* 0: in no list of deadlines */
+    uint64_t limit_ns;          /* as given to start; outlives re-issues */
     struct rfm_request *later;
     struct rfm_request *sooner;
     struct rfm_request *next_ended;
@@ -238,10 +239,14 @@ void rfm_request_init(struct rfm_request *req, struct rfm_invoker *inv,
                       uint64_t *out_sizes);
 void rfm_request_fini(struct rfm_request *req);
 int  rfm_request_start(struct rfm_request *req, uint64_t timeout_ns);
+/* Again, with the same id and what is left of its time limit: after LOST, BUSY
+ * or NO_WORKER. */
 int  rfm_request_restart(struct rfm_request *req);
 int  rfm_request_fetch(struct rfm_request *req, const struct rfm_desc *into);
 int  rfm_request_cancel(struct rfm_request *req);
-/* True if it was not watched before (the watcher holds it until unlisted). */
+/* True if it was not watched before (the watcher holds it until unlisted). One
+ * that is taken from the list may not have ENDED yet: its end is just being
+ * written, or it was started again. Then watch it again. */
 bool rfm_request_watch(struct rfm_request *req);
 void rfm_request_discard(struct rfm_request *req);
 
@@ -311,8 +316,7 @@ struct rfm_worker_attr {
 int  rfm_worker_create(const struct rfm_worker_attr *attr,
                        struct rfm_worker **worker_p);
 void rfm_worker_destroy(struct rfm_worker *w);
-/* One event, or RFM_ERR_AGAIN when `wait` is false and there is none, or after
- * about 100 ms of nothing. */
+/* One event; RFM_ERR_AGAIN when there is none and `wait` is false. */
 int  rfm_worker_next(struct rfm_worker *w, bool wait, struct rfm_event *ev);
 void rfm_worker_release(struct rfm_worker *w, struct rfm_event *ev);
 

@@ -58,10 +58,12 @@ static void end_channel(struct rfm_invoker *inv, struct rfm_channel *chan)
     rfm_channel_dead(chan);
 }
 
-/* the worker closed its end: after our own goodbye that is the fence */
-static void control_ended(struct rfm_invoker *inv, struct rfm_channel *chan)
+/* the worker closed its end: after our own goodbye that is the fence. Nonsense
+ * from it is none: it still has everything mapped. */
+static void control_ended(struct rfm_invoker *inv, struct rfm_channel *chan,
+                          bool closed)
 {
-    if (chan->let_go) {
+    if (chan->let_go && closed) {
         end_channel(inv, chan);
         return;
     }
@@ -82,7 +84,7 @@ static void read_control(struct rfm_invoker *inv, struct rfm_channel *chan)
             return;
         }
         if (rc < 0) {
-            control_ended(inv, chan);
+            control_ended(inv, chan, rc == RFM_ERR_PEER);
             return;
         }
         if (chan->rx.head.type == RFM_CTL_DRAIN) {
@@ -106,7 +108,7 @@ static uint64_t tend_channels(struct rfm_invoker *inv, uint64_t now)
     uint64_t next = UINT64_MAX;
 
     for (uint32_t i = 0; i < n; i++) {
-        struct rfm_channel *chan = rfm_load_acquire(&inv->channels[i]);
+        struct rfm_channel *chan = rfm_channel_at(inv, i);
         uint32_t state = rfm_load_acquire(&chan->state);
 
         if (state == RFM_CH_DEAD) {
@@ -153,12 +155,15 @@ static void handle(struct rfm_invoker *inv, const struct epoll_event *ev)
         }
         return;
     }
-    chan = inv->channels[ev->data.u64 >> 8];
+    chan = rfm_channel_at(inv, (uint32_t)(ev->data.u64 >> 8));
     if (rfm_load_acquire(&chan->state) == RFM_CH_DEAD) {
         return;
     }
     if (tag == TAG_PID) {
-        end_channel(inv, chan);
+        /* the event may be of the one that had this place before */
+        if (has_exited(chan)) {
+            end_channel(inv, chan);
+        }
     } else {
         read_control(inv, chan);
     }
@@ -181,7 +186,9 @@ static void *service_main(void *arg)
             next = deadline;
         }
         if (next != UINT64_MAX) {
-            timeout = (next <= now) ? 0 : (int)((next - now) / 1000000ull) + 1;
+            uint64_t ms = (next <= now) ? 0 : (next - now) / 1000000ull + 1;
+
+            timeout = (ms < 60000) ? (int)ms : 60000;
         }
         n = epoll_wait(inv->epoll_fd, events, 32, timeout);
         for (int i = 0; i < n; i++) {

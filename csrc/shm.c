@@ -286,6 +286,22 @@ static void link_close(struct rfm_link *link)
     free(shm);
 }
 
+/* A write to it must neither block nor raise SIGPIPE, and a file that isn't
+ * one of ours is nothing to write to: an anonymous inode has no type. */
+static int take_event(int fd, int *event_p)
+{
+    struct stat st;
+    int flags = fcntl(fd, F_GETFL);
+
+    if ((flags < 0) || ((flags & O_NONBLOCK) == 0) || (fstat(fd, &st) != 0) ||
+        ((st.st_mode & S_IFMT) != 0)) {
+        return RFM_ERR_PROTOCOL;
+    }
+    /* the caller closes what was passed; only the event is needed later */
+    *event_p = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    return (*event_p >= 0) ? RFM_OK : RFM_ERR_SYSTEM;
+}
+
 static int worker_open(const struct rfm_ctl_attach *body, const int *fds,
                        uint32_t n_fds, struct rfm_link **link_p)
 {
@@ -316,10 +332,8 @@ static int worker_open(const struct rfm_ctl_attach *body, const int *fds,
     if (rc < 0) {
         goto err_close;
     }
-    /* the caller closes what was passed; only the event is needed later */
-    shm->event_fd = fcntl(fds[2], F_DUPFD_CLOEXEC, 3);
-    if (shm->event_fd < 0) {
-        rc = RFM_ERR_SYSTEM;
+    rc = take_event(fds[2], &shm->event_fd);
+    if (rc < 0) {
         goto err_close;
     }
     link_layout(shm, slots, slot_bytes);

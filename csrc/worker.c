@@ -27,6 +27,7 @@
 #include "rfm_transport.h"
 #include "shm.h"
 
+#define FRAMES_A_TURN 64
 #define GUARDED_BYTES (RFM_MAX_SLOT_BYTES + RFM_PAGE_SIZE)
 
 struct mapped {
@@ -75,9 +76,14 @@ struct control {
 };
 
 struct rfm_conn {
+    struct rfm_conn *next;      /* of all, attached or not; under the lock */
     uint32_t number;
     int      fd;
     struct rfm_rx rx;           /* service thread only */
+    bool     over;              /* service thread only: its end was read */
+    uint32_t asked;             /* atomic: the main thread asks to be told */
+    uint32_t heard;             /* atomic: all that was sent before was read */
+    uint64_t asked_for;         /* ticket + 1; main thread only */
     struct rfm_link *link;      /* NULL until attached */
     uint64_t ticket;
     uint64_t last_id[RFM_MAX_SLOTS];
@@ -96,7 +102,7 @@ struct rfm_worker {
     int      door_fd;
     int      pidfd;
     int      epoll_fd;
-    int      event_fd;          /* stops the service thread */
+    int      event_fd;          /* wakes the service thread */
     uint64_t spin_ticks;
     uint64_t idle_since;
     bool     limits_told;
@@ -117,7 +123,8 @@ struct rfm_worker {
     uint32_t control_pending __attribute__((aligned(RFM_CACHE_LINE)));
     uint32_t quit;              /* atomic */
     uint32_t stop;              /* atomic */
-    pthread_mutex_t lock;       /* of the list */
+    pthread_mutex_t lock;       /* of the lists */
+    struct rfm_conn *all;
     struct control *first;
     struct control **last_p;
     pthread_t service;
@@ -158,6 +165,7 @@ static void conn_ended(struct rfm_worker *w, struct rfm_conn *conn)
 {
     struct control *node = node_of(conn, NULL);
 
+    conn->over = true;
     (void)epoll_ctl(w->epoll_fd, EPOLL_CTL_DEL, conn->fd, NULL);
     rfm_rx_fini(&conn->rx);
     if (node == NULL) {
@@ -167,21 +175,66 @@ static void conn_ended(struct rfm_worker *w, struct rfm_conn *conn)
     hand_over(w, node);
 }
 
-static void read_conn(struct rfm_worker *w, struct rfm_conn *conn)
+/* true if all that was there was read; afterwards conn may be gone if not */
+static bool read_conn(struct rfm_worker *w, struct rfm_conn *conn)
 {
-    for (;;) {
+    /* then the others and the agent have their turn */
+    for (int i = 0; i < FRAMES_A_TURN; i++) {
         struct control *node;
         int rc = rfm_rx_read(&conn->rx, conn->fd);
 
         if (rc == RFM_ERR_AGAIN) {
-            return;
+            return true;
         }
         node = (rc == RFM_OK) ? node_of(conn, &conn->rx) : NULL;
         if (node == NULL) {
             conn_ended(w, conn);
-            return;
+            return false;
         }
         hand_over(w, node);
+    }
+    return false;
+}
+
+static void kick(struct rfm_worker *w)
+{
+    uint64_t one = 1;
+
+    if (write(w->event_fd, &one, sizeof(one)) < 0) {
+        return;                 /* full: it is awake already */
+    }
+}
+
+/* Reads what the main thread waits for. A connection that isn't over stays:
+ * it is the one who reads its end that gives it away. */
+static void answer_asked(struct rfm_worker *w)
+{
+    uint64_t count;
+
+    if (read(w->event_fd, &count, sizeof(count)) < 0) {
+        return;
+    }
+    for (;;) {
+        struct rfm_conn *conn;
+        uint32_t asked = 0;
+
+        pthread_mutex_lock(&w->lock);
+        for (conn = w->all; conn != NULL; conn = conn->next) {
+            asked = rfm_load_acquire(&conn->asked);
+            if (!conn->over && (asked != rfm_load_relaxed(&conn->heard))) {
+                break;
+            }
+        }
+        pthread_mutex_unlock(&w->lock);
+        if (conn == NULL) {
+            return;
+        }
+        if (read_conn(w, conn)) {
+            rfm_store_release(&conn->heard, asked);
+        } else {
+            kick(w);            /* it goes on after the others */
+            return;
+        }
     }
 }
 
@@ -203,10 +256,13 @@ static void adopt(struct rfm_worker *w, struct rfm_rx *rx)
     conn->fd     = rx->fds[0];
     rx->n_fds    = 0;           /* it is ours now */
     rfm_rx_init(&conn->rx, RFM_MAX_FRAME);
+    pthread_mutex_lock(&w->lock);
+    conn->next = w->all;
+    w->all     = conn;
+    pthread_mutex_unlock(&w->lock);
     ev.data.ptr = conn;
     if (epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, conn->fd, &ev) != 0) {
-        close(conn->fd);
-        free(conn);
+        conn_ended(w, conn);
     }
 }
 
@@ -242,13 +298,19 @@ static void *service_main(void *arg)
     (void)rfm_frame_send(w->attr.agent_fd, RFM_AGENT_READY, 0, NULL, 0, NULL, 0);
     while (rfm_load_acquire(&w->stop) == 0) {
         int n = epoll_wait(w->epoll_fd, events, 16, -1);
+        bool asked = false;
 
         for (int i = 0; i < n; i++) {
             if (events[i].data.ptr == w) {
                 read_agent(w, &agent);
             } else if (events[i].data.ptr != NULL) {
-                read_conn(w, events[i].data.ptr);
+                (void)read_conn(w, events[i].data.ptr);
+            } else {
+                asked = true;
             }
+        }
+        if (asked) {
+            answer_asked(w);    /* last: it may end what has an event above */
         }
     }
     rfm_rx_fini(&agent);
@@ -412,21 +474,21 @@ static void control_free(struct control *node)
 
 void rfm_worker_destroy(struct rfm_worker *w)
 {
-    uint64_t one = 1;
-
     rfm_store_release(&w->stop, 1);
-    if (write(w->event_fd, &one, sizeof(one)) == (ssize_t)sizeof(one)) {
-        pthread_join(w->service, NULL);
-    }
+    kick(w);
+    pthread_join(w->service, NULL);
     while (w->first != NULL) {
         struct control *node = w->first;
 
         w->first = node->next;
         control_free(node);
     }
-    for (uint32_t i = 0; i < w->n_conns; i++) {
-        rfm_rx_fini(&w->conns[i]->rx);
-        conn_destroy(w->conns[i]);
+    while (w->all != NULL) {
+        struct rfm_conn *conn = w->all;
+
+        w->all = conn->next;
+        rfm_rx_fini(&conn->rx);
+        conn_destroy(conn);
     }
     close(w->event_fd);
     close(w->epoll_fd);
@@ -442,7 +504,7 @@ void rfm_worker_destroy(struct rfm_worker *w)
 
 /* --- control frames, on the main thread ----------------------------------- */
 
-static void attach(struct rfm_worker *w, struct control *node)
+static int attach(struct rfm_worker *w, struct control *node)
 {
     struct rfm_ctl_attached answer = { .pid = (uint32_t)getpid() };
     struct iovec iov = { &answer, sizeof(answer) };
@@ -450,7 +512,10 @@ static void attach(struct rfm_worker *w, struct control *node)
     struct rfm_ctl_attach body;
     int fds[2] = { w->door_fd, w->pidfd };
 
-    if ((node->head.length != sizeof(body)) || (conn->link != NULL)) {
+    if (conn->link != NULL) {
+        return RFM_ERR_PROTOCOL;        /* answered once already */
+    }
+    if (node->head.length != sizeof(body)) {
         answer.status = RFM_ERR_PROTOCOL;
     } else if (w->n_conns >= RFM_MAX_RANKS) {
         answer.status = RFM_ERR_NO_RESOURCE;
@@ -463,6 +528,8 @@ static void attach(struct rfm_worker *w, struct control *node)
         w->conns[w->n_conns++] = conn;
     }
     (void)rfm_frame_send(conn->fd, RFM_CTL_ATTACHED, 0, &iov, 1, fds, 2);
+    /* after a refusal there is nothing more to say: no second one, either */
+    return (answer.status < 0) ? RFM_ERR_PROTOCOL : RFM_OK;
 }
 
 static struct mapped *find_arena(struct rfm_conn *conn, uint32_t arena)
@@ -487,6 +554,13 @@ static uint8_t *resolve(struct rfm_conn *conn, uint32_t arena, uint64_t offset,
     return m->base + offset;
 }
 
+/* is what lies behind a piece that was resolved in the arena, too? */
+static bool has_redzone(struct rfm_conn *conn, uint32_t arena, uint64_t offset,
+                        uint64_t size)
+{
+    return resolve(conn, arena, offset + size, RFM_REDZONE) != NULL;
+}
+
 static void map_arena(struct control *node)
 {
     struct rfm_conn *conn = node->conn;
@@ -498,6 +572,9 @@ static void map_arena(struct control *node)
         return;
     }
     memcpy(&body, node->body, sizeof(body));
+    if (find_arena(conn, body.arena) != NULL) {
+        return;                 /* the first one stays what it is */
+    }
     more = realloc(conn->arenas, (conn->n_arenas + 1) * sizeof(*more));
     if (more == NULL) {
         return;
@@ -506,6 +583,38 @@ static void map_arena(struct control *node)
     /* on failure what refers to it is answered with an error */
     if (rfm_memfd_map(node->fds[0], body.bytes, false, &base) == RFM_OK) {
         more[conn->n_arenas++] = (struct mapped){ body.arena, base, body.bytes };
+    }
+}
+
+static char *copy_text(const char *text, uint64_t n)
+{
+    char *copy = malloc(n + 1);
+
+    if (copy == NULL) {
+        _exit(70);              /* an error that is forgotten is none */
+    }
+    memcpy(copy, text, n);
+    copy[n] = 0;
+    return copy;
+}
+
+static void set_error(struct bound *b, const char *text, uint64_t n)
+{
+    free(b->error);
+    b->error       = copy_text(text, n);
+    b->error_bytes = n;
+}
+
+/* a rank that drops what it has bound gets errors, not a fault in a kernel */
+static void forget_arena(struct bound *b, uint32_t arena)
+{
+    static const char text[] = "an array of this binding is in no arena";
+
+    for (uint32_t i = 0; (b != NULL) && (b->error == NULL) &&
+                         (i < (uint32_t)b->n_in + b->n_out); i++) {
+        if ((b->args[i].place == RFM_BOUND) && (b->args[i].arena == arena)) {
+            set_error(b, text, sizeof(text) - 1);
+        }
     }
 }
 
@@ -521,20 +630,12 @@ static void drop_arena(struct control *node)
     memcpy(&body, node->body, sizeof(body));
     m = find_arena(conn, body.number);
     if (m != NULL) {
+        for (uint32_t i = 0; i < conn->n_bindings; i++) {
+            forget_arena(conn->bindings[i], body.number);
+        }
         rfm_memfd_unmap(m->base, m->bytes);
         *m = conn->arenas[--conn->n_arenas];
     }
-}
-
-static char *copy_text(const char *text, uint64_t n)
-{
-    char *copy = malloc(n + 1);
-
-    if (copy != NULL) {
-        memcpy(copy, text, n);
-        copy[n] = 0;
-    }
-    return copy;
 }
 
 /* begin_*: 1 an event for the caller, 0 handled, RFM_ERR_PROTOCOL nonsense */
@@ -563,6 +664,9 @@ static int begin_load(struct control *node, struct rfm_event *ev)
         conn->kernels   = more;
         conn->n_kernels = n;
     }
+    if (conn->kernels[body.kernel].known) {
+        return RFM_ERR_PROTOCOL;    /* loaded twice */
+    }
     ev->type       = RFM_EV_KERNEL;
     ev->number     = body.kernel;
     ev->kind       = body.kind;
@@ -583,7 +687,7 @@ void rfm_worker_loaded(struct rfm_worker *w, struct rfm_event *ev, void *user,
     kernel->user  = user;
     if (error != NULL) {
         kernel->error       = copy_text(error, error_bytes);
-        kernel->error_bytes = (kernel->error != NULL) ? error_bytes : 0;
+        kernel->error_bytes = error_bytes;
     }
 }
 
@@ -606,7 +710,9 @@ static bool take_args(struct rfm_conn *conn, struct bound *b,
         b->bufs[i].capacity = arg.size;
         if (arg.place == RFM_BOUND) {
             b->bufs[i].ptr = resolve(conn, arg.arena, arg.offset, arg.size);
-            if (b->bufs[i].ptr == NULL) {
+            if ((b->bufs[i].ptr == NULL) ||
+                ((i >= b->n_in) && ((arg.flags & RFM_ARG_CANARY) != 0) &&
+                 !has_redzone(conn, arg.arena, arg.offset, arg.size))) {
                 return false;
             }
         } else if (arg.place == RFM_CALL) {
@@ -711,13 +817,11 @@ static int begin_bind(struct rfm_worker *w, struct control *node,
     *slot     = b;
     kernel    = &conn->kernels[body.kernel];
     if (kernel->error != NULL) {
-        b->error       = copy_text(kernel->error, kernel->error_bytes);
-        b->error_bytes = (b->error != NULL) ? kernel->error_bytes : 0;
+        set_error(b, kernel->error, kernel->error_bytes);
         return 0;
     }
     if (!take_args(conn, b, node->body + sizeof(body))) {
-        b->error       = copy_text(bad_binding, sizeof(bad_binding) - 1);
-        b->error_bytes = sizeof(bad_binding) - 1;
+        set_error(b, bad_binding, sizeof(bad_binding) - 1);
         return 0;
     }
     point_at_lines(w, b);
@@ -746,8 +850,9 @@ void rfm_worker_bound(struct rfm_worker *w, struct rfm_event *ev, void *user,
         point_at_guarded(w, b);
     }
     if (error != NULL) {
-        b->error       = copy_text(error, error_bytes);
-        b->error_bytes = (b->error != NULL) ? error_bytes : 0;
+        set_error(b, error, error_bytes);
+    } else if ((plain != NULL) && ((b->n_in != 1) || (b->n_out != 1))) {
+        set_error(b, bad_binding, sizeof(bad_binding) - 1);
     }
 }
 
@@ -777,6 +882,13 @@ static int begin_unbind(struct control *node, struct rfm_event *ev)
 
 static void remove_conn(struct rfm_worker *w, struct rfm_conn *conn)
 {
+    struct rfm_conn **at;
+
+    pthread_mutex_lock(&w->lock);
+    for (at = &w->all; *at != conn; at = &(*at)->next) {
+    }
+    *at = conn->next;
+    pthread_mutex_unlock(&w->lock);
     for (uint32_t i = 0; i < w->n_conns; i++) {
         if (w->conns[i] == conn) {
             w->conns[i] = w->conns[--w->n_conns];
@@ -815,7 +927,7 @@ static int take_control(struct rfm_worker *w, struct rfm_event *ev)
     }
     switch (node->head.type) {
     case RFM_CTL_ATTACH:
-        attach(w, node);
+        event = attach(w, node);
         break;
     case RFM_CTL_ARENA:
         map_arena(node);
@@ -963,7 +1075,9 @@ static bool point(struct rfm_conn *conn, struct bound *b, uint32_t slot,
                 return false;
             }
             b->bufs[i].ptr = resolve(conn, desc.arena, desc.offset, desc.size);
-            if (b->bufs[i].ptr == NULL) {
+            if ((b->bufs[i].ptr == NULL) ||
+                ((i >= b->n_in) && ((desc.flags & RFM_ARG_CANARY) != 0) &&
+                 !has_redzone(conn, desc.arena, desc.offset, desc.size))) {
                 return false;
             }
             /* the redzone flag travels with the address */
@@ -980,15 +1094,11 @@ static bool point(struct rfm_conn *conn, struct bound *b, uint32_t slot,
     return true;
 }
 
-static void set_canaries(struct rfm_worker *w, struct bound *b)
+static void set_canaries(struct bound *b)
 {
     uint64_t words[2] = { RFM_CANARY_WORD, RFM_CANARY_WORD };
 
     if (b->layout.n_inline_out == 0) {
-        return;
-    }
-    if (b->layout.out_in_line) {
-        memcpy(w->out_line + b->layout.out_bytes, words, sizeof(words));
         return;
     }
     for (uint32_t i = b->n_in; i < (uint32_t)b->n_in + b->n_out; i++) {
@@ -1000,18 +1110,12 @@ static void set_canaries(struct rfm_worker *w, struct bound *b)
 }
 
 /* the output that was overrun, or -1 */
-static int overrun(struct rfm_worker *w, struct bound *b)
+static int overrun(const struct bound *b)
 {
-    if ((b->layout.n_inline_out != 0) && b->layout.out_in_line) {
-        if (!rfm_redzone_intact(w->out_line + b->layout.out_bytes)) {
-            return (int)b->n_out - 1;
-        }
-    }
     for (uint32_t i = b->n_in; i < (uint32_t)b->n_in + b->n_out; i++) {
         uint8_t *end = (uint8_t *)b->bufs[i].ptr + b->bufs[i].capacity;
-        bool guarded = (b->args[i].place == RFM_INLINE)
-                           ? !b->layout.out_in_line
-                           : (b->args[i].flags & RFM_ARG_CANARY) != 0;
+        bool guarded = (b->args[i].place == RFM_INLINE) ||
+                       ((b->args[i].flags & RFM_ARG_CANARY) != 0);
 
         if (guarded && !rfm_redzone_intact(end)) {
             if (b->args[i].place != RFM_INLINE) {
@@ -1053,7 +1157,7 @@ static void run_native(struct rfm_worker *w, struct rfm_conn *conn,
     int32_t rc = 0;
     int bad;
 
-    set_canaries(w, b);
+    set_canaries(b);
     begin_call(w, conn, start);
     if (b->native != NULL) {
         struct rfm_call call = {
@@ -1076,7 +1180,7 @@ static void run_native(struct rfm_worker *w, struct rfm_conn *conn,
     reply.exec_ns = end_call(w, start);
 
     text[0] = 0;
-    bad = overrun(w, b);
+    bad = overrun(b);
     if (bad >= 0) {
         snprintf(text, sizeof(text),
                  "the kernel wrote past the end of output %d (%llu bytes)", bad,
@@ -1124,6 +1228,31 @@ static void fill_event(struct rfm_event *ev, struct rfm_conn *conn,
     ev->out_capacity = conn->link->slot_bytes;
 }
 
+/* What a request needs may still lie in the control connection, into which it
+ * was written first. False: look again later. */
+static bool heard_all(struct rfm_worker *w, struct rfm_conn *conn)
+{
+    if (conn->asked_for != conn->ticket + 1) {
+        conn->asked_for = conn->ticket + 1;
+        rfm_store_release(&conn->asked, conn->asked + 1);
+        kick(w);
+        return false;
+    }
+    return (rfm_load_acquire(&conn->heard) == conn->asked) &&
+           (rfm_load_acquire(&w->control_pending) == 0);
+}
+
+/* like serve() */
+static int refuse_nonsense(struct rfm_worker *w, struct rfm_conn *conn,
+                           uint32_t slot, const char *text, uint64_t n)
+{
+    if (!heard_all(w, conn)) {
+        return -1;
+    }
+    refuse(w, conn, slot, RFM_ST_PROTOCOL, text, n);
+    return 0;
+}
+
 static int serve_fetch(struct rfm_worker *w, struct rfm_conn *conn,
                        uint32_t slot, struct rfm_event *ev, uint64_t start)
 {
@@ -1134,8 +1263,7 @@ static int serve_fetch(struct rfm_worker *w, struct rfm_conn *conn,
     memcpy(&fetch, w->line.payload, sizeof(fetch));
     into = resolve(conn, fetch.into.arena, fetch.into.offset, fetch.into.size);
     if ((w->line.in_bytes != sizeof(fetch)) || (into == NULL)) {
-        refuse(w, conn, slot, RFM_ST_PROTOCOL, text, sizeof(text) - 1);
-        return 0;
+        return refuse_nonsense(w, conn, slot, text, sizeof(text) - 1);
     }
     fill_event(ev, conn, RFM_EV_FETCH, w->line.id, slot, start);
     ev->number       = 0;
@@ -1143,6 +1271,29 @@ static int serve_fetch(struct rfm_worker *w, struct rfm_conn *conn,
     ev->out          = into;
     ev->out_capacity = fetch.into.size;
     return 1;
+}
+
+/* false if an array that the object refers to is in no arena that we know */
+static bool knows_refs(struct rfm_conn *conn, const uint8_t *from, uint64_t n)
+{
+    struct rfm_object head;
+    uint64_t at;
+
+    memcpy(&head, from, sizeof(head));
+    at = sizeof(head) + head.n_parts * sizeof(uint64_t);
+    for (uint32_t i = 0; i < head.n_refs; i++) {
+        struct rfm_desc desc;
+
+        if (at + sizeof(desc) > n) {
+            break;              /* whoever opens it will say so */
+        }
+        memcpy(&desc, from + at, sizeof(desc));
+        if (resolve(conn, desc.arena, desc.offset, desc.size) == NULL) {
+            return false;
+        }
+        at += sizeof(desc);
+    }
+    return true;
 }
 
 static int serve_object(struct rfm_worker *w, struct rfm_conn *conn,
@@ -1165,8 +1316,10 @@ static int serve_object(struct rfm_worker *w, struct rfm_conn *conn,
         from = NULL;
     }
     if ((from == NULL) || (n < sizeof(struct rfm_object))) {
-        refuse(w, conn, slot, RFM_ST_PROTOCOL, text, sizeof(text) - 1);
-        return 0;
+        return refuse_nonsense(w, conn, slot, text, sizeof(text) - 1);
+    }
+    if (!knows_refs(conn, from, n) && !heard_all(w, conn)) {
+        return -1;
     }
     fill_event(ev, conn, RFM_EV_CALL, w->line.id, slot, start);
     ev->flags      = RFM_REQ_OBJECT | (w->line.flags & RFM_REQ_STAGED);
@@ -1178,11 +1331,12 @@ static int serve_object(struct rfm_worker *w, struct rfm_conn *conn,
     return 1;
 }
 
-/* 1: an event; 0: done; -1: its binding is still on the way */
+/* 1: an event; 0: done; -1: what it needs is still on the way */
 static int serve(struct rfm_worker *w, struct rfm_conn *conn, uint32_t slot,
                  const uint8_t *payload, struct rfm_event *ev)
 {
     static const char lies[] = "an argument that is in none of the arenas";
+    static const char unbound[] = "a binding that was never made";
     uint64_t start = rfm_ticks();
     uint32_t index = w->line.binding % RFM_MAX_BINDINGS;
     struct bound *b;
@@ -1192,7 +1346,7 @@ static int serve(struct rfm_worker *w, struct rfm_conn *conn, uint32_t slot,
     }
     b = (index < conn->n_bindings) ? conn->bindings[index] : NULL;
     if ((b == NULL) || (b->number != w->line.binding)) {
-        return -1;
+        return refuse_nonsense(w, conn, slot, unbound, sizeof(unbound) - 1);
     }
     if (__builtin_expect(b->error != NULL, 0)) {
         refuse(w, conn, slot, RFM_ST_BAD_KERNEL, b->error, b->error_bytes);
@@ -1204,8 +1358,7 @@ static int serve(struct rfm_worker *w, struct rfm_conn *conn, uint32_t slot,
     if ((w->line.in_bytes != b->layout.in_bytes) ||
         ((b->has_call || b->in_slot || b->out_in_slot) &&
          !point(conn, b, slot, w->line.payload, payload))) {
-        refuse(w, conn, slot, RFM_ST_PROTOCOL, lies, sizeof(lies) - 1);
-        return 0;
+        return refuse_nonsense(w, conn, slot, lies, sizeof(lies) - 1);
     }
     if ((b->native != NULL) || (b->plain != NULL)) {
         run_native(w, conn, b, slot, start);

@@ -49,7 +49,7 @@ class Constant:
             raise ClosedError("this constant was closed; make another with Executor.put")
         return self._array
 
-    def __array__(self, dtype: DTypeLike = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         values = self.array
         if dtype is not None and np.dtype(dtype) != values.dtype:
             if copy is False:

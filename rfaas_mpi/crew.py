@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-import os
 import signal
 import threading
 import time
@@ -69,7 +68,8 @@ class Crew:
         self.lending: Lending | None = None
         self.closing = False
         self.closed = False
-        self._pid = os.getpid()
+        # It belongs to the process that this one was forked from.
+        self.foreign = False
         self._spans = Spans()
         self._refs: dict[bytes, Any] = {}
         # Every future that is not over; in order, oldest first.
@@ -115,11 +115,6 @@ class Crew:
     def alone(self) -> bool:
         """No worker is there and none will come."""
         return self.lending is None or self.lending.alone
-
-    @property
-    def foreign(self) -> bool:
-        """It belongs to the process that this one was forked from."""
-        return self._pid != os.getpid()
 
     def check(self) -> None:
         """Raises ClosedError or ForkedError where nothing may be started any more."""
@@ -421,7 +416,7 @@ class Crew:
         """In a forked child: nothing here is ours any more. Takes no lock, since the parent may have held it."""
         error = ForkedError("this result belongs to the process that made the executor",
                             hint="make another Executor in the child")
-        self.closing = self.closed = True
+        self.foreign = self.closing = self.closed = True
         for future in list(self.pending):
             future.__dict__.update(_error=error, _over="FINISHED", _cond=None)
         self.pending.clear()
@@ -433,10 +428,8 @@ def _nothing() -> None:
 
 def worker_error(ended: WorkerEnded, *, timeout: bool = False) -> KernelError:
     """The error for a kernel that ended its worker."""
-    if timeout:
-        text, kind = "the kernel ran past its time limit and was stopped", KernelTimeout
-    else:
-        text, kind = "the kernel ended its worker", KernelError
+    kind = KernelTimeout if timeout else KernelError
+    text = "the kernel ran past its time limit and was stopped" if timeout else "the kernel ended its worker"
     if ended.message:
         text = ended.message
     elif ended.signal and not timeout:

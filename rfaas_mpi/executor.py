@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures
-import itertools
 import os
-import sys
 import threading
 import types
 import warnings
@@ -39,6 +37,8 @@ Buffers = Buffer | tuple[Buffer, ...]
 
 _OK = int(Outcome.OK)
 _SWEEP_EVERY = 256
+# So many kernels a worker is given before callables travel with each call.
+_KNOWN = 4096
 _UNSETTLED = 256
 # What is sent once and then called by its number.
 _SHIPPED = (types.FunctionType, types.BuiltinFunctionType, type, Kernel)
@@ -112,7 +112,7 @@ class Executor(concurrent.futures.Executor):
         # The callable that was submitted last, as long as its kernel is what it is.
         self._last: tuple[Any, Any] = (object(), None)
         self._wrapped: dict[bytes, Kernel] = {}
-        self._unsettled: set[bytes] = set()
+        self._known: set[bytes] = set()
         self._submitted = 0
         self._pumps: set[Pump] = set()
         self._shutdown_lock = threading.Lock()
@@ -186,7 +186,7 @@ class Executor(concurrent.futures.Executor):
         the iterables may be endless. `chunksize` items travel together.
         `timeout` seconds from now on, waiting raises TimeoutError.
         """
-        return self.starmap(fn, zip(*iterables), timeout=timeout, chunksize=chunksize, unordered=unordered)
+        return self.starmap(fn, zip(*iterables, strict=False), timeout=timeout, chunksize=chunksize, unordered=unordered)
 
     def starmap(self, fn: Callable[..., T], items: Iterable[Sequence[Any]], *, timeout: float | None = None,
                 chunksize: int = 1, unordered: bool = False) -> Iterator[T]:
@@ -225,17 +225,17 @@ class Executor(concurrent.futures.Executor):
                 raise TypeError(f"{fn!r} is not callable")
             return None
         kernel = object_kernel(fn)
-        if kernel.settled:
-            kernel = self._initialised(kernel)
-            self._last = fn, kernel
-            return kernel
-        if kernel.digest not in self._unsettled:
+        settled = kernel.settled
+        if kernel.digest not in self._known:
             # A worker keeps the code it was sent: a loop that makes a new closure
             # for each call must not fill it.
-            if len(self._unsettled) >= _UNSETTLED:
+            if len(self._known) >= (_KNOWN if settled else _UNSETTLED):
                 return None
-            self._unsettled.add(kernel.digest)
-        return self._initialised(kernel)
+            self._known.add(kernel.digest)
+        kernel = self._initialised(kernel)
+        if settled:
+            self._last = fn, kernel
+        return kernel
 
     def _initialised(self, kernel: Kernel) -> Kernel:
         """The kernel that runs the initializer first, where there is one."""
@@ -244,6 +244,7 @@ class Executor(concurrent.futures.Executor):
         found = self._wrapped.get(kernel.digest)
         if found is None:
             assert self._init_key is not None
+            assert kernel.fn is not None
             found = object_kernel(Initialised(kernel.fn, self._initializer, self._initargs, self._init_key))
             self._wrapped[kernel.digest] = found
         return found
@@ -310,27 +311,27 @@ class Executor(concurrent.futures.Executor):
         """As `empty`, of zeros."""
         return self._memory().empty(shape, dtype, zero=True)
 
-    def full(self, shape: int | Sequence[int], fill_value: Any, dtype: DTypeLike = None) -> np.ndarray:
+    def full(self, shape: int | Sequence[int], fill_value: Any, dtype: DTypeLike | None = None) -> np.ndarray:
         """As `empty`, filled with a value, whose dtype it takes by default."""
         made = self._memory().empty(shape, np.asarray(fill_value).dtype if dtype is None else dtype)
         made[...] = fill_value
         return made
 
-    def array(self, values: ArrayLike, dtype: DTypeLike = None) -> np.ndarray:
+    def array(self, values: ArrayLike, dtype: DTypeLike | None = None) -> np.ndarray:
         """As `empty`, with a copy of the values."""
         source = np.asarray(values, dtype)
         made = self._memory().empty(source.shape, source.dtype)
         made[...] = source
         return made
 
-    def empty_like(self, prototype: ArrayLike, dtype: DTypeLike = None,
+    def empty_like(self, prototype: ArrayLike, dtype: DTypeLike | None = None,
                    shape: int | Sequence[int] | None = None) -> np.ndarray:
         """As `empty`, with the shape and dtype of another array."""
         source = np.asarray(prototype)
         return self._memory().empty(source.shape if shape is None else shape,
                                     source.dtype if dtype is None else dtype)
 
-    def zeros_like(self, prototype: ArrayLike, dtype: DTypeLike = None,
+    def zeros_like(self, prototype: ArrayLike, dtype: DTypeLike | None = None,
                    shape: int | Sequence[int] | None = None) -> np.ndarray:
         """As `zeros`, with the shape and dtype of another array."""
         source = np.asarray(prototype)
@@ -413,11 +414,12 @@ def _demand(workers: tuple[int, int] | int | None, max_workers: int | None,
             return workers, workers
         case (int() as least, int() as most) if 0 <= least <= most and most >= 1:
             return least, most
-    raise ConfigError(f"workers={workers!r} is no demand", hint="give (min, max) with 0 <= min <= max and max >= 1, or one number")
+    raise ConfigError(f"workers={workers!r} is no demand",
+                      hint="give (min, max) with 0 <= min <= max and max >= 1, or one number")
 
 
-def _wait_any(crew: Crew) -> Callable[[list[Future[Any]], float | None], None]:
-    def wait(futures: list[Future[Any]], timeout_s: float | None) -> None:
+def _wait_any(crew: Crew) -> Callable[[list[Any], float | None], None]:
+    def wait(futures: list[Any], timeout_s: float | None) -> None:
         crew.wait_any([future._raw for future in futures], timeout_s)
     return wait
 

@@ -232,6 +232,9 @@ class Lending:
             channel = self._channels.pop((event.lease, event.worker), None)
             if channel is None:
                 self._early.add((event.lease, event.worker))
+            if event.reason == "released":
+                # By another process: it leased what this one joined.
+                self._leases.pop(event.lease, None)
             if event.lease in self._leases:
                 self._awaited[event.lease] = time.monotonic() + REPLACEMENT_S
             if self.why is None or isinstance(self.why, WorkerLost):

@@ -25,7 +25,7 @@ class Pump:
     """Keeps a window of calls in flight; reads its items no further than that."""
 
     def __init__(self, submit: Submit, items: Iterator[Any], window: Callable[[], int],
-                 wait_any: Callable[[list[Future[Any]], float | None], None], *, unordered: bool) -> None:
+                 wait_any: Callable[[list[Any], float | None], None], *, unordered: bool) -> None:
         self._submit = submit
         self._items = items
         self._window = window

@@ -64,6 +64,13 @@ def test_a_ratio_is_taken_block_by_block():
     assert result["aa"]["p50"] == 1.0
 
 
+def test_a_run_with_a_disturbed_base_does_not_make_a_ratio_good():
+    runs = [run_of(bound=[base], registered=[12.0], bound_again=[base]) for base in (10.0, 40.0, 10.0)]
+    result = measure.ratio(runs, "registered", "bound", "bound_again")
+    assert result["p50"] == 1.2
+    assert result["runs"] == [1.2, 0.3, 1.2]
+
+
 def test_the_p99_of_a_rate_is_what_99_percent_of_the_blocks_reach():
     runs = [run_of(native=[1000.0] * 99 + [2000.0])]
     result = measure.rate_figure(runs, "native")
@@ -392,6 +399,19 @@ def test_cold_has_the_steps_of_a_lease(measured):
     for name in ("service_start_ms", "first_lease_to_first_result_ms", "lease_to_first_result_ms", *steps,
                  "executor_to_first_result_ms", "waiting_worker_percent"):
         check_figure(data, name)
+
+
+@pytest.mark.parametrize("what", ["latency", "cold"])
+def test_without_a_core_to_lend_there_is_an_error_and_no_figure(what):
+    import json
+    # As many ranks here as cores: each may use any of them, and none is spare.
+    env = {**os.environ, "MPI_LOCALNRANKS": str(len(os.sched_getaffinity(0)))}
+    done = subprocess.run([sys.executable, "-m", "rfaas_mpi.cli", "bench", what, "--json", "--quick", "--runs", "1"],
+                          capture_output=True, text=True, timeout=110, env=env)
+    answer = json.loads(done.stdout)
+    assert done.returncode == 1, done.stderr
+    assert answer["ok"] is False and "core" in answer["error"]["message"] and answer["error"]["hint"]
+    assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_in_mid_run_ends_a_benchmark_quietly_and_leaves_nothing(measured):

@@ -138,13 +138,18 @@ def over(runs: Sequence[Run], name: str, base: str, again: str, *, unit: str = "
 
 
 def ratio(runs: Sequence[Run], name: str, base: str, again: str) -> dict:
-    """`name` / `base`, block by block of the same cycle, with the A/A ratio beside it; the best run's."""
+    """`name` / `base`, block by block of the same cycle, with the A/A ratio beside it; of all runs.
+
+    Not of the best one: its ratio may be small because its base was disturbed.
+    """
     def ratios(run: Run, top: str) -> list[float]:
         return [a / b for a, b in zip(run.blocks[top], run.blocks[base], strict=True)]
 
     by_run = [ratios(run, name) for run in runs]
     aa_by_run = [ratios(run, again) for run in runs]
-    best = min(by_run, key=statistics.median)
-    aa = min(aa_by_run, key=lambda values: abs(statistics.median(values) - 1))
-    return figure(best, unit="x", digits=3, runs=[round(statistics.median(values), 3) for values in by_run],
-                  aa=figure(aa, unit="x", digits=3))
+
+    def together(found: list[list[float]]) -> dict:
+        return figure([value for values in found for value in values], unit="x", digits=3,
+                      runs=[round(statistics.median(values), 3) for values in found])
+
+    return {**together(by_run), "aa": together(aa_by_run)}

@@ -78,7 +78,7 @@ class Crew:
         self._errands: threading.Thread | None = None
         self._watched: dict[Any, Any] = {}
         self._notifier: threading.Thread | None = None
-        self._said = False
+        self.said_fallback = False
         self.on_close: Callable[[], object] = _nothing
         if settings.transport == "inline":
             self.invoker: Any = InlineInvoker(time.monotonic_ns)
@@ -343,9 +343,9 @@ class Crew:
         return codec.error_for_future(detail) if objects else codec.error_for_invoke(detail)
 
     def _say_fallback(self, verdict: WorkerEnded | None) -> None:
-        if self._said:
+        if self.said_fallback:
             return
-        self._said = True
+        self.said_fallback = True
         why = verdict.message if verdict is not None else str(self.lending.why) if self.lending else ""
         log.warning("kernels now run on the rank itself: %s", why or "no worker is left")
 

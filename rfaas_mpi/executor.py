@@ -83,6 +83,7 @@ class Executor(concurrent.futures.Executor):
         crew.hire(lambda lending: lending.hire(least, most, cores_per_worker,
                                                self._settings.memory_per_worker))
         if crew.alone and not crew.inline:
+            crew.said_fallback = True
             why = crew.lending.why if crew.lending is not None else None
             warnings.warn(f"kernels run on the rank itself: {why or 'no worker was lent'}",
                           RuntimeWarning, stacklevel=2)

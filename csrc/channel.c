@@ -406,6 +406,7 @@ int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
     }
     req->chan   = chan;
     req->worker = chan->worker;
+    req->slot   = slot;
     rfm_store_release(&req->state, RFM_POSTED);
     chan->inflight[slot].req = req;
     if (known) {
@@ -481,6 +482,7 @@ static enum rfm_outcome take_reply(struct rfm_channel *chan,
                                    const struct rfm_reply_line *line,
                                    const uint8_t *payload)
 {
+    /* RFM_ST_TAKEN_BACK comes to none that is still here */
     static const enum rfm_outcome outcomes[RFM_ST_LAST + 1] = {
         [RFM_ST_OK]         = RFM_DONE,
         [RFM_ST_KERNEL]     = RFM_KERNEL_ERROR,
@@ -491,7 +493,7 @@ static enum rfm_outcome take_reply(struct rfm_channel *chan,
     uint64_t limit = chan->link->slot_bytes;
     const uint8_t *from;
 
-    if (line->status > RFM_ST_LAST) {
+    if ((line->status > RFM_ST_LAST) || (line->status == RFM_ST_TAKEN_BACK)) {
         return RFM_LOST;
     }
     req->out_bytes = line->out_bytes;
@@ -563,6 +565,13 @@ static int reap_locked(struct rfm_channel *chan)
             break;
         }
         req = chan->inflight[slot].req;
+        if (req == NULL) {      /* taken back: nobody waits for the reply */
+            rfm_store_relaxed(&chan->inflight[slot].id, 0);
+            tail++;
+            rfm_store_release(&chan->tail, tail);
+            n++;
+            continue;
+        }
         outcome = take_reply(chan, req, &line, payload);
         if (outcome == RFM_LOST) {
             /* Who lies may write, too: it ends with the channel, fenced. */
@@ -599,6 +608,61 @@ int rfm_channel_reap(struct rfm_channel *chan)
     n = reap_locked(chan);
     rfm_store_release(&chan->reap_lock, 0);
     return n;
+}
+
+/* with the reap lock held */
+static bool take_back_locked(struct rfm_channel *chan, uint32_t slot,
+                             struct rfm_request *req)
+{
+    uint64_t id = rfm_load_acquire(&chan->inflight[slot].id);
+
+    if ((id == 0) || (id == UINT64_MAX) || (req == NULL) ||
+        (chan->inflight[slot].req != req) || (req->wire_id != id) ||
+        ((req->wire_flags & RFM_REQ_OBJECT) == 0) ||
+        ((req->wire_flags & RFM_REQ_FETCH) != 0) ||
+        !chan->link->ops->rank_take_back(chan->link, slot)) {
+        return false;
+    }
+    chan->inflight[slot].req = NULL;
+    return true;
+}
+
+struct rfm_request *rfm_channel_take_back(struct rfm_channel *chan,
+                                          struct rfm_request *req)
+{
+    struct rfm_request *got = NULL;
+    uint64_t head;
+
+    while (__atomic_exchange_n(&chan->reap_lock, 1, __ATOMIC_ACQUIRE) != 0) {
+        sched_yield();
+    }
+    if ((chan->link == NULL) || chan->broken) {
+        goto out;
+    }
+    if (req != NULL) {
+        if (take_back_locked(chan, req->slot, req)) {
+            got = req;
+        }
+        goto out;
+    }
+    head = rfm_load_acquire(&chan->head) & ~RFM_HEAD_CLOSED;
+    /* somebody is posting just now: those slots are not ours to look at */
+    if (rfm_load_acquire(&chan->published) != head) {
+        goto out;
+    }
+    while ((got == NULL) && (head > chan->tail + 1)) {
+        uint32_t slot = (uint32_t)--head & (chan->slots - 1);
+
+        req = chan->inflight[slot].req;
+        if (take_back_locked(chan, slot, req)) {
+            got = req;
+        } else if (req != NULL) {
+            break;              /* begun, or not an object */
+        }
+    }
+out:
+    rfm_store_release(&chan->reap_lock, 0);
+    return got;
 }
 
 int rfm_channel_arm(struct rfm_channel *chan)
@@ -675,7 +739,9 @@ void rfm_channel_dead(struct rfm_channel *chan)
 
         rfm_store_relaxed(&chan->inflight[slot].id, 0);
         rfm_store_release(&chan->tail, tail + 1);
-        rfm_request_end(req, RFM_LOST);
+        if (req != NULL) {
+            rfm_request_end(req, RFM_LOST);
+        }
     }
     rfm_store_release(&chan->reap_lock, 0);
     if (link != NULL) {

@@ -783,6 +783,44 @@ static void enqueue(struct rfm_invoker *inv, struct rfm_request *req)
     rfm_invoker_pump(inv);
 }
 
+/* A worker has nothing to do while objects wait behind another's: one of those
+ * moves over. It was not begun, so it is no re-issue, and gets a new id: a
+ * channel must never see one twice. */
+static void rebalance(struct rfm_invoker *inv)
+{
+    uint32_t n = rfm_load_acquire(&inv->n_channels);
+    struct rfm_channel *idle = NULL;
+    struct rfm_channel *most = NULL;
+    struct rfm_request *req;
+    uint64_t out = 1;
+
+    for (uint32_t i = 0; i < n; i++) {
+        struct rfm_channel *chan = rfm_channel_at(inv, i);
+        uint64_t in_flight = rfm_channel_in_flight(chan);
+
+        if (in_flight > out) {
+            most = chan;
+            out  = in_flight;
+        } else if ((in_flight == 0) &&
+                   (rfm_load_acquire(&chan->state) == RFM_CH_OPEN)) {
+            idle = chan;
+        }
+    }
+    if ((idle == NULL) || (most == NULL)) {
+        return;
+    }
+    req = rfm_channel_take_back(most, NULL);
+    if (req == NULL) {
+        return;
+    }
+    req->id      = __atomic_fetch_add(&inv->next_id, 1, __ATOMIC_RELAXED);
+    req->wire_id = req->id;
+    rfm_store_release(&req->state, RFM_QUEUED);
+    if (rfm_channel_post(idle, req) != RFM_OK) {
+        enqueue(inv, req);
+    }
+}
+
 int rfm_invoker_progress(struct rfm_invoker *inv)
 {
     uint32_t n = rfm_load_acquire(&inv->n_channels);
@@ -804,6 +842,8 @@ int rfm_invoker_progress(struct rfm_invoker *inv)
         rfm_door_knock(inv->door);
         if (rfm_load_relaxed(&inv->queued) != 0) {
             rfm_invoker_pump(inv);
+        } else if (n > 1) {
+            rebalance(inv);
         }
         return moved;
     }
@@ -996,6 +1036,12 @@ int rfm_request_cancel(struct rfm_request *req)
         rc = RFM_OK;
     }
     pthread_mutex_unlock(&inv->queue_lock);
+    if ((rc != RFM_OK) && (rfm_load_acquire(&req->state) == RFM_POSTED) &&
+        ((req->wire_flags & RFM_REQ_OBJECT) != 0) &&
+        (rfm_channel_take_back(req->chan, req) != NULL)) {
+        rfm_request_end(req, RFM_CANCELLED);
+        rc = RFM_OK;
+    }
     if (rc == RFM_OK) {
         rfm_door_knock(inv->door);
     }

@@ -163,6 +163,7 @@ struct rfm_request {
     uint32_t watch;             /* atomic bits                             */
     uint32_t wire_flags;
     uint32_t kept_status;
+    uint32_t slot;              /* where it was posted                     */
     uint32_t expired;           /* its deadline passed while posted        */
     /* an object: payload in the slot, or staged */
     const uint8_t *payload;

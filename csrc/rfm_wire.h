@@ -193,7 +193,8 @@ enum rfm_wire_status {
     RFM_ST_BAD_KERNEL   = 2,    /* could not be loaded or bound             */
     RFM_ST_BUSY         = 3,    /* draining: try elsewhere                  */
     RFM_ST_PROTOCOL     = 4,    /* the request made no sense                */
-    RFM_ST_LAST         = 4,
+    RFM_ST_TAKEN_BACK   = 5,    /* by the rank, before it was begun         */
+    RFM_ST_LAST         = 5,
 };
 
 #define RFM_REP_KEPT    0x1u    /* result is at the worker: fetch it        */
@@ -223,6 +224,14 @@ struct rfm_wire_fetch {
     struct rfm_desc into;
 };
 _Static_assert(sizeof(struct rfm_wire_fetch) == 32, "fetch");
+
+/* In the last line of a request slot, for objects: whoever moves it away from
+ * zero decides whether the invocation is run here. */
+enum rfm_claim {
+    RFM_CLAIM_FREE       = 0,
+    RFM_CLAIM_BEGUN      = 1,   /* by the worker */
+    RFM_CLAIM_TAKEN_BACK = 2,   /* by the rank   */
+};
 
 /* Head of an object: then n_parts sizes (u64), n_refs rfm_desc, the parts. */
 struct rfm_object {

@@ -153,6 +153,31 @@ static inline struct rfm_reply_line *reply_line(struct shm_link *shm,
     return (struct rfm_reply_line *)(shm->replies + slot * shm->stride);
 }
 
+static inline uint32_t *claim_word(struct shm_link *shm, uint32_t slot)
+{
+    return (uint32_t *)((uint8_t *)request_line(shm, slot) + shm->stride -
+                        RFM_CACHE_LINE);
+}
+
+static bool claim(struct rfm_link *link, uint32_t slot, uint32_t by)
+{
+    uint32_t was = RFM_CLAIM_FREE;
+
+    return __atomic_compare_exchange_n(
+        claim_word((struct shm_link *)link, slot), &was, by, false,
+        __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+}
+
+static bool rank_take_back(struct rfm_link *link, uint32_t slot)
+{
+    return claim(link, slot, RFM_CLAIM_TAKEN_BACK);
+}
+
+static bool worker_begin(struct rfm_link *link, uint32_t slot)
+{
+    return claim(link, slot, RFM_CLAIM_BEGUN);
+}
+
 static inline struct rfm_channel_page *channel_page(struct shm_link *shm)
 {
     return (struct rfm_channel_page *)shm->segment;
@@ -238,6 +263,9 @@ static void rank_post(struct rfm_link *link, uint32_t slot,
     struct shm_link *shm = (struct shm_link *)link;
     struct rfm_request_line *at = request_line(shm, slot);
 
+    if ((line->flags & RFM_REQ_OBJECT) != 0) {
+        rfm_store_relaxed(claim_word(shm, slot), RFM_CLAIM_FREE);
+    }
     memcpy((uint8_t *)at + sizeof(at->id), (const uint8_t *)line + sizeof(at->id),
            sizeof(*at) - sizeof(at->id));
     rfm_store_release(&at->id, line->id);
@@ -403,10 +431,12 @@ const struct rfm_transport rfm_shm = {
     .rank_post      = rank_post,
     .rank_poll      = rank_poll,
     .rank_forget    = rank_forget,
+    .rank_take_back = rank_take_back,
     .rank_wake_at   = rank_wake_at,
     .rank_close     = link_close,
     .worker_open    = worker_open,
     .worker_poll    = worker_poll,
+    .worker_begin   = worker_begin,
     .worker_payload = worker_payload,
     .worker_reply   = worker_reply,
     .worker_knock   = worker_knock,

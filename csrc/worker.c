@@ -1321,6 +1321,10 @@ static int serve_object(struct rfm_worker *w, struct rfm_conn *conn,
     if (!knows_refs(conn, from, n) && !heard_all(w, conn)) {
         return -1;
     }
+    if (!conn->link->ops->worker_begin(conn->link, slot)) {
+        refuse(w, conn, slot, RFM_ST_TAKEN_BACK, "", 0);
+        return 0;
+    }
     fill_event(ev, conn, RFM_EV_CALL, w->line.id, slot, start);
     ev->flags      = RFM_REQ_OBJECT | (w->line.flags & RFM_REQ_STAGED);
     ev->number     = b->number;

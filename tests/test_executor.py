@@ -103,6 +103,39 @@ def test_submit_never_waits_for_a_slot(worker, tmp_path):
     assert [future.result() for future in rest] == list(range(2000))
 
 
+def warm_up(executor: Executor) -> None:
+    """From here on the workers are known to be quick, and calls are posted to them ahead."""
+    for n in range(100):
+        assert executor.submit(k.add, n).result() == n
+
+
+def test_a_call_that_a_worker_has_but_did_not_begin_can_be_cancelled(worker, tmp_path):
+    flag = tmp_path / "flag"
+    warm_up(worker)
+    first = worker.submit(k.wait_for, flag)
+    rest = [worker.submit(k.add, n) for n in range(10)]
+    assert [future.cancel() for future in rest[1:]] == [True] * 9
+    flag.touch()
+    first.result()
+    assert rest[0].result() == 0
+    assert all(future.cancelled() for future in rest[1:])
+    assert worker.submit(k.add, 7).result() == 7
+
+
+def test_short_calls_do_not_wait_behind_a_long_one_while_another_worker_is_idle(tmp_path):
+    flag = tmp_path / "flag"
+    # RFAAS_CORES says that both cores may be lent, so the ranks share one of them.
+    with Executor(workers=2, cores=(0, 1)) as executor:
+        warm_up(executor)
+        first = executor.submit(k.wait_for, flag)
+        rest = [executor.submit(k.add, n) for n in range(40)]
+        # The flag comes only after these, so none of them may depend on it.
+        assert [future.result() for future in rest] == list(range(40))
+        assert not first.done()
+        flag.touch()
+        first.result()
+
+
 def test_a_worker_is_another_process(worker):
     assert worker.submit(k.pid).result() not in (os.getpid(), os.getppid())
     assert len(worker.workers) == 1

@@ -475,16 +475,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"{label}  {names[way]:<22} {args.options / value / 1e6:8.1f} M options/s"
             f"   {value * 1e3:8.1f} ms   {median['alone'] / value:5.2f}x")
         label = "       "
-    of_bound = None
+    of_bound, disturbed = None, False
     if "bound" in median:
         of_bound = statistics.median(b / s for b, s in zip(seconds["bound"], seconds["shared"]))
         say(f"         {of_bound:.1%} of the bound's speed-up (median of the rounds)")
-        if max(seconds["bound"]) > 1.2 * min(seconds["bound"]):
+        disturbed = max(seconds["bound"]) > 1.2 * min(seconds["bound"])
+        if disturbed:
             say("         the bare processes took now more, now less: this machine has other work to do")
     if args.json and comm.rank == 0:
         report = {"config": config, "verdict": {"correct": True, "largest_error": error,
                                                 "allowed": TOLERANCE, "runs": verdict.runs},
-                  "seconds": seconds, "median_s": median, "of_bound": of_bound, "kill": kill}
+                  "seconds": seconds, "median_s": median, "of_bound": of_bound,
+                  "disturbed": disturbed, "kill": kill}
         Path(args.json).write_text(json.dumps(report))
     return 0
 

@@ -107,8 +107,11 @@ def _summary(report: dict[str, Any]) -> list[str]:
         return ["speed-up  none: no core is spare here, so the rank did all of it"]
     speedup = median["alone"] / median["shared"]
     bound = median["alone"] / median["bound"]
-    return [f"speed-up {speedup:.2f}x with a borrowed core; two bare processes reach {bound:.2f}x "
-            f"({report['of_bound']:.0%} of it, median of {len(report['seconds']['bound'])} rounds)"]
+    lines = [f"speed-up {speedup:.2f}x with a borrowed core; two bare processes reach {bound:.2f}x "
+             f"({report['of_bound']:.0%} of it, median of {len(report['seconds']['bound'])} rounds)"]
+    if report["disturbed"]:
+        lines.append("         this machine had other work to do: run it again when it is quiet for figures that last")
+    return lines
 
 
 # --- the picture -----------------------------------------------------------------

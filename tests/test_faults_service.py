@@ -189,8 +189,8 @@ def test_two_services_of_one_user_never_lend_the_same_core(tmp_path, kind):
         for workers in (executor, None):
             if workers is None:
                 executor.shutdown()
-            other = subprocess.Popen([python, *script], env={**faults.environment(), **changes}, text=True,
-                                     cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            other = subprocess.Popen([python, *script], env={**faults.environment(), **changes}, cwd=tmp_path,
+                                     text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             with other:
                 service, version, prefix, cores = faults.line(other).split(maxsplit=3)
                 assert int(service) != faults.service_pid(executor)

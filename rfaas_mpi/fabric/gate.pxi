@@ -1,6 +1,7 @@
 # The one error gate: every status of a C call passes check().
 
 cdef uint64_t SLICE_NS = 50000000      # how long a wait runs without looking for signals
+cdef uint64_t WATCH_NS = 5000000000    # the same where no signal is expected
 cdef uint64_t COPY_NOGIL = 32768            # from here a copy is worth releasing the GIL
 
 # A forked child has the memory but not the service thread: whatever was made

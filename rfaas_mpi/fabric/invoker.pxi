@@ -105,6 +105,7 @@ cdef class Invoker:
     cdef list all_channels
     cdef dict refs
     cdef dict bindings
+    cdef unsigned int wakes
     cdef list orphans              # in flight, but their Request objects are gone
     cdef object __weakref__
 
@@ -253,8 +254,10 @@ cdef class Invoker:
         return 0
 
     def next_watched(self, timeout_s=None):
-        """Watched requests that ended; [] after the time-out."""
+        """Watched requests that ended; [] after the time-out, or wake()."""
         cdef uint64_t deadline = 0
+        cdef uint64_t slice_end
+        cdef unsigned int wakes
         cdef int status
         self.live()
         if timeout_s is not None:
@@ -263,9 +266,15 @@ cdef class Invoker:
             ended = self.take_watched()
             if ended or self.closed:
                 return ended
+            # Others' completions wake this thread too; it needs no GIL to sleep on.
+            wakes = self.wakes
+            slice_end = c.rfm_now_ns() + WATCH_NS
             with nogil:
-                status = c.rfm_wait(self.ptr, NULL, 0, c.RFM_WAIT_WATCHED, deadline, SLICE_NS, False,
-                                    NULL)
+                while True:
+                    status = c.rfm_wait(self.ptr, NULL, 0, c.RFM_WAIT_WATCHED, deadline, WATCH_NS, False, NULL)
+                    if (status != c.RFM_ERR_AGAIN or self.wakes != wakes or self.closed
+                            or c.rfm_now_ns() >= slice_end):
+                        break
             if status == c.RFM_ERR_TIMEOUT:
                 return self.take_watched()
             PyErr_CheckSignals()
@@ -291,6 +300,7 @@ cdef class Invoker:
 
     def wake(self):
         """Makes everybody who waits look again."""
+        self.wakes += 1
         if self.usable():
             c.rfm_invoker_wake(self.ptr)
 

@@ -470,6 +470,16 @@ static int32_t k_nap(const struct rfm_call *call)
     return k_echo(call);
 }
 
+/* which invocation of this worker it is */
+static int32_t k_stamp(const struct rfm_call *call)
+{
+    static uint64_t stamps;
+
+    stamps++;
+    memcpy(call->outputs[0].ptr, &stamps, sizeof(stamps));
+    return 0;
+}
+
 static int32_t k_gate(const struct rfm_call *call)
 {
     while (rfm_load_acquire((uint32_t *)call->inputs[0].ptr) == 0) {
@@ -512,7 +522,8 @@ static const struct entry {
     { "lies", NATIVE, k_lies },       { "half", NATIVE, k_half },
     { "nap", NATIVE, k_nap },         { "gate", NATIVE, k_gate },
     { "segv", NATIVE, k_segv },       { "quit", NATIVE, k_quit },
-    { "stuck", NATIVE, k_stuck },     { "plain", PLAIN, NULL },
+    { "stuck", NATIVE, k_stuck },     { "stamp", NATIVE, k_stamp },
+    { "plain", PLAIN, NULL },
     { "event", EVENT, NULL },         { "grumble", EVENT, NULL },
     { "pattern", OBJECT, NULL },      { "complain", OBJECT, NULL },
     { "refused", REFUSED, NULL },
@@ -944,6 +955,11 @@ void t_call_end(struct t_call *call)
 void t_start(struct t_call *call)
 {
     CHECK_OK(rfm_request_start(&call->req, 0));
+}
+
+void t_behold(struct t_call *call)
+{
+    (void)t_await_not(&call->req.state, RFM_QUEUED);
 }
 
 enum rfm_outcome t_wait(struct t_call *call)

@@ -147,6 +147,8 @@ void *t_in(struct t_call *call, uint32_t i);
 void *t_out(struct t_call *call, uint32_t i);
 void t_call_end(struct t_call *call);
 void t_start(struct t_call *call);
+/* Until it left the queue, without so much as a look at the invoker. */
+void t_behold(struct t_call *call);
 /* Until it ended: its outcome. */
 enum rfm_outcome t_wait(struct t_call *call);
 enum rfm_outcome t_invoke(struct t_call *call);
@@ -164,6 +166,7 @@ const char *t_text(struct t_call *call);
  *   refused   can't be bound                 (any other name: can't be loaded)
  *   pattern   object {n, seed} -> n bytes    complain  the same as an error text
  *   gate      echo once the u32 that in[0] begins with (in an arena) is not 0
+ *   stamp     out[0] is a u64 that is one more at each call
  */
 
 #endif

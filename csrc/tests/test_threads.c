@@ -1,0 +1,426 @@
+/* Any thread may start, test and wait: every invocation ends once, with its
+ * own result, and the queue never waits for anybody in particular. */
+#define _GNU_SOURCE
+#include "harness.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include "poller.h"
+
+static struct t_worker workers[2];
+static struct rfm_invoker *inv;
+
+static void up(uint32_t n, bool thread, uint32_t slots, uint32_t spin_us)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        t_worker_start(&workers[i], thread, spin_us);
+    }
+    inv = t_invoker(slots, T_SLOT_BYTES, spin_us);
+    for (uint32_t i = 0; i < n; i++) {
+        (void)t_worker_attach(&workers[i], inv);
+    }
+}
+
+static void down(uint32_t n)
+{
+    CHECK_EQ(rfm_invoker_queued(inv), 0);
+    CHECK_EQ(rfm_invoker_in_flight(inv), 0);
+    t_invoker_end(inv);
+    for (uint32_t i = 0; i < n; i++) {
+        t_worker_end(&workers[i]);
+    }
+}
+
+/* --- more requests than slots --------------------------------------------- */
+
+#define MANY 256
+
+static struct t_call many[MANY];
+
+static void make_many(void)
+{
+    for (uint32_t i = 0; i < MANY; i++) {
+        uint32_t places[2] = { i % 3, (i / 3) % 3 };
+        uint64_t sizes[2] = { 8 + i, 8 + i };
+
+        t_call_make(&many[i], inv, "echo", 1, 1, places, sizes);
+    }
+}
+
+static void start_many(uint64_t round)
+{
+    for (uint32_t i = 0; i < MANY; i++) {
+        t_fill(t_in(&many[i], 0), 8 + i, round * MANY + i);
+        memset(t_out(&many[i], 0), 0xcc, 8 + i);
+        t_start(&many[i]);
+    }
+}
+
+static void check_many(uint64_t round)
+{
+    for (uint32_t i = 0; i < MANY; i++) {
+        CHECK_EQ(many[i].req.outcome, RFM_DONE);
+        CHECK(t_filled(t_out(&many[i], 0), 8 + i, round * MANY + i));
+    }
+}
+
+static void end_many(void)
+{
+    for (uint32_t i = 0; i < MANY; i++) {
+        t_call_end(&many[i]);
+    }
+}
+
+static void wait_many(enum rfm_wait_mode mode)
+{
+    struct rfm_request *reqs[MANY];
+    uint32_t n = MANY;
+    uint32_t first = 0;
+
+    for (uint32_t i = 0; i < MANY; i++) {
+        reqs[i] = &many[i].req;
+    }
+    if (mode == RFM_WAIT_ALL) {
+        while (rfm_wait(inv, reqs, n, mode, 0, T_FOREVER, true, &first) < 0) {
+        }
+        return;
+    }
+    while (n > 0) {
+        int i = rfm_wait(inv, reqs, n, mode, 0, T_FOREVER, true, NULL);
+
+        if (i >= 0) {
+            CHECK(rfm_request_ended(reqs[i]));
+            reqs[i] = reqs[--n];
+        }
+    }
+}
+
+static void many_persistent_requests_share_two_slots(bool thread)
+{
+    uint32_t rounds = t_scaled(60, 4);
+
+    up(1, thread, 2, 50);
+    make_many();
+    for (uint64_t round = 0; round < rounds; round++) {
+        start_many(round);
+        wait_many((round % 2 == 0) ? RFM_WAIT_ALL : RFM_WAIT_ANY);
+        check_many(round);
+    }
+    end_many();
+    down(1);
+}
+
+static void two_hundred_and_fifty_six_persistent_requests_work_on_two_slots(void)
+{
+    many_persistent_requests_share_two_slots(false);
+}
+
+static void so_they_do_with_a_worker_in_a_thread(void)
+{
+    many_persistent_requests_share_two_slots(true);
+}
+
+/* The service thread alone: this one looks only at the states. */
+static void a_long_queue_drains_though_nobody_waits(void)
+{
+    uint32_t rounds = t_scaled(60, 4);
+
+    for (uint32_t slots = 2; slots <= 64; slots *= 2) {
+        up(1, false, slots, (slots % 3 == 1) ? 0 : 50);
+        make_many();
+        for (uint64_t round = 0; round < rounds / 6 + 1; round++) {
+            start_many(round);
+            for (uint32_t i = 0; i < MANY; i++) {
+                t_behold(&many[i]);
+            }
+            CHECK_EQ(rfm_invoker_queued(inv), 0);
+            wait_many(RFM_WAIT_ALL);
+            check_many(round);
+        }
+        end_many();
+        down(1);
+    }
+}
+
+struct looker {
+    uint32_t stop;
+    uint32_t looks;
+};
+
+static void *look_now_and_then(void *arg)
+{
+    struct looker *looker = arg;
+
+    while (rfm_load_acquire(&looker->stop) == 0) {
+        (void)rfm_invoker_progress(inv);
+        looker->looks++;
+        if (looker->looks % 7 == 0) {
+            sched_yield();
+        }
+    }
+    return NULL;
+}
+
+/* Threads that look once and go away may hold the lock of the reaper just when
+ * the queue is to be armed; they owe nobody anything. */
+static void lookers_that_leave_do_not_strand_the_queue(void)
+{
+    struct looker lookers[3] = { { 0, 0 }, { 0, 0 }, { 0, 0 } };
+    uint32_t rounds = t_scaled(150, 10);
+    pthread_t threads[3];
+
+    up(1, false, 2, 0);
+    make_many();
+    for (uint64_t round = 0; round < rounds; round++) {
+        for (int i = 0; i < 3; i++) {
+            lookers[i].stop = 0;
+            CHECK_EQ(pthread_create(&threads[i], NULL, look_now_and_then,
+                                    &lookers[i]), 0);
+        }
+        for (uint32_t i = 0; i < 40; i++) {
+            t_fill(t_in(&many[i], 0), 8 + i, round + i);
+            t_start(&many[i]);
+        }
+        for (int i = 0; i < 3; i++) {
+            rfm_store_release(&lookers[i].stop, 1);
+            pthread_join(threads[i], NULL);
+        }
+        for (uint32_t i = 0; i < 40; i++) {
+            t_behold(&many[i]);
+        }
+        for (uint32_t i = 0; i < 40; i++) {
+            CHECK_EQ(t_wait(&many[i]), RFM_DONE);
+            CHECK(t_filled(t_out(&many[i], 0), 8 + i, round + i));
+        }
+    }
+    end_many();
+    down(1);
+}
+
+/* --- threads -------------------------------------------------------------- */
+
+struct user {
+    pthread_t thread;
+    uint64_t  seed;
+    uint32_t  rounds;
+    uint32_t  done;
+};
+
+/* Up to three in flight, of any size and place; now and then it lets the
+ * service thread do the waiting. */
+static void *invoke_and_check(void *arg)
+{
+    struct user *user = arg;
+    struct t_random r = { user->seed };
+    struct t_call calls[3];
+    uint64_t seeds[3];
+
+    for (uint32_t i = 0; i < 3; i++) {
+        uint32_t places[2] = { (uint32_t)t_below(&r, 3), (uint32_t)t_below(&r, 3) };
+        uint64_t size = t_below(&r, 200);
+        uint64_t sizes[2] = { size, size };
+
+        t_call_make(&calls[i], inv, "echo", 1, 1, places, sizes);
+    }
+    while (user->done < user->rounds) {
+        uint32_t n = 1 + (uint32_t)t_below(&r, 3);
+
+        for (uint32_t i = 0; i < n; i++) {
+            uint64_t size = calls[i].args[0].size;
+
+            seeds[i] = t_random(&r);
+            t_fill(t_in(&calls[i], 0), size, seeds[i]);
+            if (size > 0) {
+                memset(t_out(&calls[i], 0), 0, size);
+            }
+            t_start(&calls[i]);
+        }
+        for (uint32_t i = n; i-- > 0;) {
+            uint64_t size = calls[i].args[0].size;
+
+            if (t_below(&r, 50) == 0) {
+                t_behold(&calls[i]);
+            }
+            CHECK_EQ(t_wait(&calls[i]), RFM_DONE);
+            CHECK(t_filled(t_out(&calls[i], 0), size, seeds[i]));
+            CHECK_EQ(calls[i].sizes[0], size);
+            user->done++;
+        }
+    }
+    for (uint32_t i = 0; i < 3; i++) {
+        t_call_end(&calls[i]);
+    }
+    return NULL;
+}
+
+static void eight_threads(uint32_t n_workers, bool thread, uint32_t slots,
+                          uint32_t spin_us, uint32_t rounds)
+{
+    struct user users[8];
+
+    up(n_workers, thread, slots, spin_us);
+    for (uint64_t i = 0; i < 8; i++) {
+        users[i] = (struct user){ .seed = i + 1, .rounds = rounds };
+        CHECK_EQ(pthread_create(&users[i].thread, NULL, invoke_and_check,
+                                &users[i]), 0);
+    }
+    for (int i = 0; i < 8; i++) {
+        pthread_join(users[i].thread, NULL);
+        CHECK(users[i].done >= rounds);
+    }
+    down(n_workers);
+}
+
+static void eight_threads_get_their_own_results_from_a_process(void)
+{
+    eight_threads(1, false, 8, 20, t_scaled(10000, 300));
+}
+
+static void eight_threads_get_their_own_results_from_a_thread(void)
+{
+    eight_threads(1, true, 2, 20, t_scaled(2500, 300));
+}
+
+static void eight_threads_get_their_own_results_from_two_workers(void)
+{
+    eight_threads(2, false, 4, 0, t_scaled(2500, 300));
+}
+
+/* --- watched requests ----------------------------------------------------- */
+
+#define WATCHED 40
+
+static void *take_watched(void *arg)
+{
+    uint32_t *counts = arg;     /* of each; and the sum of all at the end */
+    uint32_t total = 0;
+    uint32_t expected = counts[WATCHED];
+
+    while (total < expected) {
+        struct rfm_request *at = rfm_invoker_take_ended(inv);
+
+        while (at != NULL) {
+            struct t_call *call = (struct t_call *)at->owner;
+            struct rfm_request *next = rfm_request_unlist(at);
+
+            if (rfm_request_ended(at)) {
+                uint32_t i = (uint32_t)(call - many);
+
+                CHECK(i < WATCHED);
+                /* the starter waits for it, so it can't have come twice */
+                (void)__atomic_fetch_add(&counts[i], 1, __ATOMIC_RELEASE);
+                total++;
+            } else {
+                (void)rfm_request_watch(at);
+            }
+            at = next;
+        }
+        if (total < expected) {
+            (void)rfm_wait(inv, NULL, 0, RFM_WAIT_WATCHED, 0, T_FOREVER, false,
+                           NULL);
+        }
+    }
+    return NULL;
+}
+
+static void each_watched_end_is_told_exactly_once(void)
+{
+    static uint32_t counts[WATCHED + 1];
+    uint32_t rounds = t_scaled(500, 30);
+    pthread_t watcher;
+
+    memset(counts, 0, sizeof(counts));
+    counts[WATCHED] = WATCHED * rounds;
+    up(2, false, 4, 0);
+    make_many();
+    CHECK_EQ(pthread_create(&watcher, NULL, take_watched, counts), 0);
+    for (uint32_t round = 1; round <= rounds; round++) {
+        for (uint32_t i = 0; i < WATCHED; i++) {
+            many[i].req.owner = &many[i];
+            /* sometimes before it is started, sometimes at once after */
+            if ((i + round) % 2 == 0) {
+                t_start(&many[i]);
+                CHECK(rfm_request_watch(&many[i].req));
+            } else {
+                many[i].req.owner = &many[i];
+                t_start(&many[i]);
+                sched_yield();
+                CHECK(rfm_request_watch(&many[i].req));
+            }
+        }
+        for (uint32_t i = 0; i < WATCHED; i++) {
+            while (rfm_load_acquire(&counts[i]) != round) {
+                CHECK(rfm_load_acquire(&counts[i]) <= round);
+                sched_yield();
+            }
+        }
+    }
+    pthread_join(watcher, NULL);
+    end_many();
+    down(2);
+}
+
+/* --- channels come and go meanwhile ---------------------------------------- */
+
+static void *come_and_go(void *arg)
+{
+    uint32_t rounds = t_scaled(150, 10);
+    struct rfm_channel *old = NULL;
+
+    (void)arg;
+    for (uint32_t i = 0; i < rounds; i++) {
+        struct rfm_channel *chan = t_worker_attach(&workers[1], inv);
+
+        if (old != NULL) {
+            rfm_channel_drain(old);
+            while (1) {
+                struct rfm_channel_info info;
+
+                rfm_channel_info(old, &info);
+                if (info.in_flight == 0) {
+                    break;
+                }
+                sched_yield();
+            }
+            rfm_channel_close(old);
+        }
+        old = chan;
+    }
+    return NULL;
+}
+
+static void invocations_go_on_while_channels_come_and_go(void)
+{
+    uint32_t rounds = t_scaled(2000, 100);
+    struct user users[3];
+    pthread_t changer;
+
+    up(2, false, 4, 20);
+    CHECK_EQ(pthread_create(&changer, NULL, come_and_go, NULL), 0);
+    for (uint64_t i = 0; i < 3; i++) {
+        users[i] = (struct user){ .seed = i + 9, .rounds = rounds };
+        CHECK_EQ(pthread_create(&users[i].thread, NULL, invoke_and_check,
+                                &users[i]), 0);
+    }
+    for (int i = 0; i < 3; i++) {
+        pthread_join(users[i].thread, NULL);
+    }
+    pthread_join(changer, NULL);
+    down(2);
+}
+
+int main(int argc, char **argv)
+{
+    t_init(argc, argv, 100);
+    RUN(two_hundred_and_fifty_six_persistent_requests_work_on_two_slots);
+    RUN(so_they_do_with_a_worker_in_a_thread);
+    RUN(a_long_queue_drains_though_nobody_waits);
+    RUN(lookers_that_leave_do_not_strand_the_queue);
+    RUN(eight_threads_get_their_own_results_from_a_process);
+    RUN(eight_threads_get_their_own_results_from_a_thread);
+    RUN(eight_threads_get_their_own_results_from_two_workers);
+    RUN(each_watched_end_is_told_exactly_once);
+    RUN(invocations_go_on_while_channels_come_and_go);
+    return t_finish();
+}

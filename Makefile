@@ -53,9 +53,10 @@ test: setup test-c test-python  ## set-up and every test
 test-python: setup
 	$(PY) -m pytest
 
-soak: setup  ## ten million invocations across all API styles, a million lease operations
+soak: setup  ## ten million invocations in all styles, a million under kills, a million lease operations
 	RFAAS_SOAK_LEASES=1000000 $(PY) -m pytest tests/test_lease_book.py --timeout 3600
 	RFAAS_SOAK_INVOCATIONS=10000000 $(PY) -m pytest tests/test_soak.py --timeout 3600
+	RFAAS_SOAK_FAULTS=1000000 $(PY) -m pytest tests/test_faults_soak.py --timeout 3600
 
 bench: setup  ## the figures of docs/benchmarks.md, as JSON under out/
 	@mkdir -p $(OUT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import as_completed
 from pathlib import Path
 
@@ -113,7 +113,7 @@ class Caller:
                 yield BATCH
 
 
-def soak(ex: rf.Executor, invocations: int) -> int:
+def soak(ex: rf.Executor, invocations: int, wait_until: Callable[..., object]) -> int:
     """Runs at least so many invocations in THREADS threads; how many were checked."""
     counts, errors = [0] * THREADS, []
 
@@ -134,6 +134,10 @@ def soak(ex: rf.Executor, invocations: int) -> int:
         thread.start()
     for thread in threads:
         thread.join()
+    # join() returns a moment before the kernel has let go of the thread.
+    for thread in threads:
+        wait_until(lambda task=Path(f"/proc/self/task/{thread.native_id}"): not task.exists(),
+                   f"{thread.name} is gone")
     if errors:
         raise errors[0]
     return sum(counts)
@@ -173,12 +177,12 @@ def measure(ex: rf.Executor) -> dict[str, int]:
 
 
 @pytest.mark.timeout(600)
-def test_a_million_invocations_lose_no_result_and_leak_nothing():
+def test_a_million_invocations_lose_no_result_and_leak_nothing(wait_until):
     with rf.Executor(workers=1) as ex:
         # What is made once (bindings, arenas, caches of allocators) is there after this.
-        soak(ex, INVOCATIONS // 10)
+        soak(ex, INVOCATIONS // 10, wait_until)
         before = measure(ex)
-        assert soak(ex, INVOCATIONS) >= INVOCATIONS
+        assert soak(ex, INVOCATIONS, wait_until) >= INVOCATIONS
         after = measure(ex)
     grown = {what: after[what] - before[what] for what in before}
     assert {what: n for what, n in grown.items()

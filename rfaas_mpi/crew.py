@@ -417,6 +417,8 @@ class Crew:
         error = ForkedError("this result belongs to the process that made the executor",
                             hint="make another Executor in the child")
         self.foreign = self.closing = self.closed = True
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(threading.Lock())
         for future in list(self.pending):
             future.__dict__.update(_error=error, _over="FINISHED", _cond=None)
         self.pending.clear()

@@ -274,35 +274,41 @@ class Future(concurrent.futures.Future[T]):
     def _conclude(self, state: str, value: Any = None, error: BaseException | None = None) -> None:
         self._value = value
         self._error = error
-        raw = self._raw
-        # From here on everybody sees it as done; who came before is told below.
-        self._over = state
-        self._call = ()
-        self._crew.pending.pop(self, None)
-        raw.close()
-        self._tell()
-
-    def _tell(self) -> None:
-        cond = self._cond
-        if cond is None:
-            return
+        with self._crew.lock:
+            # Nobody makes a condition meanwhile: who makes one later sees that it is over.
+            cond = self._cond
+            if cond is None:
+                self._over = state
         callbacks: list[Callable[[Any], Any]] = []
-        with cond:
-            if self._over is not None:
+        if cond is not None:
+            with cond:
+                # Set with the condition held: as_completed, which looks at the state and then adds
+                # its waiter, either sees the end or is told of it, and never both.
+                self._over = state
                 for waiter in self._waiting or ():
-                    if self._over is _CANCELLED:
+                    if state is _CANCELLED:
                         waiter.add_cancelled(self)
-                    elif self._error is not None:
+                    elif error is not None:
                         waiter.add_exception(self)
                     else:
                         waiter.add_result(self)
                 callbacks, self._callbacks = self._callbacks or [], []
-            cond.notify_all()
+                cond.notify_all()
+        self._call = ()
+        self._crew.pending.pop(self, None)
+        self._raw.close()
         for callback in callbacks:
             try:
                 callback(self)
             except Exception:
                 log.exception("exception calling callback for %r", self)
+
+    def _tell(self) -> None:
+        """The next attempt has begun, or waits to be run: who waits for this thread looks again."""
+        cond = self._cond
+        if cond is not None:
+            with cond:
+                cond.notify_all()
 
     def _wait_for_claimer(self, deadline: float | None) -> None:
         with self._condition:

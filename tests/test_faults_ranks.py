@@ -123,8 +123,8 @@ ENDS = {
     "os._exit": ("os._exit(4)", 4, ""),
     "SIGTERM": ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM, ""),
     "sys.exit inside with": ("with ex: sys.exit(3)", 3, ""),
-    "sys.exit while a thread waits": ("threading.Thread(target=faults.swallow, args=[future.result], daemon=True).start()"
-                                      "; sys.exit(3)", 3, ""),
+    "sys.exit while a thread waits":
+        ("threading.Thread(target=faults.swallow, args=[future.result], daemon=True).start(); sys.exit(3)", 3, ""),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import threading
@@ -93,3 +94,35 @@ def test_closing_while_eight_threads_call_ends_each_call_with_a_result_or_a_clea
         thread.join(60)
     assert len(ended) == 8
     assert set(ended) <= {"ClosedError", "CancelledError"}
+
+
+class Pausing(dict):
+    """The futures that are not over yet; the thread that takes one out stops there until it is let go."""
+
+    def __init__(self, pending: dict) -> None:
+        super().__init__(pending)
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def pop(self, *args):
+        self.reached.set()
+        assert self.go.wait(60)
+        return super().pop(*args)
+
+
+def test_as_completed_that_looks_while_an_end_is_being_told_gets_it_once(tmp_path):
+    with Executor(workers=2, cores=(0, 1)) as executor:
+        others = [executor.submit(faults.plus_one, n) for n in range(40)]
+        assert [future.result() for future in others] == list(range(1, 41))
+        flags = tmp_path / "one", tmp_path / "two"
+        one, two = (executor.submit(faults.begin_then_wait, tmp_path / "begun", flag, 5) for flag in flags)
+        executor._crew.pending = pending = Pausing(executor._crew.pending)
+        told = threading.Event()
+        one.add_done_callback(lambda future: told.set())     # from here on another thread takes its end
+        flags[0].touch()
+        assert pending.reached.wait(60)
+        completed = concurrent.futures.as_completed([*others, one, two], 60)
+        first = next(completed)
+        pending.go.set()
+        assert told.wait(60)
+        flags[1].touch()
+        assert {first, *completed} == {*others, one, two}

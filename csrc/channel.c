@@ -369,7 +369,7 @@ static void fill_slot(struct rfm_channel *chan, struct rfm_request *req,
 
         line->budget_ns = (now < req->deadline_ns) ? req->deadline_ns - now : 1;
     }
-    if (req->attempts > 1) {
+    if ((req->attempts > 1) || ((req->wire_flags & RFM_REQ_OBJECT) != 0)) {
         ops->rank_forget(chan->link, slot);
     }
 }
@@ -404,9 +404,9 @@ int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
             known = send_binding(chan, req->binding) == RFM_OK;
         }
     }
-    req->chan   = chan;
+    rfm_store_relaxed(&req->chan, chan);
+    rfm_store_relaxed(&req->slot, slot);
     req->worker = chan->worker;
-    req->slot   = slot;
     rfm_store_release(&req->state, RFM_POSTED);
     chan->inflight[slot].req = req;
     if (known) {
@@ -640,7 +640,8 @@ struct rfm_request *rfm_channel_take_back(struct rfm_channel *chan,
         goto out;
     }
     if (req != NULL) {
-        if (take_back_locked(chan, req->slot, req)) {
+        /* if it just moves elsewhere, it isn't found here */
+        if (take_back_locked(chan, rfm_load_relaxed(&req->slot), req)) {
             got = req;
         }
         goto out;

@@ -1038,7 +1038,7 @@ int rfm_request_cancel(struct rfm_request *req)
     pthread_mutex_unlock(&inv->queue_lock);
     if ((rc != RFM_OK) && (rfm_load_acquire(&req->state) == RFM_POSTED) &&
         ((req->wire_flags & RFM_REQ_OBJECT) != 0) &&
-        (rfm_channel_take_back(req->chan, req) != NULL)) {
+        (rfm_channel_take_back(rfm_load_relaxed(&req->chan), req) != NULL)) {
         rfm_request_end(req, RFM_CANCELLED);
         rc = RFM_OK;
     }
@@ -1073,7 +1073,7 @@ uint64_t rfm_invoker_expire(struct rfm_invoker *inv, uint64_t now)
             if (now >= at) {
                 /* stopped, or never begun: the agent can't tell it is late */
                 if (rfm_load_acquire(&req->state) == RFM_POSTED) {
-                    (void)rfm_channel_kill(req->chan);
+                    (void)rfm_channel_kill(rfm_load_relaxed(&req->chan));
                 }
                 at = now + RFM_LATE_KILL_NS;
             }

@@ -34,7 +34,8 @@ struct rfm_transport {
     /* true once the reply to `id` is there: *line_p is a copy of the line */
     bool (*rank_poll)(struct rfm_link *link, uint32_t slot, uint64_t id,
                       struct rfm_reply_line *line_p, const uint8_t **payload_p);
-    /* an old reply in this slot must not be taken for the next one */
+    /* an old reply in this slot must not be taken for the next one, nor an old
+     * claim; before anybody can take the next one back */
     void (*rank_forget)(struct rfm_link *link, uint32_t slot);
     /* true if an object was not begun, and now won't be */
     bool (*rank_take_back)(struct rfm_link *link, uint32_t slot);

@@ -263,9 +263,6 @@ static void rank_post(struct rfm_link *link, uint32_t slot,
     struct shm_link *shm = (struct shm_link *)link;
     struct rfm_request_line *at = request_line(shm, slot);
 
-    if ((line->flags & RFM_REQ_OBJECT) != 0) {
-        rfm_store_relaxed(claim_word(shm, slot), RFM_CLAIM_FREE);
-    }
     memcpy((uint8_t *)at + sizeof(at->id), (const uint8_t *)line + sizeof(at->id),
            sizeof(*at) - sizeof(at->id));
     rfm_store_release(&at->id, line->id);
@@ -288,7 +285,10 @@ static bool rank_poll(struct rfm_link *link, uint32_t slot, uint64_t id,
 
 static void rank_forget(struct rfm_link *link, uint32_t slot)
 {
-    rfm_store_release(&reply_line((struct shm_link *)link, slot)->id, 0);
+    struct shm_link *shm = (struct shm_link *)link;
+
+    rfm_store_relaxed(claim_word(shm, slot), RFM_CLAIM_FREE);
+    rfm_store_release(&reply_line(shm, slot)->id, 0);
 }
 
 static void rank_wake_at(struct rfm_link *link, uint64_t done)

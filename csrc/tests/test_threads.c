@@ -361,6 +361,93 @@ static void each_watched_end_is_told_exactly_once(void)
     down(2);
 }
 
+/* --- taken back ------------------------------------------------------------ */
+
+#define OBJECTS 100
+
+struct canceller {
+    struct t_call *calls;
+    uint32_t go;
+    uint32_t cancelled;
+};
+
+static void *cancel_every_third(void *arg)
+{
+    struct canceller *c = arg;
+
+    (void)t_await_not(&c->go, 0);
+    for (int pass = 0; pass < 20; pass++) {
+        for (uint32_t i = 0; i < OBJECTS; i += 3) {
+            /* as soon as it is posted, and before, and after */
+            c->cancelled += rfm_request_cancel(&c->calls[i].req) == RFM_OK;
+        }
+    }
+    return NULL;
+}
+
+/* Objects move from a busy worker to an idle one, too: still each runs once. */
+static void what_was_cancelled_never_runs_and_all_else_runs_once(void)
+{
+    static struct t_call calls[OBJECTS];
+    uint32_t rounds = t_scaled(300, 20);
+    uint64_t ran = 0;
+    uint64_t cancelled = 0;
+
+    for (int i = 0; i < 2; i++) {
+        t_worker_start(&workers[i], false, 20);
+    }
+    for (uint32_t round = 0; round < rounds; round++) {
+        struct canceller c = { calls, 0, 0 };
+        uint64_t asks[OBJECTS][2];
+        uint64_t before = workers[0].page->count + workers[1].page->count;
+        uint64_t done = 0;
+        pthread_t thread;
+
+        /* new channels: slots that were never used */
+        inv = t_invoker(64, T_SLOT_BYTES, 20);
+        (void)t_worker_attach(&workers[0], inv);
+        (void)t_worker_attach(&workers[1], inv);
+        for (uint64_t i = 0; i < OBJECTS; i++) {
+            asks[i][0] = 8 + i;
+            asks[i][1] = round + i;
+            t_call_object(&calls[i], inv, "pattern", asks[i], 16);
+        }
+        CHECK_EQ(pthread_create(&thread, NULL, cancel_every_third, &c), 0);
+        rfm_store_release(&c.go, 1);
+        for (uint32_t i = 0; i < OBJECTS; i++) {
+            t_start(&calls[i]);
+        }
+        pthread_join(thread, NULL);
+        for (uint32_t i = 0; i < OBJECTS; i++) {
+            if (t_wait(&calls[i]) == RFM_CANCELLED) {
+                CHECK_EQ(i % 3, 0);
+                c.cancelled--;
+                cancelled++;
+            } else {
+                CHECK_EQ(calls[i].req.outcome, RFM_DONE);
+                CHECK(t_filled(calls[i].req.small, 8 + i, round + i));
+                done++;
+            }
+        }
+        CHECK_EQ(c.cancelled, 0);
+        /* what a worker was still told of it has passed it by now */
+        for (uint32_t i = 0; i < OBJECTS; i++) {
+            t_call_end(&calls[i]);
+        }
+        t_invoker_end(inv);
+        for (int i = 0; i < 2; i++) {
+            (void)t_worker_expect(&workers[i], RFM_AGENT_GONE);
+        }
+        CHECK_EQ(workers[0].page->count + workers[1].page->count - before, done);
+        ran += done;
+    }
+    CHECK(cancelled > 0);
+    CHECK(ran > 0);
+    for (int i = 0; i < 2; i++) {
+        t_worker_end(&workers[i]);
+    }
+}
+
 /* --- channels come and go meanwhile ---------------------------------------- */
 
 static void *come_and_go(void *arg)
@@ -384,6 +471,7 @@ static void *come_and_go(void *arg)
                 sched_yield();
             }
             rfm_channel_close(old);
+            (void)t_worker_expect(&workers[1], RFM_AGENT_GONE);
         }
         old = chan;
     }
@@ -421,6 +509,7 @@ int main(int argc, char **argv)
     RUN(eight_threads_get_their_own_results_from_a_thread);
     RUN(eight_threads_get_their_own_results_from_two_workers);
     RUN(each_watched_end_is_told_exactly_once);
+    RUN(what_was_cancelled_never_runs_and_all_else_runs_once);
     RUN(invocations_go_on_while_channels_come_and_go);
     return t_finish();
 }

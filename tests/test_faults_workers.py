@@ -365,3 +365,9 @@ def test_a_killed_zygote_costs_its_workers_and_no_result(two, tmp_path, api):
     assert running.result() == 5
     assert [future.result() for future in behind] == list(range(1, 201))
     assert zygotes(two) != [zygote]
+
+
+def test_what_changes_with_each_test_starts_no_zygote_of_its_own(ex, monkeypatch):
+    monkeypatch.setenv("PYTEST_CURRENT_TEST", "another one")
+    with Executor(workers=1, cores=(0, 1)) as other:
+        assert other.submit(os.getppid).result() == ex.submit(os.getppid).result()

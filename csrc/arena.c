@@ -306,6 +306,8 @@ void rfm_heap_free(struct rfm_block *b)
     b->arena = NULL;
     heap = arena->heap;
     rfm_heap_lock(heap);
+    /* where a redzone is, a block ends: none may be left inside a later one */
+    memset((uint8_t *)b->address + b->size, 0, RFM_REDZONE);
     give_back(arena, b->offset, b->span);
     arena->blocks--;
     if ((arena->blocks == 0) && (arena->own || heap->closed)) {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from faults import native
 
-from rfaas_mpi import CancelledError, Executor, KernelError, KernelTimeout, Waitall
+from rfaas_mpi import CancelledError, Executor, KernelError, KernelTimeout, Startall, Waitall
 
 MEMORY = "1G"
 
@@ -251,3 +251,15 @@ def test_a_shorter_result_leaves_the_rest_as_it_was(ex):
         half = len(out) // 2
         assert (out[half:] == 1).all()
         assert not (out[:half] == 1).any()
+
+
+def test_a_redzone_that_an_old_array_left_is_not_taken_for_the_end_of_a_new_one():
+    with Executor(workers=1) as ex:
+        old = [ex.empty(8) for _ in range(64)]
+        del old
+        x, y = ex.empty((64, 8)), ex.empty((64, 8))      # on the same memory
+        requests = [ex.Invoke_init(native("rfm_scale2"), a, b) for a, b in zip(x, y, strict=True)]
+        x[...], y[...] = 1, 0
+        Startall(requests)
+        Waitall(requests)
+        assert (y == 2).all()

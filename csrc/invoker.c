@@ -22,6 +22,8 @@
 #include "arena.h"
 #include "shm.h"
 
+#define SOON_NS 1000000ull
+
 const char *rfm_status_text(int status)
 {
     switch (status) {
@@ -1060,7 +1062,9 @@ uint64_t rfm_invoker_expire(struct rfm_invoker *inv, uint64_t now)
 
         later = req->later;
         if (now >= at) {
-            if ((rfm_load_acquire(&req->state) == RFM_QUEUED) &&
+            uint32_t state = rfm_load_acquire(&req->state);
+
+            if ((state == RFM_QUEUED) &&
                 ((inv->first == req) || (req->prev != NULL))) {
                 unlink_queued(inv, req);
                 forget_deadline(req);
@@ -1068,14 +1072,17 @@ uint64_t rfm_invoker_expire(struct rfm_invoker *inv, uint64_t now)
                 ended = true;
                 continue;
             }
-            req->expired = 1;
-            at += RFM_LATE_KILL_NS;
-            if (now >= at) {
-                /* stopped, or never begun: the agent can't tell it is late */
-                if (rfm_load_acquire(&req->state) == RFM_POSTED) {
+            if (state != RFM_POSTED) {
+                /* just on its way, to the queue or to a slot */
+                at = now + SOON_NS;
+            } else {
+                req->expired = 1;
+                at += RFM_LATE_KILL_NS;
+                if (now >= at) {
+                    /* stopped, or never begun: the agent can't tell */
                     (void)rfm_channel_kill(rfm_load_relaxed(&req->chan));
+                    at = now + RFM_LATE_KILL_NS;
                 }
-                at = now + RFM_LATE_KILL_NS;
             }
         }
         if (at < next) {

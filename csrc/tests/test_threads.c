@@ -387,11 +387,11 @@ static void *cancel_every_third(void *arg)
     return NULL;
 }
 
-/* Objects move from a busy worker to an idle one, too: still each runs once. */
+/* What waits behind another moves to an idle worker, too: still each runs once. */
 static void what_was_cancelled_never_runs_and_all_else_runs_once(void)
 {
     static struct t_call calls[OBJECTS];
-    uint32_t rounds = t_scaled(300, 20);
+    uint32_t rounds = t_scaled(200, 20);
     uint64_t ran = 0;
     uint64_t cancelled = 0;
 
@@ -412,7 +412,13 @@ static void what_was_cancelled_never_runs_and_all_else_runs_once(void)
         for (uint64_t i = 0; i < OBJECTS; i++) {
             asks[i][0] = 8 + i;
             asks[i][1] = round + i;
-            t_call_object(&calls[i], inv, "pattern", asks[i], 16);
+            if ((i + round) % 4 < 2) {
+                t_call_object(&calls[i], inv, "pattern", asks[i], 16);
+            } else {
+                /* so long that it is worth to be taken back */
+                t_call_inline(&calls[i], inv, "nap", 8, 8);
+                memcpy(t_in(&calls[i], 0), asks[i], 8);
+            }
         }
         CHECK_EQ(pthread_create(&thread, NULL, cancel_every_third, &c), 0);
         rfm_store_release(&c.go, 1);
@@ -427,7 +433,11 @@ static void what_was_cancelled_never_runs_and_all_else_runs_once(void)
                 cancelled++;
             } else {
                 CHECK_EQ(calls[i].req.outcome, RFM_DONE);
-                CHECK(t_filled(calls[i].req.small, 8 + i, round + i));
+                if (calls[i].n == 0) {
+                    CHECK(t_filled(calls[i].req.small, 8 + i, round + i));
+                } else {
+                    CHECK(memcmp(t_out(&calls[i], 0), asks[i], 8) == 0);
+                }
                 done++;
             }
         }

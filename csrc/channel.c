@@ -21,8 +21,9 @@
 
 #include "arena.h"
 
-#define SHORT_NS     1000000ull     /* kernels longer than this don't queue  */
 #define AHEAD_NS     256000ull      /* this much work is sent ahead          */
+#define LEAST_AHEAD  2u             /* one runs, one follows without us      */
+#define CLAIM_NS     20000ull       /* waiting behind this is worth a claim  */
 #define LONGEST_NS   (1ull << 56)   /* two years                             */
 
 /* --- setting up ----------------------------------------------------------- */
@@ -191,7 +192,7 @@ int rfm_channel_create(struct rfm_invoker *inv, int fd, uint64_t lease,
     chan->lease  = lease;
     chan->worker = worker;
     chan->slots  = inv->attr.slots;
-    chan->depth  = 1;
+    chan->depth  = LEAST_AHEAD;
     chan->bound = calloc(RFM_MAX_BINDINGS, 1);
     pthread_mutex_init(&chan->control, NULL);
     pthread_mutex_init(&chan->pid_lock, NULL);
@@ -337,14 +338,15 @@ static void write_payload(const struct rfm_request *req, uint8_t *to)
 }
 
 static void fill_slot(struct rfm_channel *chan, struct rfm_request *req,
-                      uint32_t slot, struct rfm_request_line *line)
+                      uint32_t slot, bool may_take_back,
+                      struct rfm_request_line *line)
 {
     const struct rfm_transport *ops = chan->link->ops;
     uint8_t *to = line->payload;
 
     line->id        = req->wire_id;
     line->binding   = req->binding->number;
-    line->flags     = req->wire_flags;
+    line->flags     = req->wire_flags | (may_take_back ? RFM_REQ_CLAIM : 0);
     line->budget_ns = 0;
     if ((req->wire_flags & RFM_REQ_FETCH) != 0) {
         struct rfm_wire_fetch fetch = { req->id, req->into };
@@ -369,17 +371,33 @@ static void fill_slot(struct rfm_channel *chan, struct rfm_request *req,
 
         line->budget_ns = (now < req->deadline_ns) ? req->deadline_ns - now : 1;
     }
-    if ((req->attempts > 1) || ((req->wire_flags & RFM_REQ_OBJECT) != 0)) {
+    if ((req->attempts > 1) || ((line->flags & RFM_REQ_CLAIM) != 0)) {
         ops->rank_forget(chan->link, slot);
     }
+}
+
+/* To claim costs the worker a cache line: not for what it begins at once, nor
+ * behind kernels so short that waiting for them is no matter. */
+static bool waits_behind(struct rfm_channel *chan, struct rfm_request *req,
+                         uint64_t ticket)
+{
+    uint64_t mean = rfm_load_relaxed(&chan->mean_exec_ns);
+
+    if ((req->wire_flags & RFM_REQ_FETCH) != 0) {
+        return false;
+    }
+    return ((req->wire_flags & RFM_REQ_OBJECT) != 0) ||
+           ((ticket != rfm_load_relaxed(&chan->tail)) &&
+            ((mean == 0) || (mean > CLAIM_NS)));
 }
 
 int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
 {
     uint64_t head = rfm_load_acquire(&chan->head);
     struct rfm_request_line line;
-    uint32_t slot;
+    bool may_take_back;
     bool known = true;
+    uint32_t slot;
 
     do {
         uint64_t out;
@@ -410,7 +428,9 @@ int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
     rfm_store_release(&req->state, RFM_POSTED);
     chan->inflight[slot].req = req;
     if (known) {
-        fill_slot(chan, req, slot, &line);
+        may_take_back = waits_behind(chan, req, head);
+        chan->inflight[slot].may_take_back = may_take_back;
+        fill_slot(chan, req, slot, may_take_back, &line);
         /* From here on it may end, and req with it, even if its answer came
          * before its question; but it can't be before the worker is asked. */
         rfm_store_release(&chan->inflight[slot].id, line.id);
@@ -521,24 +541,23 @@ static enum rfm_outcome take_reply(struct rfm_channel *chan,
     return outcomes[line->status];
 }
 
-/* How far ahead to post: long kernels don't queue behind each other, since
- * another worker may be free sooner; short ones hide the way to and fro. */
+/* How far ahead to post: enough to hide the way to and fro, and that the rank
+ * is busy with something else when a kernel ends. What waits behind a long
+ * kernel can be taken back when another worker is free sooner. */
 static void adapt_depth(struct rfm_channel *chan, uint64_t exec_ns)
 {
     uint64_t mean = chan->mean_exec_ns;
-    uint64_t depth = 1;
+    uint64_t depth;
 
     /* the worker's word: it must not make the sum wrap to nothing */
     if (exec_ns > LONGEST_NS) {
         exec_ns = LONGEST_NS;
     }
     mean = (mean == 0) ? exec_ns + 1 : mean + 1 - mean / 8 + exec_ns / 8;
-    chan->mean_exec_ns = mean;
-    if (mean < SHORT_NS) {
-        depth = 2 + AHEAD_NS / mean;
-        if (depth > chan->slots) {
-            depth = chan->slots;
-        }
+    rfm_store_relaxed(&chan->mean_exec_ns, mean);
+    depth = LEAST_AHEAD + AHEAD_NS / mean;
+    if (depth > chan->slots) {
+        depth = chan->slots;
     }
     if (depth != chan->depth) {
         rfm_store_relaxed(&chan->depth, (uint32_t)depth);
@@ -618,8 +637,7 @@ static bool take_back_locked(struct rfm_channel *chan, uint32_t slot,
 
     if ((id == 0) || (id == UINT64_MAX) || (req == NULL) ||
         (chan->inflight[slot].req != req) || (req->wire_id != id) ||
-        ((req->wire_flags & RFM_REQ_OBJECT) == 0) ||
-        ((req->wire_flags & RFM_REQ_FETCH) != 0) ||
+        !chan->inflight[slot].may_take_back ||
         !chan->link->ops->rank_take_back(chan->link, slot)) {
         return false;
     }
@@ -658,10 +676,31 @@ struct rfm_request *rfm_channel_take_back(struct rfm_channel *chan,
         if (take_back_locked(chan, slot, req)) {
             got = req;
         } else if (req != NULL) {
-            break;              /* begun, or not an object */
+            break;              /* begun, or soon done */
         }
     }
 out:
+    rfm_store_release(&chan->reap_lock, 0);
+    return got;
+}
+
+struct rfm_request *rfm_channel_take_back_at(struct rfm_channel *chan,
+                                             uint32_t slot, uint64_t id)
+{
+    struct rfm_request *got = NULL;
+
+    while (__atomic_exchange_n(&chan->reap_lock, 1, __ATOMIC_ACQUIRE) != 0) {
+        sched_yield();
+    }
+    if ((chan->link != NULL) && !chan->broken &&
+        (rfm_load_acquire(&chan->inflight[slot].id) == id)) {
+        /* its request can't end while we hold the lock */
+        struct rfm_request *req = chan->inflight[slot].req;
+
+        if (take_back_locked(chan, slot, req)) {
+            got = req;
+        }
+    }
     rfm_store_release(&chan->reap_lock, 0);
     return got;
 }

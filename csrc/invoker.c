@@ -785,8 +785,8 @@ static void enqueue(struct rfm_invoker *inv, struct rfm_request *req)
     rfm_invoker_pump(inv);
 }
 
-/* A worker has nothing to do while objects wait behind another's: one of those
- * moves over. It was not begun, so it is no re-issue, and gets a new id: a
+/* A worker has nothing to do while something waits behind another's kernel: one
+ * of those moves over. It was not begun, so it is no re-issue, and gets a new id: a
  * channel must never see one twice. */
 static void rebalance(struct rfm_invoker *inv)
 {
@@ -1039,7 +1039,6 @@ int rfm_request_cancel(struct rfm_request *req)
     }
     pthread_mutex_unlock(&inv->queue_lock);
     if ((rc != RFM_OK) && (rfm_load_acquire(&req->state) == RFM_POSTED) &&
-        ((req->wire_flags & RFM_REQ_OBJECT) != 0) &&
         (rfm_channel_take_back(rfm_load_relaxed(&req->chan), req) != NULL)) {
         rfm_request_end(req, RFM_CANCELLED);
         rc = RFM_OK;
@@ -1052,10 +1051,16 @@ int rfm_request_cancel(struct rfm_request *req)
 
 uint64_t rfm_invoker_expire(struct rfm_invoker *inv, uint64_t now)
 {
-    uint64_t next = UINT64_MAX;
+    uint64_t next;
     struct rfm_request *later;
+    struct rfm_channel *chan;
+    uint32_t slot = 0;
+    uint64_t id = 0;
     bool ended = false;
 
+again:
+    chan = NULL;
+    next = UINT64_MAX;
     pthread_mutex_lock(&inv->queue_lock);
     for (struct rfm_request *req = inv->soonest; req != NULL; req = later) {
         uint64_t at = req->deadline_ns;
@@ -1075,8 +1080,15 @@ uint64_t rfm_invoker_expire(struct rfm_invoker *inv, uint64_t now)
             if (state != RFM_POSTED) {
                 /* just on its way, to the queue or to a slot */
                 at = now + SOON_NS;
-            } else {
+            } else if (req->expired == 0) {
+                /* perhaps not begun: looked at without this lock, which who
+                 * ends a request takes last */
                 req->expired = 1;
+                chan         = rfm_load_relaxed(&req->chan);
+                slot         = rfm_load_relaxed(&req->slot);
+                id           = req->wire_id;
+                break;
+            } else {
                 at += RFM_LATE_KILL_NS;
                 if (now >= at) {
                     /* stopped, or never begun: the agent can't tell */
@@ -1090,6 +1102,15 @@ uint64_t rfm_invoker_expire(struct rfm_invoker *inv, uint64_t now)
         }
     }
     pthread_mutex_unlock(&inv->queue_lock);
+    if (chan != NULL) {
+        struct rfm_request *req = rfm_channel_take_back_at(chan, slot, id);
+
+        if (req != NULL) {
+            rfm_request_end(req, RFM_TIMED_OUT);
+            ended = true;
+        }
+        goto again;
+    }
     if (ended) {
         rfm_door_knock(inv->door);
     }

@@ -26,6 +26,7 @@ enum rfm_channel_state {
 struct rfm_inflight {
     uint64_t id;                /* atomic; 0: not posted yet */
     struct rfm_request *req;
+    bool may_take_back;
 };
 
 /*
@@ -116,10 +117,13 @@ void rfm_channel_destroy(struct rfm_channel *chan);
 int  rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req);
 /* Replies moved, or RFM_ERR_BUSY when somebody else is at it. */
 int  rfm_channel_reap(struct rfm_channel *chan);
-/* An object that the worker hasn't begun, and now won't: `req`, or the newest
- * one if it is NULL. It is nowhere then; NULL if there is none. */
+/* What the worker hasn't begun, and now won't: `req`, or the newest one if it
+ * is NULL. It is nowhere then; NULL if there is none. */
 struct rfm_request *rfm_channel_take_back(struct rfm_channel *chan,
                                           struct rfm_request *req);
+/* The same for what was posted to this slot under this id, if it still is. */
+struct rfm_request *rfm_channel_take_back_at(struct rfm_channel *chan,
+                                             uint32_t slot, uint64_t id);
 /* The same, and from now on the worker wakes the service thread once half of
  * what it has is done. */
 int  rfm_channel_arm(struct rfm_channel *chan);

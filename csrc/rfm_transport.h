@@ -37,7 +37,7 @@ struct rfm_transport {
     /* an old reply in this slot must not be taken for the next one, nor an old
      * claim; before anybody can take the next one back */
     void (*rank_forget)(struct rfm_link *link, uint32_t slot);
-    /* true if an object was not begun, and now won't be */
+    /* true if what says CLAIM was not begun, and now won't be */
     bool (*rank_take_back)(struct rfm_link *link, uint32_t slot);
     /* ring the event once so many tickets are done */
     void (*rank_wake_at)(struct rfm_link *link, uint64_t done);
@@ -49,7 +49,7 @@ struct rfm_transport {
     bool (*worker_poll)(struct rfm_link *link, uint32_t slot, uint64_t last_id,
                         struct rfm_request_line *line_p,
                         const uint8_t **payload_p);
-    /* false if the rank took this object back */
+    /* false if the rank took it back */
     bool (*worker_begin)(struct rfm_link *link, uint32_t slot);
     uint8_t *(*worker_payload)(struct rfm_link *link, uint32_t slot);
     void (*worker_reply)(struct rfm_link *link, uint32_t slot,

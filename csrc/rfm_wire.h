@@ -175,6 +175,7 @@ _Static_assert(sizeof(struct rfm_ctl_adopt) == 16, "adopt");
 #define RFM_REQ_OBJECT  0x1u    /* payload is an object (struct rfm_object) */
 #define RFM_REQ_STAGED  0x2u    /* payload is one rfm_desc: the object      */
 #define RFM_REQ_FETCH   0x4u    /* payload: rfm_wire_fetch                  */
+#define RFM_REQ_CLAIM   0x8u    /* the rank may take it back: claim it first */
 
 struct rfm_request_line {
     uint64_t id;
@@ -225,8 +226,8 @@ struct rfm_wire_fetch {
 };
 _Static_assert(sizeof(struct rfm_wire_fetch) == 32, "fetch");
 
-/* In the last line of a request slot, for objects: whoever moves it away from
- * zero decides whether the invocation is run here. */
+/* In the last line of a request slot that says CLAIM: whoever moves it away
+ * from zero decides whether the invocation is run here. */
 enum rfm_claim {
     RFM_CLAIM_FREE       = 0,
     RFM_CLAIM_BEGUN      = 1,   /* by the worker */

@@ -1296,6 +1296,17 @@ static bool knows_refs(struct rfm_conn *conn, const uint8_t *from, uint64_t n)
     return true;
 }
 
+/* false: the rank took it back, and was told that we know */
+static bool begins(struct rfm_worker *w, struct rfm_conn *conn, uint32_t slot)
+{
+    if (__builtin_expect((w->line.flags & RFM_REQ_CLAIM) == 0, 1) ||
+        conn->link->ops->worker_begin(conn->link, slot)) {
+        return true;
+    }
+    refuse(w, conn, slot, RFM_ST_TAKEN_BACK, "", 0);
+    return false;
+}
+
 static int serve_object(struct rfm_worker *w, struct rfm_conn *conn,
                         struct bound *b, uint32_t slot, const uint8_t *payload,
                         struct rfm_event *ev, uint64_t start)
@@ -1321,8 +1332,7 @@ static int serve_object(struct rfm_worker *w, struct rfm_conn *conn,
     if (!knows_refs(conn, from, n) && !heard_all(w, conn)) {
         return -1;
     }
-    if (!conn->link->ops->worker_begin(conn->link, slot)) {
-        refuse(w, conn, slot, RFM_ST_TAKEN_BACK, "", 0);
+    if (!begins(w, conn, slot)) {
         return 0;
     }
     fill_event(ev, conn, RFM_EV_CALL, w->line.id, slot, start);
@@ -1363,6 +1373,9 @@ static int serve(struct rfm_worker *w, struct rfm_conn *conn, uint32_t slot,
         ((b->has_call || b->in_slot || b->out_in_slot) &&
          !point(conn, b, slot, w->line.payload, payload))) {
         return refuse_nonsense(w, conn, slot, lies, sizeof(lies) - 1);
+    }
+    if (!begins(w, conn, slot)) {
+        return 0;
     }
     if ((b->native != NULL) || (b->plain != NULL)) {
         run_native(w, conn, b, slot, start);

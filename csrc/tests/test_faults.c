@@ -184,6 +184,7 @@ static void every_invocation_ends_once_when_its_worker_is_killed(void)
 
 static void what_was_lost_is_started_again_elsewhere_under_its_id(void)
 {
+    struct rfm_channel_info info;
     struct t_worker second;
     struct t_call call;
     uint64_t id;
@@ -197,6 +198,10 @@ static void what_was_lost_is_started_again_elsewhere_under_its_id(void)
     CHECK_OK(rfm_channel_kill(chan));
     CHECK_EQ(t_wait(&call), RFM_LOST);
     CHECK_EQ(call.req.attempts, 1);
+    do {
+        rfm_channel_info(chan, &info);
+        sched_yield();
+    } while (!info.fenced);
     CHECK_EQ(rfm_channel_kill(chan), RFM_ERR_PEER);
     /* queued until there is a worker again */
     CHECK_OK(rfm_request_restart(&call.req));

@@ -57,6 +57,7 @@ soak: setup  ## ten million invocations in all styles, a million under kills, a 
 	RFAAS_SOAK_LEASES=1000000 $(PY) -m pytest tests/test_lease_book.py --timeout 3600
 	RFAAS_SOAK_INVOCATIONS=10000000 $(PY) -m pytest tests/test_soak.py --timeout 3600
 	RFAAS_SOAK_FAULTS=1000000 $(PY) -m pytest tests/test_faults_soak.py --timeout 3600
+	RFM_TEST_SCALE=20 $(MAKE) --no-print-directory test-c C_TIMEOUT=3600
 
 bench: setup  ## the figures of docs/benchmarks.md, as JSON under out/
 	@mkdir -p $(OUT)
@@ -75,6 +76,7 @@ sdist: setup  ## a source distribution under dist/
 # plane has a service thread in every one of them. A test that can't run under
 # TSan (it forks while it has threads, say) holds the words "not under TSan:".
 
+C_TIMEOUT   ?= 300
 CC          := gcc
 C_FLAGS     := -std=c11 -O1 -g -Wall -Wextra -Werror -fno-omit-frame-pointer -Icsrc -Icsrc/tests
 FLAGS_asan  := -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -100,7 +102,7 @@ build/$(1)/%.run: build/$(1)/tests/%.o $$(C_LIB:csrc/%.c=build/$(1)/%.o)
 
 .PHONY: check-$(1)-%
 check-$(1)-%: build/$(1)/%.run
-	@timeout 300 $$(RUN_$(1)) $$< >build/$(1)/$$*.log 2>&1 \
+	@timeout $$(C_TIMEOUT) $$(RUN_$(1)) $$< >build/$(1)/$$*.log 2>&1 \
 	    && echo "$(1) $$*: ok" \
 	    || { status=$$$$?; cat build/$(1)/$$*.log; echo "$(1) $$*: FAILED ($$$$status)"; exit 1; }
 

@@ -815,8 +815,8 @@ static void rebalance(struct rfm_invoker *inv)
     if (req == NULL) {
         return;
     }
-    req->id      = __atomic_fetch_add(&inv->next_id, 1, __ATOMIC_RELAXED);
-    req->wire_id = req->id;
+    req->id = __atomic_fetch_add(&inv->next_id, 1, __ATOMIC_RELAXED);
+    rfm_store_relaxed(&req->wire_id, req->id);      /* expire() may look */
     rfm_store_release(&req->state, RFM_QUEUED);
     if (rfm_channel_post(idle, req) != RFM_OK) {
         enqueue(inv, req);
@@ -1086,7 +1086,7 @@ again:
                 req->expired = 1;
                 chan         = rfm_load_relaxed(&req->chan);
                 slot         = rfm_load_relaxed(&req->slot);
-                id           = req->wire_id;
+                id           = rfm_load_relaxed(&req->wire_id);
                 break;
             } else {
                 at += RFM_LATE_KILL_NS;
@@ -1106,6 +1106,7 @@ again:
         struct rfm_request *req = rfm_channel_take_back_at(chan, slot, id);
 
         if (req != NULL) {
+            req->expired = 0;   /* no worker ever had begun it */
             rfm_request_end(req, RFM_TIMED_OUT);
             ended = true;
         }

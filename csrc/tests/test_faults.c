@@ -302,6 +302,7 @@ static void what_waits_too_long_in_the_queue_times_out_and_never_runs(void)
     CHECK_OK(rfm_request_start(&calls[2].req, 3 * MS));
     for (int i = 0; i < 3; i++) {
         CHECK_EQ(t_wait(&calls[i]), RFM_TIMED_OUT);
+        CHECK_EQ(calls[i].req.expired, 0);
         CHECK_EQ(((uint8_t *)t_out(&calls[i], 0))[0], 0xcc);
     }
     CHECK_EQ(rfm_invoker_queued(inv), 0);

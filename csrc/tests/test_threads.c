@@ -460,6 +460,46 @@ static void what_was_cancelled_never_runs_and_all_else_runs_once(void)
     }
 }
 
+/* Deadlines, moves and ends meet in any order: each call ends as one of them,
+ * and no worker is killed for what it had not begun. */
+static void time_limits_that_pass_on_the_way_take_only_their_own_call(void)
+{
+    static struct t_call calls[OBJECTS];
+    uint32_t rounds = t_scaled(100, 15);
+    uint64_t ends[10] = { 0 };
+    struct t_random r = { 8 };
+
+    up(2, false, 8, 0);
+    for (uint32_t i = 0; i < OBJECTS; i++) {
+        uint64_t us = t_below(&r, 60);
+
+        t_call_inline(&calls[i], inv, "nap", 8, 8);
+        memcpy(t_in(&calls[i], 0), &us, 8);
+    }
+    for (uint32_t round = 0; round < rounds; round++) {
+        for (uint32_t i = 0; i < OBJECTS; i++) {
+            /* short ones may pass at any place; none passes within a kernel
+             * for as long as it takes to be killed for it */
+            CHECK_OK(rfm_request_start(&calls[i].req,
+                                       (i % 4 == 0) ? 1 + t_below(&r, 2000000)
+                                                    : 0));
+        }
+        for (uint32_t i = OBJECTS; i-- > 0;) {
+            enum rfm_outcome outcome = t_wait(&calls[i]);
+
+            CHECK((outcome == RFM_DONE) ||
+                  ((outcome == RFM_TIMED_OUT) && (i % 4 == 0)));
+            ends[outcome]++;
+        }
+    }
+    CHECK(ends[RFM_TIMED_OUT] > 0);
+    CHECK(ends[RFM_DONE] > 0);
+    for (uint32_t i = 0; i < OBJECTS; i++) {
+        t_call_end(&calls[i]);
+    }
+    down(2);
+}
+
 /* --- channels come and go meanwhile ---------------------------------------- */
 
 static void *come_and_go(void *arg)
@@ -522,6 +562,7 @@ int main(int argc, char **argv)
     RUN(eight_threads_get_their_own_results_from_two_workers);
     RUN(each_watched_end_is_told_exactly_once);
     RUN(what_was_cancelled_never_runs_and_all_else_runs_once);
+    RUN(time_limits_that_pass_on_the_way_take_only_their_own_call);
     RUN(invocations_go_on_while_channels_come_and_go);
     return t_finish();
 }

@@ -151,7 +151,8 @@ static int arena_create(struct rfm_heap *heap, uint64_t bytes, bool own,
     arena->free->size = bytes;
     heap->bytes      += bytes;
     if (heap->hooks.made != NULL) {
-        struct rfm_arena_info info = { arena->id, arena->fd, bytes };
+        struct rfm_arena_info info = { arena->id, arena->fd, bytes,
+                                       arena->base };
 
         heap->hooks.made(heap->hooks.ctx, &info);
     }
@@ -378,6 +379,24 @@ bool rfm_heap_locate(struct rfm_heap *heap, const void *address, uint64_t size,
     return found;
 }
 
+void *rfm_heap_address(struct rfm_heap *heap, uint32_t arena, uint64_t offset,
+                       uint64_t size)
+{
+    void *address = NULL;
+
+    rfm_heap_lock(heap);
+    for (struct rfm_arena *a = heap->arenas; a != NULL; a = a->next) {
+        if (a->id == arena) {
+            if ((offset <= a->bytes) && (size <= a->bytes - offset)) {
+                address = a->base + offset;
+            }
+            break;
+        }
+    }
+    rfm_heap_unlock(heap);
+    return address;
+}
+
 uint64_t rfm_heap_bytes(struct rfm_heap *heap)
 {
     uint64_t bytes;
@@ -393,7 +412,7 @@ void rfm_heap_each(struct rfm_heap *heap,
                    void *ctx)
 {
     for (struct rfm_arena *a = heap->arenas; a != NULL; a = a->next) {
-        struct rfm_arena_info info = { a->id, a->fd, a->bytes };
+        struct rfm_arena_info info = { a->id, a->fd, a->bytes, a->base };
 
         fn(ctx, &info);
     }

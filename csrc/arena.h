@@ -8,6 +8,7 @@ struct rfm_arena_info {
     uint32_t id;
     int      fd;
     uint64_t bytes;
+    uint8_t *base;
 };
 
 /* Called for each arena before anybody can get a block of it, and before its

@@ -25,6 +25,8 @@
 #define LEAST_AHEAD  2u             /* one runs, one follows without us      */
 #define CLAIM_NS     20000ull       /* waiting behind this is worth a claim  */
 #define LONGEST_NS   (1ull << 56)   /* two years                             */
+#define MIRROR_NS    10000000000ull /* a worker may take so long for a mirror */
+#define BULKY        65536u         /* more won't fit a socket's buffer       */
 
 /* --- setting up ----------------------------------------------------------- */
 
@@ -60,20 +62,104 @@ static void sent(struct rfm_channel *chan, int rc)
 
 static void send_arena(void *ctx, const struct rfm_arena_info *arena)
 {
-    rfm_channel_send_arena(ctx, arena->id, arena->fd, arena->bytes);
+    rfm_channel_send_arena(ctx, arena);
 }
 
-void rfm_channel_send_arena(struct rfm_channel *chan, uint32_t arena, int fd,
-                            uint64_t bytes)
+/* Before it is registered nobody else reads its connection. */
+static void await_mirror(struct rfm_channel *chan, uint32_t arena)
 {
-    struct rfm_ctl_arena body = { .arena = arena, .bytes = bytes };
-    struct iovec iov = { &body, sizeof(body) };
+    uint64_t deadline = rfm_now_ns() + MIRROR_NS;
+
+    while (rfm_load_acquire(&chan->arena_ready) != arena + 1) {
+        bool mine = rfm_load_acquire(&chan->state) == RFM_CH_NEW;
+        struct timespec ts = { 0, 50000 };
+        int rc = RFM_OK;
+
+        if (mine) {
+            rc = await_readable(chan->fd, deadline);
+            if (rc == RFM_OK) {
+                rc = rfm_rx_read(&chan->rx, chan->fd);
+                rc = (rc == RFM_OK) ? rfm_channel_heard(chan)
+                                    : ((rc == RFM_ERR_AGAIN) ? RFM_OK : rc);
+            }
+        } else if ((rfm_load_acquire(&chan->severed) != 0) ||
+                   (rfm_load_acquire(&chan->state) >= RFM_CH_CLOSING)) {
+            return;
+        } else {
+            nanosleep(&ts, NULL);
+        }
+        if ((rc < 0) || (rfm_now_ns() > deadline)) {
+            rfm_channel_sever(chan, "the worker made no mirror of an arena");
+            return;
+        }
+    }
+    if (chan->arena_status < 0) {
+        rfm_channel_sever(chan, "the worker has no memory for a mirror of our "
+                                "arenas");
+    }
+}
+
+void rfm_channel_send_arena(struct rfm_channel *chan,
+                            const struct rfm_arena_info *arena)
+{
+    struct rfm_ctl_arena body = { .arena = arena->id, .bytes = arena->bytes };
+    struct rfm_parcel parcel = { 0 };
+    struct iovec iov[2] = { { &body, sizeof(body) }, { parcel.bytes, 0 } };
+    int fd = arena->fd;
+    bool wait = false;
 
     pthread_mutex_lock(&chan->control);
     if (chan->fd >= 0) {
-        sent(chan, rfm_frame_send(chan->fd, RFM_CTL_ARENA, 0, &iov, 1, &fd, 1));
+        if (chan->remote) {
+            int rc = chan->side->ops->side_arena(chan->side, arena->id,
+                                                 arena->base, arena->bytes,
+                                                 &parcel);
+
+            iov[1].iov_len = parcel.n_bytes;
+            if (rc == RFM_OK) {
+                rc = rfm_frame_send(chan->fd, RFM_CTL_ARENA, 0, iov, 2, NULL, 0);
+            }
+            if ((rc < 0) && (rc != RFM_ERR_PEER)) {
+                rfm_channel_sever(chan, "an arena could not be announced");
+            }
+            wait = rc == RFM_OK;
+        } else {
+            sent(chan, rfm_frame_send(chan->fd, RFM_CTL_ARENA, 0, iov, 1, &fd, 1));
+        }
     }
     pthread_mutex_unlock(&chan->control);
+    if (wait) {
+        await_mirror(chan, arena->id);
+    }
+}
+
+int rfm_channel_heard(struct rfm_channel *chan)
+{
+    struct rfm_ctl_arena_ready body;
+    struct rfm_parcel parcel = { 0 };
+    int rc = RFM_OK;
+
+    if (chan->rx.head.type == RFM_CTL_DRAIN) {
+        rfm_channel_drain(chan);
+    } else if ((chan->rx.head.type == RFM_CTL_ARENA_READY) && chan->remote) {
+        uint32_t n = chan->rx.head.length;
+
+        if ((n < sizeof(body)) || (n - sizeof(body) > sizeof(parcel.bytes))) {
+            rc = RFM_ERR_PROTOCOL;
+        } else {
+            memcpy(&body, chan->rx.body, sizeof(body));
+            parcel.n_bytes = n - (uint32_t)sizeof(body);
+            memcpy(parcel.bytes, chan->rx.body + sizeof(body), parcel.n_bytes);
+            chan->arena_status = body.status;
+            if (body.status == RFM_OK) {
+                rc = chan->remote_link->ops->rank_arena(chan->remote_link,
+                                                        body.arena, &parcel);
+            }
+            rfm_store_release(&chan->arena_ready, body.arena + 1);
+        }
+    }
+    rfm_rx_fini(&chan->rx);
+    return rc;
 }
 
 void rfm_channel_send_number(struct rfm_channel *chan, uint16_t type,
@@ -100,7 +186,6 @@ void rfm_channel_send_number(struct rfm_channel *chan, uint16_t type,
     pthread_mutex_unlock(&chan->control);
 }
 
-/* ATTACH, then ATTACHED: the only exchange that is waited for */
 static int send_signal(int pidfd, int signal)
 {
     if (syscall(SYS_pidfd_send_signal, pidfd, signal, NULL, 0) != 0) {
@@ -109,24 +194,82 @@ static int send_signal(int pidfd, int signal)
     return RFM_OK;
 }
 
-static int shake_hands(struct rfm_channel *chan, uint64_t deadline_ns)
+/* what ATTACHED brought; the descriptors are the channel's, or the link's */
+static int take_attached(struct rfm_channel *chan, struct rfm_link *link)
 {
-    struct rfm_invoker *inv = chan->inv;
+    uint32_t want_fds = chan->remote ? 0 : 2;
+    struct rfm_parcel parcel = { 0 };
     struct rfm_ctl_attached answer;
-    struct rfm_ctl_attach body;
-    struct rfm_link *link;
-    struct iovec iov = { &body, sizeof(body) };
-    uint32_t n_fds;
-    int fds[RFM_MAX_FRAME_FDS];
+    uint32_t n = chan->rx.head.length;
     int rc;
 
-    rc = rfm_shm.rank_open(inv->attr.slots, inv->attr.slot_bytes, inv->door_fd,
-                           inv->event_fd, &link, &body, fds, &n_fds);
+    if ((chan->rx.head.type != RFM_CTL_ATTACHED) || (n < sizeof(answer)) ||
+        (n - sizeof(answer) > sizeof(parcel.bytes)) ||
+        (chan->rx.n_fds != want_fds)) {
+        return RFM_ERR_PROTOCOL;
+    }
+    memcpy(&answer, chan->rx.body, sizeof(answer));
+    parcel.n_bytes = n - (uint32_t)sizeof(answer);
+    memcpy(parcel.bytes, chan->rx.body + sizeof(answer), parcel.n_bytes);
+    free(chan->rx.body);
+    chan->pid = answer.pid;
+    if (!chan->remote) {
+        parcel.n_fds  = 1;
+        parcel.fds[0] = chan->rx.fds[0];
+        chan->pidfd   = chan->rx.fds[1];
+    }
+    rfm_rx_next(&chan->rx);
+    if (chan->remote && (answer.status < 0)) {
+        return answer.status;   /* there is nothing to connect to */
+    }
+    rc = link->ops->rank_attached(link, &parcel);
+    if (rc < 0) {
+        return rc;
+    }
+    if (answer.status < 0) {
+        return answer.status;
+    }
+    if (chan->remote) {
+        return RFM_OK;
+    }
+    /* the fence hangs on it: it must be a process, and one that we may kill */
+    rc = send_signal(chan->pidfd, 0);
+    if (rc < 0) {
+        return (rc == RFM_ERR_PEER) ? RFM_ERR_PEER : RFM_ERR_PROTOCOL;
+    }
+    return RFM_OK;
+}
+
+/* ATTACH, then ATTACHED */
+static int shake_hands(struct rfm_channel *chan, const struct rfm_transport *ops,
+                       const struct rfm_attach_attr *given,
+                       uint64_t deadline_ns)
+{
+    struct rfm_invoker *inv = chan->inv;
+    struct rfm_link_attr attr = {
+        .side       = chan->side,
+        .slots      = inv->attr.slots,
+        .slot_bytes = inv->attr.slot_bytes,
+        .door_fd    = inv->door_fd,
+        .event_fd   = inv->event_fd,
+        .data_fd    = given->data_fd,
+        .flags      = given->flags,
+    };
+    struct rfm_parcel parcel = { 0 };
+    struct rfm_ctl_attach body;
+    struct rfm_link *link;
+    struct iovec iov[2] = { { &body, sizeof(body) }, { parcel.bytes, 0 } };
+    int rc;
+
+    rc = ops->rank_open(&attr, &link, &body, &parcel);
     if (rc < 0) {
         return rc;
     }
     body.memory_limit = inv->attr.memory_limit;
-    rc = rfm_frame_send(chan->fd, RFM_CTL_ATTACH, 0, &iov, 1, fds, n_fds);
+    body.transport    = ops->number;
+    iov[1].iov_len    = parcel.n_bytes;
+    rc = rfm_frame_send(chan->fd, RFM_CTL_ATTACH, 0, iov, 2, parcel.fds,
+                        parcel.n_fds);
     if (rc < 0) {
         goto err_link;
     }
@@ -140,41 +283,23 @@ static int shake_hands(struct rfm_channel *chan, uint64_t deadline_ns)
     if (rc < 0) {
         goto err_link;
     }
-    if ((chan->rx.head.type != RFM_CTL_ATTACHED) ||
-        (chan->rx.head.length != sizeof(answer)) || (chan->rx.n_fds != 2)) {
-        rc = RFM_ERR_PROTOCOL;
-        goto err_link;
-    }
-    memcpy(&answer, chan->rx.body, sizeof(answer));
-    free(chan->rx.body);
-    chan->pid   = answer.pid;
-    chan->pidfd = chan->rx.fds[1];
-    fds[0]      = chan->rx.fds[0];
-    rfm_rx_next(&chan->rx);
-    rc = link->ops->rank_attached(link, fds[0]);
+    rc = take_attached(chan, link);
     if (rc < 0) {
         goto err_link;
     }
-    if (answer.status < 0) {
-        rc = answer.status;
-        goto err_link;
-    }
-    /* the fence hangs on it: it must be a process, and one that we may kill */
-    rc = send_signal(chan->pidfd, 0);
-    if (rc < 0) {
-        rc = (rc == RFM_ERR_PEER) ? RFM_ERR_PEER : RFM_ERR_PROTOCOL;
-        goto err_link;
-    }
-    chan->link = link;
+    chan->link        = link;
+    chan->may_claim   = ops->rank_take_back != NULL;
+    chan->remote_link = chan->remote ? link : NULL;
     return RFM_OK;
 
 err_link:
-    rfm_shm.rank_close(link);
+    ops->rank_close(link);
     return rc;
 }
 
-int rfm_channel_create(struct rfm_invoker *inv, int fd, uint64_t lease,
-                       uint32_t worker, uint64_t timeout_ns,
+int rfm_channel_create(struct rfm_invoker *inv,
+                       const struct rfm_attach_attr *attr,
+                       const struct rfm_transport *ops,
                        struct rfm_channel **chan_p)
 {
     struct rfm_channel *chan;
@@ -182,15 +307,21 @@ int rfm_channel_create(struct rfm_invoker *inv, int fd, uint64_t lease,
 
     chan = aligned_alloc(RFM_CACHE_LINE, sizeof(*chan));
     if (chan == NULL) {
-        close(fd);
+        close(attr->fd);
+        if (attr->data_fd >= 0) {
+            close(attr->data_fd);
+        }
         return RFM_ERR_NO_MEMORY;
     }
     memset(chan, 0, sizeof(*chan));
     chan->inv    = inv;
-    chan->fd     = fd;
+    chan->remote = ops->remote;
+    chan->side   = inv->sides[ops->number];
+    chan->state  = RFM_CH_NEW;
+    chan->fd     = attr->fd;
     chan->pidfd  = -1;
-    chan->lease  = lease;
-    chan->worker = worker;
+    chan->lease  = attr->lease;
+    chan->worker = attr->worker;
     chan->slots  = inv->attr.slots;
     chan->depth  = LEAST_AHEAD;
     chan->bound = calloc(RFM_MAX_BINDINGS, 1);
@@ -198,10 +329,13 @@ int rfm_channel_create(struct rfm_invoker *inv, int fd, uint64_t lease,
     pthread_mutex_init(&chan->pid_lock, NULL);
     rfm_rx_init(&chan->rx, 4096);
     if (chan->bound == NULL) {
+        if (attr->data_fd >= 0) {
+            close(attr->data_fd);
+        }
         rfm_channel_destroy(chan);
         return RFM_ERR_NO_MEMORY;
     }
-    rc = shake_hands(chan, rfm_now_ns() + timeout_ns);
+    rc = shake_hands(chan, ops, attr, rfm_now_ns() + attr->timeout_ns);
     if (rc < 0) {
         rfm_channel_destroy(chan);
         return rc;
@@ -209,6 +343,13 @@ int rfm_channel_create(struct rfm_invoker *inv, int fd, uint64_t lease,
     /* under the heap's lock no arena is missed, and none comes twice */
     rfm_heap_lock(inv->heap);
     rfm_heap_each(inv->heap, send_arena, chan);
+    if (rfm_load_acquire(&chan->severed) != 0) {
+        rfm_heap_unlock(inv->heap);
+        rc = (chan->arena_status < 0) ? chan->arena_status : RFM_ERR_PEER;
+        rfm_channel_destroy(chan);
+        return rc;
+    }
+    rfm_store_release(&chan->state, RFM_CH_OPEN);
     *chan_p = chan;
     return RFM_OK;      /* with the lock held: the caller publishes the channel */
 }
@@ -227,6 +368,9 @@ void rfm_channel_destroy(struct rfm_channel *chan)
     rfm_rx_fini(&chan->rx);
     pthread_mutex_destroy(&chan->control);
     pthread_mutex_destroy(&chan->pid_lock);
+    for (uint32_t i = 0; i < RFM_MAX_SLOTS; i++) {
+        free(chan->regions[i]);
+    }
     free(chan->bound);
     free(chan->shipped);
     free(chan);
@@ -383,12 +527,162 @@ static bool waits_behind(struct rfm_channel *chan, struct rfm_request *req,
 {
     uint64_t mean = rfm_load_relaxed(&chan->mean_exec_ns);
 
-    if ((req->wire_flags & RFM_REQ_FETCH) != 0) {
+    if (((req->wire_flags & RFM_REQ_FETCH) != 0) || !chan->may_claim) {
         return false;
     }
     return ((req->wire_flags & RFM_REQ_OBJECT) != 0) ||
            ((ticket != rfm_load_relaxed(&chan->tail)) &&
             ((mean == 0) || (mean > CLAIM_NS)));
+}
+
+/* --- what travels with a slot (remote) ------------------------------------ */
+
+static struct rfm_region *room_for(struct rfm_channel *chan, uint32_t slot,
+                                   uint32_t n)
+{
+    if (n > chan->n_regions[slot]) {
+        struct rfm_region *more = realloc(chan->regions[slot],
+                                          (n + 16) * sizeof(*more));
+
+        if (more == NULL) {
+            return NULL;
+        }
+        chan->regions[slot]   = more;
+        chan->n_regions[slot] = n + 16;
+    }
+    return chan->regions[slot];
+}
+
+static bool region_at(struct rfm_channel *chan, const struct rfm_desc *desc,
+                      struct rfm_region *region)
+{
+    region->arena   = desc->arena;
+    region->flags   = 0;
+    region->offset  = desc->offset;
+    region->size    = desc->size;
+    region->address = rfm_heap_address(chan->inv->heap, desc->arena,
+                                       desc->offset, desc->size);
+    return region->address != NULL;
+}
+
+/* the staged object, and the arrays that it refers to */
+static bool gather_object(struct rfm_channel *chan, const struct rfm_request *req,
+                          uint32_t slot)
+{
+    struct rfm_traffic *traffic = &chan->traffic[slot];
+    const uint8_t *from = req->payload;
+    uint64_t n = req->payload_bytes;
+    struct rfm_region staged = { 0 };
+    struct rfm_region *regions;
+    struct rfm_object head;
+    struct rfm_desc desc;
+    uint64_t at;
+
+    if ((req->wire_flags & RFM_REQ_STAGED) != 0) {
+        memcpy(&desc, req->payload, sizeof(desc));
+        if (!region_at(chan, &desc, &staged)) {
+            return false;
+        }
+        from = staged.address;
+        n    = staged.size;
+    }
+    memcpy(&head, from, sizeof(head));
+    at = sizeof(head) + head.n_parts * sizeof(uint64_t);
+    if (at + head.n_refs * sizeof(desc) > n) {
+        return false;
+    }
+    regions = room_for(chan, slot, head.n_refs + 1u);
+    if (regions == NULL) {
+        return false;
+    }
+    traffic->push = regions;
+    if (staged.size != 0) {
+        regions[traffic->n_push++] = staged;
+    }
+    for (uint32_t i = 0; i < head.n_refs; i++) {
+        memcpy(&desc, from + at + i * sizeof(desc), sizeof(desc));
+        if ((desc.size != 0) &&
+            !region_at(chan, &desc, &regions[traffic->n_push++])) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool gather(struct rfm_channel *chan, const struct rfm_request *req,
+                   uint32_t slot)
+{
+    struct rfm_traffic *traffic = &chan->traffic[slot];
+    const struct rfm_binding *binding = req->binding;
+    struct rfm_region *regions;
+    uint64_t pulled = binding->layout.out_bytes;
+    uint32_t n;
+
+    memset(traffic, 0, sizeof(*traffic));
+    if ((req->wire_flags & RFM_REQ_FETCH) != 0) {
+        regions = room_for(chan, slot, 1);
+        if ((regions == NULL) || !region_at(chan, &req->into, &regions[0])) {
+            return false;
+        }
+        traffic->pull   = regions;
+        traffic->n_pull = 1;
+        pulled          = req->into.size;
+    } else if ((req->wire_flags & RFM_REQ_OBJECT) != 0) {
+        if (!gather_object(chan, req, slot)) {
+            return false;
+        }
+        pulled = chan->link->slot_bytes;
+    } else {
+        n       = (uint32_t)binding->n_in + binding->n_out;
+        regions = room_for(chan, slot, n);
+        if (regions == NULL) {
+            return false;
+        }
+        traffic->push = regions;
+        for (uint32_t i = 0; i < n; i++) {
+            const struct rfm_arg *arg = &binding->args[i];
+            const struct rfm_reqarg *given = &req->args[i];
+            struct rfm_region *region;
+
+            if (i == binding->n_in) {
+                traffic->pull = regions + traffic->n_push;
+            }
+            if (arg->place == RFM_INLINE) {
+                continue;
+            }
+            region  = (i < binding->n_in) ? &traffic->push[traffic->n_push++]
+                                          : &traffic->pull[traffic->n_pull++];
+            *region = (struct rfm_region){
+                .arena   = given->desc.arena,
+                .offset  = given->desc.offset,
+                .size    = arg->size,
+                .address = (given->stage != NULL) ? given->stage : given->user,
+            };
+            if (i >= binding->n_in) {
+                pulled += arg->size;
+            }
+        }
+    }
+    if (pulled * rfm_channel_in_flight(chan) > BULKY) {
+        rfm_store_relaxed(&chan->bulky, 1);
+    }
+    return true;
+}
+
+/* nobody may be looking when it comes, and it won't fit the socket's buffer */
+static void post_remote(struct rfm_channel *chan, uint32_t slot,
+                        const struct rfm_request_line *line)
+{
+    bool gone = chan->link->ops->rank_post(chan->link, slot, line,
+                                           &chan->traffic[slot]);
+
+    if (!gone) {
+        rfm_store_relaxed(&chan->bulky, 1);
+    }
+    if ((rfm_load_relaxed(&chan->bulky) != 0) &&
+        (rfm_load_acquire(&chan->inv->pollers) == 0)) {
+        rfm_service_watch(chan->inv);
+    }
 }
 
 int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
@@ -427,6 +721,9 @@ int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
     req->worker = chan->worker;
     rfm_store_release(&req->state, RFM_POSTED);
     chan->inflight[slot].req = req;
+    if (chan->remote && known) {
+        known = gather(chan, req, slot);
+    }
     if (known) {
         may_take_back = waits_behind(chan, req, head);
         chan->inflight[slot].may_take_back = may_take_back;
@@ -434,10 +731,17 @@ int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
         /* From here on it may end, and req with it, even if its answer came
          * before its question; but it can't be before the worker is asked. */
         rfm_store_release(&chan->inflight[slot].id, line.id);
-        chan->link->ops->rank_post(chan->link, slot, &line);
+        if (__builtin_expect(chan->remote, 0)) {
+            post_remote(chan, slot, &line);
+        } else {
+            (void)chan->link->ops->rank_post(chan->link, slot, &line, NULL);
+        }
     } else {
         /* the peer is gone, or soon will be: it ends LOST with the channel */
         rfm_store_release(&chan->inflight[slot].id, UINT64_MAX);
+        if (chan->remote) {
+            rfm_channel_sever(chan, "an invocation could not be sent");
+        }
         rfm_service_kick(chan->inv);
     }
     (void)__atomic_fetch_add(&chan->published, 1, __ATOMIC_RELEASE);
@@ -581,6 +885,12 @@ static int reap_locked(struct rfm_channel *chan)
         if ((id == 0) || (id == UINT64_MAX) ||
             !chan->link->ops->rank_poll(chan->link, slot, id, &line,
                                         &payload)) {
+            if (chan->remote && (rfm_load_acquire(&chan->link->failed) != 0)) {
+                chan->broken = true;
+                rfm_channel_sever(chan, chan->link->why);
+            } else if (id == 0) {
+                rfm_store_relaxed(&chan->bulky, 0);
+            }
             break;
         }
         req = chan->inflight[slot].req;
@@ -638,6 +948,7 @@ static bool take_back_locked(struct rfm_channel *chan, uint32_t slot,
     if ((id == 0) || (id == UINT64_MAX) || (req == NULL) ||
         (chan->inflight[slot].req != req) || (req->wire_id != id) ||
         !chan->inflight[slot].may_take_back ||
+        (chan->link->ops->rank_take_back == NULL) ||
         !chan->link->ops->rank_take_back(chan->link, slot)) {
         return false;
     }
@@ -715,8 +1026,14 @@ int rfm_channel_arm(struct rfm_channel *chan)
     if (chan->link != NULL) {
         uint64_t in_flight = rfm_channel_in_flight(chan);
 
-        chan->link->ops->rank_wake_at(chan->link,
-                                      chan->tail + ((in_flight + 1) / 2));
+        if (chan->remote) {
+            if (in_flight != 0) {
+                rfm_service_watch(chan->inv);
+            }
+        } else {
+            chan->link->ops->rank_wake_at(chan->link,
+                                          chan->tail + ((in_flight + 1) / 2));
+        }
         n = reap_locked(chan);
     }
     rfm_store_release(&chan->reap_lock, 0);
@@ -739,7 +1056,9 @@ static void strip(struct rfm_channel *chan)
     rfm_rx_fini(&chan->rx);
     pthread_mutex_unlock(&chan->control);
     pthread_mutex_lock(&chan->pid_lock);
-    close(chan->pidfd);
+    if (chan->pidfd >= 0) {
+        close(chan->pidfd);
+    }
     chan->pidfd = -1;
     pthread_mutex_unlock(&chan->pid_lock);
 }
@@ -770,6 +1089,9 @@ void rfm_channel_dead(struct rfm_channel *chan)
     while (__atomic_exchange_n(&chan->reap_lock, 1, __ATOMIC_ACQUIRE) != 0) {
         sched_yield();
     }
+    if (chan->remote && (chan->link != NULL)) {
+        chan->link->ops->rank_fence(chan->link);
+    }
     (void)reap_locked(chan);    /* what was answered in time counts */
     link = chan->link;
     chan->link = NULL;
@@ -784,13 +1106,13 @@ void rfm_channel_dead(struct rfm_channel *chan)
         }
     }
     rfm_store_release(&chan->reap_lock, 0);
+    strip(chan);                /* nobody hears ARENA_READY any more */
     if (link != NULL) {
         link->ops->rank_close(link);
     }
-    strip(chan);
     /* last: its place may be given away from now on */
     rfm_store_release(&chan->state, RFM_CH_DEAD);
-    rfm_door_knock(chan->inv->door);
+    rfm_invoker_knock(chan->inv);
 }
 
 static void close_head(struct rfm_channel *chan, uint32_t state)
@@ -809,10 +1131,31 @@ void rfm_channel_drain(struct rfm_channel *chan)
     close_head(chan, RFM_CH_DRAINING);
 }
 
+void rfm_channel_sever(struct rfm_channel *chan, const char *why)
+{
+    const char *none = NULL;
+
+    (void)__atomic_compare_exchange_n(&chan->why, &none, why, false,
+                                      __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+    no_more(chan, RFM_CH_DRAINING);
+    rfm_store_release(&chan->severed, 1);
+    rfm_service_kick(chan->inv);
+}
+
+const char *rfm_channel_why(struct rfm_channel *chan)
+{
+    return rfm_load_acquire(&chan->why);
+}
+
 int rfm_channel_kill(struct rfm_channel *chan)
 {
     int rc = RFM_ERR_PEER;
 
+    if (chan->remote) {
+        /* it is its agent that can kill it; we see to it that it can't write */
+        rfm_channel_sever(chan, "given up: it did not let go in time");
+        return RFM_OK;
+    }
     /* so that the number isn't another file's by the time it is used */
     pthread_mutex_lock(&chan->pid_lock);
     if (chan->pidfd >= 0) {

@@ -13,6 +13,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
@@ -53,7 +54,7 @@ static void arena_made(void *ctx, const struct rfm_arena_info *arena)
         struct rfm_channel *chan = rfm_channel_at(inv, i);
 
         if (rfm_load_acquire(&chan->state) != RFM_CH_DEAD) {
-            rfm_channel_send_arena(chan, arena->id, arena->fd, arena->bytes);
+            rfm_channel_send_arena(chan, arena);
         }
     }
 }
@@ -73,7 +74,16 @@ static void send_number(struct rfm_invoker *inv, uint16_t type, uint32_t number)
 
 static void arena_dropped(void *ctx, uint32_t arena)
 {
-    send_number(ctx, RFM_CTL_ARENA_DROP, arena);
+    struct rfm_invoker *inv = ctx;
+
+    send_number(inv, RFM_CTL_ARENA_DROP, arena);
+    for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
+        struct rfm_side *side = rfm_load_acquire(&inv->sides[i]);
+
+        if (side != NULL) {
+            side->ops->side_arena_drop(side, arena);
+        }
+    }
 }
 
 int rfm_invoker_create(const struct rfm_invoker_attr *attr,
@@ -102,6 +112,7 @@ int rfm_invoker_create(const struct rfm_invoker_attr *attr,
     inv->spin_ticks = rfm_ns_to_ticks((uint64_t)attr->spin_us * 1000ull);
     inv->door_fd    = -1;
     inv->event_fd   = -1;
+    inv->bell_fd    = -1;
     pthread_mutex_init(&inv->queue_lock, NULL);
     pthread_mutex_init(&inv->admin, NULL);
     inv->free_numbers = calloc(RFM_MAX_BINDINGS, sizeof(uint32_t));
@@ -127,15 +138,22 @@ int rfm_invoker_create(const struct rfm_invoker_attr *attr,
         rc = RFM_ERR_SYSTEM;
         goto err_door;
     }
+    inv->bell_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (inv->bell_fd < 0) {
+        rc = RFM_ERR_SYSTEM;
+        goto err_event;
+    }
     hooks.ctx = inv;
     rfm_heap_set_hooks(inv->heap, &hooks);
     rc = rfm_service_start(inv);
     if (rc < 0) {
-        goto err_event;
+        goto err_bell;
     }
     *inv_p = inv;
     return RFM_OK;
 
+err_bell:
+    close(inv->bell_fd);
 err_event:
     close(inv->event_fd);
 err_door:
@@ -203,6 +221,11 @@ void rfm_invoker_destroy(struct rfm_invoker *inv)
         rfm_channel_destroy(chan);
         chan = next;
     }
+    for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
+        if (inv->sides[i] != NULL) {
+            inv->sides[i]->ops->side_close(inv->sides[i]);
+        }
+    }
     while (kernel != NULL) {
         struct rfm_kernel *next = kernel->next;
 
@@ -214,6 +237,7 @@ void rfm_invoker_destroy(struct rfm_invoker *inv)
     rfm_memfd_unmap((uint8_t *)inv->door, RFM_DOOR_BYTES);
     close(inv->door_fd);
     close(inv->event_fd);
+    close(inv->bell_fd);
     pthread_mutex_destroy(&inv->queue_lock);
     pthread_mutex_destroy(&inv->admin);
     free(inv->free_numbers);
@@ -248,25 +272,71 @@ int rfm_invoker_attach(struct rfm_invoker *inv, int fd, uint64_t lease,
                        uint32_t worker, uint64_t timeout_ns,
                        struct rfm_channel **chan_p)
 {
+    struct rfm_attach_attr attr = {
+        .transport  = RFM_TRANSPORT_SHM,
+        .fd         = fd,
+        .data_fd    = -1,
+        .worker     = worker,
+        .lease      = lease,
+        .timeout_ns = timeout_ns,
+    };
+
+    return rfm_invoker_attach_over(inv, &attr, chan_p);
+}
+
+/* admin held: what all links of this transport share, made at the first one */
+static int open_side(struct rfm_invoker *inv, const struct rfm_transport *ops,
+                     const char *device)
+{
+    struct rfm_side_attr attr = { .rank = true, .device = device };
+    struct rfm_side *side;
+    int rc;
+
+    if ((ops->side_open == NULL) || (inv->sides[ops->number] != NULL)) {
+        return RFM_OK;
+    }
+    rc = ops->side_open(&attr, &side);
+    if (rc < 0) {
+        return rc;
+    }
+    rfm_store_release(&inv->sides[ops->number], side);
+    rfm_store_release(&inv->n_sides, inv->n_sides + 1);
+    rfm_service_kick(inv);
+    return RFM_OK;
+}
+
+int rfm_invoker_attach_over(struct rfm_invoker *inv,
+                            const struct rfm_attach_attr *attr,
+                            struct rfm_channel **chan_p)
+{
+    const struct rfm_transport *ops = rfm_transport_find(attr->transport);
     struct rfm_channel *chan;
-    uint32_t place;
+    uint32_t place = 0;
     int rc;
 
     pthread_mutex_lock(&inv->admin);
     if (inv->closed) {
-        close(fd);
         rc = RFM_ERR_CLOSED;
+    } else if (ops == NULL) {
+        rc = RFM_ERR_INVALID;
+    } else {
+        place = find_place(inv);
+        rc    = (place < RFM_MAX_CHANNELS) ? open_side(inv, ops, attr->device)
+                                           : RFM_ERR_NO_RESOURCE;
+    }
+    if (rc < 0) {
+        close(attr->fd);
+        if (attr->data_fd >= 0) {
+            close(attr->data_fd);
+        }
         goto out;
     }
-    place = find_place(inv);
-    if (place >= RFM_MAX_CHANNELS) {
-        close(fd);
-        rc = RFM_ERR_NO_RESOURCE;
-        goto out;
-    }
-    rc = rfm_channel_create(inv, fd, lease, worker, timeout_ns, &chan);
+    rc = rfm_channel_create(inv, attr, ops, &chan);
     if (rc < 0) {
         goto out;
+    }
+    if (!ops->remote) {
+        rfm_store_release(&inv->n_local, inv->n_local + 1);
     }
     if (place < inv->n_channels) {
         inv->channels[place]->next_buried = inv->buried;
@@ -585,7 +655,7 @@ bool rfm_request_watch(struct rfm_request *req)
     }
     if ((watch & RFM_WATCH_ENDED) != 0) {
         push_ended(req);
-        rfm_door_knock(inv->door);
+        rfm_invoker_knock(inv);
     }
     return true;
 }
@@ -738,7 +808,7 @@ static bool arm_refill(struct rfm_invoker *inv)
         busy  |= rc < 0;
     }
     if (moved) {
-        rfm_door_knock(inv->door);
+        rfm_invoker_knock(inv);
     }
     if (busy) {
         /* Its reaper may have looked before the last reply came, and leave
@@ -760,7 +830,7 @@ void rfm_invoker_pump(struct rfm_invoker *inv)
         ended = post_queued(inv);
         pthread_mutex_unlock(&inv->queue_lock);
         if (ended) {
-            rfm_door_knock(inv->door);
+            rfm_invoker_knock(inv);
         }
         if ((rfm_load_acquire(&inv->queued) != 0) &&
             (rfm_load_acquire(&inv->pollers) == 0)) {
@@ -823,12 +893,27 @@ static void rebalance(struct rfm_invoker *inv)
     }
 }
 
+/* what came over the network goes into its slots */
+static void progress_sides(struct rfm_invoker *inv)
+{
+    for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
+        struct rfm_side *side = rfm_load_acquire(&inv->sides[i]);
+
+        if (side != NULL) {
+            (void)side->ops->side_progress(side);
+        }
+    }
+}
+
 int rfm_invoker_progress(struct rfm_invoker *inv)
 {
     uint32_t n = rfm_load_acquire(&inv->n_channels);
     bool busy = false;
     int moved = 0;
 
+    if (__builtin_expect(rfm_load_relaxed(&inv->n_sides) != 0, 0)) {
+        progress_sides(inv);
+    }
     for (uint32_t i = 0; i < n; i++) {
         int rc = rfm_channel_reap(rfm_channel_at(inv, i));
 
@@ -841,7 +926,7 @@ int rfm_invoker_progress(struct rfm_invoker *inv)
     if (moved > 0) {
         /* other threads' requests may be among them; its fence also keeps the
          * next look from passing the room that was made */
-        rfm_door_knock(inv->door);
+        rfm_invoker_knock(inv);
         if (rfm_load_relaxed(&inv->queued) != 0) {
             rfm_invoker_pump(inv);
         } else if (n > 1) {
@@ -852,9 +937,16 @@ int rfm_invoker_progress(struct rfm_invoker *inv)
     return busy ? RFM_ERR_BUSY : 0;
 }
 
-void rfm_invoker_wake(struct rfm_invoker *inv)
+/* also who isn't asleep yet */
+static void ring(struct rfm_invoker *inv)
 {
     rfm_door_ring(inv->door);
+    rfm_invoker_knock(inv);
+}
+
+void rfm_invoker_wake(struct rfm_invoker *inv)
+{
+    ring(inv);
 }
 
 void rfm_invoker_abandon(struct rfm_invoker *inv)
@@ -869,7 +961,7 @@ void rfm_invoker_abandon(struct rfm_invoker *inv)
         end_unlisted(req, RFM_NO_WORKER);
     }
     pthread_mutex_unlock(&inv->queue_lock);
-    rfm_door_ring(inv->door);
+    ring(inv);
 }
 
 /* --- requests ------------------------------------------------------------- */
@@ -901,7 +993,7 @@ static void submit(struct rfm_request *req)
         enum posting posting = try_post(inv, req);
 
         if (posting == OVER) {
-            rfm_door_knock(inv->door);
+            rfm_invoker_knock(inv);
         }
         if (posting != REFUSED) {
             return;
@@ -912,7 +1004,7 @@ static void submit(struct rfm_request *req)
         forget_deadline(req);
         pthread_mutex_unlock(&inv->queue_lock);
         end_unlisted(req, RFM_NO_WORKER);
-        rfm_door_knock(inv->door);
+        rfm_invoker_knock(inv);
         return;
     }
     (void)rfm_invoker_progress(inv);
@@ -996,7 +1088,7 @@ int rfm_request_restart(struct rfm_request *req)
 
             rfm_store_release(&req->state, RFM_QUEUED);
             end_unlisted(req, RFM_TIMED_OUT);
-            rfm_door_knock(inv->door);
+            rfm_invoker_knock(inv);
             return RFM_OK;
         }
         set_deadline(req, req->limit_ns);
@@ -1044,7 +1136,7 @@ int rfm_request_cancel(struct rfm_request *req)
         rc = RFM_OK;
     }
     if (rc == RFM_OK) {
-        rfm_door_knock(inv->door);
+        rfm_invoker_knock(inv);
     }
     return rc;
 }
@@ -1113,7 +1205,7 @@ again:
         goto again;
     }
     if (ended) {
-        rfm_door_knock(inv->door);
+        rfm_invoker_knock(inv);
     }
     return next;
 }
@@ -1156,20 +1248,106 @@ static int is_over(struct rfm_invoker *inv, struct waiter *w)
     }
 }
 
+static void arm_sides(struct rfm_invoker *inv)
+{
+    for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
+        if (inv->sides[i] != NULL) {
+            inv->sides[i]->ops->side_arm(inv->sides[i]);
+        }
+    }
+}
+
+/* Asleep on the sides themselves: one thread less between the wire and it. */
+static void sleep_as_leader(struct rfm_invoker *inv, struct waiter *w,
+                            uint64_t until_ns)
+{
+    struct pollfd p[RFM_TRANSPORTS + 1] = {
+        { .fd = inv->bell_fd, .events = POLLIN },
+    };
+    uint32_t n = 1;
+    uint64_t count;
+    uint64_t now;
+
+    arm_sides(inv);
+    if ((rfm_invoker_progress(inv) == 0) && (is_over(inv, w) < 0)) {
+        for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
+            if (inv->sides[i] != NULL) {
+                p[n].fd       = inv->sides[i]->ops->side_fd(inv->sides[i]);
+                p[n++].events = POLLIN;
+            }
+        }
+        now = rfm_now_ns();
+        if (now < until_ns) {
+            struct timespec ts = {
+                (time_t)((until_ns - now) / 1000000000ull),
+                (long)((until_ns - now) % 1000000000ull),
+            };
+
+            (void)ppoll(p, n, &ts, NULL);
+        }
+        for (uint32_t i = 1, k = 0; k < RFM_TRANSPORTS; k++) {
+            if ((inv->sides[k] != NULL) && (i < n) && (p[i++].revents != 0)) {
+                inv->sides[k]->ops->side_woken(inv->sides[k]);
+            }
+        }
+        if ((p[0].revents != 0) &&
+            (read(inv->bell_fd, &count, sizeof(count)) < 0)) {
+            count = 0;          /* somebody else's wake-up; look again */
+        }
+        (void)rfm_invoker_progress(inv);
+    }
+    rfm_store_release(&inv->leader, 0);
+    rfm_fence();
+    /* who sleeps on the door needs somebody who looks at the sides */
+    if (rfm_load_relaxed(&inv->door->sleepers) != 0) {
+        rfm_door_ring(inv->door);
+    }
+}
+
 static void sleep_on_door(struct rfm_invoker *inv, struct waiter *w,
                           uint64_t until_ns)
 {
-    uint32_t word = rfm_door_arm(inv->door);
+    uint32_t word;
     uint64_t now;
 
+    if (__builtin_expect(rfm_load_acquire(&inv->n_sides) != 0, 0)) {
+        if (rfm_load_acquire(&inv->n_local) != 0) {
+            /* workers here ring the door, so the service thread has to look
+             * at the sides */
+            rfm_service_watch(inv);
+        } else if (__atomic_exchange_n(&inv->leader, 1, __ATOMIC_SEQ_CST) == 0) {
+            sleep_as_leader(inv, w, until_ns);
+            return;
+        }
+    }
+    word = rfm_door_arm(inv->door);
     /* the second look; if somebody else is reaping, look again instead */
-    if ((rfm_invoker_progress(inv) == 0) && (is_over(inv, w) < 0)) {
+    if ((rfm_invoker_progress(inv) == 0) && (is_over(inv, w) < 0) &&
+        ((rfm_load_acquire(&inv->n_sides) == 0) ||
+         (rfm_load_acquire(&inv->n_local) != 0) ||
+         (rfm_load_acquire(&inv->leader) != 0))) {
         now = rfm_now_ns();
         if (now < until_ns) {
             (void)rfm_door_sleep(inv->door, word, until_ns - now);
         }
     }
     rfm_door_disarm(inv->door);
+}
+
+/* Large replies need a reader, or their workers wait for us. */
+static void watch_bulky(struct rfm_invoker *inv)
+{
+    uint32_t n = rfm_load_acquire(&inv->n_channels);
+
+    for (uint32_t i = 0; i < n; i++) {
+        struct rfm_channel *chan = rfm_channel_at(inv, i);
+
+        if ((rfm_load_relaxed(&chan->bulky) != 0) &&
+            (rfm_channel_in_flight(chan) != 0)) {
+            rfm_service_watch(inv);
+            return;
+        }
+    }
 }
 
 int rfm_wait(struct rfm_invoker *inv, struct rfm_request *const *reqs,
@@ -1239,6 +1417,9 @@ int rfm_wait(struct rfm_invoker *inv, struct rfm_request *const *reqs,
         /* nobody looks any more: what is queued must not depend on us */
         if (rfm_load_acquire(&inv->queued) != 0) {
             rfm_invoker_pump(inv);
+        }
+        if (rfm_load_acquire(&inv->n_sides) != 0) {
+            watch_bulky(inv);
         }
     }
 over:

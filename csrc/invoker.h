@@ -2,6 +2,9 @@
 #ifndef RFM_INVOKER_H
 #define RFM_INVOKER_H
 
+#include <unistd.h>
+
+#include "arena.h"
 #include "frame.h"
 #include "poller.h"
 #include "rfm_transport.h"
@@ -17,6 +20,7 @@
 #define RFM_WATCH_LISTED 0x4u
 
 enum rfm_channel_state {
+    RFM_CH_NEW,         /* shaking hands: nobody else knows it             */
     RFM_CH_OPEN,        /* takes invocations                               */
     RFM_CH_DRAINING,    /* takes none, what is in flight ends              */
     RFM_CH_CLOSING,     /* told the worker to let go; waits until it did   */
@@ -35,10 +39,14 @@ struct rfm_inflight {
  */
 struct rfm_channel {
     struct rfm_invoker *inv;
+    bool     remote;            /* its worker shares no memory with us */
     struct rfm_channel *next_buried;
     struct rfm_link *link;      /* NULL once dead; under reap_lock */
+    struct rfm_link *remote_link;       /* the same, for who hears frames */
+    struct rfm_side *side;
+    bool     may_claim;         /* what it has not begun can be taken back */
     int      fd;                /* -1 once dead; under control */
-    int      pidfd;             /* -1 once dead; under pid_lock */
+    int      pidfd;             /* -1 once dead, or remote; under pid_lock */
     uint32_t pid;
     uint32_t worker;
     uint64_t lease;
@@ -47,6 +55,8 @@ struct rfm_channel {
     bool     registered;        /* service thread only: in its epoll */
     bool     let_go;            /* we shut our half down */
     uint64_t kill_at_ns;
+    uint32_t severed;           /* atomic: remote, to be fenced and ended */
+    const char *why;            /* atomic: what went wrong, if it did */
 
     uint64_t head   __attribute__((aligned(RFM_CACHE_LINE)));
     uint64_t published;
@@ -57,12 +67,19 @@ struct rfm_channel {
     uint64_t tail;
     uint64_t mean_exec_ns;
     struct rfm_inflight inflight[RFM_MAX_SLOTS];
+    /* remote: the pieces of arenas that belong to each slot */
+    struct rfm_traffic traffic[RFM_MAX_SLOTS];
+    struct rfm_region *regions[RFM_MAX_SLOTS];
+    uint32_t n_regions[RFM_MAX_SLOTS];  /* room for so many */
+    uint32_t bulky;             /* large outputs were asked for */
 
     pthread_mutex_t control;    /* sending; what was sent */
     pthread_mutex_t pid_lock;   /* held for one system call */
     uint8_t *bound;             /* [RFM_MAX_BINDINGS], atomic */
     uint8_t *shipped;           /* by number of kernel */
     uint32_t shipped_size;
+    uint32_t arena_ready;       /* atomic: number of the last mirror + 1 */
+    int32_t  arena_status;
     struct rfm_rx rx;
 };
 
@@ -73,8 +90,18 @@ struct rfm_invoker {
     int      door_fd;
     int      event_fd;
     int      epoll_fd;
+    int      bell_fd;           /* wakes the leader (below) */
     uint64_t spin_ticks;
     bool     closed;
+
+    /* By number of transport; made at its first attach. */
+    struct rfm_side *sides[RFM_TRANSPORTS];
+    uint32_t n_sides;
+    uint32_t n_local;           /* channels that ever were on shared memory */
+    uint32_t watching;          /* atomic: the service thread looks at sides */
+    /* The one sleeper that waits on the sides themselves; others sleep on the
+     * door, which it rings. */
+    uint32_t leader;
 
     uint64_t next_id __attribute__((aligned(RFM_CACHE_LINE)));
 
@@ -109,8 +136,9 @@ struct rfm_invoker {
 };
 
 /* channel.c */
-int  rfm_channel_create(struct rfm_invoker *inv, int fd, uint64_t lease,
-                        uint32_t worker, uint64_t timeout_ns,
+int  rfm_channel_create(struct rfm_invoker *inv,
+                        const struct rfm_attach_attr *attr,
+                        const struct rfm_transport *ops,
                         struct rfm_channel **chan_p);
 void rfm_channel_destroy(struct rfm_channel *chan);
 /* RFM_ERR_NO_RESOURCE: full; RFM_ERR_CLOSED: takes none */
@@ -129,8 +157,14 @@ struct rfm_request *rfm_channel_take_back_at(struct rfm_channel *chan,
 int  rfm_channel_arm(struct rfm_channel *chan);
 /* Its worker can't write any more: ends what was in flight, unmaps. */
 void rfm_channel_dead(struct rfm_channel *chan);
-void rfm_channel_send_arena(struct rfm_channel *chan, uint32_t arena, int fd,
-                            uint64_t bytes);
+/* On remote channels it waits until the mirror is there; what goes wrong ends
+ * the channel. */
+void rfm_channel_send_arena(struct rfm_channel *chan,
+                            const struct rfm_arena_info *arena);
+/* Fences it and has the service thread end it, from any thread (remote). */
+void rfm_channel_sever(struct rfm_channel *chan, const char *why);
+/* A frame of its worker (service thread, or before it is registered). */
+int  rfm_channel_heard(struct rfm_channel *chan);
 void rfm_channel_send_number(struct rfm_channel *chan, uint16_t type,
                              uint32_t number, uint64_t cookie);
 static inline uint64_t rfm_channel_in_flight(struct rfm_channel *chan)
@@ -154,7 +188,22 @@ void rfm_invoker_pump(struct rfm_invoker *inv);
  * is overdue; when to look again. */
 uint64_t rfm_invoker_expire(struct rfm_invoker *inv, uint64_t now);
 
+/* Wakes whoever sleeps, on the door or on the sides. */
+static inline void rfm_invoker_knock(struct rfm_invoker *inv)
+{
+    rfm_door_knock(inv->door);
+    if (__builtin_expect(rfm_load_relaxed(&inv->leader) != 0, 0)) {
+        uint64_t one = 1;
+
+        if (write(inv->bell_fd, &one, sizeof(one)) < 0) {
+            return;             /* full: it is ringing already */
+        }
+    }
+}
+
 /* service.c */
+/* The service thread looks at the sides once, when something comes. */
+void rfm_service_watch(struct rfm_invoker *inv);
 int  rfm_service_start(struct rfm_invoker *inv);
 void rfm_service_stop(struct rfm_invoker *inv);
 void rfm_service_kick(struct rfm_invoker *inv);

@@ -63,6 +63,9 @@ int  rfm_heap_alloc(struct rfm_heap *heap, uint64_t size, struct rfm_block *b);
 void rfm_heap_free(struct rfm_block *block);
 bool rfm_heap_locate(struct rfm_heap *heap, const void *address, uint64_t size,
                      uint32_t *arena_p, uint64_t *offset_p, bool *at_end_p);
+/* The reverse; NULL if it isn't wholly in an arena. */
+void *rfm_heap_address(struct rfm_heap *heap, uint32_t arena, uint64_t offset,
+                       uint64_t size);
 uint64_t rfm_heap_bytes(struct rfm_heap *heap);
 
 /* --- rank side ------------------------------------------------------------ */
@@ -196,6 +199,23 @@ struct rfm_heap *rfm_invoker_heap(struct rfm_invoker *inv);
 int  rfm_invoker_attach(struct rfm_invoker *inv, int fd, uint64_t lease,
                         uint32_t worker, uint64_t timeout_ns,
                         struct rfm_channel **chan_p);
+
+struct rfm_attach_attr {
+    uint32_t transport;         /* enum rfm_transport_number */
+    int      fd;                /* as above */
+    int      data_fd;           /* tcp: for data; else -1. Taken over, too */
+    uint32_t worker;
+    uint64_t lease;
+    uint64_t timeout_ns;
+    uint32_t flags;             /* tcp: RFM_STREAM_CRC */
+    const char *device;         /* verbs: NULL or empty for any */
+};
+/* RFM_ERR_INVALID: no such transport here. */
+int  rfm_invoker_attach_over(struct rfm_invoker *inv,
+                             const struct rfm_attach_attr *attr,
+                             struct rfm_channel **chan_p);
+/* What went wrong last on this channel: a static text, or NULL. */
+const char *rfm_channel_why(struct rfm_channel *chan);
 int  rfm_invoker_kernel(struct rfm_invoker *inv, uint32_t kind,
                         const uint8_t *digest, const void *blob,
                         uint64_t blob_bytes, struct rfm_kernel **kernel_p);
@@ -304,6 +324,7 @@ struct rfm_event {
     bool     fixed;             /* bufs are the same at each call         */
     uint8_t *out;               /* objects: reply payload                 */
     uint64_t out_capacity;
+    struct rfm_desc into;       /* fetch: where the rank wants it */
     uint64_t start_ticks;
     void    *frame;             /* freed by rfm_worker_release            */
 };

@@ -26,6 +26,7 @@
 #define RFM_MAX_FRAME       (64u << 20)
 #define RFM_MAX_FRAME_FDS   4u
 #define RFM_MAX_RANKS       64u     /* connections that one worker serves */
+#define RFM_MAX_PARCEL      256u    /* a transport's own bytes in a frame */
 /* A binding's number is (generation << 16 | index): the index is used again,
  * the number is not, so a late request never meets another's binding. */
 #define RFM_MAX_BINDINGS    65536u
@@ -68,6 +69,7 @@ enum rfm_frame_type {
     RFM_CTL_UNBIND      = 7,
     RFM_CTL_DISCARD     = 8,    /* a kept result is not wanted               */
     RFM_CTL_DRAIN       = 9,    /* worker -> rank: send nothing new          */
+    RFM_CTL_ARENA_READY = 10,   /* worker -> rank, remote: its mirror        */
     RFM_AGENT_ADOPT     = 40,   /* agent -> worker, fd: a rank's connection  */
     RFM_AGENT_QUIT      = 41,
     RFM_AGENT_READY     = 48,   /* worker -> agent                           */
@@ -84,28 +86,42 @@ struct rfm_frame {
 };
 _Static_assert(sizeof(struct rfm_frame) == 16, "frame header");
 
-struct rfm_ctl_attach {
+enum rfm_transport_number {
+    RFM_TRANSPORT_SHM   = 0,
+    RFM_TRANSPORT_TCP   = 1,
+    RFM_TRANSPORT_VERBS = 2,
+    RFM_TRANSPORTS      = 3,
+};
+
+struct rfm_ctl_attach {         /* followed by the transport's bytes */
     uint32_t slots;
     uint32_t slot_bytes;
-    uint64_t segment_bytes;
+    uint64_t segment_bytes;     /* shm: of its segment */
     uint64_t memory_limit;
-    uint64_t reserved;
+    uint32_t transport;
+    uint32_t reserved;
 };
 _Static_assert(sizeof(struct rfm_ctl_attach) == 32, "attach");
 
-struct rfm_ctl_attached {
+struct rfm_ctl_attached {       /* followed by the transport's bytes */
     int32_t  status;
     uint32_t pid;
     uint64_t reserved;
 };
 _Static_assert(sizeof(struct rfm_ctl_attached) == 16, "attached");
 
-struct rfm_ctl_arena {
+struct rfm_ctl_arena {          /* remote: followed by the transport's bytes */
     uint32_t arena;
     uint32_t reserved;
     uint64_t bytes;
 };
 _Static_assert(sizeof(struct rfm_ctl_arena) == 16, "arena");
+
+struct rfm_ctl_arena_ready {    /* followed by the transport's bytes */
+    uint32_t arena;
+    int32_t  status;
+};
+_Static_assert(sizeof(struct rfm_ctl_arena_ready) == 8, "arena ready");
 
 struct rfm_ctl_kernel {         /* followed by the blob */
     uint32_t kernel;
@@ -211,6 +227,40 @@ struct rfm_reply_line {
 };
 _Static_assert(sizeof(struct rfm_reply_line) == RFM_CACHE_LINE, "reply");
 _Static_assert(offsetof(struct rfm_reply_line, payload) == 32, "payload");
+
+/* --- a slot on a stream (tcp) ---------------------------------------------
+ *
+ * head · line · n_regions descriptors · payload · the regions' bytes · crc
+ *
+ * A request's regions are pieces of the worker's mirrors; a reply's are the
+ * outputs that are in no slot, in order, none larger than was asked for.
+ */
+#define RFM_STREAM_MAGIC    0x544d4652u     /* "RFMT" */
+#define RFM_MAX_REGIONS     65600u  /* an object refers to at most 65535 arrays */
+
+enum rfm_stream_type {
+    RFM_STREAM_REQUEST = 1,
+    RFM_STREAM_REPLY   = 2,
+};
+
+#define RFM_STREAM_CRC      0x1u    /* a crc32c of all of it comes last (u32) */
+
+struct rfm_stream_head {
+    uint32_t magic;
+    uint16_t type;
+    uint16_t flags;
+    uint32_t slot;
+    uint32_t n_regions;
+    uint64_t payload_bytes;     /* what does not share the line */
+    uint64_t region_bytes;      /* of all of them */
+};
+_Static_assert(sizeof(struct rfm_stream_head) == 32, "stream head");
+
+struct rfm_tcp_parcel {         /* beside ATTACH and ATTACHED */
+    uint32_t flags;             /* RFM_STREAM_*: what we will send */
+    uint32_t reserved;
+};
+_Static_assert(sizeof(struct rfm_tcp_parcel) == 8, "tcp parcel");
 
 struct rfm_desc {
     uint32_t arena;

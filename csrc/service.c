@@ -19,7 +19,7 @@
 
 #define LET_GO_NS 2000000000ull
 
-enum tag { TAG_EVENT = 0, TAG_CONTROL = 1, TAG_PID = 2 };
+enum tag { TAG_EVENT = 0, TAG_CONTROL = 1, TAG_PID = 2, TAG_SIDE = 3 };
 
 static uint64_t tagged(uint32_t index, enum tag tag)
 {
@@ -43,11 +43,64 @@ static void watch_fd(struct rfm_invoker *inv, int fd, uint64_t data)
     (void)epoll_ctl(inv->epoll_fd, EPOLL_CTL_ADD, fd, &ev);
 }
 
+/* A side is looked at only when asked, and once: who waits for an invocation
+ * looks itself, and should not wake us each time. */
+void rfm_service_watch(struct rfm_invoker *inv)
+{
+    if (__atomic_exchange_n(&inv->watching, 1, __ATOMIC_ACQ_REL) != 0) {
+        return;
+    }
+    for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
+        struct epoll_event ev = { .events = EPOLLIN | EPOLLONESHOT };
+        struct rfm_side *side = rfm_load_acquire(&inv->sides[i]);
+        int fd;
+
+        if (side == NULL) {
+            continue;
+        }
+        fd          = side->ops->side_fd(side);
+        ev.data.u64 = tagged(i, TAG_SIDE);
+        side->ops->side_arm(side);
+        if ((epoll_ctl(inv->epoll_fd, EPOLL_CTL_MOD, fd, &ev) != 0) &&
+            (errno == ENOENT)) {
+            (void)epoll_ctl(inv->epoll_fd, EPOLL_CTL_ADD, fd, &ev);
+        }
+        /* what came before it was armed may not show */
+        if (side->ops->side_progress(side) > 0) {
+            rfm_service_kick(inv);
+        }
+    }
+}
+
+/* true while somebody depends on what comes over the sides and doesn't look */
+static bool needs_watch(struct rfm_invoker *inv)
+{
+    uint32_t n = rfm_load_acquire(&inv->n_channels);
+    bool looks = rfm_load_acquire(&inv->pollers) != 0;
+    bool all = rfm_load_acquire(&inv->queued) != 0;
+
+    if (looks && ((rfm_load_acquire(&inv->n_local) == 0) ||
+                  (rfm_load_acquire(&inv->door->sleepers) == 0))) {
+        return false;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        struct rfm_channel *chan = rfm_channel_at(inv, i);
+
+        if (chan->remote && (rfm_channel_in_flight(chan) != 0) &&
+            (all || looks || (rfm_load_relaxed(&chan->bulky) != 0))) {
+            return true;
+        }
+    }
+    return false;
+}
+
 static void unwatch(struct rfm_invoker *inv, struct rfm_channel *chan)
 {
     if (chan->registered) {
         (void)epoll_ctl(inv->epoll_fd, EPOLL_CTL_DEL, chan->fd, NULL);
-        (void)epoll_ctl(inv->epoll_fd, EPOLL_CTL_DEL, chan->pidfd, NULL);
+        if (!chan->remote) {
+            (void)epoll_ctl(inv->epoll_fd, EPOLL_CTL_DEL, chan->pidfd, NULL);
+        }
         chan->registered = false;
     }
 }
@@ -63,7 +116,11 @@ static void end_channel(struct rfm_invoker *inv, struct rfm_channel *chan)
 static void control_ended(struct rfm_invoker *inv, struct rfm_channel *chan,
                           bool closed)
 {
-    if (chan->let_go && closed) {
+    if (chan->remote || (chan->let_go && closed)) {
+        if (chan->remote && !chan->let_go) {
+            rfm_channel_sever(chan, closed ? "the worker is gone"
+                                           : "its control connection failed");
+        }
         end_channel(inv, chan);
         return;
     }
@@ -87,10 +144,11 @@ static void read_control(struct rfm_invoker *inv, struct rfm_channel *chan)
             control_ended(inv, chan, rc == RFM_ERR_PEER);
             return;
         }
-        if (chan->rx.head.type == RFM_CTL_DRAIN) {
-            rfm_channel_drain(chan);
+        rc = rfm_channel_heard(chan);
+        if (rc < 0) {
+            control_ended(inv, chan, false);
+            return;
         }
-        rfm_rx_fini(&chan->rx);
     }
 }
 
@@ -98,6 +156,9 @@ static bool has_exited(struct rfm_channel *chan)
 {
     struct pollfd p = { .fd = chan->pidfd, .events = POLLIN };
 
+    if (chan->remote) {
+        return false;           /* its connection says so, or its silence */
+    }
     return (poll(&p, 1, 0) > 0) && ((p.revents & POLLIN) != 0);
 }
 
@@ -116,8 +177,14 @@ static uint64_t tend_channels(struct rfm_invoker *inv, uint64_t now)
         }
         if (!chan->registered) {
             watch_fd(inv, chan->fd, tagged(i, TAG_CONTROL));
-            watch_fd(inv, chan->pidfd, tagged(i, TAG_PID));
+            if (!chan->remote) {
+                watch_fd(inv, chan->pidfd, tagged(i, TAG_PID));
+            }
             chan->registered = true;
+        }
+        if (rfm_load_acquire(&chan->severed) != 0) {
+            end_channel(inv, chan);
+            continue;
         }
         if ((state == RFM_CH_CLOSING) && !chan->let_go) {
             chan->let_go     = true;
@@ -153,6 +220,13 @@ static void handle(struct rfm_invoker *inv, const struct epoll_event *ev)
         if (read(inv->event_fd, &count, sizeof(count)) < 0) {
             return;
         }
+        return;
+    }
+    if (tag == TAG_SIDE) {
+        struct rfm_side *side = inv->sides[ev->data.u64 >> 8];
+
+        rfm_store_release(&inv->watching, 0);
+        side->ops->side_woken(side);
         return;
     }
     chan = rfm_channel_at(inv, (uint32_t)(ev->data.u64 >> 8));
@@ -197,6 +271,9 @@ static void *service_main(void *arg)
         (void)rfm_invoker_progress(inv);
         if (rfm_load_acquire(&inv->queued) != 0) {
             rfm_invoker_pump(inv);
+        }
+        if ((rfm_load_acquire(&inv->n_sides) != 0) && needs_watch(inv)) {
+            rfm_service_watch(inv);
         }
     }
     return NULL;

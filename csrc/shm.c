@@ -97,6 +97,28 @@ int rfm_memfd_map(int fd, uint64_t bytes, bool inherit, uint8_t **base_p)
     return RFM_OK;
 }
 
+int rfm_mirror_map(uint64_t bytes, uint8_t **base_p)
+{
+    uint8_t *area;
+
+    bytes = page_up(bytes);
+    if ((bytes == 0) || (bytes > (1ull << 46))) {
+        return RFM_ERR_INVALID;
+    }
+    area = mmap(NULL, bytes + 2 * RFM_PAGE_SIZE, PROT_NONE,
+                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (area == MAP_FAILED) {
+        return RFM_ERR_NO_MEMORY;
+    }
+    if (mprotect(area + RFM_PAGE_SIZE, bytes, PROT_READ | PROT_WRITE) != 0) {
+        munmap(area, bytes + 2 * RFM_PAGE_SIZE);
+        return RFM_ERR_NO_MEMORY;
+    }
+    (void)madvise(area + RFM_PAGE_SIZE, bytes, MADV_DONTFORK);
+    *base_p = area + RFM_PAGE_SIZE;
+    return RFM_OK;
+}
+
 void rfm_memfd_unmap(uint8_t *base, uint64_t bytes)
 {
     if (base != NULL) {
@@ -183,10 +205,11 @@ static inline struct rfm_channel_page *channel_page(struct shm_link *shm)
     return (struct rfm_channel_page *)shm->segment;
 }
 
-static int rank_open(uint32_t slots, uint32_t slot_bytes, int door_fd,
-                     int event_fd, struct rfm_link **link_p,
-                     struct rfm_ctl_attach *body, int *fds, uint32_t *n_p)
+static int rank_open(const struct rfm_link_attr *attr, struct rfm_link **link_p,
+                     struct rfm_ctl_attach *body, struct rfm_parcel *out)
 {
+    uint32_t slots      = attr->slots;
+    uint32_t slot_bytes = attr->slot_bytes;
     struct shm_link *shm;
     int rc;
 
@@ -212,11 +235,11 @@ static int rank_open(uint32_t slots, uint32_t slot_bytes, int door_fd,
     body->slots         = slots;
     body->slot_bytes    = slot_bytes;
     body->segment_bytes = shm->bytes;
-    fds[0]  = shm->segment_fd;
-    fds[1]  = door_fd;
-    fds[2]  = event_fd;
-    *n_p    = 3;
-    *link_p = &shm->link;
+    out->fds[0] = shm->segment_fd;
+    out->fds[1] = attr->door_fd;
+    out->fds[2] = attr->event_fd;
+    out->n_fds  = 3;
+    *link_p     = &shm->link;
     return RFM_OK;
 
 err_close:
@@ -239,12 +262,12 @@ static int map_door(int fd, struct rfm_door **door_p)
     return RFM_OK;
 }
 
-static int rank_attached(struct rfm_link *link, int door_fd)
+static int rank_attached(struct rfm_link *link, const struct rfm_parcel *in)
 {
     struct shm_link *shm = (struct shm_link *)link;
-    int rc = map_door(door_fd, &shm->door);
+    int rc = map_door(in->fds[0], &shm->door);
 
-    close(door_fd);
+    close(in->fds[0]);
     close(shm->segment_fd);     /* both sides have it mapped */
     shm->segment_fd = -1;
     return rc;
@@ -257,16 +280,19 @@ static uint8_t *rank_payload(struct rfm_link *link, uint32_t slot)
     return (uint8_t *)request_line(shm, slot) + RFM_CACHE_LINE;
 }
 
-static void rank_post(struct rfm_link *link, uint32_t slot,
-                      const struct rfm_request_line *line)
+static bool rank_post(struct rfm_link *link, uint32_t slot,
+                      const struct rfm_request_line *line,
+                      const struct rfm_traffic *traffic)
 {
     struct shm_link *shm = (struct shm_link *)link;
     struct rfm_request_line *at = request_line(shm, slot);
 
     memcpy((uint8_t *)at + sizeof(at->id), (const uint8_t *)line + sizeof(at->id),
            sizeof(*at) - sizeof(at->id));
+    (void)traffic;
     rfm_store_release(&at->id, line->id);
     rfm_door_knock(shm->door);
+    return true;
 }
 
 static bool rank_poll(struct rfm_link *link, uint32_t slot, uint64_t id,
@@ -330,15 +356,19 @@ static int take_event(int fd, int *event_p)
     return (*event_p >= 0) ? RFM_OK : RFM_ERR_SYSTEM;
 }
 
-static int worker_open(const struct rfm_ctl_attach *body, const int *fds,
-                       uint32_t n_fds, struct rfm_link **link_p)
+static int worker_open(const struct rfm_link_attr *attr,
+                       const struct rfm_ctl_attach *body,
+                       const struct rfm_parcel *in, struct rfm_link **link_p,
+                       struct rfm_parcel *out)
 {
     uint32_t slots      = body->slots;
     uint32_t slot_bytes = body->slot_bytes;
     struct shm_link *shm;
     int rc;
 
-    if ((n_fds != 3) || (slots < 2) || (slots > RFM_MAX_SLOTS) ||
+    (void)attr;
+    (void)out;
+    if ((in->n_fds != 3) || (in->n_bytes != 0) || (slots < 2) || (slots > RFM_MAX_SLOTS) ||
         ((slots & (slots - 1)) != 0) || (slot_bytes < RFM_CACHE_LINE) ||
         (slot_bytes > RFM_MAX_SLOT_BYTES) ||
         ((slot_bytes % RFM_CACHE_LINE) != 0) ||
@@ -352,15 +382,15 @@ static int worker_open(const struct rfm_ctl_attach *body, const int *fds,
     shm->segment_fd = -1;
     shm->event_fd   = -1;
     shm->bytes      = body->segment_bytes;
-    rc = rfm_memfd_map(fds[0], shm->bytes, false, &shm->segment);
+    rc = rfm_memfd_map(in->fds[0], shm->bytes, false, &shm->segment);
     if (rc < 0) {
         goto err_close;
     }
-    rc = map_door(fds[1], &shm->door);
+    rc = map_door(in->fds[1], &shm->door);
     if (rc < 0) {
         goto err_close;
     }
-    rc = take_event(fds[2], &shm->event_fd);
+    rc = take_event(in->fds[2], &shm->event_fd);
     if (rc < 0) {
         goto err_close;
     }
@@ -396,11 +426,16 @@ static uint8_t *worker_payload(struct rfm_link *link, uint32_t slot)
 }
 
 static void worker_reply(struct rfm_link *link, uint32_t slot,
-                         const struct rfm_reply_line *line)
+                         const struct rfm_reply_line *line,
+                         uint64_t payload_bytes,
+                         const struct rfm_region *regions, uint32_t n)
 {
     struct shm_link *shm = (struct shm_link *)link;
     struct rfm_reply_line *at = reply_line(shm, slot);
 
+    (void)payload_bytes;
+    (void)regions;
+    (void)n;
     memcpy((uint8_t *)at + sizeof(at->id), (const uint8_t *)line + sizeof(at->id),
            sizeof(*at) - sizeof(at->id));
     rfm_store_release(&at->id, line->id);
@@ -425,6 +460,7 @@ static void worker_knock(struct rfm_link *link, uint64_t done)
 
 const struct rfm_transport rfm_shm = {
     .name           = "shm",
+    .number         = RFM_TRANSPORT_SHM,
     .rank_open      = rank_open,
     .rank_attached  = rank_attached,
     .rank_payload   = rank_payload,

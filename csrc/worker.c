@@ -10,6 +10,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -29,6 +30,10 @@
 
 #define FRAMES_A_TURN 64
 #define GUARDED_BYTES (RFM_MAX_SLOT_BYTES + RFM_PAGE_SIZE)
+
+/* Kernels longer than this are worth it that the service thread receives what
+ * comes meanwhile. */
+#define BACKGROUND_NS 20000ull
 
 struct mapped {
     uint32_t arena;
@@ -72,6 +77,7 @@ struct control {
     uint8_t *body;
     int      fds[RFM_MAX_FRAME_FDS];
     uint32_t n_fds;
+    uint8_t *mirror;            /* ARENA: made already, by the service thread */
     bool     ended;             /* the connection did */
 };
 
@@ -79,12 +85,14 @@ struct rfm_conn {
     struct rfm_conn *next;      /* of all, attached or not; under the lock */
     uint32_t number;
     int      fd;
+    int      data_fd;           /* -1, or until the link takes it */
+    pthread_mutex_t send_lock;  /* both threads send frames to a remote rank */
     struct rfm_rx rx;           /* service thread only */
     bool     over;              /* service thread only: its end was read */
     uint32_t asked;             /* atomic: the main thread asks to be told */
     uint32_t heard;             /* atomic: all that was sent before was read */
     uint64_t asked_for;         /* ticket + 1; main thread only */
-    struct rfm_link *link;      /* NULL until attached */
+    struct rfm_link *link;      /* atomic: NULL until attached */
     uint64_t ticket;
     uint64_t last_id[RFM_MAX_SLOTS];
     struct mapped *arenas;
@@ -103,9 +111,19 @@ struct rfm_worker {
     int      pidfd;
     int      epoll_fd;
     int      event_fd;          /* wakes the service thread */
+    int      bell_fd;           /* wakes the main thread from poll() */
     uint64_t spin_ticks;
     uint64_t idle_since;
     bool     limits_told;
+
+    /* By number of transport; made at its first attach. */
+    struct rfm_side *sides[RFM_TRANSPORTS];
+    uint32_t n_sides;
+    uint32_t n_local;           /* connections on shared memory */
+    uint64_t mean_ns;           /* of a call */
+    uint32_t watching;          /* atomic: the service thread looks at sides */
+    uint32_t polls;             /* atomic: the main thread sleeps in poll() */
+    uint32_t busy;              /* atomic: a kernel runs, or a nap */
 
     struct rfm_conn *conns[RFM_MAX_RANKS];
     uint32_t n_conns;
@@ -132,6 +150,18 @@ struct rfm_worker {
 
 /* --- the service thread --------------------------------------------------- */
 
+static void knock(struct rfm_worker *w)
+{
+    rfm_door_knock(w->door);
+    if (rfm_load_relaxed(&w->polls) != 0) {
+        uint64_t one = 1;
+
+        if (write(w->bell_fd, &one, sizeof(one)) < 0) {
+            return;             /* full: it is ringing already */
+        }
+    }
+}
+
 static void hand_over(struct rfm_worker *w, struct control *node)
 {
     node->next = NULL;
@@ -140,7 +170,7 @@ static void hand_over(struct rfm_worker *w, struct control *node)
     w->last_p  = &node->next;
     rfm_store_release(&w->control_pending, 1);
     pthread_mutex_unlock(&w->lock);
-    rfm_door_knock(w->door);
+    knock(w);
 }
 
 static struct control *node_of(struct rfm_conn *conn, struct rfm_rx *rx)
@@ -175,6 +205,67 @@ static void conn_ended(struct rfm_worker *w, struct rfm_conn *conn)
     hand_over(w, node);
 }
 
+static void answer_arena(struct rfm_conn *conn, uint32_t arena, int32_t status,
+                         const struct rfm_parcel *parcel)
+{
+    struct rfm_ctl_arena_ready body = { .arena = arena, .status = status };
+    struct iovec iov[2] = {
+        { &body, sizeof(body) },
+        { (void *)(uintptr_t)parcel->bytes, parcel->n_bytes },
+    };
+
+    pthread_mutex_lock(&conn->send_lock);
+    (void)rfm_frame_send(conn->fd, RFM_CTL_ARENA_READY, 0, iov, 2, NULL, 0);
+    pthread_mutex_unlock(&conn->send_lock);
+}
+
+/*
+ * A remote rank waits until its arena is mirrored here, also while a kernel
+ * runs. The main thread hears of it first: what the rank sends next may use it.
+ * False: it made no sense.
+ */
+static bool make_mirror(struct rfm_worker *w, struct rfm_conn *conn,
+                        struct control *node)
+{
+    struct rfm_link *link = rfm_load_acquire(&conn->link);
+    struct rfm_parcel in = { 0 };
+    struct rfm_parcel out = { 0 };
+    struct rfm_ctl_arena body;
+    uint8_t *base = NULL;
+    uint32_t n = node->head.length;
+    int rc;
+
+    if ((n < sizeof(body)) || (n - sizeof(body) > sizeof(in.bytes)) ||
+        (node->n_fds != 0)) {
+        return false;
+    }
+    memcpy(&body, node->body, sizeof(body));
+    in.n_bytes = n - (uint32_t)sizeof(body);
+    memcpy(in.bytes, node->body + sizeof(body), in.n_bytes);
+    rc = rfm_mirror_map(body.bytes, &base);
+    if (rc == RFM_OK) {
+        rc = link->ops->worker_arena(link, body.arena, base, body.bytes, &in,
+                                     &out);
+        if (rc < 0) {
+            rfm_memfd_unmap(base, body.bytes);
+            base = NULL;
+        }
+    }
+    node->mirror = base;
+    hand_over(w, node);
+    answer_arena(conn, body.arena, rc, &out);
+    return true;
+}
+
+static bool is_arena_of_remote(struct rfm_conn *conn, const struct control *node)
+{
+    struct rfm_link *link = rfm_load_acquire(&conn->link);
+
+    return (node->head.type == RFM_CTL_ARENA) && (link != NULL) && link->remote;
+}
+
+static void control_free(struct control *node);
+
 /* true if all that was there was read; afterwards conn may be gone if not */
 static bool read_conn(struct rfm_worker *w, struct rfm_conn *conn)
 {
@@ -187,11 +278,71 @@ static bool read_conn(struct rfm_worker *w, struct rfm_conn *conn)
             return true;
         }
         node = (rc == RFM_OK) ? node_of(conn, &conn->rx) : NULL;
+        if ((node != NULL) && is_arena_of_remote(conn, node)) {
+            if (make_mirror(w, conn, node)) {
+                continue;
+            }
+            control_free(node);
+            node = NULL;
+        }
         if (node == NULL) {
             conn_ended(w, conn);
             return false;
         }
         hand_over(w, node);
+    }
+    return false;
+}
+
+/* --- receiving while a kernel runs ---------------------------------------- */
+
+static uint64_t side_tag(struct rfm_worker *w, uint32_t i)
+{
+    return (uint64_t)(uintptr_t)&w->sides[i];
+}
+
+/* The service thread looks at the sides once, when something comes. */
+static void watch_sides(struct rfm_worker *w)
+{
+    if ((rfm_load_relaxed(&w->watching) != 0) ||
+        (__atomic_exchange_n(&w->watching, 1, __ATOMIC_ACQ_REL) != 0)) {
+        return;
+    }
+    for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
+        struct epoll_event ev = { .events = EPOLLIN | EPOLLONESHOT };
+        struct rfm_side *side = rfm_load_acquire(&w->sides[i]);
+        int fd;
+
+        if (side == NULL) {
+            continue;
+        }
+        fd          = side->ops->side_fd(side);
+        ev.data.u64 = side_tag(w, i);
+        side->ops->side_arm(side);
+        if ((epoll_ctl(w->epoll_fd, EPOLL_CTL_MOD, fd, &ev) != 0) &&
+            (errno == ENOENT)) {
+            (void)epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, fd, &ev);
+        }
+    }
+}
+
+/* true if the event was a side's */
+static bool read_side(struct rfm_worker *w, uint64_t tag)
+{
+    for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
+        if (tag == side_tag(w, i)) {
+            struct rfm_side *side = w->sides[i];
+
+            rfm_store_release(&w->watching, 0);
+            side->ops->side_woken(side);
+            if (side->ops->side_progress(side) > 0) {
+                knock(w);
+            }
+            if (rfm_load_acquire(&w->busy) != 0) {
+                watch_sides(w);
+            }
+            return true;
+        }
     }
     return false;
 }
@@ -244,7 +395,8 @@ static void adopt(struct rfm_worker *w, struct rfm_rx *rx)
     struct rfm_ctl_adopt body;
     struct rfm_conn *conn;
 
-    if ((rx->head.length != sizeof(body)) || (rx->n_fds != 1)) {
+    if ((rx->head.length != sizeof(body)) || (rx->n_fds < 1) ||
+        (rx->n_fds > 2)) {
         return;
     }
     memcpy(&body, rx->body, sizeof(body));
@@ -252,9 +404,11 @@ static void adopt(struct rfm_worker *w, struct rfm_rx *rx)
     if (conn == NULL) {
         return;
     }
-    conn->number = body.conn;
-    conn->fd     = rx->fds[0];
-    rx->n_fds    = 0;           /* it is ours now */
+    conn->number  = body.conn;
+    conn->fd      = rx->fds[0];
+    conn->data_fd = (rx->n_fds == 2) ? rx->fds[1] : -1;
+    rx->n_fds     = 0;          /* they are ours now */
+    pthread_mutex_init(&conn->send_lock, NULL);
     rfm_rx_init(&conn->rx, RFM_MAX_FRAME);
     pthread_mutex_lock(&w->lock);
     conn->next = w->all;
@@ -281,7 +435,7 @@ static void read_agent(struct rfm_worker *w, struct rfm_rx *rx)
             adopt(w, rx);
         } else if (rx->head.type == RFM_AGENT_QUIT) {
             rfm_store_release(&w->quit, 1);
-            rfm_door_knock(w->door);
+            knock(w);
         }
         rfm_rx_fini(rx);
     }
@@ -303,6 +457,8 @@ static void *service_main(void *arg)
         for (int i = 0; i < n; i++) {
             if (events[i].data.ptr == w) {
                 read_agent(w, &agent);
+            } else if (read_side(w, events[i].data.u64)) {
+                continue;
             } else if (events[i].data.ptr != NULL) {
                 (void)read_conn(w, events[i].data.ptr);
             } else {
@@ -362,6 +518,7 @@ int rfm_worker_create(const struct rfm_worker_attr *attr,
     memset(w, 0, sizeof(*w));
     w->attr       = *attr;
     w->last_p     = &w->first;
+    w->mean_ns    = 16 * BACKGROUND_NS;
     w->spin_ticks = rfm_ns_to_ticks((uint64_t)attr->spin_us * 1000ull);
     pthread_mutex_init(&w->lock, NULL);
     page = mmap(NULL, RFM_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED,
@@ -404,15 +561,21 @@ int rfm_worker_create(const struct rfm_worker_attr *attr,
     if (w->event_fd < 0) {
         goto err_epoll;
     }
+    w->bell_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (w->bell_fd < 0) {
+        goto err_event;
+    }
     rfm_store_release(&w->page->state, RFM_PAGE_WAITING);
     rc = start_service(w);
     if (rc < 0) {
-        goto err_event;
+        goto err_bell;
     }
     w->idle_since = rfm_ticks();
     *worker_p = w;
     return RFM_OK;
 
+err_bell:
+    close(w->bell_fd);
 err_event:
     close(w->event_fd);
 err_epoll:
@@ -458,6 +621,10 @@ static void conn_destroy(struct rfm_conn *conn)
     free(conn->arenas);
     free(conn->kernels);
     free(conn->bindings);
+    if (conn->data_fd >= 0) {
+        close(conn->data_fd);
+    }
+    pthread_mutex_destroy(&conn->send_lock);
     /* last: to the rank, the end of this connection is the fence */
     close(conn->fd);
     free(conn);
@@ -468,6 +635,12 @@ static void control_free(struct control *node)
     for (uint32_t i = 0; i < node->n_fds; i++) {
         close(node->fds[i]);
     }
+    if (node->mirror != NULL) {
+        struct rfm_ctl_arena body;
+
+        memcpy(&body, node->body, sizeof(body));
+        rfm_memfd_unmap(node->mirror, body.bytes);
+    }
     free(node->body);
     free(node);
 }
@@ -477,12 +650,6 @@ void rfm_worker_destroy(struct rfm_worker *w)
     rfm_store_release(&w->stop, 1);
     kick(w);
     pthread_join(w->service, NULL);
-    while (w->first != NULL) {
-        struct control *node = w->first;
-
-        w->first = node->next;
-        control_free(node);
-    }
     while (w->all != NULL) {
         struct rfm_conn *conn = w->all;
 
@@ -490,6 +657,19 @@ void rfm_worker_destroy(struct rfm_worker *w)
         rfm_rx_fini(&conn->rx);
         conn_destroy(conn);
     }
+    /* after the links: they may write into mirrors that wait here */
+    while (w->first != NULL) {
+        struct control *node = w->first;
+
+        w->first = node->next;
+        control_free(node);
+    }
+    for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
+        if (w->sides[i] != NULL) {
+            w->sides[i]->ops->side_close(w->sides[i]);
+        }
+    }
+    close(w->bell_fd);
     close(w->event_fd);
     close(w->epoll_fd);
     close(w->pidfd);
@@ -504,30 +684,101 @@ void rfm_worker_destroy(struct rfm_worker *w)
 
 /* --- control frames, on the main thread ----------------------------------- */
 
+static int open_side(struct rfm_worker *w, const struct rfm_transport *ops)
+{
+    struct rfm_side_attr attr = { .rank = false };
+    struct rfm_side *side;
+    int rc;
+
+    if ((ops->side_open == NULL) || (w->sides[ops->number] != NULL)) {
+        return RFM_OK;
+    }
+    rc = ops->side_open(&attr, &side);
+    if (rc < 0) {
+        return rc;
+    }
+    rfm_store_release(&w->sides[ops->number], side);
+    w->n_sides++;
+    return RFM_OK;
+}
+
+static int open_link(struct rfm_worker *w, struct control *node,
+                     struct rfm_parcel *out, bool *remote_p)
+{
+    uint32_t n = node->head.length;
+    struct rfm_conn *conn = node->conn;
+    const struct rfm_transport *ops;
+    struct rfm_parcel in = { 0 };
+    struct rfm_ctl_attach body;
+    struct rfm_link_attr attr;
+    struct rfm_link *link;
+    int rc;
+
+    if ((n < sizeof(body)) || (n - sizeof(body) > sizeof(in.bytes))) {
+        return RFM_ERR_PROTOCOL;
+    }
+    memcpy(&body, node->body, sizeof(body));
+    ops = rfm_transport_find(body.transport);
+    if (ops == NULL) {
+        return RFM_ERR_INVALID;
+    }
+    *remote_p = ops->remote;
+    if ((body.slots < 2) || (body.slots > RFM_MAX_SLOTS) ||
+        ((body.slots & (body.slots - 1)) != 0) ||
+        (body.slot_bytes < RFM_CACHE_LINE) ||
+        (body.slot_bytes > RFM_MAX_SLOT_BYTES) ||
+        ((body.slot_bytes % RFM_CACHE_LINE) != 0)) {
+        return RFM_ERR_PROTOCOL;
+    }
+    if (w->n_conns >= RFM_MAX_RANKS) {
+        return RFM_ERR_NO_RESOURCE;
+    }
+    rc = open_side(w, ops);
+    if (rc < 0) {
+        return rc;
+    }
+    in.n_bytes = n - (uint32_t)sizeof(body);
+    memcpy(in.bytes, node->body + sizeof(body), in.n_bytes);
+    in.n_fds = node->n_fds;
+    memcpy(in.fds, node->fds, sizeof(in.fds));
+    attr = (struct rfm_link_attr){
+        .side       = w->sides[ops->number],
+        .slots      = body.slots,
+        .slot_bytes = body.slot_bytes,
+        .door_fd    = w->door_fd,
+        .event_fd   = -1,
+        .data_fd    = conn->data_fd,
+    };
+    conn->data_fd = -1;         /* the link's, also on failure */
+    rc = ops->worker_open(&attr, &body, &in, &link, out);
+    if (rc == RFM_OK) {
+        rfm_store_release(&conn->link, link);
+    }
+    return rc;
+}
+
 static int attach(struct rfm_worker *w, struct control *node)
 {
     struct rfm_ctl_attached answer = { .pid = (uint32_t)getpid() };
-    struct iovec iov = { &answer, sizeof(answer) };
+    struct rfm_parcel out = { 0 };
+    struct iovec iov[2] = { { &answer, sizeof(answer) }, { out.bytes, 0 } };
     struct rfm_conn *conn = node->conn;
-    struct rfm_ctl_attach body;
     int fds[2] = { w->door_fd, w->pidfd };
+    bool remote = false;
 
     if (conn->link != NULL) {
         return RFM_ERR_PROTOCOL;        /* answered once already */
     }
-    if (node->head.length != sizeof(body)) {
-        answer.status = RFM_ERR_PROTOCOL;
-    } else if (w->n_conns >= RFM_MAX_RANKS) {
-        answer.status = RFM_ERR_NO_RESOURCE;
-    } else {
-        memcpy(&body, node->body, sizeof(body));
-        answer.status = rfm_shm.worker_open(&body, node->fds, node->n_fds,
-                                            &conn->link);
-    }
+    answer.status = open_link(w, node, &out, &remote);
     if (answer.status == RFM_OK) {
         w->conns[w->n_conns++] = conn;
+        w->n_local += !remote;
     }
-    (void)rfm_frame_send(conn->fd, RFM_CTL_ATTACHED, 0, &iov, 1, fds, 2);
+    iov[1].iov_len = out.n_bytes;
+    pthread_mutex_lock(&conn->send_lock);
+    (void)rfm_frame_send(conn->fd, RFM_CTL_ATTACHED, 0, iov, 2, fds,
+                         remote ? 0 : 2);
+    pthread_mutex_unlock(&conn->send_lock);
     /* after a refusal there is nothing more to say: no second one, either */
     return (answer.status < 0) ? RFM_ERR_PROTOCOL : RFM_OK;
 }
@@ -568,7 +819,8 @@ static void map_arena(struct control *node)
     struct mapped *more;
     uint8_t *base;
 
-    if ((node->head.length != sizeof(body)) || (node->n_fds != 1)) {
+    if ((node->mirror == NULL) &&
+        ((node->head.length != sizeof(body)) || (node->n_fds != 1))) {
         return;
     }
     memcpy(&body, node->body, sizeof(body));
@@ -577,9 +829,15 @@ static void map_arena(struct control *node)
     }
     more = realloc(conn->arenas, (conn->n_arenas + 1) * sizeof(*more));
     if (more == NULL) {
-        return;
+        _exit(70);              /* the link may write into the mirror already */
     }
     conn->arenas = more;
+    if (node->mirror != NULL) {
+        more[conn->n_arenas++] =
+            (struct mapped){ body.arena, node->mirror, body.bytes };
+        node->mirror = NULL;
+        return;
+    }
     /* on failure what refers to it is answered with an error */
     if (rfm_memfd_map(node->fds[0], body.bytes, false, &base) == RFM_OK) {
         more[conn->n_arenas++] = (struct mapped){ body.arena, base, body.bytes };
@@ -618,24 +876,30 @@ static void forget_arena(struct bound *b, uint32_t arena)
     }
 }
 
-static void drop_arena(struct control *node)
+static int drop_arena(struct control *node)
 {
     struct rfm_conn *conn = node->conn;
     struct rfm_ctl_number body;
     struct mapped *m;
 
     if (node->head.length != sizeof(body)) {
-        return;
+        return 0;
     }
     memcpy(&body, node->body, sizeof(body));
     m = find_arena(conn, body.number);
     if (m != NULL) {
+        if ((conn->link != NULL) && conn->link->remote &&
+            (conn->link->ops->worker_arena(conn->link, body.number, NULL, 0,
+                                           NULL, NULL) < 0)) {
+            return RFM_ERR_PROTOCOL;    /* it is still writing there */
+        }
         for (uint32_t i = 0; i < conn->n_bindings; i++) {
             forget_arena(conn->bindings[i], body.number);
         }
         rfm_memfd_unmap(m->base, m->bytes);
         *m = conn->arenas[--conn->n_arenas];
     }
+    return 0;
 }
 
 /* begin_*: 1 an event for the caller, 0 handled, RFM_ERR_PROTOCOL nonsense */
@@ -892,6 +1156,7 @@ static void remove_conn(struct rfm_worker *w, struct rfm_conn *conn)
     for (uint32_t i = 0; i < w->n_conns; i++) {
         if (w->conns[i] == conn) {
             w->conns[i] = w->conns[--w->n_conns];
+            w->n_local -= !conn->link->remote;
             return;
         }
     }
@@ -933,7 +1198,7 @@ static int take_control(struct rfm_worker *w, struct rfm_event *ev)
         map_arena(node);
         break;
     case RFM_CTL_ARENA_DROP:
-        drop_arena(node);
+        event = drop_arena(node);
         break;
     case RFM_CTL_KERNEL:
         event = begin_load(node, ev);
@@ -1006,6 +1271,10 @@ static void begin_call(struct rfm_worker *w, struct rfm_conn *conn,
                                           rfm_ticks_to_ns(start - w->idle_since));
     rfm_store_relaxed(&page->state, RFM_PAGE_RUNNING);
     rfm_store_release(&page->id, w->line.id);
+    if (__builtin_expect(w->n_sides != 0, 0) && (w->mean_ns > BACKGROUND_NS)) {
+        rfm_store_release(&w->busy, 1);
+        watch_sides(w);
+    }
 }
 
 static uint64_t end_call(struct rfm_worker *w, uint64_t start)
@@ -1020,16 +1289,63 @@ static uint64_t end_call(struct rfm_worker *w, uint64_t start)
     rfm_store_relaxed(&page->state, RFM_PAGE_WAITING);
     rfm_store_release(&page->id, 0);
     w->idle_since = now;
+    if (__builtin_expect(w->n_sides != 0, 0)) {
+        rfm_store_release(&w->busy, 0);
+        w->mean_ns = w->mean_ns - w->mean_ns / 4 + exec_ns / 4;
+    }
     return exec_ns;
 }
 
+static void publish_with(struct rfm_conn *conn, uint32_t slot,
+                         struct rfm_reply_line *reply, uint64_t payload_bytes,
+                         const struct rfm_region *regions, uint32_t n)
+{
+    const struct rfm_transport *ops = conn->link->ops;
+
+    conn->last_id[slot] = reply->id;
+    conn->ticket++;
+    ops->worker_reply(conn->link, slot, reply, payload_bytes, regions, n);
+    if (ops->worker_knock != NULL) {
+        ops->worker_knock(conn->link, conn->ticket);
+    }
+}
+
+/* a reply of out_bytes in the line or behind it */
 static void publish(struct rfm_conn *conn, uint32_t slot,
                     struct rfm_reply_line *reply)
 {
-    conn->last_id[slot] = reply->id;
-    conn->ticket++;
-    conn->link->ops->worker_reply(conn->link, slot, reply);
-    conn->link->ops->worker_knock(conn->link, conn->ticket);
+    bool behind = (reply->out_bytes > RFM_INLINE_BYTES) &&
+                  ((reply->flags & RFM_REP_KEPT) == 0);
+
+    publish_with(conn, slot, reply, behind ? reply->out_bytes : 0, NULL, 0);
+}
+
+/* the outputs that lie in mirrors go along */
+static void publish_outputs(struct rfm_conn *conn, struct bound *b,
+                            uint32_t slot, struct rfm_reply_line *reply,
+                            const uint64_t *sizes)
+{
+    struct rfm_region regions[RFM_MAX_ARGS];
+    uint64_t behind = b->layout.out_in_line ? 0 : b->layout.out_bytes;
+    uint32_t n = 0;
+
+    if (__builtin_expect(!conn->link->remote, 1)) {
+        publish_with(conn, slot, reply, behind, NULL, 0);
+        return;
+    }
+    for (uint32_t i = 0; i < b->n_out; i++) {
+        const struct rfm_arg *arg = &b->args[b->n_in + i];
+
+        if (arg->place != RFM_INLINE) {
+            regions[n++] = (struct rfm_region){
+                .arena   = arg->arena,
+                .offset  = arg->offset,
+                .size    = sizes[i],
+                .address = b->bufs[b->n_in + i].ptr,
+            };
+        }
+    }
+    publish_with(conn, slot, reply, behind, regions, n);
 }
 
 static void set_bytes(struct rfm_conn *conn, uint32_t slot,
@@ -1081,7 +1397,9 @@ static bool point(struct rfm_conn *conn, struct bound *b, uint32_t slot,
                 return false;
             }
             /* the redzone flag travels with the address */
-            b->args[i].flags = desc.flags & RFM_ARG_CANARY;
+            b->args[i].flags  = desc.flags & RFM_ARG_CANARY;
+            b->args[i].arena  = desc.arena;
+            b->args[i].offset = desc.offset;
         } else if (arg->place == RFM_INLINE) {
             if (i < b->n_in) {
                 b->bufs[i].ptr = (uint8_t *)(uintptr_t)in + arg->at;
@@ -1094,10 +1412,18 @@ static bool point(struct rfm_conn *conn, struct bound *b, uint32_t slot,
     return true;
 }
 
-static void set_canaries(struct bound *b)
+static void set_canaries(struct bound *b, bool remote)
 {
     uint64_t words[2] = { RFM_CANARY_WORD, RFM_CANARY_WORD };
 
+    /* in a mirror nobody has put them there */
+    for (uint32_t i = b->n_in; remote && (i < (uint32_t)b->n_in + b->n_out);
+         i++) {
+        if ((b->args[i].place != RFM_INLINE) &&
+            ((b->args[i].flags & RFM_ARG_CANARY) != 0)) {
+            rfm_redzone_fill((uint8_t *)b->bufs[i].ptr + b->bufs[i].capacity);
+        }
+    }
     if (b->layout.n_inline_out == 0) {
         return;
     }
@@ -1157,7 +1483,7 @@ static void run_native(struct rfm_worker *w, struct rfm_conn *conn,
     int32_t rc = 0;
     int bad;
 
-    set_canaries(b);
+    set_canaries(b, conn->link->remote);
     begin_call(w, conn, start);
     if (b->native != NULL) {
         struct rfm_call call = {
@@ -1209,6 +1535,8 @@ static void run_native(struct rfm_worker *w, struct rfm_conn *conn,
                    b->layout.out_bytes);
         }
         set_sizes(w, conn, b, slot, &reply, sizes);
+        publish_outputs(conn, b, slot, &reply, sizes);
+        return;
     }
     publish(conn, slot, &reply);
 }
@@ -1270,6 +1598,7 @@ static int serve_fetch(struct rfm_worker *w, struct rfm_conn *conn,
     ev->blob_bytes   = fetch.kept_id;
     ev->out          = into;
     ev->out_capacity = fetch.into.size;
+    ev->into         = fetch.into;
     return 1;
 }
 
@@ -1300,6 +1629,7 @@ static bool knows_refs(struct rfm_conn *conn, const uint8_t *from, uint64_t n)
 static bool begins(struct rfm_worker *w, struct rfm_conn *conn, uint32_t slot)
 {
     if (__builtin_expect((w->line.flags & RFM_REQ_CLAIM) == 0, 1) ||
+        (conn->link->ops->worker_begin == NULL) ||
         conn->link->ops->worker_begin(conn->link, slot)) {
         return true;
     }
@@ -1425,7 +1755,22 @@ void rfm_worker_reply(struct rfm_worker *w, struct rfm_event *ev,
                 sizes = full;
             }
             set_sizes(w, conn, b, ev->slot, &reply, sizes);
+            ev->type = RFM_EV_NONE;
+            publish_outputs(conn, b, ev->slot, &reply, sizes);
+            return;
         }
+    } else if ((ev->type == RFM_EV_FETCH) && (status == RFM_ST_OK) &&
+               conn->link->remote) {
+        struct rfm_region region = {
+            .arena   = ev->into.arena,
+            .offset  = ev->into.offset,
+            .size    = out_bytes,
+            .address = ev->out,
+        };
+
+        ev->type = RFM_EV_NONE;
+        publish_with(conn, ev->slot, &reply, 0, &region, 1);
+        return;
     }
     ev->type = RFM_EV_NONE;
     publish(conn, ev->slot, &reply);
@@ -1447,6 +1792,23 @@ void rfm_worker_reply_bytes(struct rfm_worker *w, struct rfm_event *ev,
 
 /* --- the loop ------------------------------------------------------------- */
 
+static void progress_sides(struct rfm_worker *w)
+{
+    for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
+        if (w->sides[i] != NULL) {
+            (void)w->sides[i]->ops->side_progress(w->sides[i]);
+        }
+    }
+}
+
+/* what broke its link has nothing more to say */
+static void drop_failed(struct rfm_conn *conn)
+{
+    if (rfm_load_acquire(&conn->link->failed) != 0) {
+        (void)shutdown(conn->fd, SHUT_RDWR);
+    }
+}
+
 /* one look at everybody: 1 event, 0 served something, -1 nothing there */
 static int look(struct rfm_worker *w, struct rfm_event *ev)
 {
@@ -1456,6 +1818,9 @@ static int look(struct rfm_worker *w, struct rfm_event *ev)
 
     if (__builtin_expect(rfm_load_acquire(&w->control_pending) != 0, 0)) {
         return take_control(w, ev);
+    }
+    if (__builtin_expect(w->n_sides != 0, 0)) {
+        progress_sides(w);
     }
     for (uint32_t k = 0; k < n; k++) {
         struct rfm_conn *conn;
@@ -1470,6 +1835,9 @@ static int look(struct rfm_worker *w, struct rfm_event *ev)
         slot = (uint32_t)conn->ticket & (conn->link->slots - 1);
         if (!conn->link->ops->worker_poll(conn->link, slot, conn->last_id[slot],
                                           &w->line, &payload)) {
+            if (__builtin_expect(conn->link->remote, 0)) {
+                drop_failed(conn);
+            }
             continue;
         }
         rc = serve(w, conn, slot, payload, ev);
@@ -1482,13 +1850,15 @@ static int look(struct rfm_worker *w, struct rfm_event *ev)
     return result;
 }
 
-static void nap(struct rfm_worker *w)
+/* the second look, after a sleeper was announced */
+static bool nothing_there(struct rfm_worker *w)
 {
-    uint32_t word = rfm_door_arm(w->door);
     bool idle = (rfm_load_acquire(&w->control_pending) == 0) &&
                 (rfm_load_acquire(&w->quit) == 0);
-    uint64_t before;
 
+    if (w->n_sides != 0) {
+        progress_sides(w);
+    }
     for (uint32_t i = 0; idle && (i < w->n_conns); i++) {
         struct rfm_conn *conn = w->conns[i];
         uint32_t slot = (uint32_t)conn->ticket & (conn->link->slots - 1);
@@ -1498,10 +1868,67 @@ static void nap(struct rfm_worker *w)
                                              conn->last_id[slot], &w->line,
                                              &payload);
     }
-    if (idle) {
+    return idle;
+}
+
+/* all ranks are remote: asleep on the sides themselves */
+static void nap_on_sides(struct rfm_worker *w)
+{
+    struct pollfd p[RFM_TRANSPORTS + 1] = {
+        { .fd = w->bell_fd, .events = POLLIN },
+    };
+    uint64_t before;
+    uint64_t count;
+    uint32_t n = 1;
+
+    for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
+        if (w->sides[i] != NULL) {
+            w->sides[i]->ops->side_arm(w->sides[i]);
+            p[n].fd       = w->sides[i]->ops->side_fd(w->sides[i]);
+            p[n++].events = POLLIN;
+        }
+    }
+    rfm_store_release(&w->polls, 1);
+    rfm_fence();
+    if (nothing_there(w)) {
+        before = rfm_ticks();
+        (void)poll(p, n, -1);
+        w->idle_since += rfm_ticks() - before;      /* asleep is not polling */
+        if ((p[0].revents != 0) &&
+            (read(w->bell_fd, &count, sizeof(count)) < 0)) {
+            count = 0;          /* somebody rang twice; look again */
+        }
+        for (uint32_t i = 0, k = 1; i < RFM_TRANSPORTS; i++) {
+            if ((w->sides[i] != NULL) && (p[k++].revents != 0)) {
+                w->sides[i]->ops->side_woken(w->sides[i]);
+            }
+        }
+    }
+    rfm_store_release(&w->polls, 0);
+}
+
+static void nap(struct rfm_worker *w)
+{
+    uint32_t word;
+    uint64_t before;
+
+    if ((w->n_sides != 0) && (w->n_local == 0)) {
+        nap_on_sides(w);
+        return;
+    }
+    word = rfm_door_arm(w->door);
+    if (w->n_sides != 0) {
+        /* ranks here ring the door, so the service thread looks at the sides */
+        rfm_store_release(&w->busy, 1);
+        watch_sides(w);
+    }
+    if (nothing_there(w)) {
         before = rfm_ticks();
         (void)rfm_door_sleep(w->door, word, UINT64_MAX);
         w->idle_since += rfm_ticks() - before;      /* asleep is not polling */
+    }
+    if (w->n_sides != 0) {
+        rfm_store_release(&w->busy, 0);
     }
     rfm_door_disarm(w->door);
 }

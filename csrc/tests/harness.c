@@ -787,6 +787,56 @@ uint32_t t_worker_expect(struct t_worker *w, uint16_t type)
     }
 }
 
+uint32_t t_transport(void)
+{
+    const char *name = getenv("T_TRANSPORT");
+
+    if ((name == NULL) || (strcmp(name, "shm") == 0)) {
+        return RFM_TRANSPORT_SHM;
+    }
+    CHECK(strcmp(name, "tcp") == 0);
+    return RFM_TRANSPORT_TCP;
+}
+
+void t_tcp_pair(int fds[2])
+{
+    struct sockaddr_in at = { .sin_family = AF_INET };
+    socklen_t length = sizeof(at);
+    int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    CHECK(listener >= 0);
+    CHECK(bind(listener, (struct sockaddr *)&at, sizeof(at)) == 0);
+    CHECK(listen(listener, 1) == 0);
+    CHECK(getsockname(listener, (struct sockaddr *)&at, &length) == 0);
+    fds[0] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    CHECK(fds[0] >= 0);
+    CHECK(connect(fds[0], (struct sockaddr *)&at, sizeof(at)) == 0);
+    fds[1] = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+    CHECK(fds[1] >= 0);
+    close(listener);
+}
+
+/* control and data: the rank's ends */
+static void dial_tcp(struct t_worker *w, int ours[2])
+{
+    struct rfm_ctl_adopt body = { .lease = 1, .conn = w->next_conn++ };
+    struct iovec iov = { &body, sizeof(body) };
+    int theirs[2];
+
+    for (int i = 0; i < 2; i++) {
+        int pair[2];
+
+        t_tcp_pair(pair);
+        ours[i]   = pair[0];
+        theirs[i] = pair[1];
+    }
+    CHECK_OK(rfm_frame_send(w->agent_fd, RFM_AGENT_ADOPT, 0, &iov, 1, theirs,
+                            2));
+    close(theirs[0]);
+    close(theirs[1]);
+}
+
 int t_worker_dial(struct t_worker *w)
 {
     struct rfm_ctl_adopt body = { .lease = 1, .conn = w->next_conn++ };
@@ -804,6 +854,22 @@ struct rfm_channel *t_worker_attach(struct t_worker *w, struct rfm_invoker *inv)
 {
     struct rfm_channel *chan;
 
+    if (t_transport() == RFM_TRANSPORT_TCP) {
+        struct rfm_attach_attr attr = {
+            .transport  = RFM_TRANSPORT_TCP,
+            .lease      = 1,
+            .worker     = w->next_conn,
+            .timeout_ns = T_FOREVER,
+            .flags      = (w->next_conn % 2 == 0) ? RFM_STREAM_CRC : 0,
+        };
+        int ours[2];
+
+        dial_tcp(w, ours);
+        attr.fd      = ours[0];
+        attr.data_fd = ours[1];
+        CHECK_OK(rfm_invoker_attach_over(inv, &attr, &chan));
+        return chan;
+    }
     CHECK_OK(rfm_invoker_attach(inv, t_worker_dial(w), 1, w->next_conn,
                                 T_FOREVER, &chan));
     return chan;

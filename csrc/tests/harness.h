@@ -99,6 +99,11 @@ struct t_worker {
     int       thread_fds[2];
 };
 
+/* What T_TRANSPORT names (shm, tcp); shm if nothing does. Workers are dialled
+ * and attached over it. */
+uint32_t t_transport(void);
+/* Two ends of a connection over the loopback interface. */
+void t_tcp_pair(int fds[2]);
 void t_worker_start(struct t_worker *w, bool thread, uint32_t spin_us);
 /* A new connection to it: the rank's end. */
 int  t_worker_dial(struct t_worker *w);

@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-c test-python soak bench sdist clean
+.PHONY: help setup demo test test-c test-python guest soak bench sdist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -21,6 +21,16 @@ EXTENSION_SOURCES := setup.py $(wildcard csrc/*.c csrc/*.h) \
 
 setup: $(VENV)/.installed  ## system packages, .venv and the build; quick the second time
 	@$(MAKE) --silent --no-print-directory $(VENV)/.built
+
+# Tests need more than use does: a guest with RDMA devices. One apt at a time, and
+# headers before what is built if they are there.
+ifneq ($(filter test test-c test-python guest,$(MAKECMDGOALS)),)
+setup $(VENV)/.created: | $(VENV)/.test-packages
+endif
+
+$(VENV)/.test-packages: tools/system_packages.sh
+	@tools/system_packages.sh $(PYTHON) tests
+	@mkdir -p $(@D) && touch $@
 
 $(VENV)/.created:
 	@tools/system_packages.sh $(PYTHON)
@@ -37,7 +47,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml rfaas_mpi/_version.py
 	@$(PIP) install --no-build-isolation --editable '.[test]'
 	@touch $@ $(VENV)/.built
 
-$(VENV)/.built: $(EXTENSION_SOURCES)
+$(VENV)/.built: $(EXTENSION_SOURCES) $(wildcard $(VENV)/.test-packages)
 	@mkdir -p build
 	@echo "building the extension"
 	@$(PY) setup.py --quiet build_ext --inplace >build/build.log 2>&1 || { cat build/build.log; exit 1; }
@@ -52,6 +62,10 @@ test: setup test-c test-python  ## set-up and every test
 
 test-python: setup
 	$(PY) -m pytest
+
+guest: setup  ## run CMD='...' on a machine with two RDMA devices: rxe0 and rxe1
+	@$(PY) tests/rdma_guest.py $(GUEST_OPTIONS) -- sh -c "$$CMD"
+guest: export CMD ?= ibv_devinfo
 
 soak: setup  ## ten million invocations in all styles, a million under kills, a million lease operations
 	RFAAS_SOAK_LEASES=1000000 $(PY) -m pytest tests/test_lease_book.py --timeout 3600

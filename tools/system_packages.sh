@@ -1,8 +1,10 @@
 #!/bin/sh
-# Makes sure that there is a C compiler, Python's headers and venv; installs
-# with apt what is missing, where this user may, else says what to type.
+# Makes sure that there is a C compiler, Python's headers and venv, and with the
+# argument `tests` also what tests of RDMA need; installs with apt what is
+# missing, where this user may, else says what to type.
 set -eu
 python=${1:-python3}
+purpose=${2:-use}
 
 if ! command -v "$python" >/dev/null 2>&1; then
     echo "$python not found: install Python 3.11 or newer" >&2
@@ -25,6 +27,20 @@ import os, sys, sysconfig
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))
 EOF
 "$python" -c 'import ensurepip, venv' 2>/dev/null || need python3-venv
+# The emulator, the tools that make and show verbs devices, headers and drivers,
+# and others' programs that ours are checked against.
+if [ "$purpose" = tests ]; then
+    program() { PATH=$PATH:/usr/sbin:/sbin command -v "$1" >/dev/null 2>&1 || need "$2"; }
+    program qemu-system-x86_64 qemu-system-x86
+    program rdma iproute2
+    program ibv_devices ibverbs-utils
+    program rping rdmacm-utils
+    program ib_write_lat perftest
+    [ -e /usr/include/infiniband/verbs.h ] || need libibverbs-dev
+    [ -e /usr/include/rdma/rdma_cma.h ] || need librdmacm-dev
+    ls /usr/lib/*/libibverbs/librxe-*.so >/dev/null 2>&1 || need ibverbs-providers
+    [ -d /usr/lib/python3/dist-packages/pyverbs ] || need python3-pyverbs
+fi
 [ -z "$packages" ] && exit 0
 
 as_root=

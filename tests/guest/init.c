@@ -371,7 +371,8 @@ static long now_ms(void)
 }
 
 /* Passes output on until the command has ended and its output too; returns the
- * command's wait status. Orphans of others are collected on the way. */
+ * command's wait status. Orphans of others are collected on the way. A harness
+ * that is gone hangs up the control port: nobody waits for us any more. */
 static int attend(pid_t child, int signals, struct pollfd *from, const int *to)
 {
     struct signalfd_siginfo news;
@@ -386,8 +387,12 @@ static int attend(pid_t child, int signals, struct pollfd *from, const int *to)
             return result;
         }
         from[2] = (struct pollfd){.fd = signals, .events = POLLIN};
-        if (poll(from, 3, (int)left) < 0) {
+        from[3] = (struct pollfd){.fd = control};
+        if (poll(from, 4, (int)left) < 0) {
             fail("poll");
+        }
+        if (from[3].revents & POLLHUP) {
+            switch_off();
         }
         for (int i = 0; i < 2; i++) {
             if (from[i].revents && !pass_on(from[i].fd, to[i])) {
@@ -410,7 +415,7 @@ static int attend(pid_t child, int signals, struct pollfd *from, const int *to)
 
 int main(void)
 {
-    struct pollfd from[3] = {{.events = POLLIN}, {.events = POLLIN}};
+    struct pollfd from[4] = {{.events = POLLIN}, {.events = POLLIN}};
     int out[2], err[2], to[2], signals, status;
     sigset_t children;
 

@@ -51,6 +51,17 @@ static int await_readable(int fd, uint64_t deadline_ns)
     }
 }
 
+/* Counted, because a remote worker gets requests on another way: each says how
+ * many frames were sent before it. Under chan->control, or before anybody else
+ * knows the channel. */
+static int send_frame(struct rfm_channel *chan, uint16_t type, uint64_t cookie,
+                      const struct iovec *iov, uint32_t n_iov, const int *fds,
+                      uint32_t n_fds)
+{
+    rfm_store_release(&chan->n_frames, chan->n_frames + 1);
+    return rfm_frame_send(chan->fd, type, cookie, iov, n_iov, fds, n_fds);
+}
+
 /* A peer that is gone shows by its pidfd. One that doesn't read, or that may
  * have seen half a frame, can't be used any more. */
 static void sent(struct rfm_channel *chan, int rc)
@@ -117,20 +128,38 @@ void rfm_channel_send_arena(struct rfm_channel *chan,
 
             iov[1].iov_len = parcel.n_bytes;
             if (rc == RFM_OK) {
-                rc = rfm_frame_send(chan->fd, RFM_CTL_ARENA, 0, iov, 2, NULL, 0);
+                rc = send_frame(chan, RFM_CTL_ARENA, 0, iov, 2, NULL, 0);
             }
             if ((rc < 0) && (rc != RFM_ERR_PEER)) {
                 rfm_channel_sever(chan, "an arena could not be announced");
             }
             wait = rc == RFM_OK;
         } else {
-            sent(chan, rfm_frame_send(chan->fd, RFM_CTL_ARENA, 0, iov, 1, &fd, 1));
+            sent(chan, send_frame(chan, RFM_CTL_ARENA, 0, iov, 1, &fd, 1));
         }
     }
     pthread_mutex_unlock(&chan->control);
     if (wait) {
         await_mirror(chan, arena->id);
     }
+}
+
+/* printable, whatever the worker sent */
+static void take_reason(struct rfm_channel *chan)
+{
+    uint32_t n = chan->rx.head.length;
+    const char *none = NULL;
+
+    if (n >= sizeof(chan->reason)) {
+        n = sizeof(chan->reason) - 1;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        uint8_t c = chan->rx.body[i];
+
+        chan->reason[i] = ((c >= 32) && (c < 127)) ? (char)c : '?';
+    }
+    (void)__atomic_compare_exchange_n(&chan->why, &none, chan->reason, false,
+                                      __ATOMIC_RELEASE, __ATOMIC_RELAXED);
 }
 
 int rfm_channel_heard(struct rfm_channel *chan)
@@ -157,6 +186,9 @@ int rfm_channel_heard(struct rfm_channel *chan)
             }
             rfm_store_release(&chan->arena_ready, body.arena + 1);
         }
+    } else if ((chan->rx.head.type == RFM_CTL_REFUSED) &&
+               (chan->reason[0] == 0)) {
+        take_reason(chan);
     }
     rfm_rx_fini(&chan->rx);
     return rc;
@@ -182,7 +214,7 @@ void rfm_channel_send_number(struct rfm_channel *chan, uint16_t type,
         }
         rfm_store_release(bound, 0);
     }
-    sent(chan, rfm_frame_send(chan->fd, type, cookie, &iov, 1, NULL, 0));
+    sent(chan, send_frame(chan, type, cookie, &iov, 1, NULL, 0));
     pthread_mutex_unlock(&chan->control);
 }
 
@@ -268,7 +300,7 @@ static int shake_hands(struct rfm_channel *chan, const struct rfm_transport *ops
     body.memory_limit = inv->attr.memory_limit;
     body.transport    = ops->number;
     iov[1].iov_len    = parcel.n_bytes;
-    rc = rfm_frame_send(chan->fd, RFM_CTL_ATTACH, 0, iov, 2, parcel.fds,
+    rc = send_frame(chan, RFM_CTL_ATTACH, 0, iov, 2, parcel.fds,
                         parcel.n_fds);
     if (rc < 0) {
         goto err_link;
@@ -412,7 +444,7 @@ static int send_kernel(struct rfm_channel *chan, const struct rfm_kernel *kernel
         return RFM_OK;
     }
     memcpy(body.digest, kernel->digest, sizeof(body.digest));
-    rc = rfm_frame_send(chan->fd, RFM_CTL_KERNEL, 0, iov, 2, NULL, 0);
+    rc = send_frame(chan, RFM_CTL_KERNEL, 0, iov, 2, NULL, 0);
     if ((rc == RFM_OK) && (kernel->number < chan->shipped_size)) {
         chan->shipped[kernel->number] = 1;
     }
@@ -452,7 +484,7 @@ static int send_binding(struct rfm_channel *chan,
     if (*bound == 0) {
         rc = send_kernel(chan, binding->kernel);
         if (rc == RFM_OK) {
-            rc = rfm_frame_send(chan->fd, RFM_CTL_BIND, 0, iov, 3, NULL, 0);
+            rc = send_frame(chan, RFM_CTL_BIND, 0, iov, 3, NULL, 0);
         }
         if (rc == RFM_OK) {
             rfm_store_release(bound, 1);
@@ -491,6 +523,9 @@ static void fill_slot(struct rfm_channel *chan, struct rfm_request *req,
     line->id        = req->wire_id;
     line->binding   = req->binding->number;
     line->flags     = req->wire_flags | (may_take_back ? RFM_REQ_CLAIM : 0);
+    if (chan->remote) {
+        line->flags |= rfm_load_acquire(&chan->n_frames) << RFM_REQ_AFTER_SHIFT;
+    }
     line->budget_ns = 0;
     if ((req->wire_flags & RFM_REQ_FETCH) != 0) {
         struct rfm_wire_fetch fetch = { req->id, req->into };
@@ -586,10 +621,13 @@ static bool gather_object(struct rfm_channel *chan, const struct rfm_request *re
         from = staged.address;
         n    = staged.size;
     }
+    if (n < sizeof(head)) {
+        return true;            /* whoever opens it will say so */
+    }
     memcpy(&head, from, sizeof(head));
     at = sizeof(head) + head.n_parts * sizeof(uint64_t);
     if (at + head.n_refs * sizeof(desc) > n) {
-        return false;
+        head.n_refs = 0;
     }
     regions = room_for(chan, slot, head.n_refs + 1u);
     if (regions == NULL) {
@@ -601,9 +639,9 @@ static bool gather_object(struct rfm_channel *chan, const struct rfm_request *re
     }
     for (uint32_t i = 0; i < head.n_refs; i++) {
         memcpy(&desc, from + at + i * sizeof(desc), sizeof(desc));
-        if ((desc.size != 0) &&
-            !region_at(chan, &desc, &regions[traffic->n_push++])) {
-            return false;
+        /* what is in none of our arenas is refused by the worker */
+        if (region_at(chan, &desc, &regions[traffic->n_push])) {
+            traffic->n_push++;
         }
     }
     return true;
@@ -653,8 +691,10 @@ static bool gather(struct rfm_channel *chan, const struct rfm_request *req,
             region  = (i < binding->n_in) ? &traffic->push[traffic->n_push++]
                                           : &traffic->pull[traffic->n_pull++];
             *region = (struct rfm_region){
-                .arena   = given->desc.arena,
-                .offset  = given->desc.offset,
+                .arena   = (arg->place == RFM_BOUND) ? arg->arena
+                                                     : given->desc.arena,
+                .offset  = (arg->place == RFM_BOUND) ? arg->offset
+                                                     : given->desc.offset,
                 .size    = arg->size,
                 .address = (given->stage != NULL) ? given->stage : given->user,
             };
@@ -722,6 +762,7 @@ int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
     rfm_store_release(&req->state, RFM_POSTED);
     chan->inflight[slot].req = req;
     if (chan->remote && known) {
+        chan->link->ops->rank_ready(chan->link, slot);
         known = gather(chan, req, slot);
     }
     if (known) {
@@ -1152,6 +1193,9 @@ int rfm_channel_kill(struct rfm_channel *chan)
     int rc = RFM_ERR_PEER;
 
     if (chan->remote) {
+        if (rfm_load_acquire(&chan->state) == RFM_CH_DEAD) {
+            return RFM_ERR_PEER;
+        }
         /* it is its agent that can kill it; we see to it that it can't write */
         rfm_channel_sever(chan, "given up: it did not let go in time");
         return RFM_OK;

@@ -57,6 +57,7 @@ struct rfm_channel {
     uint64_t kill_at_ns;
     uint32_t severed;           /* atomic: remote, to be fenced and ended */
     const char *why;            /* atomic: what went wrong, if it did */
+    char     reason[128];       /* the worker's own words, if it is that */
 
     uint64_t head   __attribute__((aligned(RFM_CACHE_LINE)));
     uint64_t published;
@@ -78,6 +79,7 @@ struct rfm_channel {
     uint8_t *bound;             /* [RFM_MAX_BINDINGS], atomic */
     uint8_t *shipped;           /* by number of kernel */
     uint32_t shipped_size;
+    uint32_t n_frames;          /* atomic: sent on the control connection */
     uint32_t arena_ready;       /* atomic: number of the last mirror + 1 */
     int32_t  arena_status;
     struct rfm_rx rx;

@@ -109,6 +109,10 @@ struct rfm_transport {
     /* remote: the worker's mirror is there; in: what it said about it */
     int  (*rank_arena)(struct rfm_link *link, uint32_t arena,
                        const struct rfm_parcel *in);
+    /* remote: afterwards the slot's payload and traffic may be written again.
+     * Its last reply was polled, but who sent the request before it may still
+     * be about to say that it is sent. */
+    void (*rank_ready)(struct rfm_link *link, uint32_t slot);
     /* where the payload of a slot is written when it doesn't fit the line */
     uint8_t *(*rank_payload)(struct rfm_link *link, uint32_t slot);
     /* Never waits; traffic is NULL on a link that isn't remote. False: a part

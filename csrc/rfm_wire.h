@@ -70,6 +70,7 @@ enum rfm_frame_type {
     RFM_CTL_DISCARD     = 8,    /* a kept result is not wanted               */
     RFM_CTL_DRAIN       = 9,    /* worker -> rank: send nothing new          */
     RFM_CTL_ARENA_READY = 10,   /* worker -> rank, remote: its mirror        */
+    RFM_CTL_REFUSED     = 11,   /* worker -> rank, its last: a text          */
     RFM_AGENT_ADOPT     = 40,   /* agent -> worker, fd: a rank's connection  */
     RFM_AGENT_QUIT      = 41,
     RFM_AGENT_READY     = 48,   /* worker -> agent                           */
@@ -192,6 +193,10 @@ _Static_assert(sizeof(struct rfm_ctl_adopt) == 16, "adopt");
 #define RFM_REQ_STAGED  0x2u    /* payload is one rfm_desc: the object      */
 #define RFM_REQ_FETCH   0x4u    /* payload: rfm_wire_fetch                  */
 #define RFM_REQ_CLAIM   0x8u    /* the rank may take it back: claim it first */
+
+/* Remote links: the upper 24 bits of the flags count the control frames that
+ * were sent before (modulo 2^24). The worker has to have them all. */
+#define RFM_REQ_AFTER_SHIFT 8u
 
 struct rfm_request_line {
     uint64_t id;

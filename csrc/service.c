@@ -118,6 +118,7 @@ static void control_ended(struct rfm_invoker *inv, struct rfm_channel *chan,
 {
     if (chan->remote || (chan->let_go && closed)) {
         if (chan->remote && !chan->let_go) {
+            /* what it said before is heard: its words count more */
             rfm_channel_sever(chan, closed ? "the worker is gone"
                                            : "its control connection failed");
         }

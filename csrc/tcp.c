@@ -73,6 +73,7 @@ struct outgoing {
     const uint8_t *payload;
     const struct rfm_region *regions;
     uint32_t crc;
+    uint32_t queued;            /* atomic: until its sender has done with it */
 };
 
 struct tcp_link {
@@ -605,6 +606,7 @@ static bool send_queued(struct tcp_link *tcp)
                 break;
             }
             rfm_store_release(&tcp->queue_tail, tcp->queue_tail + 1);
+            rfm_store_release(&tcp->out[slot].queued, 0);
         }
         if (empty && tcp->wants_room) {
             tcp->wants_room = false;
@@ -864,6 +866,16 @@ static int rank_arena(struct rfm_link *link, uint32_t arena,
     return (in->n_bytes == 0) ? RFM_OK : RFM_ERR_PROTOCOL;
 }
 
+static void rank_ready(struct rfm_link *link, uint32_t slot)
+{
+    struct tcp_link *tcp = (struct tcp_link *)link;
+
+    while ((rfm_load_acquire(&tcp->out[slot].queued) != 0) &&
+           (rfm_load_relaxed(&link->failed) == 0)) {
+        sched_yield();
+    }
+}
+
 static uint8_t *rank_payload(struct rfm_link *link, uint32_t slot)
 {
     return request_at((struct tcp_link *)link, slot) + RFM_CACHE_LINE;
@@ -875,11 +887,11 @@ static bool rank_post(struct rfm_link *link, uint32_t slot,
 {
     struct tcp_link *tcp = (struct tcp_link *)link;
     uint64_t more = (line->in_bytes > RFM_INLINE_BYTES) ? line->in_bytes : 0;
-
     if (prepare(tcp, slot, RFM_STREAM_REQUEST, line, rank_payload(link, slot),
                 more, traffic->push, traffic->n_push) < 0) {
         return true;
     }
+    rfm_store_relaxed(&tcp->out[slot].queued, 1);
     tcp->posted[slot] = line->id;
     rfm_store_release(&tcp->traffic[slot], traffic);
     (void)__atomic_fetch_add(&tcp->expected, 1, __ATOMIC_RELAXED);
@@ -1048,6 +1060,7 @@ const struct rfm_transport rfm_tcp = {
     .rank_open       = rank_open,
     .rank_attached   = rank_attached,
     .rank_arena      = rank_arena,
+    .rank_ready      = rank_ready,
     .rank_payload    = rank_payload,
     .rank_post       = rank_post,
     .rank_poll       = rank_poll,

@@ -35,6 +35,9 @@
  * comes meanwhile. */
 #define BACKGROUND_NS 20000ull
 
+/* A control frame that a remote rank says to have sent is a lie after that. */
+#define LATE_NS 10000000000ull
+
 struct mapped {
     uint32_t arena;
     uint8_t *base;
@@ -92,6 +95,9 @@ struct rfm_conn {
     uint32_t asked;             /* atomic: the main thread asks to be told */
     uint32_t heard;             /* atomic: all that was sent before was read */
     uint64_t asked_for;         /* ticket + 1; main thread only */
+    uint32_t n_taken;           /* control frames; main thread only */
+    bool     dropped;           /* main thread only: told why, and shut down */
+    uint64_t late_since;        /* remote: what was said to come doesn't */
     struct rfm_link *link;      /* atomic: NULL until attached */
     uint64_t ticket;
     uint64_t last_id[RFM_MAX_SLOTS];
@@ -1162,6 +1168,18 @@ static void remove_conn(struct rfm_worker *w, struct rfm_conn *conn)
     }
 }
 
+/* The rank sees the end of its connection, not a silence. */
+static void drop_conn(struct rfm_conn *conn, const char *why)
+{
+    struct iovec iov = { (void *)(uintptr_t)why, strlen(why) };
+
+    conn->dropped = true;
+    pthread_mutex_lock(&conn->send_lock);
+    (void)rfm_frame_send(conn->fd, RFM_CTL_REFUSED, 0, &iov, 1, NULL, 0);
+    pthread_mutex_unlock(&conn->send_lock);
+    (void)shutdown(conn->fd, SHUT_RDWR);
+}
+
 /* 1: *ev is for the caller; 0: nothing for it */
 static int take_control(struct rfm_worker *w, struct rfm_event *ev)
 {
@@ -1185,6 +1203,7 @@ static int take_control(struct rfm_worker *w, struct rfm_event *ev)
     ev->conn        = node->conn;
     ev->conn_number = node->conn->number;
     ev->frame       = node;
+    node->conn->n_taken += !node->ended;
     if (node->ended) {
         remove_conn(w, node->conn);
         ev->type = RFM_EV_GONE;
@@ -1218,8 +1237,7 @@ static int take_control(struct rfm_worker *w, struct rfm_event *ev)
         break;                  /* a later version's: not for us */
     }
     if (event < 0) {
-        /* the rank sees the end of its connection, not a silence */
-        (void)shutdown(node->conn->fd, SHUT_RDWR);
+        drop_conn(node->conn, "a control frame that made no sense");
     }
     if (event != 1) {
         control_free(node);
@@ -1560,6 +1578,20 @@ static void fill_event(struct rfm_event *ev, struct rfm_conn *conn,
  * was written first. False: look again later. */
 static bool heard_all(struct rfm_worker *w, struct rfm_conn *conn)
 {
+    if (conn->link->remote) {
+        uint32_t ahead = (w->line.flags >> RFM_REQ_AFTER_SHIFT) - conn->n_taken;
+        uint64_t now;
+
+        if (((ahead & 0xffffffu) == 0) || ((ahead & 0x800000u) != 0)) {
+            conn->late_since = 0;
+            return true;
+        }
+        now = rfm_now_ns();
+        if (conn->late_since == 0) {
+            conn->late_since = now;
+        }
+        return now - conn->late_since > LATE_NS;
+    }
     if (conn->asked_for != conn->ticket + 1) {
         conn->asked_for = conn->ticket + 1;
         rfm_store_release(&conn->asked, conn->asked + 1);
@@ -1804,8 +1836,8 @@ static void progress_sides(struct rfm_worker *w)
 /* what broke its link has nothing more to say */
 static void drop_failed(struct rfm_conn *conn)
 {
-    if (rfm_load_acquire(&conn->link->failed) != 0) {
-        (void)shutdown(conn->fd, SHUT_RDWR);
+    if ((rfm_load_acquire(&conn->link->failed) != 0) && !conn->dropped) {
+        drop_conn(conn, conn->link->why);
     }
 }
 

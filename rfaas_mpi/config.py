@@ -111,6 +111,8 @@ class Settings:
     slots: int = _setting(16, _number(int, 2, 64), "slots of a connection from rank to worker")
     slot_bytes: int = _setting(16384, _number(_size, 64, 1 << 20), "size of one slot")
     memory_per_worker: int | None = _setting(None, _size, "memory a worker may use; default: a fair share")
+    sandbox: str = _setting("default", _choice("off", "default", "strict"),
+                            "what a kernel in a worker may do; strict: read modules, write a scratch directory")
     memory_reserve: int = _setting(512 << 20, _size, "memory of the node that is never lent")
     fallback: bool = _setting(True, _flag, "run on the rank what no worker could run")
     debug: bool = _setting(False, _flag, "tracebacks in the CLI, more in the log")

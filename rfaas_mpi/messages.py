@@ -395,7 +395,10 @@ class ForkWorker(msgspec.Struct, frozen=True, tag_field="t", tag="fork"):
 
 
 class ZygoteReady(msgspec.Struct, frozen=True, tag_field="t", tag="zygote_ready"):
+    """`sandbox` is the level that its workers get (agent/sandbox.py), for people to see."""
+
     pid: int
+    sandbox: dict[str, Any]
 
 
 class WorkerForked(msgspec.Struct, frozen=True, tag_field="t", tag="forked"):

@@ -25,8 +25,10 @@ from rfaas_mpi import messages as msg
 from rfaas_mpi._version import __version__
 from rfaas_mpi.agent import core as agent_core
 from rfaas_mpi.agent import cores as node_cores
+from rfaas_mpi.agent import sandbox
 from rfaas_mpi.agent.core import AgentCore, Exit
 from rfaas_mpi.agent.pool import CoreLocks, Taking, WorkerHandle, ZygoteHandle, ZygoteKind, full_cpuset, oom_kills
+from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import RFaaSError, ServiceError
 from rfaas_mpi.leases import Cause, Lease, LeaseBook, NodeReport
 from rfaas_mpi.manager import core as manager_core
@@ -508,14 +510,15 @@ class Service:
     def _joined(self, session: SessionHandle, join: msg.Join, now: float) -> None:
         if session.join is not None:
             raise ServiceError("this session has joined already")
-        session.join = join
         if not join.observer:
             environment = {os.fsdecode(name): os.fsdecode(value) for name, value in join.environment}
+            sandbox.required(Settings.load(environment).sandbox, sandbox.probe())
             session.kind = ZygoteKind.of(join)
             session.slurm = node_cores.slurm_facts(environment)
             session.rank = node_cores.Rank(
                 pid=join.pid, mask=join.affinity, local_ranks=node_cores.local_ranks(environment),
                 launch=node_cores.launch_key(environment, join.pid, node_cores.launcher_pid(environment, join.pid)))
+        session.join = join
         self._report(now)
         view = self._node()
         self._send(session, msg.Welcome(
@@ -820,9 +823,10 @@ class Service:
             self._zygote_ended(key, zygote)
             return
         match msg.unpack_from_zygote(data):
-            case msg.ZygoteReady():
+            case msg.ZygoteReady(sandbox=level):
+                zygote.sandbox = level
                 zygote.became_ready()
-                log.info("zygote=%s pid=%d ready", key, zygote.pid)
+                log.info("zygote=%s pid=%d ready, sandbox %s", key, zygote.pid, sandbox.level_text(level))
             case msg.WorkerForked(worker=number, pid=pid):
                 handle = self._workers.get(number)
                 if handle is not None and fds:
@@ -898,7 +902,8 @@ class Service:
             "memory": {"lendable_bytes": view.memory_bytes, "free_bytes": view.memory_free},
             "leases": [_lease_status(lease) for lease in self.manager.book.leases],
             "workers": workers,
-            "zygotes": [{"key": key, "pid": zygote.pid, "ready": zygote.ready, "workers": len(zygote.workers)}
+            "zygotes": [{"key": key, "pid": zygote.pid, "ready": zygote.ready, "workers": len(zygote.workers),
+                         "sandbox": zygote.sandbox}
                         for key, zygote in self._zygotes.items()],
             "sessions": [{"number": session.number, "pid": session.peer_pid, "age_s": round(now - session.since, 3)}
                          for session in self._sessions.values() if session.holds],

@@ -451,7 +451,7 @@ class Session:
         self._connection.settimeout(None)
         self._reader = threading.Thread(target=self._read, name="rfaas-session", daemon=True)
         self._reader.start()
-        environment = config.environment()
+        environment = {**config.environment(), f"{config.PREFIX}SANDBOX": self.settings.sandbox}
         join = msg.Join(
             id=next(self._ids), pid=os.getpid(),
             executable=os.fsencode(sys.executable or ""), flags=_interpreter_flags(),

@@ -185,11 +185,13 @@ def test_status_is_readable_and_fits_80_columns():
                     "hard_end": None}],
         "workers": [{"number": 9, "lease": 7, "pid": 4400, "cores": [1], "state": "WAITING", "running": True,
                      "invocations": 12, "exec_ns": 5_000_000, "poll_ns": 0, "connections": 1}],
-        "sessions": [{"number": 1, "pid": 4300, "age_s": 60.0}], "zygotes": [], "usage": []}
+        "sessions": [{"number": 1, "pid": 4300, "age_s": 60.0}], "zygotes": [], "usage": [],
+        "sandbox": {"policy": "default", "seccomp": True, "landlock": 7, "keeps": ["signals"], "lacks": []}}
     lines = list(describe(data))
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
-    for fact in ("pid 4321", "lent 1-2", "free 3", "1.0 GiB of 3.0 GiB", "7: active", "9: pid 4400", "12 invocations"):
+    for fact in ("pid 4321", "lent 1-2", "free 3", "1.0 GiB of 3.0 GiB", "7: active", "9: pid 4400", "12 invocations",
+                 "default: seccomp and Landlock ABI 7"):
         assert fact in text
     none = {**data, "cores": {**data["cores"], "lent": [], "free": [], "why_none": "one core only"}}
     assert any("one core only" in line for line in describe(none))
@@ -199,7 +201,8 @@ def test_status_without_a_service_says_so_and_starts_none(tmp_path):
     environment = {**os.environ, "RFAAS_RUNTIME_DIR": str(tmp_path)}
     done = rfaas("status", "--json", env=environment)
     assert done.returncode == output.NOT_RUNNING
-    assert json.loads(done.stdout) == {"running": False}
+    said = json.loads(done.stdout)
+    assert said["running"] is False and said["sandbox"]["policy"] == "default"
     assert [path for path in tmp_path.rglob("*") if path.is_socket()] == []
 
 

@@ -16,9 +16,11 @@ import types
 from collections.abc import Iterable, Sequence
 
 from rfaas_mpi import config
+from rfaas_mpi.agent import sandbox
 from rfaas_mpi.errors import NestedError
 
-__all__ = ["Embryo", "adopt_orphans", "die_with_parent", "forbid_mpi", "name_process"]
+__all__ = ["Embryo", "adopt_orphans", "die_with_parent", "forbid_mpi", "gain_no_privileges",
+           "name_process"]
 
 AGENT_FD = 3
 PAGE_FD = 4
@@ -53,6 +55,11 @@ def name_process(name: str) -> None:
 def adopt_orphans() -> None:
     """Processes that a kernel left behind become our children, so that we can end them."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def gain_no_privileges() -> None:
+    """No program that is started from here on has more rights than this process; what seccomp and Landlock ask for."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
 class _NoMPI:
@@ -142,7 +149,8 @@ class Embryo:
     refuses something that isolation needs.
     """
 
-    def __init__(self, parent: int, keep: Iterable[int]) -> None:
+    def __init__(self, parent: int, keep: Iterable[int], plan: sandbox.Plan,
+                 scratch: sandbox.Scratch | None) -> None:
         die_with_parent(parent)
         os.setsid()
         signal.set_wakeup_fd(-1)
@@ -152,7 +160,7 @@ class Embryo:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         _close_all_but(keep)
-        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+        gain_no_privileges()
         _write("/proc/self/oom_score_adj", "1000")
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         # Forks share their parent's streams of random numbers otherwise.
@@ -164,6 +172,9 @@ class Embryo:
         os.environ[config.WORKER_MARK] = "0"
         config.Settings.load()        # for the pages that it touches
         self._data_bytes = _data_bytes()
+        # Here already: what is left to do needs nothing that a sandbox denies, and
+        # the order for a worker does not wait for it.
+        sandbox.restrict(plan, scratch)
 
     def become(self, worker: int, cores: Sequence[int], memory_bytes: int, agent_fd: int, page_fd: int,
                output_fd: int) -> None:

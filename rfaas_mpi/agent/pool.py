@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rfaas_mpi import config
 from rfaas_mpi import messages as msg
@@ -64,6 +65,7 @@ class ZygoteHandle:
     def __init__(self, kind: ZygoteKind, now: float) -> None:
         self.kind = kind
         self.ready = False
+        self.sandbox: dict[str, Any] = {}
         self.workers: set[int] = set()
         self.idle_since = now
         self.stderr = b""

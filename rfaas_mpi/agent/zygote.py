@@ -19,7 +19,9 @@ import socket
 import sys
 import traceback
 
+from rfaas_mpi import config
 from rfaas_mpi import messages as msg
+from rfaas_mpi.agent import sandbox
 
 __all__ = ["main", "serve"]
 
@@ -76,8 +78,11 @@ def threads() -> int:
 
 
 class _Zygote:
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(self, channel: socket.socket, plan: sandbox.Plan) -> None:
         self.channel = channel
+        self.plan = plan
+        needs_scratch = plan.landlock is not None and plan.landlock.scratch
+        self.scratch = sandbox.Scratch() if needs_scratch else None
         self.workers: dict[int, int] = {}        # pid → worker
         self.spare: tuple[int, socket.socket] | None = None
 
@@ -107,7 +112,7 @@ class _Zygote:
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _run_worker(order, fds, theirs, parent)
+            _run_worker(order, fds, theirs, parent, self.plan, self.scratch)
         theirs.close()
         if order is None:
             self.spare = pid, ours
@@ -150,6 +155,8 @@ class _Zygote:
                 # Its number is not free before it is reaped, so this hits its own group only.
                 _kill_group(pid)
             _, _, usage = os.wait4(pid, 0)
+            if self.scratch is not None:
+                self.scratch.remove(pid)
             if worker is not None:
                 killed = ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
                 _say(self.channel, msg.WorkerExited(
@@ -170,12 +177,17 @@ class _Zygote:
             except ProcessLookupError:
                 continue
 
-    def kill_all(self) -> None:
+    def close(self) -> None:
+        """Ends every worker, and removes what they were given."""
         for pid in list(self.workers):
             _kill_group(pid)
             os.kill(pid, signal.SIGKILL)
         if self.spare is not None:
             self.spare[1].close()
+        if self.scratch is not None:
+            for pid in (*self.workers, *([self.spare[0]] if self.spare is not None else [])):
+                os.waitpid(pid, 0)    # so that nobody writes there any more
+            self.scratch.close()
 
 
 def _children() -> list[int]:
@@ -197,12 +209,13 @@ def _say(channel: socket.socket, message: object, fds: list[int] | None = None) 
     socket.send_fds(channel, [msg.pack_plain(message)], fds or [])  # type: ignore[arg-type]
 
 
-def _run_worker(order: msg.ForkWorker | None, fds: list[int], orders: socket.socket, parent: int) -> None:
+def _run_worker(order: msg.ForkWorker | None, fds: list[int], orders: socket.socket, parent: int,
+                plan: sandbox.Plan, scratch: sandbox.Scratch | None) -> None:
     """In the fork: becomes the worker that is ordered, now or later; never returns."""
     status = 70
     try:
         from rfaas_mpi.agent import child
-        embryo = child.Embryo(parent, [*fds, orders.fileno()])
+        embryo = child.Embryo(parent, [*fds, orders.fileno()], plan, scratch)
         if order is None:
             data, fds, _, _ = socket.recv_fds(orders, DATAGRAM_BYTES, 3)
             if not data:
@@ -229,6 +242,7 @@ def _run_worker(order: msg.ForkWorker | None, fds: list[int], orders: socket.soc
 
 def serve(channel: socket.socket) -> int:
     """Forks on demand until the service is gone; returns the exit status."""
+    from rfaas_mpi.agent import child
     _import_all()
     if threads() != 1:
         _say(channel, msg.ZygoteProblem(0, f"importing a worker's modules left {threads()} threads running"))
@@ -245,12 +259,16 @@ def serve(channel: socket.socket) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
-    zygote = _Zygote(channel)
+    plan = sandbox.plan(config.Settings.load().sandbox, sandbox.probe(), sandbox.places())
+    zygote = _Zygote(channel, plan)
+    # Once for all workers, which inherit it: nothing here needs what is denied there.
+    child.gain_no_privileges()
+    sandbox.filter_calls(plan)
     zygote.make_spare()
     selector = selectors.DefaultSelector()
     selector.register(channel, selectors.EVENT_READ)
     selector.register(wake_r, selectors.EVENT_READ)
-    _say(channel, msg.ZygoteReady(os.getpid()))
+    _say(channel, msg.ZygoteReady(os.getpid(), dict(zygote.plan.level)))
     while True:
         ready = selector.select(SPARE_AFTER_S if zygote.spare is None else None)
         if not ready:
@@ -260,7 +278,7 @@ def serve(channel: socket.socket) -> int:
             if key.fileobj is channel:
                 data, fds, _, _ = socket.recv_fds(channel, DATAGRAM_BYTES, 3)
                 if not data:
-                    zygote.kill_all()
+                    zygote.close()
                     return 0
                 try:
                     zygote.fork(data, fds)

@@ -49,7 +49,8 @@ def examine() -> list[Check]:
     """All checks, in the order in which to read them. Never raises for what it finds."""
     groups: Sequence[tuple[str, Callable[[], Iterable[Check]]]] = (
         ("python", _python), ("packages", _packages), ("extension", _extension), ("system calls", _system_calls),
-        ("runtime directory", _runtime_directory), ("cores and memory", _cores_and_memory), ("mpi", _mpi),
+        ("runtime directory", _runtime_directory), ("sandbox", _sandbox),
+        ("cores and memory", _cores_and_memory), ("mpi", _mpi),
         ("numba", _numba), ("transports", _transports), ("service", _service))
     found: list[Check] = []
     for name, group in groups:
@@ -219,6 +220,25 @@ def _membarrier() -> Check:
         return Check("membarrier", False, f"{why}; nothing here needs it yet",
                      "run on Linux 4.14 or newer, and allow membarrier in the container's seccomp profile")
     return Check("membarrier", True, "expedited")
+
+
+# --- what a kernel is kept from -----------------------------------------------------
+
+def _sandbox() -> Iterable[Check]:
+    from rfaas_mpi import config
+    from rfaas_mpi.agent import sandbox
+    facts, policy = sandbox.probe(), config.Settings.load().sandbox
+    yield Check("seccomp", not facts.no_seccomp, facts.no_seccomp or f"system calls can be filtered ({facts.machine})",
+                "allow seccomp in the container's profile; only x86_64 and aarch64 have a filter")
+    yield Check("landlock", not facts.no_landlock, facts.no_landlock or f"ABI {facts.landlock}",
+                "run on Linux 5.13 or newer, with landlock among the `lsm=` of the kernel's command line")
+    try:
+        level = sandbox.level()
+    except RFaaSError as error:
+        yield Check("sandbox", False, Exception.__str__(error), error.hint, needed=True)
+        return
+    yield Check("sandbox", policy == "off" or not level["lacks"], sandbox.level_text(level),
+                "nothing to do where you trust your kernels as your ranks; else mend the two lines above")
 
 
 # --- the place for sockets and locks ----------------------------------------------

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from rfaas_mpi import config
+from rfaas_mpi.agent import sandbox
 from rfaas_mpi.cli.output import core_ranges
-from rfaas_mpi.errors import NoService
+from rfaas_mpi.errors import NoService, RFaaSError
 from rfaas_mpi.session import Session
 
 
@@ -22,16 +25,24 @@ def status() -> dict[str, Any]:
     """`running`, and the service's own facts if it is. Starts nothing."""
     session = _running()
     if session is None:
-        return {"running": False}
+        return {"running": False, "sandbox": _sandbox()}
     with session:
-        return {"running": True, **session.status()}
+        return {"running": True, **session.status(), "sandbox": _sandbox()}
+
+
+def _sandbox() -> dict[str, Any]:
+    """The level that workers of a rank started like this process would get; `error` where it can't be kept."""
+    try:
+        return sandbox.level()
+    except RFaaSError as error:
+        return {"policy": config.Settings.load().sandbox, "error": str(error)}
 
 
 def up() -> dict[str, Any]:
     """Starts or joins the service and has it stay; its facts. ServiceError if it can't be started."""
     with Session.open(observer=True) as session:
         session.stay()
-        return {"running": True, **session.status()}
+        return {"running": True, **session.status(), "sandbox": _sandbox()}
 
 
 def down() -> dict[str, Any]:
@@ -48,6 +59,7 @@ def describe(data: dict[str, Any]) -> Iterator[str]:
     """status() for people, within 80 columns where the facts are that short."""
     if not data["running"]:
         yield "No service runs; the first Executor starts one (or `rfaas up`)."
+        yield from _levels(data)
         return
     cores, memory = data["cores"], data["memory"]
     stays = "stays until `rfaas down`" if data["stay"] else "leaves after its last rank"
@@ -60,6 +72,7 @@ def describe(data: dict[str, Any]) -> Iterator[str]:
     else:
         yield f"cores      none to lend: {cores['why_none'] or 'every core is kept'}"
     yield f"memory     {_gib(memory['free_bytes'])} of {_gib(memory['lendable_bytes'])} free"
+    yield from _levels(data)
     yield f"ranks      {len(data['sessions'])}" + (f", {data['waiting']} waiting for cores" if data["waiting"] else "")
     for rank in data["sessions"]:
         yield f"  pid {rank['pid']}, for {_duration(rank['age_s'])}"
@@ -72,6 +85,14 @@ def describe(data: dict[str, Any]) -> Iterator[str]:
         doing = "running" if worker["running"] else worker["state"].lower()
         yield (f"  {worker['number']}: pid {worker['pid']}, core {core_ranges(worker['cores'])}, {doing}, "
                f"{worker['invocations']} invocations in {_duration(worker['exec_ns'] / 1e9)}")
+
+
+def _levels(data: dict[str, Any]) -> Iterator[str]:
+    """What workers are kept from: those that there are, else those that there would be."""
+    levels = [zygote["sandbox"] for zygote in data.get("zygotes", ()) if zygote["sandbox"]] or [data["sandbox"]]
+    for text in dict.fromkeys(level.get("error") or sandbox.level_text(level) for level in levels):
+        yield from textwrap.wrap(text, 79, initial_indent="sandbox    ", subsequent_indent=" " * 11,
+                                 break_long_words=False, break_on_hyphens=False)
 
 
 def _gib(size: int) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from rfaas_mpi.errors import ConfigError
+from rfaas_mpi.types import TcpOptions
 
 __all__ = [
     "Places", "Settings", "core_list", "describe", "environment", "inside_worker", "places", "scrubbed", "slurm_job",
@@ -100,7 +101,10 @@ class Settings:
     """Everything that can be set; each field `x` also by the environment variable `RFAAS_X`."""
 
     runtime_dir: str | None = _setting(None, str, "where sockets and locks of services live")
-    transport: str = _setting("shm", _choice("shm", "inline"), "how invocations travel; inline: run in the rank")
+    service: str | None = _setting(None, str, "a service on another node, like tcp://HOST:PORT; default: this node's")
+    key_file: str | None = _setting(None, str, "the key that a service on another node shares with its ranks")
+    transport: str = _setting("auto", _choice("auto", "shm", "tcp", "verbs", "inline"),
+                              "how invocations travel; auto: shm on one node, else verbs or tcp; inline: run in the rank")
     lend: str = _setting("auto", _lend, "whether to lend cores: auto, yes (even on a login node) or no")
     cores: tuple[int, ...] = _setting((), core_list, "lend exactly these cores, like 2-5,8; default: find out")
     linger_s: float = _setting(2.0, _number(float, 0), "how long the service stays after its last rank")
@@ -115,6 +119,10 @@ class Settings:
                             "what a kernel in a worker may do; strict: read modules, write a scratch directory")
     memory_reserve: int = _setting(512 << 20, _size, "memory of the node that is never lent")
     fallback: bool = _setting(True, _flag, "run on the rank what no worker could run")
+    tcp_idle_s: int = _setting(5, _number(int, 1, 32767), "a silent TCP peer is asked after so long if it lives")
+    tcp_probe_s: int = _setting(2, _number(int, 1, 32767), "and again after so long")
+    tcp_probes: int = _setting(3, _number(int, 1, 127), "and given up after so many questions")
+    tcp_timeout_s: float = _setting(15.0, _number(float, 0.1, 86400), "how long a TCP peer may leave data unacknowledged")
     debug: bool = _setting(False, _flag, "tracebacks in the CLI, more in the log")
 
     @classmethod
@@ -145,6 +153,11 @@ class Settings:
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"{source} is not possible: {error}", hint=item.metadata["what"]) from None
         return cls(**values)
+
+    @property
+    def tcp(self) -> TcpOptions:
+        """When a silent TCP peer is given up."""
+        return TcpOptions(self.tcp_idle_s, self.tcp_probe_s, self.tcp_probes, self.tcp_timeout_s)
 
     def with_(self, **changes: Any) -> Settings:
         """A copy with some fields changed; unchecked."""

@@ -15,6 +15,7 @@ from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import (
     AuthError,
     ClosedError,
+    ConfigError,
     LeaseExpired,
     LeaseRevoked,
     RFaaSError,
@@ -28,7 +29,7 @@ from rfaas_mpi.session import Grant, GrantLease, Session, WorkerEnded
 if TYPE_CHECKING:
     from rfaas_mpi.fabric import Channel, Invoker
 
-__all__ = ["Lending", "lost_error"]
+__all__ = ["Lending", "choose_transport", "lost_error"]
 
 log = logging.getLogger("rfaas_mpi.lending")
 
@@ -61,6 +62,11 @@ class Lending:
         self.alone = True
         self.why: RFaaSError | None = None
         self.session = Session.open(settings, on_event=self._events.put)
+        try:
+            self.transport = choose_transport(settings.transport, self.session)
+        except BaseException:
+            self.session.close()
+            raise
         self._thread = threading.Thread(target=self._run, name="rfaas-lending", daemon=True)
         self._thread.start()
 
@@ -99,20 +105,25 @@ class Lending:
         for lease in grant.leases:
             for worker in lease.workers:
                 try:
-                    dialled.append((lease, worker.number, self.session.dial(lease, worker.number)))
+                    dialled.append((lease, worker.number, self._reach(lease, worker.number)))
                 except (TransportError, AuthError, ServiceLost) as error:
                     failure = error
-        for lease, number, fd in dialled:
+        for lease, number, fds in dialled:
             try:
-                self._attach(lease, number, fd)
+                self._attach(lease, number, fds)
             except TransportError as error:
                 failure = error
         if failure is not None and not self._channels:
             raise failure
         self._look()
 
-    def _attach(self, lease: GrantLease, worker: int, fd: int) -> None:
-        channel = self._invoker.attach(fd, lease=lease.id, worker=worker)
+    def _reach(self, lease: GrantLease, worker: int) -> tuple[int, int]:
+        return self.session.reach(lease, worker, self.transport)
+
+    def _attach(self, lease: GrantLease, worker: int, fds: tuple[int, int]) -> None:
+        control, data = fds
+        more: dict[str, Any] = {} if self.transport == "shm" else {"transport": self.transport, "data_fd": data}
+        channel = self._invoker.attach(control, lease=lease.id, worker=worker, **more)
         with self._lock:
             self._homes[worker] = lease.id
             # It may have ended, and its end been told, before we had it.
@@ -198,8 +209,7 @@ class Lending:
                 with self._lock:
                     self._leases.clear()
                     self._awaited.clear()
-                    self.why = ServiceLost(event.message or "the service ended",
-                                           hint="make a new Executor: it starts another one")
+                    self.why = ServiceLost(event.message or "the service ended", hint=self.session.way_out)
                     channels = list(self._channels.values())
                 # Its workers end with it; one that is stopped would only notice later,
                 # and keep what it was given in flight until then.
@@ -219,7 +229,7 @@ class Lending:
             if lease is None or self._closed:
                 return
         try:
-            self._attach(lease, event.worker, self.session.dial(lease, event.worker))
+            self._attach(lease, event.worker, self._reach(lease, event.worker))
         except RFaaSError as error:
             log.warning("lease=%d worker=%d can't be reached: %s", event.lease, event.worker, error)
             return
@@ -293,6 +303,30 @@ class Lending:
             self.alone = True
 
 
+def choose_transport(wanted: str, session: Session) -> str:
+    """How invocations travel to the workers of a session, for a setting that may say "auto".
+
+    Raises ConfigError for a transport that can't be used.
+    """
+    if not session.remote and wanted in ("auto", "shm"):
+        return "shm"
+    from rfaas_mpi import fabric
+    here = getattr(fabric, "transports", lambda: ("shm",))()
+    if wanted == "auto":
+        return "verbs" if "verbs" in here and "verbs" in session.transports else "tcp"
+    if wanted == "shm":
+        raise ConfigError(f"transport shm is for workers of this node, and {session.name} is another one's",
+                          hint="leave the transport to auto, or choose tcp or verbs")
+    if wanted == "tcp" and not (session.remote or session.listen):
+        raise ConfigError("transport tcp needs a service that listens on TCP, and this node's does not",
+                          hint="`rfaas up --listen 127.0.0.1:0` has it do so")
+    if wanted not in here:
+        raise ConfigError(f"transport {wanted} can't be used on this node", hint="`rfaas doctor` says why")
+    if session.remote and wanted not in session.transports:
+        raise ConfigError(f"transport {wanted} can't be used on {session.host}", hint="`rfaas doctor` there says why")
+    return wanted
+
+
 def lease_error(event: msg.LeaseEnded) -> RFaaSError:
     """What a lease's end means to an invocation that nobody is left to run."""
     text = event.message or f"lease {event.lease} ended ({event.cause})"
@@ -302,7 +336,7 @@ def lease_error(event: msg.LeaseEnded) -> RFaaSError:
         case "revoked":
             return LeaseRevoked(text, hint="run on the rank, or ask for cores again with a new Executor")
         case "service":
-            return ServiceLost(text, hint="make a new Executor: it starts another one")
+            return ServiceLost(text, hint="make a new Executor")
     return WorkerLost(text, hint="make a new Executor")
 
 
@@ -316,7 +350,7 @@ def lost_error(ended: WorkerEnded) -> RFaaSError:
         case "expired":
             error = LeaseExpired(what, hint="ask for cores again with a new Executor")
         case "service":
-            error = ServiceLost(what, hint="make a new Executor: it starts another one")
+            error = ServiceLost(what, hint="make a new Executor")
         case _:
             error = WorkerLost(what, hint="call again, or let it run on the rank with fallback=True")
     describe(error, ended)

@@ -16,10 +16,11 @@ import msgspec
 
 from rfaas_mpi._version import __version__
 from rfaas_mpi.errors import ServiceError
+from rfaas_mpi.types import TcpOptions
 
 MAGIC = b"RFAASMPI"
 PROTOCOL = 1
-HELLO = struct.Struct("<8sHHIQIi16sQ8x")
+HELLO = struct.Struct("<8sHHIQIi16sQQ")
 FRAME = struct.Struct("<IHHQ")
 MAX_BODY = 64 << 20
 PROOF_BYTES = 32
@@ -27,6 +28,8 @@ PROOF_ANSWER = struct.Struct("<i32s")
 
 KIND_SESSION = 1
 KIND_WORKER = 2
+KIND_DATA = 3
+KINDS = (KIND_SESSION, KIND_WORKER, KIND_DATA)
 
 HELLO_OK = 0
 HELLO_BAD_MAGIC = -1
@@ -75,6 +78,7 @@ class Hello(NamedTuple):
     status: int
     nonce: bytes
     session: int                     # which session dials (0: none); only tells whom to tell
+    data: int = 0                    # kind 2: so many data connections follow (0 or 1)
 
     def pack(self) -> bytes:
         return HELLO.pack(*self)
@@ -85,8 +89,19 @@ class Hello(NamedTuple):
 
     @classmethod
     def make(cls, kind: int, nonce: bytes, *, lease: int = 0, worker: int = 0, status: int = 0,
-             session: int = 0) -> Hello:
-        return cls(MAGIC, PROTOCOL, kind, version_number(), lease, worker, status, nonce, session)
+             session: int = 0, data: int = 0) -> Hello:
+        return cls(MAGIC, PROTOCOL, kind, version_number(), lease, worker, status, nonce, session, data)
+
+    @classmethod
+    def make_data(cls, nonce: bytes, pairing: bytes, *, lease: int, worker: int) -> Hello:
+        """The hello of the data connection that belongs to the control connection which was answered with `pairing`."""
+        return cls.make(KIND_DATA, nonce, lease=lease, worker=worker)._replace(
+            **dict(zip(("session", "data"), _PAIRING.unpack(pairing), strict=True)))
+
+    @property
+    def pairing(self) -> bytes:
+        """Kind 3: the nonce with which the service answered the control connection's hello."""
+        return _PAIRING.pack(self.session, self.data)
 
     def problem(self) -> int:
         """0, or the status with which to refuse it."""
@@ -96,19 +111,36 @@ class Hello(NamedTuple):
             return HELLO_PROTOCOL
         if self.version != version_number():
             return HELLO_VERSION
-        if self.kind not in (KIND_SESSION, KIND_WORKER):
+        if self.kind not in KINDS or (self.kind == KIND_WORKER and self.data > 1):
             return HELLO_REFUSED
         return HELLO_OK
 
 
+_PAIRING = struct.Struct("<QQ")
+
+# Who proves what: no proof of one kind or side passes for another.
+ROLE_RANK = b"rank"
+ROLE_WORKER = b"worker"
+ROLE_SESSION_RANK = b"session rank"
+ROLE_SESSION_SERVICE = b"session service"
+ROLE_DATA_RANK = b"data rank"
+ROLE_DATA_WORKER = b"data worker"
+
+
 def proof(secret: bytes, role: bytes, rank_nonce: bytes, service_nonce: bytes, lease: int, worker: int) -> bytes:
-    """32 bytes that only who knows the lease's secret can make; role is b"rank" or b"worker"."""
+    """32 bytes that only who knows the secret can make; `role` says which side makes it, and for what."""
     text = role + rank_nonce + service_nonce + struct.pack("<QI", lease, worker)
     return hmac.new(secret, text, hashlib.sha256).digest()
 
 
 def same_proof(a: bytes, b: bytes) -> bool:
     return hmac.compare_digest(a, b)
+
+
+def lease_secret(key: bytes, lease: int, epoch: int, rank_nonce: bytes, service_nonce: bytes) -> bytes:
+    """The secret of a lease that a session over TCP was granted: each side makes it, so that it never travels."""
+    text = b"lease" + struct.pack("<QQ", lease, epoch) + rank_nonce + service_nonce
+    return hmac.new(key, text, hashlib.sha256).digest()
 
 
 class Frame(NamedTuple):
@@ -163,7 +195,8 @@ class GrantLease(msgspec.Struct, frozen=True):
     secret: bytes
     workers: tuple[WorkerInfo, ...]
     memory_bytes: int                # of the whole lease
-    hard_end: float | None = None    # CLOCK_MONOTONIC seconds of this node; None: no end known
+    hard_end: float | None = None    # CLOCK_MONOTONIC seconds of the lease's node; None: no end known
+    endpoint: str = ""               # where its workers are dialled; "": at the session's service
 
     @property
     def memory_per_worker(self) -> int:
@@ -206,6 +239,7 @@ class Join(RankRequest, frozen=True, tag="join"):
     lend: str = "auto"
     cores: tuple[int, ...] = ()      # lend exactly these
     observer: bool = False           # asks and commands only: no zygote, does not hold the service
+    package: bytes = b""             # where the rank has rfaas_mpi from
 
 
 class LeaseRequest(RankRequest, frozen=True, tag="lease"):
@@ -235,11 +269,22 @@ class StayRequest(RankRequest, frozen=True, tag="stay"):
     """The service stays until it is told to go down."""
 
 
+class ListenRequest(RankRequest, frozen=True, tag="listen"):
+    """The service listens on TCP too, from now on. Only from its own node."""
+
+    addresses: tuple[str, ...]
+    key_file: bytes = b""            # b"": `key` in the service's directory; made where there is none
+    tcp: TcpOptions = TcpOptions()
+    lend: str = "auto"               # what ranks of other nodes may be lent
+    cores: tuple[int, ...] = ()
+
+
 class DownRequest(RankRequest, frozen=True, tag="down"):
     pass
 
 
-AnyRequest = Join | LeaseRequest | KillRequest | ReleaseRequest | StatusRequest | StayRequest | DownRequest
+AnyRequest = (Join | LeaseRequest | KillRequest | ReleaseRequest | StatusRequest | StayRequest | ListenRequest
+              | DownRequest)
 
 
 # ---- service → rank ----------------------------------------------------------------------------
@@ -258,6 +303,9 @@ class Welcome(Answer, frozen=True, tag="welcome"):
     memory_bytes: int                # lendable
     version: str = __version__
     why_none: str = ""               # why no core is lent, where none is
+    listen: tuple[str, ...] = ()     # where it listens on TCP
+    transports: tuple[str, ...] = ()     # that its workers can use; told to ranks of other nodes only
+    host: str = ""
 
 
 class Granted(Answer, frozen=True, tag="granted"):
@@ -285,7 +333,14 @@ class StatusAnswer(Answer, frozen=True, tag="status"):
     data: dict[str, Any] = {}
 
 
-AnyAnswer = Welcome | Granted | Denied | Failed | Done | StatusAnswer
+class Listening(Answer, frozen=True, tag="listening"):
+    """It listens there, to whoever knows the key in this file."""
+
+    addresses: tuple[str, ...]
+    key_file: bytes
+
+
+AnyAnswer = Welcome | Granted | Denied | Failed | Done | StatusAnswer | Listening
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="t"):
@@ -348,7 +403,7 @@ class ServiceEnded(Event, frozen=True, tag="service_ended"):
 
 
 AnyEvent = Log | WorkerReady | WorkerEnded | LeaseEnded | ServiceEnded
-AnyToRank = (Welcome | Granted | Denied | Failed | Done | StatusAnswer | Log | WorkerReady | WorkerEnded
+AnyToRank = (Welcome | Granted | Denied | Failed | Done | StatusAnswer | Listening | Log | WorkerReady | WorkerEnded
              | LeaseEnded | ServiceEnded)
 
 _encoder = msgspec.json.Encoder()

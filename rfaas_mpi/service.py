@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from rfaas_mpi import messages as msg
+from rfaas_mpi import remote
 from rfaas_mpi._version import __version__
 from rfaas_mpi.agent import core as agent_core
 from rfaas_mpi.agent import cores as node_cores
 from rfaas_mpi.agent import sandbox
 from rfaas_mpi.agent.core import AgentCore, Exit
+from rfaas_mpi.agent.door import Door, Guest
 from rfaas_mpi.agent.pool import CoreLocks, Taking, WorkerHandle, ZygoteHandle, ZygoteKind, full_cpuset, oom_kills
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import RFaaSError, ServiceError
@@ -35,15 +37,13 @@ from rfaas_mpi.manager import core as manager_core
 from rfaas_mpi.manager.core import Manager
 from rfaas_mpi.manager.store import Store
 from rfaas_mpi.placement import pick_cores
+from rfaas_mpi.sealing import Opener, Sealer
 from rfaas_mpi.session import FileLock
 
 __all__ = ["Service", "main"]
 
 log = logging.getLogger("rfaas_mpi.service")
 
-HELLO_S = 10.0                       # an unfinished hello is closed after this
-PENDING_MAX = 1024
-BACKLOG = 1024
 LOG_BUFFER_BYTES = 1 << 20           # lines are dropped for a rank that reads slower
 SESSION_BUFFER_BYTES = 64 << 20      # and it is given up beyond this
 PARTIAL_LINE_S = 0.2                 # an unfinished line is shown after this
@@ -68,17 +68,6 @@ _REASONS = {
 
 
 @dataclass
-class Pending:
-    """A connection whose hello is not finished."""
-
-    connection: socket.socket
-    deadline: float
-    data: bytes = b""
-    hello: msg.Hello | None = None
-    nonce: bytes = b""
-
-
-@dataclass
 class SessionHandle:
     """One rank's session."""
 
@@ -86,6 +75,10 @@ class SessionHandle:
     connection: socket.socket
     pidfd: int = -1
     peer_pid: int = 0
+    where: str = ""                  # of another node: its address
+    nonces: tuple[bytes, bytes] = (b"", b"")
+    sealer: Sealer | None = None     # over TCP
+    opener: Opener | None = None
     since: float = 0.0
     frames: msg.FrameReader = field(default_factory=msg.FrameReader)
     out: bytearray = field(default_factory=bytearray)
@@ -114,7 +107,7 @@ class LeaseHandle:
 
 
 class Service:
-    """Owns the listening socket, sessions, zygotes, workers, locks and the store."""
+    """Owns the door, sessions, zygotes, workers, locks and the store."""
 
     def __init__(self, directory: Path, *, linger_s: float, zygote_idle_s: float, memory_reserve: int) -> None:
         self.directory = directory
@@ -127,7 +120,6 @@ class Service:
         self._selector = selectors.DefaultSelector()
         self._sessions: dict[int, SessionHandle] = {}
         self._next_session = 1
-        self._pendings: dict[int, Pending] = {}
         self._workers: dict[int, WorkerHandle] = {}
         self._zygotes: dict[str, ZygoteHandle] = {}
         self._leases: dict[int, LeaseHandle] = {}
@@ -139,7 +131,10 @@ class Service:
         self._leave_again_at = 0.0
         self._oom_kills = 0
         self._life = FileLock(directory / "life.lock")
-        self._listener: socket.socket | None = None
+        self._door = Door(self._selector, self)
+        self._key = b""
+        self._key_file = directory / "key"
+        self._for_others = msg.ListenRequest(0, ())
         self._kept: dict[int, str] = {}
         self._why_none = ""
 
@@ -170,14 +165,7 @@ class Service:
         self._taking = Taking(cores_directory / "taking")
         self._oom_kills = oom_kills()
 
-        path = self.directory / "socket"
-        path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-        listener.bind(str(path))
-        os.chmod(path, 0o600)
-        listener.listen(BACKLOG)
-        self._listener = listener
-        self._selector.register(listener, READ, self._accept)
+        self._door.listen_unix(self.directory / "socket")
 
         self._wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
@@ -219,7 +207,9 @@ class Service:
             times.append(now + CORE_RETRY_S)
         if self._leases:
             times.append(self._next_report)
-        times += [pending.deadline for pending in self._pendings.values()]
+        guests = self._door.next_deadline()
+        if guests is not None:
+            times.append(guests)
         times += [worker.lines.since + PARTIAL_LINE_S for worker in self._workers.values()
                   if worker.lines.since is not None]
         times += [zygote.idle_since + self.zygote_idle_s for zygote in self._zygotes.values() if not zygote.workers]
@@ -239,10 +229,7 @@ class Service:
         for worker in list(self._workers.values()):
             if worker.lines.since is not None and now >= worker.lines.since + PARTIAL_LINE_S:
                 self._show(worker, worker.lines.flush())
-        for fd, pending in list(self._pendings.items()):
-            if now >= pending.deadline:
-                log.info("a connection said no complete hello within %g s", HELLO_S)
-                self._drop_pending(fd)
+        self._door.tick(now)
         for key, zygote in list(self._zygotes.items()):
             if not zygote.workers and now >= zygote.idle_since + self.zygote_idle_s:
                 log.info("zygote=%s pid=%d ends: idle for %g s", key, zygote.pid, self.zygote_idle_s)
@@ -270,18 +257,17 @@ class Service:
 
     def close(self) -> None:
         """Ends everything that was started, and leaves no process, socket or segment."""
-        if self._listener is not None:
+        if self._life.fd >= 0:
             # Only ours: the life lock is held.
             (self.directory / "socket").unlink(missing_ok=True)
-            self._listener.close()
+        self._door.stop_listening()
         for worker in self._workers.values():
             worker.kill()
         for key in list(self._zygotes):
             self._close_zygote(key)
         for worker in self._workers.values():
             worker.close()
-        for fd in list(self._pendings):
-            self._drop_pending(fd)
+        self._door.close()
         for session in self._sessions.values():
             session.connection.close()
             if session.pidfd >= 0:
@@ -290,123 +276,73 @@ class Service:
         self._store.close()
         self._life.close()
 
-    # ---- connections -----------------------------------------------------------------------------
+    # ---- what the door asks, and whom it lets in ---------------------------------------------------
 
-    def _accept(self, _mask: int) -> None:
-        assert self._listener is not None
-        for _ in range(64):
-            try:
-                connection, _ = self._listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                log.warning("accept: %s", error)
-                return
-            pid, uid = _peer(connection)
-            if uid != os.geteuid() or len(self._pendings) >= PENDING_MAX:
-                log.warning("refused a connection of pid %d, uid %d", pid, uid)
-                connection.close()
-                continue
-            connection.setblocking(False)
-            fd = connection.fileno()
-            self._pendings[fd] = Pending(connection, time.monotonic() + HELLO_S)
-            self._selector.register(connection, READ, lambda _m, fd=fd: self._greet(fd))
+    def secret_of(self, lease: int, worker: int) -> bytes | None:
+        """The lease's secret; None if there is no such lease with such a worker."""
+        found = self.agent.workers.get(worker)
+        if found is None or found.lease != lease or lease not in self._leases:
+            return None
+        return self._leases[lease].secret
 
-    def _drop_pending(self, fd: int) -> Pending:
-        pending = self._pendings.pop(fd)
-        self._selector.unregister(pending.connection)
-        pending.connection.close()
-        return pending
-
-    def _greet(self, fd: int) -> None:
-        """Reads exactly the hello, then, for a worker, exactly the proof: what follows is for somebody else."""
-        pending = self._pendings[fd]
-        want = msg.HELLO.size if pending.hello is None else msg.PROOF_BYTES
-        try:
-            piece = pending.connection.recv(want - len(pending.data))
-        except BlockingIOError:
-            return
-        except OSError:
-            piece = b""
-        if not piece:
-            self._drop_pending(fd)
-            return
-        pending.data += piece
-        if len(pending.data) < want:
-            return
-        data, pending.data = pending.data, b""
-        try:
-            if pending.hello is None:
-                self._answer_hello(fd, pending, msg.Hello.unpack(data))
-            else:
-                self._check_proof(fd, pending, pending.hello, data)
-        except OSError as error:
-            log.info("a connection broke during its hello: %s", error)
-            if fd in self._pendings:
-                self._drop_pending(fd)
-
-    def _answer_hello(self, fd: int, pending: Pending, hello: msg.Hello) -> None:
-        status = hello.problem()
-        if status == 0 and hello.kind == msg.KIND_WORKER and not self._dialable(hello):
-            status = msg.HELLO_UNKNOWN
-        pending.nonce = os.urandom(16)
-        pending.connection.send(msg.Hello.make(hello.kind, pending.nonce, lease=hello.lease, worker=hello.worker,
-                                               status=status).pack())
-        if status != 0:
-            self._drop_pending(fd)
-        elif hello.kind == msg.KIND_WORKER:
-            pending.hello = hello
-        else:
-            self._pendings.pop(fd)
-            self._selector.unregister(pending.connection)
-            self._welcome(pending.connection)
-
-    def _dialable(self, hello: msg.Hello) -> bool:
-        worker = self.agent.workers.get(hello.worker)
-        return worker is not None and worker.lease == hello.lease and hello.lease in self._leases
-
-    def _check_proof(self, fd: int, pending: Pending, hello: msg.Hello, given: bytes) -> None:
-        lease = self._leases.get(hello.lease)
+    def worker_came(self, guest: Guest, hello: msg.Hello, connections: list[socket.socket]) -> None:
+        """Passes a rank's connections on to its worker."""
         handle = self._workers.get(hello.worker)
-        if lease is None or handle is None or not self._dialable(hello):
-            status, answer = msg.HELLO_UNKNOWN, bytes(msg.PROOF_BYTES)
-        elif not msg.same_proof(given, msg.proof(lease.secret, b"rank", hello.nonce, pending.nonce, hello.lease,
-                                                 hello.worker)):
-            status, answer = msg.HELLO_REFUSED, bytes(msg.PROOF_BYTES)
-            log.warning("lease=%d worker=%d a rank did not know the secret", hello.lease, hello.worker)
-        else:
-            status = msg.HELLO_OK
-            answer = msg.proof(lease.secret, b"worker", hello.nonce, pending.nonce, hello.lease, hello.worker)
-        pending.connection.send(msg.PROOF_ANSWER.pack(status, answer))
-        if status == msg.HELLO_OK and handle is not None:
-            session = self._sessions.get(hello.session)
-            peer_pid, _ = _peer(pending.connection)
-            teller = session.number if session is not None and session.peer_pid == peer_pid else 0
-            connection = self.agent.attach(hello.worker, hello.lease, teller)
-            if connection:
-                pending.connection.setblocking(True)
-                frame = msg.pack_frame(msg.FRAME_ADOPT, msg.ADOPT_BODY.pack(hello.lease, connection, 0),
-                                       descriptors=1)
-                if not handle.send(frame, [pending.connection.fileno()]):
-                    self.agent.gone(hello.worker, connection)
-        self._drop_pending(fd)
+        if handle is None:
+            return
+        session = self._sessions.get(hello.session)
+        # A process can speak for its own session only; who came over TCP has
+        # proved to know the lease's secret, and no pid.
+        mine = session is not None and (guest.remote or session.peer_pid == guest.pid)
+        connection = self.agent.attach(hello.worker, hello.lease, hello.session if mine else 0)
+        if connection:
+            frame = msg.pack_frame(msg.FRAME_ADOPT, msg.ADOPT_BODY.pack(hello.lease, connection, 0),
+                                   descriptors=len(connections))
+            if not handle.send(frame, [each.fileno() for each in connections]):
+                self.agent.gone(hello.worker, connection)
 
-    # ---- sessions --------------------------------------------------------------------------------
-
-    def _welcome(self, connection: socket.socket) -> None:
+    def session_came(self, guest: Guest) -> None:
+        """A session begins; its join follows."""
         number, self._next_session = self._next_session, self._next_session + 1
-        pid, _ = _peer(connection)
-        session = SessionHandle(number, connection, peer_pid=pid, since=time.monotonic())
-        if pid > 0:
+        session = SessionHandle(number, guest.connection, peer_pid=guest.pid, where=guest.where,
+                                nonces=guest.nonces, since=time.monotonic())
+        if guest.pid > 0:
             try:
-                session.pidfd = os.pidfd_open(pid)
+                session.pidfd = os.pidfd_open(guest.pid)
             except OSError as error:
-                log.info("session=%d no pidfd of pid %d: %s", number, pid, error)
+                log.info("session=%d no pidfd of pid %d: %s", number, guest.pid, error)
+        if session.where:
+            session.sealer = Sealer(self._key, msg.ROLE_SESSION_SERVICE, session.nonces)
+            session.opener = Opener(self._key, msg.ROLE_SESSION_RANK, session.nonces)
+            log.info("session=%d from %s", number, session.where)
         self._sessions[number] = session
-        self._selector.register(connection, READ, lambda mask: self._on_session(session, mask))
+        self._selector.register(session.connection, READ, lambda mask: self._on_session(session, mask))
         if session.pidfd >= 0:
             # Its connection may live on in a child that it forked.
             self._selector.register(session.pidfd, READ, lambda _m: self._end_session(session, "its process ended"))
+
+    def _listen(self, session: SessionHandle, request: msg.ListenRequest) -> msg.Listening:
+        """Opens the door to ranks of other nodes."""
+        if session.where:
+            raise ServiceError("only from its own node is a service told where to listen",
+                               hint="run `rfaas up --listen` there")
+        path = Path(os.fsdecode(request.key_file)) if request.key_file else self._key_file
+        if self._key and path != self._key_file:
+            raise ServiceError(f"the service has its key in {self._key_file} already",
+                               hint="use that one, or `rfaas down` first")
+        key = self._key or remote.make_key(path)
+        addresses = [remote.Address.parse(text, port_0=True) for text in request.addresses]
+        try:
+            self._door.listen_tcp(addresses, key, request.tcp)
+        except OSError as error:
+            raise ServiceError(str(error.strerror), hint="choose another port, or 0 for any that is free") from None
+        self._key, self._key_file = key, path
+        self._for_others = request
+        listening = tuple(map(str, self._door.addresses))
+        log.info("listens at %s, with the key in %s", ", ".join(listening), path)
+        return msg.Listening(request.id, listening, os.fsencode(path))
+
+    # ---- sessions --------------------------------------------------------------------------------
 
     def _on_session(self, session: SessionHandle, mask: int) -> None:
         if mask & WRITE:
@@ -424,7 +360,7 @@ class Service:
             self._end_session(session, "it closed the connection")
             return
         try:
-            for frame in session.frames.feed(data):
+            for frame in session.frames.feed(session.opener.feed(data) if session.opener else data):
                 if session.closed:
                     return
                 if frame.type != msg.FRAME_JSON or frame.descriptors:
@@ -455,7 +391,8 @@ class Service:
     def _send(self, session: SessionHandle | None, message: Any) -> None:
         if session is None or session.closed:
             return
-        session.out += msg.pack_message(message)
+        packed = msg.pack_message(message)
+        session.out += session.sealer.seal(packed) if session.sealer else packed
         self._flush(session)
 
     def _flush(self, session: SessionHandle) -> None:
@@ -498,6 +435,8 @@ class Service:
                 case msg.StayRequest():
                     self.stay = True
                     self._send(session, msg.Done(request.id))
+                case msg.ListenRequest():
+                    self._send(session, self._listen(session, request))
                 case msg.DownRequest():
                     self._send(session, msg.Done(request.id))
                     log.info("session=%d sends the service down", session.number)
@@ -513,7 +452,11 @@ class Service:
         if not join.observer:
             environment = {os.fsdecode(name): os.fsdecode(value) for name, value in join.environment}
             sandbox.required(Settings.load(environment).sandbox, sandbox.probe())
+            if session.where:
+                _check_places(join)
             session.kind = ZygoteKind.of(join)
+        if not join.observer and not session.where:
+            # Where a rank of another node runs, and beside whom, says nothing about this one.
             session.slurm = node_cores.slurm_facts(environment)
             session.rank = node_cores.Rank(
                 pid=join.pid, mask=join.affinity, local_ranks=node_cores.local_ranks(environment),
@@ -523,7 +466,10 @@ class Service:
         view = self._node()
         self._send(session, msg.Welcome(
             join.id, session=session.number, service_pid=os.getpid(), cores=view.spare, spare=view.free,
-            memory_bytes=view.memory_bytes, why_none=self._why_none))
+            memory_bytes=view.memory_bytes, why_none=self._why_none,
+            listen=tuple(str(address) for address in self._door.addresses),
+            transports=_transports() if session.kind is not None and session.where else (),
+            host=socket.gethostname()))
         if session.kind is not None and view.spare and not session.closed:
             # Warm by the time the rank asks for a lease.
             self._zygote(session.kind, now)
@@ -538,13 +484,19 @@ class Service:
         self._next_report = now + REPORT_S
         self._report_due = False
         joined = [session for session in self._sessions.values() if session.rank is not None]
-        joins = [session.join for session in joined if session.join is not None]
+        joins: list[Any] = [session.join for session in joined if session.join is not None]
+        expected = 1
+        if any(session.where and session.holds for session in self._sessions.values()):
+            # Ranks of other nodes get what whoever opened the door lends to them.
+            joins.append(self._for_others)
+            expected = 0
         told = [join.lend for join in joins]
         lend = "no" if "no" in told else "yes" if "yes" in told else "auto"
         slurm = joined[0].slurm if joined else node_cores.SlurmFacts()
         spare = node_cores.spare_cores(
             self._facts, [session.rank for session in joined if session.rank is not None], slurm, lend=lend,
-            only=tuple(dict.fromkeys(core for join in joins for core in join.cores)), lent=self._lent())
+            only=tuple(dict.fromkeys(core for join in joins for core in join.cores)), lent=self._lent(),
+            expected=expected)
         cores, kept, reason = list(spare.cores), dict(spare.kept), spare.reason
         # A core is locked while it is lent; to know which ones can be, we lock
         # them all for the moment that the decision takes.
@@ -599,14 +551,18 @@ class Service:
         answer = []
         started: list[agent_core.Action] = []
         for lease in granted.leases:
-            handle = LeaseHandle(secrets.token_bytes(16), session.number, session.kind.key, hard_end=lease.hard_end)
+            # It never travels over TCP: the rank makes the same one.
+            secret = (msg.lease_secret(self._key, lease.id, lease.epoch, *session.nonces) if session.where
+                      else secrets.token_bytes(16))
+            handle = LeaseHandle(secret, session.number, session.kind.key, hard_end=lease.hard_end)
             self._leases[lease.id] = handle
             numbers, actions = self.agent.start(lease.id, session.number,
                                                 {worker.number: worker.cores for worker in lease.workers},
                                                 lease.memory_per_worker, now)
             started += actions
             answer.append(msg.GrantLease(
-                id=lease.id, epoch=lease.epoch, secret=handle.secret, memory_bytes=lease.memory_bytes,
+                id=lease.id, epoch=lease.epoch, secret=b"" if session.where else secret,
+                memory_bytes=lease.memory_bytes,
                 workers=tuple(msg.WorkerInfo(numbers[worker.number], worker.cores) for worker in lease.workers),
                 hard_end=lease.hard_end))
             self.manager.activated(lease.id, now)
@@ -905,8 +861,11 @@ class Service:
             "zygotes": [{"key": key, "pid": zygote.pid, "ready": zygote.ready, "workers": len(zygote.workers),
                          "sandbox": zygote.sandbox}
                         for key, zygote in self._zygotes.items()],
-            "sessions": [{"number": session.number, "pid": session.peer_pid, "age_s": round(now - session.since, 3)}
+            "sessions": [{"number": session.number, "pid": session.join.pid if session.join else 0,
+                          "where": session.where, "age_s": round(now - session.since, 3)}
                          for session in self._sessions.values() if session.holds],
+            "host": socket.gethostname(), "listen": [str(address) for address in self._door.addresses],
+            "key_file": str(self._key_file) if self._key else "", "door": dict(self._door.counts),
             "waiting": self.manager.waiting,
             "usage": self._store.usage(),
         }
@@ -941,9 +900,21 @@ def _forget_old(base: Path, ours: Path) -> None:
             continue                  # no service's directory, or another service was faster
 
 
-def _peer(connection: socket.socket) -> tuple[int, int]:
-    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return int.from_bytes(data[0:4], sys.byteorder), int.from_bytes(data[4:8], sys.byteorder)
+def _check_places(join: msg.Join) -> None:
+    """ServiceError unless this node has what a worker of that rank of another node is started from."""
+    places = (("interpreter", join.executable, os.path.isfile), ("directory", join.directory, os.path.isdir),
+              ("package rfaas_mpi", join.package, os.path.isdir))
+    for what, path, there in places:
+        if not there(path):
+            raise ServiceError(f"{socket.gethostname()} has no {os.fsdecode(path)!r}, the rank's {what}",
+                               hint="both nodes need the same files under the same paths: start the rank from a "
+                                    "file system that they share")
+
+
+def _transports() -> tuple[str, ...]:
+    # Later, and only for ranks of other nodes: the start of a service need not wait for it.
+    from rfaas_mpi import fabric
+    return tuple(getattr(fabric, "transports", lambda: ("shm", "tcp"))())
 
 
 def _detach() -> None:

@@ -19,11 +19,13 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rfaas_mpi import config
+import msgspec
+
+from rfaas_mpi import config, remote
 from rfaas_mpi import messages as msg
 from rfaas_mpi._version import __version__
 from rfaas_mpi.config import Settings
@@ -42,6 +44,8 @@ from rfaas_mpi.errors import (
     VersionMismatch,
 )
 from rfaas_mpi.messages import Grant, GrantLease, WorkerEnded, WorkerInfo
+from rfaas_mpi.remote import Address
+from rfaas_mpi.sealing import Opener, Sealer
 
 __all__ = ["Grant", "GrantLease", "Session", "WorkerEnded", "WorkerInfo", "runtime_directory", "service_directory"]
 
@@ -207,9 +211,11 @@ class FileLock:
 
 # ---- connections ---------------------------------------------------------------------------------
 
-def _receive(connection: socket.socket, count: int) -> bytes:
+def _receive(connection: socket.socket, count: int, deadline: float) -> bytes:
+    """So many bytes, however slowly they come, before `deadline` (time.monotonic)."""
     data = b""
     while len(data) < count:
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
         piece = connection.recv(count - len(data))
         if not piece:
             raise ConnectionResetError("the service closed the connection")
@@ -233,10 +239,10 @@ def _connect(path: Path, timeout_s: float) -> socket.socket:
     return connection
 
 
-def _greet(connection: socket.socket, hello: msg.Hello) -> msg.Hello:
+def _greet(connection: socket.socket, hello: msg.Hello, deadline: float) -> msg.Hello:
     """The service's answer; raises what its status means."""
     connection.sendall(hello.pack())
-    answer = msg.Hello.unpack(_receive(connection, msg.HELLO.size))
+    answer = msg.Hello.unpack(_receive(connection, msg.HELLO.size, deadline))
     if answer.magic != msg.MAGIC:
         raise ServiceError("whoever listens on the service's socket does not speak this protocol")
     match answer.status:
@@ -245,11 +251,25 @@ def _greet(connection: socket.socket, hello: msg.Hello) -> msg.Hello:
         case msg.HELLO_VERSION | msg.HELLO_PROTOCOL:
             other = f"{answer.version >> 16}.{answer.version >> 8 & 255}.{answer.version & 255}"
             raise VersionMismatch(f"the service runs version {other}, this rank {__version__}",
-                                  hint="`rfaas down` ends the other one")
+                                  hint="`rfaas down` ends the other one; both nodes need the same version")
         case msg.HELLO_CLOSING:
             raise ConnectionResetError("the service is shutting down")
         case _:
             raise TransportError(f"the service refused: {msg.HELLO_TEXT.get(answer.status, answer.status)}")
+
+
+def _prove(connection: socket.socket, secret: bytes, roles: tuple[bytes, bytes], nonce: bytes, answer: msg.Hello,
+           deadline: float, lease: int = 0, worker: int = 0) -> int:
+    """Proves that we know the secret and checks that the service does: HELLO_OK, or the status that it said.
+
+    AuthError, without a text, where it says OK and does not know the secret.
+    """
+    nonces = nonce, answer.nonce
+    connection.sendall(msg.proof(secret, roles[0], *nonces, lease, worker))
+    status, theirs = msg.PROOF_ANSWER.unpack(_receive(connection, msg.PROOF_ANSWER.size, deadline))
+    if status == msg.HELLO_OK and not msg.same_proof(theirs, msg.proof(secret, roles[1], *nonces, lease, worker)):
+        raise AuthError
+    return status
 
 
 def _start(directory: Path, settings: Settings, deadline: float) -> None:
@@ -350,7 +370,7 @@ _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
 class Session:
-    """One rank's connection to the service of this node.
+    """One rank's connection to a service, of this node or of another one.
 
     All methods may be called from any thread, `on_event` is called from the
     session's own reader thread with `Log`, `WorkerReady`, `WorkerEnded`,
@@ -361,10 +381,10 @@ class Session:
     close(), ForkedError in a forked child.
     """
 
-    def __init__(self, connection: socket.socket, directory: Path, settings: Settings,
+    def __init__(self, connection: socket.socket, home: Path | Address, settings: Settings,
                  on_event: Callable[[msg.AnyEvent], None] | None) -> None:
         self.settings = settings
-        self.directory = directory
+        self.home = home
         self.on_event = on_event
         self.service_pid = 0
         self.number = 0
@@ -372,9 +392,16 @@ class Session:
         self.spare: tuple[int, ...] = ()
         self.memory_bytes = 0
         self.why_none = ""
+        self.host = ""
+        self.listen: tuple[Address, ...] = ()
+        self.transports: tuple[str, ...] = ()
         self.lost = False
         self.closed = False
         self._connection = connection
+        self._key = b""
+        self._nonces = b"", b""
+        self._sealer: Sealer | None = None
+        self._opener: Opener | None = None
         self._pid = os.getpid()
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
@@ -390,17 +417,19 @@ class Session:
     @classmethod
     def open(cls, settings: Settings | None = None, *, on_event: Callable[[msg.AnyEvent], None] | None = None,
              start: bool = True, observer: bool = False) -> Session:
-        """Joins the service of this node, starting it where none runs.
+        """Joins the service that the settings name, else this node's, which is started where none runs.
 
         `start=False` never starts one. `observer` sessions (the CLI's) get no workers and don't keep the service
-        alive. Raises NoService, ServiceError (could not start), AuthError (not ours), VersionMismatch,
-        NestedError inside a kernel.
+        alive. Raises NoService, ServiceError (could not start), AuthError (not ours, or another key),
+        VersionMismatch, ConfigError (no such address), NestedError inside a kernel.
         """
         if config.inside_worker():
             raise NestedError("an Executor can't be used inside a kernel",
                               hint="offload from the rank; a kernel computes and returns")
         settings = settings or Settings.load()
         deadline = time.monotonic() + settings.start_timeout_s
+        if settings.service:
+            return cls._open_remote(settings, Address.parse(settings.service), deadline, on_event, observer)
         for attempt in itertools.count():
             directory = service_directory(settings)
             try:
@@ -445,9 +474,68 @@ class Session:
         except (FileNotFoundError, ConnectionRefusedError):
             return None
 
+    @classmethod
+    def _open_remote(cls, settings: Settings, address: Address, deadline: float,
+                     on_event: Callable[[msg.AnyEvent], None] | None, observer: bool) -> Session:
+        if not settings.key_file:
+            raise ConfigError(f"the service at {address} wants to see a key, and no file with one is named",
+                              hint="copy the file that `rfaas up --listen` names there, and name the copy with "
+                                   "RFAAS_KEY_FILE")
+        key = remote.read_key(settings.key_file)
+        try:
+            connection = remote.connect(address, settings.tcp, deadline)
+        except ConnectionRefusedError:
+            raise NoService(f"no service listens at {address}",
+                            hint="`rfaas up --listen` on that node starts one") from None
+        except OSError as error:
+            raise ServiceError(f"{address} can't be reached: {error.strerror or error}",
+                               hint="is this its address, and does a firewall let it through?") from error
+        session = cls(connection, address, settings, on_event)
+        session._key = key
+        try:
+            session._join(deadline, observer)
+        except (ConnectionError, TimeoutError) as error:
+            session.close()
+            if isinstance(error, RFaaSError):
+                raise
+            raise ServiceError(f"no answer from the service at {address}: {error}",
+                               hint="its log says why; `rfaas up --listen` names the directory") from error
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    @property
+    def remote(self) -> bool:
+        """True if the service is reached over TCP: then it may be another node's."""
+        return isinstance(self.home, Address)
+
+    @property
+    def directory(self) -> Path:
+        """The directory of this node's service."""
+        assert isinstance(self.home, Path)
+        return self.home
+
+    @property
+    def name(self) -> str:
+        """The service, for messages."""
+        return f"the service at {self.home}" if self.remote else f"the service (pid {self.service_pid})"
+
+    @property
+    def way_out(self) -> str:
+        """What to do when the service is gone."""
+        if self.remote:
+            return "make a new Executor once a service runs there again"
+        return "make a new Executor: it starts another one"
+
     def _join(self, deadline: float, observer: bool) -> None:
-        self._connection.settimeout(max(0.1, deadline - time.monotonic()))
-        _greet(self._connection, msg.Hello.make(msg.KIND_SESSION, os.urandom(16)))
+        nonce = os.urandom(16)
+        answer = _greet(self._connection, msg.Hello.make(msg.KIND_SESSION, nonce), deadline)
+        if self.remote:
+            self._nonces = nonce, answer.nonce
+            self._show_key(nonce, answer, deadline)
+            self._sealer = Sealer(self._key, msg.ROLE_SESSION_RANK, self._nonces)
+            self._opener = Opener(self._key, msg.ROLE_SESSION_SERVICE, self._nonces)
         self._connection.settimeout(None)
         self._reader = threading.Thread(target=self._read, name="rfaas-session", daemon=True)
         self._reader.start()
@@ -459,7 +547,7 @@ class Session:
             directory=os.fsencode(_directory()),
             environment=tuple((os.fsencode(name), os.fsencode(value)) for name, value in environment.items()),
             affinity=tuple(sorted(os.sched_getaffinity(os.getpid()))), lend=self.settings.lend,
-            cores=self.settings.cores, observer=observer)
+            cores=self.settings.cores, observer=observer, package=os.fsencode(Path(__file__).parent))
         welcome = self._ask(join, msg.Welcome, timeout_s=max(0.1, deadline - time.monotonic()))
         self.number = welcome.session
         self.service_pid = welcome.service_pid
@@ -467,6 +555,22 @@ class Session:
         self.spare = welcome.spare
         self.memory_bytes = welcome.memory_bytes
         self.why_none = welcome.why_none
+        self.host = welcome.host
+        self.listen = tuple(Address.parse(text) for text in welcome.listen)
+        self.transports = welcome.transports
+
+    def _show_key(self, nonce: bytes, answer: msg.Hello, deadline: float) -> None:
+        file = self.settings.key_file
+        hint = "copy the file that `rfaas up --listen` names on that node once more"
+        try:
+            status = _prove(self._connection, self._key, (msg.ROLE_SESSION_RANK, msg.ROLE_SESSION_SERVICE), nonce,
+                            answer, deadline)
+        except AuthError:
+            raise AuthError(f"whoever listens at {self.home} does not know the key in {file}", hint=hint) from None
+        if status == msg.HELLO_REFUSED:
+            raise AuthError(f"the service at {self.home} has another key than the one in {file}", hint=hint)
+        if status != msg.HELLO_OK:
+            raise ServiceError(f"{self.name} refused: {msg.HELLO_TEXT.get(status, status)}")
 
     # ---- asking ----------------------------------------------------------------------------------
 
@@ -487,7 +591,11 @@ class Session:
         granted = self._ask(msg.LeaseRequest(next(self._ids), workers_min, workers_max, cores_per_worker,
                                              memory_per_worker, timeout_s),
                             msg.Granted, timeout_s=timeout_s + self.settings.start_timeout_s)
-        return Grant(granted.leases, granted.reason)
+        if not self.remote:
+            return Grant(granted.leases, granted.reason)
+        return Grant(tuple(msgspec.structs.replace(
+            lease, secret=msg.lease_secret(self._key, lease.id, lease.epoch, *self._nonces), endpoint=str(self.home))
+            for lease in granted.leases), granted.reason)
 
     def kill(self, lease: GrantLease | int, worker: int, reason: str = "cancel", invocation: int = 0) -> bool:
         """Has the worker killed; with `invocation` only if that one still runs. True if it was killed."""
@@ -523,8 +631,22 @@ class Session:
         """The service stays without ranks until it is told to go down."""
         self._ask(msg.StayRequest(next(self._ids)), msg.Done)
 
+    def open_door(self, addresses: Iterable[str], key_file: Path | None = None) -> msg.Listening:
+        """Has this node's service listen on TCP too, and lend to ranks of other nodes what the settings say.
+
+        `key_file` is made where it is missing; by default it is a file in the service's directory. Raises
+        ServiceError for an address that can't be had, AuthError for a key file that others can read.
+        """
+        request = msg.ListenRequest(
+            next(self._ids), tuple(addresses), os.fsencode(os.path.abspath(key_file)) if key_file else b"",
+            self.settings.tcp, self.settings.lend, self.settings.cores)
+        return self._ask(request, msg.Listening)
+
     def down(self, timeout_s: float = 10.0) -> None:
-        """Ends the service with everything it started; returns when its process is gone."""
+        """Ends the service with everything it started; returns when its process is gone, or has let us go."""
+        if self.remote:
+            self._down_remote(timeout_s)
+            return
         pidfd = _open_pidfd(self.service_pid)
         try:
             try:
@@ -540,39 +662,92 @@ class Session:
             if pidfd >= 0:
                 os.close(pidfd)
 
+    def _down_remote(self, timeout_s: float) -> None:
+        try:
+            self._ask(msg.DownRequest(next(self._ids)), msg.Done)
+        except ServiceLost:
+            log.debug("the service went before it answered")
+        with self._changed:
+            # The last thing that it does before it goes.
+            if not self._changed.wait_for(lambda: self.lost, timeout_s):
+                raise ServiceError(f"{self.name} did not end within {timeout_s:g} s",
+                                   hint=f"kill {self.service_pid} on {self.host}")
+
     def dial(self, lease: GrantLease, worker: int, timeout_s: float | None = None) -> int:
         """An authenticated connection to a worker, as a descriptor that the caller owns (for Invoker.attach).
 
         Raises TransportError if the worker or lease is gone or does not answer, AuthError if one side does not know
         the lease's secret.
         """
+        return self.reach(lease, worker, "shm" if not self.remote else "verbs", timeout_s)[0]
+
+    def reach(self, lease: GrantLease, worker: int, transport: str, timeout_s: float | None = None) -> tuple[int, int]:
+        """The connections that a transport needs to a worker, as descriptors that the caller owns.
+
+        The control connection, and, for tcp, the data connection (-1 otherwise). Raises as `dial`.
+        """
         self._alive()
-        timeout_s = self.settings.start_timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + (self.settings.start_timeout_s if timeout_s is None else timeout_s)
+        place = self._place(lease, transport)
+        if transport != "tcp":
+            return self._dial(place, lease, worker, deadline)[0].detach(), -1
+        control, pairing = self._dial(place, lease, worker, deadline, data=1)
         try:
-            connection = _connect(self.directory / "socket", timeout_s)
+            data, _ = self._dial(place, lease, worker, deadline, pairing=pairing)
+        except BaseException:
+            control.close()
+            raise
+        return control.detach(), data.detach()
+
+    def _place(self, lease: GrantLease, transport: str) -> Path | Address:
+        """Where the workers of a lease are dialled."""
+        if lease.endpoint:
+            return Address.parse(lease.endpoint)
+        if isinstance(self.home, Path) and transport == "tcp":
+            if not self.listen:
+                raise ConfigError("transport tcp needs a service that listens on TCP, and this node's does not",
+                                  hint="`rfaas up --listen 127.0.0.1:0` has it do so")
+            return remote.local_address(self.listen[0])
+        return self.home / "socket" if isinstance(self.home, Path) else self.home
+
+    def _dial(self, place: Path | Address, lease: GrantLease, worker: int, deadline: float, *, data: int = 0,
+              pairing: bytes = b"") -> tuple[socket.socket, bytes]:
+        """A connection on which both sides have proved the lease's secret, and the service's nonce on it."""
+        try:
+            if isinstance(place, Path):
+                connection = _connect(place, max(0.1, deadline - time.monotonic()))
+            else:
+                connection = remote.connect(place, self.settings.tcp, deadline)
         except OSError as error:
             if isinstance(error, RFaaSError):
                 raise
-            raise ServiceLost(f"the service no longer answers: {error}",
-                              hint="make a new Executor: it starts another one") from error
+            if isinstance(place, Address):
+                raise TransportError(f"worker {worker} of lease {lease.id} can't be reached at {place}: "
+                                     f"{error.strerror or error}") from error
+            raise ServiceLost(f"the service no longer answers: {error}", hint=self.way_out) from error
+        nonce = os.urandom(16)
+        if pairing:
+            hello = msg.Hello.make_data(nonce, pairing, lease=lease.id, worker=worker)
+            roles = msg.ROLE_DATA_RANK + pairing, msg.ROLE_DATA_WORKER + pairing
+        else:
+            hello = msg.Hello.make(msg.KIND_WORKER, nonce, lease=lease.id, worker=worker, session=self.number,
+                                   data=data)
+            roles = msg.ROLE_RANK, msg.ROLE_WORKER
         try:
-            nonce = os.urandom(16)
-            answer = _greet(connection, msg.Hello.make(msg.KIND_WORKER, nonce, lease=lease.id, worker=worker,
-                                                       session=self.number))
-            connection.sendall(msg.proof(lease.secret, b"rank", nonce, answer.nonce, lease.id, worker))
-            status, theirs = msg.PROOF_ANSWER.unpack(_receive(connection, msg.PROOF_ANSWER.size))
+            answer = _greet(connection, hello, deadline)
+            status = _prove(connection, lease.secret, roles, nonce, answer, deadline, lease.id, worker)
             if status == msg.HELLO_REFUSED:
                 raise AuthError(f"the service says that this is not the secret of lease {lease.id}")
             if status != msg.HELLO_OK:
                 raise TransportError(f"worker {worker} of lease {lease.id}: {msg.HELLO_TEXT.get(status, status)}")
-            if not msg.same_proof(theirs, msg.proof(lease.secret, b"worker", nonce, answer.nonce, lease.id, worker)):
-                raise AuthError(f"the service does not know the secret of lease {lease.id}")
             connection.settimeout(None)
-            return connection.detach()
+            return connection, answer.nonce
         except RFaaSError as error:
             connection.close()
             if type(error) is TransportError:
                 raise TransportError(f"worker {worker} of lease {lease.id} can't be reached: {error}") from None
+            if isinstance(error, AuthError) and not error.args[0]:
+                raise AuthError(f"the service does not know the secret of lease {lease.id}") from None
             raise
         except OSError as error:
             connection.close()
@@ -613,8 +788,7 @@ class Session:
         if self.closed:
             raise ClosedError("the session is closed", hint="make a new Executor")
         if self.lost:
-            raise ServiceLost(f"the service (pid {self.service_pid}) ended",
-                              hint="make a new Executor: it starts another one")
+            raise ServiceLost(f"{self.name} ended", hint=self.way_out)
 
     def _ask(self, request: msg.RankRequest, kind: type[_A], timeout_s: float | None = None) -> _A:
         self._alive()
@@ -624,18 +798,19 @@ class Session:
         try:
             try:
                 with self._send_lock:
-                    self._connection.sendall(msg.pack_message(request))
+                    message = msg.pack_message(request)
+                    self._connection.sendall(self._sealer.seal(message) if self._sealer else message)
             except OSError as error:
                 self._lose(str(error))
             if not pending.done.wait(self.settings.start_timeout_s if timeout_s is None else timeout_s):
-                raise TimeoutError(f"the service (pid {self.service_pid}) has not answered; is it stopped?")
+                raise TimeoutError(f"{self.name} has not answered; is it stopped?")
         finally:
             with self._lock:
                 self._pending.pop(request.id, None)
         match pending.answer:
             case None:
                 self._alive()
-                raise ServiceLost("the service ended", hint="make a new Executor: it starts another one")
+                raise ServiceLost(f"{self.name} ended", hint=self.way_out)
             case msg.Denied(message=message, hint=hint):
                 raise LeaseDenied(message, hint=hint)
             case msg.Failed(message=message, hint=hint):
@@ -653,7 +828,7 @@ class Session:
                 data = self._connection.recv(1 << 16)
                 if not data:
                     break
-                for frame in frames.feed(data):
+                for frame in frames.feed(self._opener.feed(data) if self._opener else data):
                     if frame.type == msg.FRAME_JSON:
                         self._take(msg.unpack_to_rank(frame.body))
         except (OSError, ServiceError) as error:
@@ -694,7 +869,7 @@ class Session:
         for pending in waiting:
             pending.done.set()
         if first and not self.closed:
-            self._tell(msg.ServiceEnded(f"the service (pid {self.service_pid}) is gone: {why}"))
+            self._tell(msg.ServiceEnded(f"{self.name} is gone: {why}"))
 
     def _forget(self) -> None:
         """In a forked child: the parent's death must end the session although the child lives on."""

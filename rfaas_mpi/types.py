@@ -5,9 +5,10 @@ from __future__ import annotations
 import enum
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["UNDEFINED", "Action", "Chunk", "Initialised", "Outcome", "apply"]
+__all__ = ["UNDEFINED", "Action", "Chunk", "Initialised", "Outcome", "TcpOptions", "apply"]
 
 UNDEFINED = -32766
 """What Waitany and Testany return where no request is active, as in MPI."""
@@ -40,6 +41,19 @@ class Action(enum.Enum):
     FAIL_TIMEOUT = "fail timeout"
     FAIL_LOST = "fail lost"
     CANCEL = "cancel"
+
+
+@dataclass(frozen=True)
+class TcpOptions:
+    """When a silent TCP peer is given up: asked after `idle_s`, then each `probe_s`, `probes` times.
+
+    `timeout_s` bounds how long what was sent may stay unacknowledged.
+    """
+
+    idle_s: int = 5
+    probe_s: int = 2
+    probes: int = 3
+    timeout_s: float = 15.0
 
 
 _initialised: set[tuple[bytes, int]] = set()

@@ -67,7 +67,7 @@ def test_a_killed_rank_leaves_nothing(watcher, wait_until, state):
 MOMENTS = {
     "joined": ("rfaas_mpi.session.Session", "request", "before"),
     "granted": ("rfaas_mpi.session.Session", "request", "after"),
-    "dialled": ("rfaas_mpi.session.Session", "dial", "after"),
+    "dialled": ("rfaas_mpi.session.Session", "reach", "after"),
     "about to attach": ("rfaas_mpi.lending.Lending", "_attach", "before"),
     "attached": ("rfaas_mpi.lending.Lending", "_attach", "after"),
     "releasing": ("rfaas_mpi.session.Session", "release", "before"),

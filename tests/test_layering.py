@@ -29,7 +29,8 @@ STEPS = (
     ("planner", "worker", "lending", "local"),
     ("arrays",),
     ("fabric", "placement", "leases", "slurm", "kernels", "session", "inline"),
-    ("codec", "config", "messages", "policy", "native", "calling"),
+    ("codec", "config", "messages", "policy", "native", "calling", "remote",
+     "sealing"),
     ("errors", "types", "_version", "_include"),
 )
 STEP_OF = {name: step for step, names in enumerate(STEPS) for name in names}

@@ -179,12 +179,13 @@ def _per_node(text: str) -> list[int]:
 
 def spare_cores(facts: NodeFacts, ranks: Sequence[Rank] = (),
                 slurm: SlurmFacts = SlurmFacts(), *, lend: str = "auto",
-                only: Collection[int] = (), lent: Collection[int] = ()) -> SpareCores:
+                only: Collection[int] = (), lent: Collection[int] = (),
+                expected: int = 1) -> SpareCores:
     """The cores of the own cpuset that no rank needs, best to lend first.
 
     Kept are the cores that ranks are bound to, one for each local rank that may
-    float (as many as the launchers say, whoever has joined; one where nobody
-    has), the SMT siblings of both, and what the CPU quota doesn't allow. First
+    float (as many as the launchers say, whoever has joined; `expected` where
+    nobody has), the SMT siblings of both, and what the CPU quota doesn't allow. First
     come cores near the ranks, one hardware thread of each physical core, then
     the second threads; the physical core of CPU 0 comes last, since the kernel
     and ranks without a place run there.
@@ -215,7 +216,7 @@ def spare_cores(facts: NodeFacts, ranks: Sequence[Rank] = (),
                      "but no cgroup says which: name those to lend with RFAAS_CORES, "
                      "or ask for the node with --exclusive")
 
-    kept = _kept_for_ranks(facts, ranks, lent)
+    kept = _kept_for_ranks(facts, ranks, lent, expected)
     needed = sum(1 for why in kept.values() if why in (_BOUND, _FLOATS))
     cores = _in_order(facts, kept)
     if facts.quota_cpus is not None:
@@ -276,10 +277,10 @@ def _bound_mask(facts: NodeFacts, rank: Rank) -> frozenset[int]:
     return mask if len(mask) < len(facts.cpuset) else frozenset()
 
 
-def _floating(facts: NodeFacts, ranks: Sequence[Rank]) -> int:
+def _floating(facts: NodeFacts, ranks: Sequence[Rank], expected: int) -> int:
     """How many local ranks may float: all but those that are known to be bound."""
     if not ranks:
-        return 1
+        return expected
     launches: dict[str, dict[int, Rank]] = {}
     for rank in ranks:
         launches.setdefault(rank.launch or f"pid {rank.pid}", {})[rank.pid] = rank
@@ -290,7 +291,8 @@ def _floating(facts: NodeFacts, ranks: Sequence[Rank]) -> int:
     return count
 
 
-def _kept_for_ranks(facts: NodeFacts, ranks: Sequence[Rank], lent: Collection[int] = ()) -> dict[int, str]:
+def _kept_for_ranks(facts: NodeFacts, ranks: Sequence[Rank], lent: Collection[int],
+                    expected: int) -> dict[int, str]:
     """Core → why a rank needs it, or needs it left alone."""
     bound = frozenset[int]().union(*(_bound_mask(facts, rank) for rank in ranks))
     kept = dict.fromkeys(sorted(bound), _BOUND)
@@ -298,7 +300,7 @@ def _kept_for_ranks(facts: NodeFacts, ranks: Sequence[Rank], lent: Collection[in
     for cpu in sorted(facts.cpuset):
         physical.setdefault(facts.core_of.get(cpu, cpu), []).append(cpu)
 
-    floating = _floating(facts, ranks)
+    floating = _floating(facts, ranks, expected)
     for cpus in physical.values():
         if not bound.isdisjoint(cpus):
             kept.update((cpu, _SIBLING) for cpu in cpus if cpu not in bound)

@@ -103,10 +103,27 @@ def demo(out: Output, n_options: int, directory: Path) -> None:
 
 # --- the service ---------------------------------------------------------------
 
-@app.command(epilog=_examples("rfaas up && mpiexec -n 2 python app.py && rfaas down"))
+def elsewhere(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--service and --key-file: the service of another node."""
+    command = click.option("--key-file", metavar="FILE", default=None,
+                           help="The key of that service.  [default: RFAAS_KEY_FILE]")(command)
+    return click.option("--service", metavar="tcp://HOST:PORT", default=None,
+                        help="A service on another node.  [default: RFAAS_SERVICE, else this node's]")(command)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@app.command(epilog=_examples("rfaas up && mpiexec -n 2 python app.py && rfaas down",
+                              "rfaas up --listen 10.0.0.7:4711   # for ranks on other nodes"))
+@click.option("--listen", metavar="HOST:PORT", multiple=True,
+              help="Listen on TCP too, for ranks on other nodes; port 0 is any that is free.")
+@click.option("--key-file", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), default=None,
+              help="Where the key is that those ranks must know; made if missing.  [default: one beside the log]")
 @common
 @click.pass_obj
-def up(out: Output) -> None:
+def up(out: Output, listen: tuple[str, ...], key_file: Path | None) -> None:
     """Start this node's service and keep it.
 
     It stays until `rfaas down`, with or without ranks; if it runs already, it
@@ -114,32 +131,39 @@ def up(out: Output) -> None:
 
     Not needed before an application runs: the first Executor does it. With the
     service up, that Executor's first lease comes some 100 ms sooner.
+
+    With --listen it lends this node's cores to ranks on other nodes as well: to
+    whoever knows the key. RFAAS_CORES and RFAAS_LEND say what they may get.
     """
     from rfaas_mpi.cli import service
-    data = service.up()
+    if key_file is not None and not listen:
+        raise click.UsageError("--key-file goes with --listen")
+    data = service.up(listen, key_file)
     out.answer(data, service.describe(data))
 
 
 @app.command(epilog=_examples("rfaas down"))
+@elsewhere
 @common
 @click.pass_obj
-def down(out: Output) -> None:
+def down(out: Output, **which: Any) -> None:
     """End this node's service. Its leases end; ranks run on without them."""
     from rfaas_mpi.cli import service
-    data = service.down()
+    data = service.down(**_given(**which))
     out.answer(data, ["The service has ended."] if data["was_running"] else ["No service was running."])
 
 
-@app.command(epilog=_examples("rfaas status", "rfaas status --json"))
+@app.command(epilog=_examples("rfaas status", "rfaas status --service tcp://10.0.0.7:4711 --key-file key"))
+@elsewhere
 @common
 @click.pass_obj
-def status(out: Output) -> None:
+def status(out: Output, **which: Any) -> None:
     """Show the service, its leases and its workers. Starts nothing.
 
     Exit status 3 if no service runs.
     """
     from rfaas_mpi.cli import service
-    data = service.status()
+    data = service.status(**_given(**which))
     out.answer(data, service.describe(data))
     if not data["running"]:
         raise Finished(output.NOT_RUNNING)
@@ -148,9 +172,10 @@ def status(out: Output) -> None:
 # --- doctor --------------------------------------------------------------------
 
 @app.command(epilog=_examples("rfaas doctor", "mpiexec -n 1 rfaas doctor   # as a rank sees it"))
+@elsewhere
 @common
 @click.pass_obj
-def doctor(out: Output) -> None:
+def doctor(out: Output, **which: Any) -> None:
     """Say what works here, what does not, and why.
 
     Each ✘ comes with a line that says how to change that.
@@ -159,7 +184,7 @@ def doctor(out: Output) -> None:
     application needs is missing.
     """
     from rfaas_mpi.cli import doctor as checks
-    found = checks.examine()
+    found = checks.examine(**_given(**which))
     out.answer(checks.as_json(found), checks.as_text(found))
     if not checks.healthy(found):
         raise Finished(output.FAILED)

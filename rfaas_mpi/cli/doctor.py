@@ -45,13 +45,17 @@ class Check:
     needed: bool = False
 
 
-def examine() -> list[Check]:
-    """All checks, in the order in which to read them. Never raises for what it finds."""
+def examine(**which: str) -> list[Check]:
+    """All checks, in the order in which to read them. Never raises for what it finds.
+
+    `service`, `key_file`: settings that name another node's service.
+    """
     groups: Sequence[tuple[str, Callable[[], Iterable[Check]]]] = (
         ("python", _python), ("packages", _packages), ("extension", _extension), ("system calls", _system_calls),
         ("runtime directory", _runtime_directory), ("sandbox", _sandbox),
         ("cores and memory", _cores_and_memory), ("mpi", _mpi),
-        ("numba", _numba), ("transports", _transports), ("service", _service))
+        ("numba", _numba), ("transports", _transports),
+        ("service", lambda: _service(**which)))
     found: list[Check] = []
     for name, group in groups:
         try:
@@ -370,18 +374,29 @@ def _transports() -> Iterable[Check]:
     else:
         why = "this version does not use RDMA devices yet"
     yield Check("verbs", False, f"not there: {why}", "nothing to do: on one node shm is the fastest")
-    yield Check("tcp", False, "not there: this version offloads within one node only",
-                "nothing to do: on one node shm is the fastest")
+    yield Check("tcp", True, "available: a service on another node (RFAAS_SERVICE)")
 
 
-def _service() -> Iterable[Check]:
+def _service(**which: str) -> Iterable[Check]:
+    from rfaas_mpi import config, remote
     from rfaas_mpi.cli import service
+    settings = config.Settings.load(**which)
+    if settings.service and settings.key_file:
+        try:
+            remote.read_key(settings.key_file)
+            yield Check("key", True, f"{settings.key_file}, which only you can read")
+        except RFaaSError as error:
+            yield Check("key", False, Exception.__str__(error), error.hint)
+    where = f" at {settings.service}" if settings.service else ""
     try:
-        data = service.status()
+        data = service.status(**which)
     except RFaaSError as error:
         yield Check("service", False, Exception.__str__(error), error.hint or "`rfaas down`, then try again")
         return
     if data["running"]:
-        yield Check("service", True, f"runs (pid {data.get('pid')})")
+        on = f" on {data['host']}" if where else ""
+        yield Check("service", True, f"runs{where} (pid {data.get('pid')}{on})")
+    elif where:
+        yield Check("service", False, f"none runs{where}", "`rfaas up --listen` on that node starts one")
     else:
         yield Check("service", True, "does not run; the first Executor starts it")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rfaas_mpi import config
@@ -13,19 +14,21 @@ from rfaas_mpi.errors import NoService, RFaaSError
 from rfaas_mpi.session import Session
 
 
-def _running() -> Session | None:
+def _running(settings: config.Settings) -> Session | None:
     """A session with the service that runs, None if there is none; never starts one."""
     try:
-        return Session.open(start=False, observer=True)
+        return Session.open(settings, start=False, observer=True)
     except NoService:
         return None
 
 
-def status() -> dict[str, Any]:
-    """`running`, and the service's own facts if it is. Starts nothing."""
-    session = _running()
+def status(**which: Any) -> dict[str, Any]:
+    """`running`, and the service's own facts if it is. Starts nothing. `service`, `key_file`: another node's."""
+    settings = config.Settings.load(**which)
+    session = _running(settings)
     if session is None:
-        return {"running": False, "sandbox": _sandbox()}
+        where = {"service": settings.service} if settings.service else {}
+        return {"running": False, **where, "sandbox": _sandbox()}
     with session:
         return {"running": True, **session.status(), "sandbox": _sandbox()}
 
@@ -38,16 +41,22 @@ def _sandbox() -> dict[str, Any]:
         return {"policy": config.Settings.load().sandbox, "error": str(error)}
 
 
-def up() -> dict[str, Any]:
-    """Starts or joins the service and has it stay; its facts. ServiceError if it can't be started."""
-    with Session.open(observer=True) as session:
+def up(listen: Sequence[str] = (), key_file: Path | None = None) -> dict[str, Any]:
+    """Starts or joins this node's service and has it stay; its facts. ServiceError if it can't be started.
+
+    `listen`: addresses at which it also listens on TCP, to who knows the key in `key_file`.
+    """
+    settings = config.Settings.load().with_(service=None)
+    with Session.open(settings, observer=True) as session:
+        if listen:
+            session.open_door(listen, key_file)
         session.stay()
         return {"running": True, **session.status(), "sandbox": _sandbox()}
 
 
-def down() -> dict[str, Any]:
-    """Ends the service, if one runs; returns when its process is gone."""
-    session = _running()
+def down(**which: Any) -> dict[str, Any]:
+    """Ends the service, if one runs; returns when its process is gone. `service`, `key_file`: another node's."""
+    session = _running(config.Settings.load(**which))
     if session is None:
         return {"running": False, "was_running": False}
     with session:
@@ -58,13 +67,18 @@ def down() -> dict[str, Any]:
 def describe(data: dict[str, Any]) -> Iterator[str]:
     """status() for people, within 80 columns where the facts are that short."""
     if not data["running"]:
-        yield "No service runs; the first Executor starts one (or `rfaas up`)."
+        yield (f"No service runs at {data['service']}; `rfaas up --listen` there starts one." if data.get("service")
+               else "No service runs; the first Executor starts one (or `rfaas up`).")
         yield from _levels(data)
         return
     cores, memory = data["cores"], data["memory"]
     stays = "stays until `rfaas down`" if data["stay"] else "leaves after its last rank"
     yield f"service    pid {data['pid']}, version {data['version']}, up {_duration(data['uptime_s'])}, {stays}"
     yield f"           {data['directory']}"
+    for address in data.get("listen", ()):
+        yield f"listens    {address} on {data['host']}"
+    if data.get("key_file"):
+        yield f"key        {data['key_file']}"
     lendable = core_ranges([*cores["lent"], *cores["free"]])
     if lendable:
         yield f"cores      {lendable}: lent {core_ranges(cores['lent']) or 'none'}, " \
@@ -75,7 +89,8 @@ def describe(data: dict[str, Any]) -> Iterator[str]:
     yield from _levels(data)
     yield f"ranks      {len(data['sessions'])}" + (f", {data['waiting']} waiting for cores" if data["waiting"] else "")
     for rank in data["sessions"]:
-        yield f"  pid {rank['pid']}, for {_duration(rank['age_s'])}"
+        where = f" at {rank['where']}" if rank.get("where") else ""
+        yield f"  pid {rank['pid']}{where}, for {_duration(rank['age_s'])}"
     yield f"leases     {len(data['leases'])}"
     for lease in data["leases"]:
         yield (f"  {lease['id']}: {lease['state'].lower()}, cores {core_ranges(lease['cores'])}, "

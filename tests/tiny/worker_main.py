@@ -41,7 +41,7 @@ class Tiny:
     def serve(self):
         self.send(READY)
         while True:
-            head, fds, _, _ = socket.recv_fds(self.agent, FRAME.size, 1)
+            head, fds, _, _ = socket.recv_fds(self.agent, FRAME.size, 2)
             if not head:
                 return 0
             length, kind, _, _ = FRAME.unpack(head)
@@ -50,6 +50,7 @@ class Tiny:
                 return 0
             assert kind == ADOPT, kind
             _, self.connection, _ = struct.unpack("<QII", body)
+            self.data = socket.socket(fileno=fds[1]) if len(fds) > 1 else None
             with socket.socket(fileno=fds[0]) as rank, rank.makefile("rw") as lines:
                 for line in lines:
                     word, _, rest = line.strip().partition(" ")
@@ -58,6 +59,8 @@ class Tiny:
                         lines.flush()
                     else:
                         exec(rest, globals(), {"tiny": self})
+            if self.data is not None:
+                self.data.close()
             self.send(GONE, struct.pack("<I", self.connection))
 
 

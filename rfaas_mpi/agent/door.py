@@ -1,0 +1,382 @@
+"""Who is let in: the service's listening sockets, and every connection until it has proved what it is.
+
+          accept ──▶ HELLO ──▶ PROOF ──▶ a session, or a worker's connection
+                       │         └──▶ PAIR ──▶ a worker's connection with its data connection
+                       └──▶ a session on the Unix socket: the kernel says who dials
+
+Each stage reads exactly what it needs and nothing more, and all stages
+together have 10 s. Nothing that comes in here reaches the rest of the service
+before its proof was checked.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import logging
+import os
+import selectors
+import socket
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from rfaas_mpi import messages as msg
+from rfaas_mpi import remote
+from rfaas_mpi.remote import Address
+from rfaas_mpi.types import TcpOptions
+
+__all__ = ["Door", "Guest", "Host"]
+
+log = logging.getLogger("rfaas_mpi.agent.door")
+
+HELLO_S = 10.0                       # what is not proved after this is closed
+LOCAL_MAX = 1024                     # guests on the Unix socket; more are refused
+REMOTE_MAX = 256                     # strangers on TCP; the oldest goes when another one comes
+BACKLOG = 1024
+ACCEPTS = 64                         # at a time, so that the rest of the service gets its turn
+COMPLAINTS = 10                      # lines in the log …
+COMPLAINTS_S = 10.0                  # … in this time; then a count
+
+READ = selectors.EVENT_READ
+
+
+class Stage(enum.Enum):
+    HELLO = "hello"
+    PROOF = "proof"
+    PAIR = "data connection"
+
+
+@dataclass
+class Guest:
+    """A connection that is not anything yet; handed to the host with what is known of who dials."""
+
+    connection: socket.socket
+    deadline: float
+    pid: int = 0                     # 0: of another node, or not known
+    where: str = ""                  # its address; "": this node's Unix socket
+    stage: Stage = Stage.HELLO
+    data: bytes = b""
+    hello: msg.Hello | None = None
+    nonce: bytes = b""               # ours
+
+    @property
+    def remote(self) -> bool:
+        return self.where != ""
+
+    @property
+    def nonces(self) -> tuple[bytes, bytes]:
+        """The rank's and ours."""
+        return (self.hello.nonce if self.hello is not None else b""), self.nonce
+
+    def __str__(self) -> str:
+        return self.where or f"pid {self.pid}"
+
+
+class Host(Protocol):
+    """What the door asks of the service, and whom it lets in."""
+
+    def secret_of(self, lease: int, worker: int) -> bytes | None:
+        """The lease's secret; None if there is no such lease with such a worker."""
+
+    def session_came(self, guest: Guest) -> None:
+        """Takes over the connection, which does not block."""
+
+    def worker_came(self, guest: Guest, hello: msg.Hello, connections: list[socket.socket]) -> None:
+        """A rank's connections to a worker, control first; the door closes its copies afterwards."""
+
+
+class Door:
+    """Owns the listening sockets and the guests. close() closes all of them."""
+
+    def __init__(self, selector: selectors.BaseSelector, host: Host) -> None:
+        self._selector = selector
+        self._host = host
+        self._guests: dict[int, Guest] = {}          # by descriptor, oldest first
+        self._unpaired: dict[bytes, Guest] = {}
+        self._listeners: dict[socket.socket, Address | None] = {}
+        self._key = b""
+        self._tcp = TcpOptions()
+        self._complained: list[float] = []
+        self._unsaid = 0
+        self.counts = dict.fromkeys(("accepted", "let_in", "refused", "broken", "late", "crowded_out"), 0)
+
+    # ---- listening -------------------------------------------------------------------------------
+
+    def listen_unix(self, path: Path) -> None:
+        """Listens there; whatever lay there was a dead service's."""
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        listener.bind(str(path))
+        os.chmod(path, 0o600)
+        listener.listen(BACKLOG)
+        self._add(listener, None)
+
+    def listen_tcp(self, addresses: Iterable[Address], key: bytes, options: TcpOptions) -> None:
+        """Listens there too, to whoever knows the key; an address that we listen at already is kept.
+
+        Raises OSError, with nothing changed, where one of them can't be had.
+        """
+        made: list[tuple[socket.socket, Address]] = []
+        try:
+            for wanted in addresses:
+                have = [*self.addresses, *(address for _, address in made)]
+                if any(wanted.host == a.host and wanted.port in (0, a.port) for a in have):
+                    continue
+                # One port for all addresses, where it is free.
+                port = wanted.port or next((address.port for address in have), 0)
+                try:
+                    made.append(remote.listen(wanted._replace(port=port)))
+                except OSError as error:
+                    if wanted.port or not port:
+                        raise OSError(error.errno, f"can't listen at {wanted}: {error.strerror}") from None
+                    made.append(remote.listen(wanted))
+        except BaseException:
+            for listener, _ in made:
+                listener.close()
+            raise
+        self._key, self._tcp = key, options
+        for listener, address in made:
+            self._add(listener, address)
+
+    def _add(self, listener: socket.socket, address: Address | None) -> None:
+        self._listeners[listener] = address
+        self._selector.register(listener, READ, lambda _m: self._accept(listener, address is not None))
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """Where it listens on TCP."""
+        return tuple(address for address in self._listeners.values() if address is not None)
+
+    def stop_listening(self) -> None:
+        """Nobody else comes in. Safe to call twice."""
+        for listener in self._listeners:
+            self._selector.unregister(listener)
+            listener.close()
+        self._listeners.clear()
+
+    def close(self) -> None:
+        """Sends everybody away. Safe to call twice."""
+        self.stop_listening()
+        for fd in list(self._guests):
+            self._drop(fd)
+
+    # ---- time ------------------------------------------------------------------------------------
+
+    def next_deadline(self) -> float | None:
+        """When to call tick() next; None: nobody is at the door."""
+        return min((guest.deadline for guest in self._guests.values()), default=None)
+
+    def tick(self, now: float) -> None:
+        """Sends away whoever took too long."""
+        for fd, guest in list(self._guests.items()):
+            if now >= guest.deadline:
+                self.counts["late"] += 1
+                self._complain("%s did not finish its %s within %g s", guest, guest.stage.value, HELLO_S)
+                self._drop(fd)
+
+    # ---- guests ----------------------------------------------------------------------------------
+
+    def _accept(self, listener: socket.socket, remote_guest: bool) -> None:
+        for _ in range(ACCEPTS):
+            try:
+                connection, where = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                log.warning("accept: %s", error)
+                if error.errno in (errno.EMFILE, errno.ENFILE) and self._guests:
+                    self._drop(next(iter(self._guests)))
+                return
+            self.counts["accepted"] += 1
+            try:
+                guest = self._guest(connection, where, remote_guest)
+            except OSError as error:
+                self.counts["broken"] += 1
+                self._complain("a connection broke at once: %s", error)
+                connection.close()
+                continue
+            if guest is None:
+                self.counts["refused"] += 1
+                connection.close()
+                continue
+            fd = connection.fileno()
+            self._guests[fd] = guest
+            self._selector.register(connection, READ, lambda _m, fd=fd: self._hear(fd))
+
+    def _guest(self, connection: socket.socket, where: tuple, is_remote: bool) -> Guest | None:
+        connection.setblocking(False)
+        deadline = time.monotonic() + HELLO_S
+        if is_remote:
+            strangers = [fd for fd, guest in self._guests.items() if guest.remote and guest.stage is not Stage.PAIR]
+            if len(strangers) >= REMOTE_MAX:
+                # A rank needs a moment; who fills the door with connections that say
+                # nothing must keep coming faster than that.
+                self.counts["crowded_out"] += 1
+                self._complain("%s had to go: too many connections that prove nothing", self._guests[strangers[0]])
+                self._drop(strangers[0])
+            remote.tune(connection, self._tcp)
+            host, port = where[:2]
+            return Guest(connection, deadline, where=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        pid, uid = _peer(connection)
+        if uid != os.geteuid() or sum(not guest.remote for guest in self._guests.values()) >= LOCAL_MAX:
+            self._complain("refused a connection of pid %d, uid %d", pid, uid)
+            return None
+        return Guest(connection, deadline, pid=pid)
+
+    def _take(self, fd: int) -> Guest:
+        """The guest's connection is no longer looked at here."""
+        guest = self._guests.pop(fd)
+        self._selector.unregister(guest.connection)
+        if guest.stage is Stage.PAIR:
+            self._unpaired.pop(guest.nonce, None)
+        return guest
+
+    def _drop(self, fd: int) -> None:
+        self._take(fd).connection.close()
+
+    def _hear(self, fd: int) -> None:
+        """Reads exactly what the stage needs: what follows is for somebody else."""
+        guest = self._guests[fd]
+        if guest.stage is Stage.PAIR:
+            # It has to wait for its other half, so that this is its end, or nonsense.
+            self.counts["broken"] += 1
+            self._drop(fd)
+            return
+        want = msg.HELLO.size if guest.stage is Stage.HELLO else msg.PROOF_BYTES
+        try:
+            piece = guest.connection.recv(want - len(guest.data))
+        except BlockingIOError:
+            return
+        except OSError:
+            piece = b""
+        if not piece:
+            self.counts["broken"] += 1
+            self._drop(fd)
+            return
+        guest.data += piece
+        if len(guest.data) < want:
+            return
+        data, guest.data = guest.data, b""
+        try:
+            if guest.stage is Stage.HELLO:
+                self._answer_hello(fd, guest, msg.Hello.unpack(data))
+            else:
+                assert guest.hello is not None
+                self._check_proof(fd, guest, guest.hello, data)
+        except OSError as error:
+            self.counts["broken"] += 1
+            self._complain("the connection of %s broke: %s", guest, error)
+            if fd in self._guests:
+                self._drop(fd)
+
+    def _answer_hello(self, fd: int, guest: Guest, hello: msg.Hello) -> None:
+        status = hello.problem() or self._fits(guest, hello)
+        guest.nonce = os.urandom(16)
+        guest.connection.send(msg.Hello.make(hello.kind, guest.nonce, lease=hello.lease, worker=hello.worker,
+                                             status=status).pack())
+        guest.hello = hello
+        if status != msg.HELLO_OK:
+            self.counts["refused"] += 1
+            if guest.remote:
+                self._complain("refused %s: %s", guest, msg.HELLO_TEXT[status])
+            self._drop(fd)
+        elif hello.kind == msg.KIND_SESSION and not guest.remote:
+            self._let_in(fd)
+        else:
+            guest.stage = Stage.PROOF
+
+    def _fits(self, guest: Guest, hello: msg.Hello) -> int:
+        """Whether there is what it asks for, on this kind of socket."""
+        if hello.kind == msg.KIND_SESSION:
+            return msg.HELLO_OK
+        if not guest.remote and (hello.kind == msg.KIND_DATA or hello.data):
+            return msg.HELLO_REFUSED
+        if hello.kind == msg.KIND_DATA and not self._partner(hello):
+            return msg.HELLO_UNKNOWN
+        known = self._host.secret_of(hello.lease, hello.worker) is not None
+        return msg.HELLO_OK if known else msg.HELLO_UNKNOWN
+
+    def _partner(self, hello: msg.Hello) -> Guest | None:
+        """The control connection that a data connection belongs to."""
+        guest = self._unpaired.get(hello.pairing)
+        if guest is None or guest.hello is None:
+            return None
+        return guest if (guest.hello.lease, guest.hello.worker) == (hello.lease, hello.worker) else None
+
+    def _check_proof(self, fd: int, guest: Guest, hello: msg.Hello, given: bytes) -> None:
+        if hello.kind == msg.KIND_SESSION:
+            secret: bytes | None = self._key
+            roles = msg.ROLE_SESSION_RANK, msg.ROLE_SESSION_SERVICE
+        else:
+            secret = self._host.secret_of(hello.lease, hello.worker)
+            roles = msg.ROLE_RANK, msg.ROLE_WORKER
+            if hello.kind == msg.KIND_DATA:
+                roles = msg.ROLE_DATA_RANK + hello.pairing, msg.ROLE_DATA_WORKER + hello.pairing
+                if self._partner(hello) is None:
+                    secret = None
+        answer = bytes(msg.PROOF_BYTES)
+        if not secret:
+            status = msg.HELLO_UNKNOWN
+        elif not msg.same_proof(given, msg.proof(secret, roles[0], *guest.nonces, hello.lease, hello.worker)):
+            status = msg.HELLO_REFUSED
+        else:
+            status = msg.HELLO_OK
+            answer = msg.proof(secret, roles[1], *guest.nonces, hello.lease, hello.worker)
+        guest.connection.send(msg.PROOF_ANSWER.pack(status, answer))
+        if status != msg.HELLO_OK:
+            self.counts["refused"] += 1
+            what = "key" if hello.kind == msg.KIND_SESSION else f"secret of lease {hello.lease}"
+            self._complain("refused %s: it did not know the %s", guest, what)
+            self._drop(fd)
+        elif hello.kind == msg.KIND_WORKER and hello.data:
+            guest.stage = Stage.PAIR
+            self._unpaired[guest.nonce] = guest
+        else:
+            self._let_in(fd)
+
+    def _let_in(self, fd: int) -> None:
+        guest = self._take(fd)
+        hello = guest.hello
+        assert hello is not None
+        self.counts["let_in"] += 1
+        if hello.kind == msg.KIND_SESSION:
+            self._host.session_came(guest)
+            return
+        first = guest
+        connections = [guest.connection]
+        if hello.kind == msg.KIND_DATA:
+            partner = self._partner(hello)
+            assert partner is not None and partner.hello is not None
+            first, hello = self._take(partner.connection.fileno()), partner.hello
+            connections.insert(0, first.connection)
+        for connection in connections:
+            connection.setblocking(True)
+        try:
+            self._host.worker_came(first, hello, connections)
+        finally:
+            for connection in connections:
+                connection.close()
+
+    # ---- the log ---------------------------------------------------------------------------------
+
+    def _complain(self, text: str, *facts: object) -> None:
+        """Says it in the log, unless strangers have filled enough of that already."""
+        now = time.monotonic()
+        self._complained = [when for when in self._complained if now - when < COMPLAINTS_S]
+        if len(self._complained) >= COMPLAINTS:
+            self._unsaid += 1
+            return
+        if self._unsaid:
+            log.warning("%d more lines like the ones before were left out", self._unsaid)
+            self._unsaid = 0
+        self._complained.append(now)
+        log.warning(text, *facts)
+
+
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int.from_bytes(data[0:4], sys.byteorder), int.from_bytes(data[4:8], sys.byteorder)

@@ -512,11 +512,10 @@ static int prepare(struct tcp_link *tcp, uint32_t slot, uint16_t type,
     };
     memcpy(out->first.line, line, sizeof(out->first.line));
     if ((tcp->flags & RFM_STREAM_CRC) != 0) {
-        struct iovec iov;
+        struct iovec iov = { 0 };
 
         out->crc = 0;
-        for (uint32_t k = 0; k < n + 3; k++) {
-            (void)segment_of(out, k, &iov);
+        for (uint32_t k = 0; (k < n + 3) && segment_of(out, k, &iov); k++) {
             out->crc = rfm_crc32c(out->crc, iov.iov_base, iov.iov_len);
         }
     }

@@ -50,8 +50,13 @@ class Invoker:
         """Raises MemoryError. 0 bytes are allowed."""
     def locate(self, address: int, nbytes: int) -> tuple[int, int] | None:
         """(arena, offset) if the bytes lie wholly in one live block, else None."""
-    def attach(self, fd: int, *, lease: int, worker: int, timeout_s: float = 10.0) -> Channel:
-        """Takes over an authenticated control connection (owns fd from here on)."""
+    def attach(self, fd: int, *, lease: int, worker: int, timeout_s: float = 10.0, transport: str = "shm",
+               data_fd: int = -1, integrity: bool = False, device: str = "") -> Channel:
+        """Takes over an authenticated control connection (owns both descriptors from here on).
+
+        transport: "shm" (fd is a Unix socket) | "tcp" (data_fd: a second connection; `integrity`: a crc32c
+        of each message) | "verbs" (`device`: name[:port[:gid index]], any if empty).
+        Raises TransportError; ValueError for a transport that there is not."""
     def kernel(self, kind: int, digest: bytes, blob: bytes) -> KernelRef:
         """The same digest gives the same ref."""
     def request(self, kernel: KernelRef, inputs: Sequence[Any], outputs: Sequence[Any],
@@ -77,6 +82,7 @@ class Channel:
     alive: bool
     in_flight: int
     pid: int
+    why: str                         # what went wrong on it; "" if nothing did
     def close(self) -> None: """Stops using the worker; in-flight invocations end LOST once it can't write any more."""
     def drain(self) -> None: """No new invocations; what is in flight ends normally."""
     def kill(self) -> bool: """SIGKILL through the pidfd; False if not permitted or gone."""

@@ -49,6 +49,9 @@ KIND_PLAIN = 3
 KIND_NUMBA = 4
 KIND_OBJECT = 5
 
+# By number: enum rfm_transport_number.
+TRANSPORTS = ("shm", "tcp", "verbs")
+
 include "gate.pxi"
 include "memory.pxi"
 include "invoker.pxi"

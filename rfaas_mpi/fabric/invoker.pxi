@@ -59,6 +59,14 @@ cdef class Channel:
     def in_flight(self):
         return self.info().in_flight
 
+    @property
+    def why(self):
+        """What went wrong on it, in a line; "" if nothing did (a worker's own words may be among it)."""
+        cdef const char *text = NULL
+        if self.invoker.ptr != NULL:
+            text = c.rfm_channel_why(self.ptr)
+        return "" if text == NULL else (<bytes>text).decode("ascii", "replace")
+
     def close(self):
         """Let go of the worker; what is in flight ends LOST once it can't write any more."""
         if self.invoker.usable():
@@ -172,18 +180,38 @@ cdef class Invoker:
             return arena, offset
         return None
 
-    def attach(self, int fd, *, uint64_t lease, uint32_t worker, double timeout_s=10.0):
-        """Take over an authenticated control connection; fd is ours from here on, also on failure.
+    def attach(self, int fd, *, uint64_t lease, uint32_t worker, double timeout_s=10.0, str transport="shm",
+               int data_fd=-1, bint integrity=False, str device=""):
+        """Take over an authenticated control connection; fd and data_fd are ours from here on, also on failure.
 
-        Raises TransportError.
+        `transport` is "shm" (fd is a Unix socket), "tcp" (data_fd is a second connection, for data;
+        with `integrity` each message carries a crc32c) or "verbs" (on `device`, any if empty).
+
+        Raises TransportError; ValueError for a transport that there is not.
         """
         cdef Channel channel = Channel.__new__(Channel)
-        cdef uint64_t timeout_ns = nanoseconds(timeout_s)
+        cdef c.rfm_attach_attr attr
+        cdef bytes name = device.encode()
         cdef int status
-        self.live()
+        memset(&attr, 0, sizeof(attr))
+        attr.fd = fd
+        attr.data_fd = data_fd
+        attr.lease = lease
+        attr.worker = worker
+        attr.timeout_ns = nanoseconds(timeout_s)
+        attr.flags = 1 if integrity else 0
+        attr.device = name
+        try:
+            attr.transport = TRANSPORTS.index(transport)
+            self.live()
+        except BaseException:
+            os.close(fd)
+            if data_fd >= 0:
+                os.close(data_fd)
+            raise
         with nogil:
-            status = c.rfm_invoker_attach(self.ptr, fd, lease, worker, timeout_ns, &channel.ptr)
-        check(status, f"worker {worker} of lease {lease}")
+            status = c.rfm_invoker_attach_over(self.ptr, &attr, &channel.ptr)
+        check(status, f"worker {worker} of lease {lease} over {transport}")
         channel.invoker = self
         self.all_channels = [kept for kept in self.all_channels if not (<Channel>kept).fenced]
         self.all_channels.append(channel)

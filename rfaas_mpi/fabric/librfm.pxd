@@ -141,8 +141,18 @@ cdef extern from "rfm.h" nogil:
     void rfm_invoker_close(rfm_invoker *inv, uint64_t timeout_ns)
     void rfm_invoker_destroy(rfm_invoker *inv)
     rfm_heap *rfm_invoker_heap(rfm_invoker *inv)
-    int rfm_invoker_attach(rfm_invoker *inv, int fd, uint64_t lease, uint32_t worker,
-                           uint64_t timeout_ns, rfm_channel **chan_p)
+    struct rfm_attach_attr:
+        uint32_t transport
+        int fd
+        int data_fd
+        uint32_t worker
+        uint64_t lease
+        uint64_t timeout_ns
+        uint32_t flags
+        const char *device
+
+    int rfm_invoker_attach_over(rfm_invoker *inv, const rfm_attach_attr *attr, rfm_channel **chan_p)
+    const char *rfm_channel_why(rfm_channel *chan)
     int rfm_invoker_kernel(rfm_invoker *inv, uint32_t kind, const uint8_t *digest,
                            const void *blob, uint64_t blob_bytes, rfm_kernel **kernel_p)
     int rfm_invoker_progress(rfm_invoker *inv)

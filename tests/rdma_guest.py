@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import lzma
 import os
@@ -334,7 +335,7 @@ class Guest:
         ends = []
         for output in outputs:
             reading, writing = os.pipe()
-            self._closing.append(lambda fd=reading: os.close(fd))
+            self._closing.append(functools.partial(os.close, reading))
             self._streams[reading] = output
             ends.append(writing)
         try:
@@ -350,7 +351,7 @@ class Guest:
                 os.close(end)
         self._closing.append(self._kill)
         self._pidfd = os.pidfd_open(self._machine.pid)
-        self._closing.append(lambda: os.close(self._pidfd))
+        self._closing.append(functools.partial(os.close, self._pidfd))
 
     def _memory_file(self, name: str) -> BinaryIO:
         file = os.fdopen(os.memfd_create(f"rdma-guest-{name}"), "w+b")
@@ -484,7 +485,7 @@ class Guest:
 # --- the command line ----------------------------------------------------------------
 
 def main(arguments: Sequence[str]) -> int:
-    own, separator, command = _split(arguments)
+    own, command = _split(arguments)
     parser = argparse.ArgumentParser(
         prog="rdma_guest.py", usage="%(prog)s [options] -- COMMAND [ARGUMENT...]",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -526,11 +527,10 @@ def main(arguments: Sequence[str]) -> int:
     return status
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], bool, list[str]]:
-    if "--" not in arguments:
-        return [*arguments], False, []
-    at = arguments.index("--")
-    return [*arguments[:at]], True, [*arguments[at + 1:]]
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is ours, and the command behind the first `--`."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return [*arguments[:at]], [*arguments[at + 1:]]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,12 @@ import rdma_guest
 from rdma_guest import Guest, GuestError
 
 CLI = Path(rdma_guest.__file__)
+pytestmark = pytest.mark.timeout(500)  # the kernel may have to be downloaded first
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernel() -> None:
+    rdma_guest.prepare()
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +37,6 @@ def emulators_under(pid: int) -> list[int]:
     return found
 
 
-@pytest.mark.timeout(500)  # the kernel may have to be downloaded first
 def test_a_command_finds_its_place_and_its_own_status_and_output_come_back(tmp_path):
     shared, kept = tmp_path / "shared", tmp_path / "kept"
     shared.mkdir()
@@ -45,7 +50,7 @@ def test_a_command_finds_its_place_and_its_own_status_and_output_come_back(tmp_p
     assert (shared / "file").read_text() == "seen variable an 'argument'\n"
 
 
-def test_a_signal_ends_a_command_as_in_a_shell_and_what_it_left_running_is_not_waited_for(capfdbinary):
+def test_a_signal_ends_a_command_as_in_a_shell_and_what_it_left_running_is_not_waited_for():
     out = BytesIO()
     command = ["sh", "-c", "sleep infinity & echo before; kill -TERM $$"]
     with Guest(command, nodes=1, stdout=out, timeout_s=100) as guest:

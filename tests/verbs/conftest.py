@@ -164,8 +164,10 @@ class GuestItem(pytest.Item):
                 parts += [f"--- {title} ---\n{text}" for title, text in result.output]
             raise FailedInGuest("\n".join(parts))
         for result in results:
-            if result.outcome == "skipped":
-                (pytest.skip if result.xfail is None else pytest.xfail)(result.xfail or result.text)
+            if result.outcome == "skipped" and result.xfail is None:
+                pytest.skip(result.text.removeprefix("Skipped: "))
+            elif result.outcome == "skipped":
+                pytest.xfail(result.xfail or "expected")
 
     def repr_failure(self, excinfo, style=None):
         if isinstance(excinfo.value, FailedInGuest):

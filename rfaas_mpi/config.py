@@ -119,6 +119,8 @@ class Settings:
                             "what a kernel in a worker may do; strict: read modules, write a scratch directory")
     memory_reserve: int = _setting(512 << 20, _size, "memory of the node that is never lent")
     fallback: bool = _setting(True, _flag, "run on the rank what no worker could run")
+    integrity: bool = _setting(False, _flag, "check what travels over tcp once more, with a crc32c")
+    device: str = _setting("", str, "the device for verbs, like mlx5_0; default: the first that works")
     tcp_idle_s: int = _setting(5, _number(int, 1, 32767), "a silent TCP peer is asked after so long if it lives")
     tcp_probe_s: int = _setting(2, _number(int, 1, 32767), "and again after so long")
     tcp_probes: int = _setting(3, _number(int, 1, 127), "and given up after so many questions")

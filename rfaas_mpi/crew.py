@@ -107,6 +107,11 @@ class Crew:
         self.memory.limit = self.lending.memory_limit
 
     @property
+    def transport(self) -> str:
+        """How invocations travel, or are to, where that is not known yet."""
+        return self.settings.transport if self.lending is None else self.lending.transport
+
+    @property
     def workers(self) -> list[int]:
         """Numbers of the workers that are there now."""
         return self.lending.workers if self.lending is not None else []

@@ -51,7 +51,8 @@ class Executor(concurrent.futures.Executor):
     for none to so many, as the standard library's executors do; neither asks
     for all cores that are spare. Where none is granted, kernels run on the rank
     and one warning says why. `transport="inline"` runs every kernel in this
-    process, for a debugger. `initializer(*initargs)` runs once in each worker
+    process, for a debugger. `service="tcp://HOST:PORT"` and `key_file` name a
+    service on another node. `initializer(*initargs)` runs once in each worker
     before its first call. `fallback=False`: nothing is ever run on the rank
     instead. The rest are settings (see `config.Settings`).
 
@@ -67,7 +68,7 @@ class Executor(concurrent.futures.Executor):
     def __init__(self, workers: tuple[int, int] | int | None = None, *, max_workers: int | None = None,
                  cores_per_worker: int = 1, memory_per_worker: int | str | None = None,
                  initializer: Callable[..., Any] | None = None, initargs: tuple[Any, ...] = (),
-                 transport: Literal["shm", "inline"] | None = None, slots: int | None = None,
+                 transport: Literal["auto", "shm", "tcp", "verbs", "inline"] | None = None, slots: int | None = None,
                  slot_bytes: int | str | None = None, spin_us: int | None = None,
                  fallback: bool | None = None, **settings: Any) -> None:
         self._crew: Crew | None = None
@@ -138,7 +139,8 @@ class Executor(concurrent.futures.Executor):
     def __repr__(self) -> str:
         crew = self._crew
         state = "shut down" if crew is None or crew.closing else f"workers={self.workers}"
-        return f"<Executor transport={self._settings.transport} {state}>"
+        transport = self._settings.transport if crew is None else crew.transport
+        return f"<Executor transport={transport} {state}>"
 
     # -- objects ---------------------------------------------------------------------------------------
 

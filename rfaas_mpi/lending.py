@@ -122,8 +122,9 @@ class Lending:
 
     def _attach(self, lease: GrantLease, worker: int, fds: tuple[int, int]) -> None:
         control, data = fds
-        more: dict[str, Any] = {} if self.transport == "shm" else {"transport": self.transport, "data_fd": data}
-        channel = self._invoker.attach(control, lease=lease.id, worker=worker, **more)
+        settings = self.session.settings
+        channel = self._invoker.attach(control, lease=lease.id, worker=worker, transport=self.transport, data_fd=data,
+                                       integrity=settings.integrity, device=settings.device)
         with self._lock:
             self._homes[worker] = lease.id
             # It may have ended, and its end been told, before we had it.
@@ -311,7 +312,7 @@ def choose_transport(wanted: str, session: Session) -> str:
     if not session.remote and wanted in ("auto", "shm"):
         return "shm"
     from rfaas_mpi import fabric
-    here = getattr(fabric, "transports", lambda: ("shm",))()
+    here = getattr(fabric, "transports", lambda: ("shm", "tcp"))()
     if wanted == "auto":
         return "verbs" if "verbs" in here and "verbs" in session.transports else "tcp"
     if wanted == "shm":

@@ -67,11 +67,7 @@ def serving(listen: str = "127.0.0.1:0", key_file: Path | None = None, **changes
         try:
             yield home.with_(service=said.addresses[0], key_file=os.fsdecode(said.key_file))
         finally:
-            try:
-                session.down()
-            except ServiceLost:
-                # A test killed it.
-                (service_directory(home) / "socket").unlink(missing_ok=True)
+            session.down()
 
 
 @pytest.fixture(scope="module")
@@ -532,6 +528,8 @@ def test_a_killed_service_is_told_at_once_with_its_address():
             rank.session.status()
         with pytest.raises(ServiceLost):
             rank.dial()
+    # As the next service there would.
+    (service_directory(settings) / "socket").unlink()
 
 
 def test_down_over_tcp_returns_when_everything_has_ended():

@@ -267,6 +267,46 @@ struct rfm_tcp_parcel {         /* beside ATTACH and ATTACHED */
 };
 _Static_assert(sizeof(struct rfm_tcp_parcel) == 8, "tcp parcel");
 
+/* --- what verbs peers tell each other ---------------------------------------
+ *
+ * Slots lie one behind the other as in a channel's segment; each side has the
+ * ring that the other one writes into. A slot is written by one RDMA write with
+ * immediate: the line, the payload behind it; the immediate is the slot.
+ */
+#define RFM_VERBS_VERSION   1u
+
+enum rfm_verbs_path {
+    RFM_VERBS_INFINIBAND = 1,
+    RFM_VERBS_ROCE_V1    = 2,
+    RFM_VERBS_ROCE_V2    = 3,
+};
+
+struct rfm_verbs_parcel {       /* beside ATTACH and ATTACHED */
+    uint16_t version;
+    uint8_t  path;              /* enum rfm_verbs_path */
+    uint8_t  mtu;               /* 1 (256 bytes) to 5 (4096), as in verbs */
+    uint32_t qp;                /* its number: 24 bits */
+    uint32_t psn;               /* of its first packet: 24 bits */
+    uint32_t lid;               /* 16 bits; 0: none */
+    uint8_t  gid[16];
+    uint64_t address;           /* of its ring */
+    uint64_t bytes;
+    uint32_t rkey;
+    uint32_t reserved;
+};
+_Static_assert(sizeof(struct rfm_verbs_parcel) == 56, "verbs parcel");
+_Static_assert(offsetof(struct rfm_verbs_parcel, gid) == 16, "verbs gid");
+_Static_assert(offsetof(struct rfm_verbs_parcel, address) == 32, "verbs ring");
+_Static_assert(sizeof(struct rfm_verbs_parcel) <= RFM_MAX_PARCEL, "parcel");
+
+struct rfm_verbs_memory {       /* beside ARENA and ARENA_READY */
+    uint64_t address;
+    uint64_t bytes;
+    uint32_t rkey;
+    uint32_t reserved;
+};
+_Static_assert(sizeof(struct rfm_verbs_memory) == 24, "verbs memory");
+
 struct rfm_desc {
     uint32_t arena;
     uint32_t flags;

@@ -89,40 +89,60 @@ sdist: setup  ## a source distribution under dist/
 # hold. Each runs twice: under ASan + UBSan, and under TSan, because the data
 # plane has a service thread in every one of them. A test that can't run under
 # TSan (it forks while it has threads, say) holds the words "not under TSan:".
+# One that holds the words "over every transport" is run over each of these:
+# `make check-asan-test_invoke` (shm), `make check-tsan-tcp-test_invoke`.
 
+C_TRANSPORTS := tcp
 C_TIMEOUT   ?= 300
+C_BUILD     ?= build
 CC          := gcc
 C_FLAGS     := -std=c11 -O1 -g -Wall -Wextra -Werror -fno-omit-frame-pointer -Icsrc -Icsrc/tests
 FLAGS_asan  := -fsanitize=address,undefined -fno-sanitize-recover=all
 FLAGS_tsan  := -fsanitize=thread
 C_HEADERS   := $(wildcard csrc/*.h csrc/tests/*.h)
-C_LIB       := $(wildcard csrc/*.c) $(filter-out csrc/tests/test_%,$(wildcard csrc/tests/*.c))
+C_LIB       := $(wildcard csrc/*.c) csrc/tests/harness.c
 C_TESTS     := $(wildcard csrc/tests/test_*.c)
 C_TESTS_asan := $(C_TESTS)
 C_TESTS_tsan := $(if $(C_TESTS),$(shell grep -L 'not under TSan:' $(C_TESTS)))
+C_TESTS_all := $(if $(C_TESTS),$(shell grep -lz 'over every[ *[:space:]]*transport' $(C_TESTS)))
 # TSan wants the address space where it expects it.
 RUN_tsan    := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 export ASAN_OPTIONS  := detect_leaks=1:abort_on_error=1:strict_string_checks=1
 export UBSAN_OPTIONS := print_stacktrace=1
 export TSAN_OPTIONS  := halt_on_error=1:second_deadlock_stack=1
 
+# $(1): what it is called, $(2): the command
+define report
+@timeout $(C_TIMEOUT) $(2) >$(C_BUILD)/$(subst $() ,-,$(1)).log 2>&1 \
+    && echo "$(1): ok" \
+    || { status=$$?; cat $(C_BUILD)/$(subst $() ,-,$(1)).log; echo "$(1): FAILED ($$status)"; exit 1; }
+endef
+
 define sanitized
-build/$(1)/%.o: csrc/%.c $$(C_HEADERS)
+$(C_BUILD)/$(1)/%.o: csrc/%.c $$(C_HEADERS)
 	@mkdir -p $$(@D)
 	@$$(CC) $$(C_FLAGS) $$(FLAGS_$(1)) -c -o $$@ $$<
 
-build/$(1)/%.run: build/$(1)/tests/%.o $$(C_LIB:csrc/%.c=build/$(1)/%.o)
+$(C_BUILD)/$(1)/%.run: $(C_BUILD)/$(1)/tests/%.o $$(C_LIB:csrc/%.c=$(C_BUILD)/$(1)/%.o)
 	@$$(CC) $$(FLAGS_$(1)) -o $$@ $$^ -lpthread -lm
 
 .PHONY: check-$(1)-%
-check-$(1)-%: build/$(1)/%.run
-	@timeout $$(C_TIMEOUT) $$(RUN_$(1)) $$< >build/$(1)/$$*.log 2>&1 \
-	    && echo "$(1) $$*: ok" \
-	    || { status=$$$$?; cat build/$(1)/$$*.log; echo "$(1) $$*: FAILED ($$$$status)"; exit 1; }
+check-$(1)-%: $(C_BUILD)/$(1)/%.run
+	$$(call report,$(1) $$*,$$(RUN_$(1)) $$<)
 
 CHECKS += $$(C_TESTS_$(1):csrc/tests/%.c=check-$(1)-%)
 endef
 $(foreach sanitizer,asan tsan,$(eval $(call sanitized,$(sanitizer))))
+
+# $(1): sanitizer, $(2): transport
+define transported
+.PHONY: check-$(1)-$(2)-%
+check-$(1)-$(2)-%: $(C_BUILD)/$(1)/%.run
+	$$(call report,$(1) $(2) $$*,env T_TRANSPORT=$(2) $$(RUN_$(1)) $$<)
+
+CHECKS += $$(patsubst csrc/tests/%.c,check-$(1)-$(2)-%,$$(filter $$(C_TESTS_$(1)),$$(C_TESTS_all)))
+endef
+$(foreach sanitizer,asan tsan,$(foreach transport,$(C_TRANSPORTS),$(eval $(call transported,$(sanitizer),$(transport)))))
 .SECONDARY:
 
 test-c: setup $(CHECKS)

@@ -2,16 +2,19 @@
 #define _GNU_SOURCE
 #include "harness.h"
 
+#include <arpa/inet.h>
 #include <dirent.h>
 #include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <arpa/inet.h>
-#include <netinet/in.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -21,6 +24,7 @@
 #include "arena.h"
 #include "frame.h"
 #include "poller.h"
+#include "rfm_transport.h"
 #include "shm.h"
 
 static const char *running = "(start)";
@@ -275,6 +279,22 @@ void t_kill(pid_t pid, int signal)
     CHECK(kill(pid, signal) == 0);
 }
 
+bool t_lives(pid_t pid)
+{
+    char path[64];
+    char state = 'Z';
+    FILE *stat;
+
+    snprintf(path, sizeof(path), "/proc/%d/stat", (int)pid);
+    stat = fopen(path, "re");
+    if (stat == NULL) {
+        return false;
+    }
+    CHECK(fscanf(stat, "%*d (%*[^)]) %c", &state) == 1);
+    fclose(stat);
+    return state != 'Z';
+}
+
 static int doing_nothing(const uint64_t *args, const int *fds)
 {
     (void)args;
@@ -482,10 +502,25 @@ static int32_t k_stamp(const struct rfm_call *call)
     return 0;
 }
 
+/* Gates lie in the second half of the worker's page, which it shares with its
+ * agent whatever it shares with its ranks. */
+#define GATES ((RFM_PAGE_BYTES / 2) / sizeof(uint32_t))
+
+static _Thread_local uint32_t *gates;
+
+static uint32_t *gates_of(void *page)
+{
+    return (uint32_t *)((uint8_t *)page + RFM_PAGE_BYTES / 2);
+}
+
 static int32_t k_gate(const struct rfm_call *call)
 {
-    while (rfm_load_acquire((uint32_t *)call->inputs[0].ptr) == 0) {
-        sched_yield();
+    uint32_t number;
+
+    memcpy(&number, call->inputs[0].ptr, sizeof(number));
+    while (rfm_load_acquire(&gates[number % GATES]) == 0) {
+        (void)syscall(SYS_futex, &gates[number % GATES], FUTEX_WAIT, 0, NULL,
+                      NULL, 0);
     }
     return k_echo(call);
 }
@@ -675,7 +710,13 @@ static int serve(int agent_fd, int page_fd, uint32_t spin_us)
     struct crew crew = { NULL, NULL };
     struct rfm_event ev;
     bool over = false;
+    void *page;
 
+    page = mmap(NULL, RFM_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED,
+                page_fd, 0);
+    CHECK(page != MAP_FAILED);
+    gates = gates_of(page);
+    (void)t_transport();        /* loads it, where it is a plug-in */
     CHECK_OK(rfm_worker_create(&attr, &crew.w));
     while (!over) {
         CHECK_OK(rfm_worker_next(crew.w, true, &ev));
@@ -712,6 +753,7 @@ static int serve(int agent_fd, int page_fd, uint32_t spin_us)
         drop(&crew, crew.kept->conn, 0, true);
     }
     rfm_worker_destroy(crew.w);
+    munmap(page, RFM_PAGE_BYTES);
     return 0;
 }
 
@@ -789,22 +831,21 @@ uint32_t t_worker_expect(struct t_worker *w, uint16_t type)
     }
 }
 
-uint32_t t_transport(void)
+void t_worker_runs(struct t_worker *w, const struct rfm_request *req)
 {
-    const char *name = getenv("T_TRANSPORT");
-
-    if ((name == NULL) || (strcmp(name, "shm") == 0)) {
-        return RFM_TRANSPORT_SHM;
+    while (rfm_load_acquire(&w->page->id) != req->id) {
+        sched_yield();
     }
-    CHECK(strcmp(name, "tcp") == 0);
-    return RFM_TRANSPORT_TCP;
 }
+
+/* --- transports ----------------------------------------------------------- */
 
 void t_tcp_pair(int fds[2])
 {
     struct sockaddr_in at = { .sin_family = AF_INET };
     socklen_t length = sizeof(at);
     int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    int one = 1;
 
     at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     CHECK(listener >= 0);
@@ -817,64 +858,150 @@ void t_tcp_pair(int fds[2])
     fds[1] = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
     CHECK(fds[1] >= 0);
     close(listener);
+    for (int i = 0; i < 2; i++) {
+        CHECK(setsockopt(fds[i], IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one)) ==
+              0);
+    }
 }
 
-/* control and data: the rank's ends */
-static void dial_tcp(struct t_worker *w, int ours[2])
+/* Gives these to the worker, as its agent does, and closes them. */
+static void have_adopted(struct t_worker *w, int *fds, uint32_t n)
 {
     struct rfm_ctl_adopt body = { .lease = 1, .conn = w->next_conn++ };
     struct iovec iov = { &body, sizeof(body) };
-    int theirs[2];
 
-    for (int i = 0; i < 2; i++) {
-        int pair[2];
-
-        t_tcp_pair(pair);
-        ours[i]   = pair[0];
-        theirs[i] = pair[1];
+    CHECK_OK(rfm_frame_send(w->agent_fd, RFM_AGENT_ADOPT, 0, &iov, 1, fds, n));
+    for (uint32_t i = 0; i < n; i++) {
+        close(fds[i]);
     }
-    CHECK_OK(rfm_frame_send(w->agent_fd, RFM_AGENT_ADOPT, 0, &iov, 1, theirs,
-                            2));
-    close(theirs[0]);
-    close(theirs[1]);
 }
 
 int t_worker_dial(struct t_worker *w)
 {
-    struct rfm_ctl_adopt body = { .lease = 1, .conn = w->next_conn++ };
-    struct iovec iov = { &body, sizeof(body) };
     int pair[2];
 
     t_socketpair(pair);
-    CHECK_OK(rfm_frame_send(w->agent_fd, RFM_AGENT_ADOPT, 0, &iov, 1, &pair[1],
-                            1));
-    close(pair[1]);
+    have_adopted(w, &pair[1], 1);
     return pair[0];
+}
+
+static void dial_shm(struct t_worker *w, struct rfm_attach_attr *attr)
+{
+    attr->fd = t_worker_dial(w);
+}
+
+/* Every second one has its data checked. */
+static void dial_tcp(struct t_worker *w, struct rfm_attach_attr *attr)
+{
+    int control[2];
+    int data[2];
+    int theirs[2];
+
+    t_tcp_pair(control);
+    t_tcp_pair(data);
+    attr->fd      = control[0];
+    attr->data_fd = data[0];
+    attr->flags   = (w->next_conn % 2 == 0) ? RFM_STREAM_CRC : 0;
+    theirs[0]     = control[1];
+    theirs[1]     = data[1];
+    have_adopted(w, theirs, 2);
+}
+
+static const struct {
+    const char *name;
+    void (*dial)(struct t_worker *w, struct rfm_attach_attr *attr);
+} transports[RFM_TRANSPORTS] = {
+    [RFM_TRANSPORT_SHM] = { "shm", dial_shm },
+    [RFM_TRANSPORT_TCP] = { "tcp", dial_tcp },
+    [RFM_TRANSPORT_VERBS] = { "verbs", dial_shm },
+};
+
+uint32_t t_transport(void)
+{
+    const char *name = getenv("T_TRANSPORT");
+    uint32_t i = 0;
+
+    if (name == NULL) {
+        return RFM_TRANSPORT_SHM;
+    }
+    while ((i < RFM_TRANSPORTS) && ((transports[i].name == NULL) ||
+                                    (strcmp(name, transports[i].name) != 0))) {
+        i++;
+    }
+    CHECK(i < RFM_TRANSPORTS);
+    if (rfm_transport_find(i) == NULL) {
+        const char *why = "T_PLUGIN names no plug-in";
+
+        if ((getenv("T_PLUGIN") == NULL) ||
+            (rfm_transport_load(getenv("T_PLUGIN"), &why) < 0)) {
+            fprintf(stderr, "FAILED: no transport %s: %s\n", name, why);
+            fail_now();
+        }
+    }
+    return i;
+}
+
+bool t_remote(void)
+{
+    return rfm_transport_find(t_transport())->remote;
+}
+
+struct rfm_attach_attr t_dial(struct t_worker *w, uint32_t transport)
+{
+    struct rfm_attach_attr attr = {
+        .transport  = transport,
+        .fd         = -1,
+        .data_fd    = -1,
+        .lease      = 1,
+        .worker     = w->next_conn,
+        .timeout_ns = T_FOREVER,
+    };
+
+    transports[transport].dial(w, &attr);
+    return attr;
+}
+
+uint32_t t_dial_fds(const struct rfm_attach_attr *attr, int fds[2])
+{
+    fds[0] = attr->fd;
+    fds[1] = attr->data_fd;
+    return (attr->data_fd >= 0) ? 2 : 1;
+}
+
+struct rfm_attach_attr t_dialled(const int *fds)
+{
+    return (struct rfm_attach_attr){
+        .transport  = t_transport(),
+        .fd         = fds[0],
+        .data_fd    = fds[1],
+        .lease      = 1,
+        .worker     = 1,
+        .timeout_ns = T_FOREVER,
+    };
+}
+
+void t_hang_up(const struct rfm_attach_attr *attr)
+{
+    close(attr->fd);
+    if (attr->data_fd >= 0) {
+        close(attr->data_fd);
+    }
+}
+
+struct rfm_channel *t_attach(struct rfm_invoker *inv,
+                             const struct rfm_attach_attr *attr)
+{
+    struct rfm_channel *chan;
+
+    CHECK_OK(rfm_invoker_attach_over(inv, attr, &chan));
+    return chan;
 }
 
 struct rfm_channel *t_worker_attach(struct t_worker *w, struct rfm_invoker *inv)
 {
-    struct rfm_channel *chan;
+    struct rfm_attach_attr attr = t_dial(w, t_transport());
 
-    if (t_transport() == RFM_TRANSPORT_TCP) {
-        struct rfm_attach_attr attr = {
-            .transport  = RFM_TRANSPORT_TCP,
-            .lease      = 1,
-            .worker     = w->next_conn,
-            .timeout_ns = T_FOREVER,
-            .flags      = (w->next_conn % 2 == 0) ? RFM_STREAM_CRC : 0,
-        };
-        int ours[2];
-
-        dial_tcp(w, ours);
-        attr.fd      = ours[0];
-        attr.data_fd = ours[1];
-        CHECK_OK(rfm_invoker_attach_over(inv, &attr, &chan));
-        return chan;
-    }
-    CHECK_OK(rfm_invoker_attach(inv, t_worker_dial(w), 1, w->next_conn,
-                                T_FOREVER, &chan));
-    return chan;
+    return t_attach(inv, &attr);
 }
 
 static void forget(struct t_worker *w)
@@ -902,6 +1029,15 @@ int t_worker_bury(struct t_worker *w)
 
     forget(w);
     return status;
+}
+
+void t_worker_was_killed(struct t_worker *w)
+{
+    if (t_remote()) {
+        CHECK(t_lives(w->pid));
+        t_kill(w->pid, SIGKILL);
+    }
+    CHECK_EQ(t_worker_bury(w), SIGKILL);
 }
 
 /* --- a rank --------------------------------------------------------------- */
@@ -1045,6 +1181,45 @@ enum rfm_outcome t_invoke(struct t_call *call)
 {
     t_start(call);
     return t_wait(call);
+}
+
+void t_gate_make(struct t_gate *g, struct t_worker *w, struct rfm_invoker *inv)
+{
+    uint32_t places[2] = { RFM_BOUND, RFM_BOUND };
+    uint64_t sizes[2] = { 64, 64 };
+
+    g->worker = w;
+    g->number = w->next_gate++ % GATES;
+    rfm_store_release(&gates_of(w->page)[g->number], 0);
+    t_call_make(&g->call, inv, "gate", 1, 1, places, sizes);
+    memset(t_in(&g->call, 0), 0, 64);
+    memcpy(t_in(&g->call, 0), &g->number, sizeof(g->number));
+}
+
+void t_gate_shut(struct t_gate *g, struct t_worker *w, struct rfm_invoker *inv)
+{
+    t_gate_make(g, w, inv);
+    t_start(&g->call);
+}
+
+void t_gate_runs(struct t_gate *g)
+{
+    t_worker_runs(g->worker, &g->call.req);
+}
+
+void t_gate_unlock(struct t_gate *g)
+{
+    uint32_t *word = &gates_of(g->worker->page)[g->number];
+
+    rfm_store_release(word, 1);
+    (void)syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
+void t_gate_open(struct t_gate *g)
+{
+    t_gate_unlock(g);
+    CHECK_EQ(t_wait(&g->call), RFM_DONE);
+    t_call_end(&g->call);
 }
 
 const char *t_text(struct t_call *call)

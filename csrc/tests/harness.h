@@ -76,6 +76,8 @@ pid_t t_spawn(t_main_fn *fn, const uint64_t args[4], const int *fds,
 /* Its wait status, once it ended. */
 int  t_reap(pid_t pid);
 void t_kill(pid_t pid, int signal);
+/* It was not reaped yet: does it still run, or could it? */
+bool t_lives(pid_t pid);
 /* A process that does nothing until it is killed; *pidfd_p is the caller's. */
 pid_t t_dummy(int *pidfd_p);
 void t_socketpair(int fds[2]);
@@ -95,25 +97,46 @@ struct t_worker {
     int       page_fd;
     struct rfm_page *page;
     uint32_t  next_conn;
+    uint32_t  next_gate;
     uint32_t  spin_us;
     int       thread_fds[2];
 };
 
-/* What T_TRANSPORT names (shm, tcp); shm if nothing does. Workers are dialled
- * and attached over it. */
-uint32_t t_transport(void);
-/* Two ends of a connection over the loopback interface. */
-void t_tcp_pair(int fds[2]);
 void t_worker_start(struct t_worker *w, bool thread, uint32_t spin_us);
-/* A new connection to it: the rank's end. */
-int  t_worker_dial(struct t_worker *w);
-struct rfm_channel *t_worker_attach(struct t_worker *w, struct rfm_invoker *inv);
 /* Reads the agent's socket up to a frame of this type; its first u32. */
 uint32_t t_worker_expect(struct t_worker *w, uint16_t type);
 /* Asks it to end, and checks that it did so without an error. */
 void t_worker_end(struct t_worker *w);
 /* For one that ends otherwise: its wait status. */
 int  t_worker_bury(struct t_worker *w);
+/* Until it runs this call. */
+void t_worker_runs(struct t_worker *w, const struct rfm_request *req);
+
+/* --- transports ------------------------------------------------------------ *
+ *
+ * T_TRANSPORT says over which one a program's tests run (shm, tcp); shm if it
+ * says nothing. What differs by design is asserted by `if (t_remote())`. To add
+ * one, add its name, and what dials it, to `transports` in harness.c.
+ */
+uint32_t t_transport(void);
+bool     t_remote(void);
+/* A new connection to the worker, with all that an attach needs. */
+struct rfm_attach_attr t_dial(struct t_worker *w, uint32_t transport);
+/* Its descriptors, to be given to a child that calls t_dialled(): how many. */
+uint32_t t_dial_fds(const struct rfm_attach_attr *attr, int fds[2]);
+struct rfm_attach_attr t_dialled(const int *fds);
+void t_hang_up(const struct rfm_attach_attr *attr);
+struct rfm_channel *t_attach(struct rfm_invoker *inv,
+                             const struct rfm_attach_attr *attr);
+/* Both in one, over t_transport(). */
+struct rfm_channel *t_worker_attach(struct t_worker *w, struct rfm_invoker *inv);
+/* A Unix socket to it: the rank's end, for ranks by hand. */
+int  t_worker_dial(struct t_worker *w);
+/* Two ends of a connection over the loopback interface. */
+void t_tcp_pair(int fds[2]);
+/* What is left to do with a worker that rfm_channel_kill() was to get rid of:
+ * one that shares our memory is dead, another lives, but its link does not. */
+void t_worker_was_killed(struct t_worker *w);
 
 /* --- a rank --------------------------------------------------------------- */
 
@@ -159,6 +182,21 @@ enum rfm_outcome t_wait(struct t_call *call);
 enum rfm_outcome t_invoke(struct t_call *call);
 const char *t_text(struct t_call *call);
 
+/* Occupies a worker until it is opened. */
+struct t_gate {
+    struct t_call    call;
+    struct t_worker *worker;
+    uint32_t         number;
+};
+void t_gate_make(struct t_gate *g, struct t_worker *w, struct rfm_invoker *inv);
+/* The same, and starts its call. */
+void t_gate_shut(struct t_gate *g, struct t_worker *w, struct rfm_invoker *inv);
+void t_gate_runs(struct t_gate *g);
+/* Lets the kernel go; the call is still there. */
+void t_gate_unlock(struct t_gate *g);
+/* The same; its call ends DONE, and is gone. */
+void t_gate_open(struct t_gate *g);
+
 /*
  * Kernels by name, what they do (all inputs and outputs any size):
  *   echo      out[0] = in[0]                 flip      out[j] = ~in[j], each j
@@ -170,7 +208,7 @@ const char *t_text(struct t_call *call);
  *   event     echo, as an event              grumble   an error, as an event
  *   refused   can't be bound                 (any other name: can't be loaded)
  *   pattern   object {n, seed} -> n bytes    complain  the same as an error text
- *   gate      echo once the u32 that in[0] begins with (in an arena) is not 0
+ *   gate      echo once the gate of the number in[0] (u32) is open
  *   stamp     out[0] is a u64 that is one more at each call
  */
 

@@ -1,5 +1,5 @@
 /* Workers that die, stop and hang: every invocation ends exactly once, and
- * after LOST not one byte of its memory changes. */
+ * after LOST not one byte of its memory changes. Run over every transport. */
 #define _GNU_SOURCE
 #include "harness.h"
 
@@ -33,10 +33,11 @@ static void down(void)
     t_worker_end(&worker);
 }
 
-static void down_after_its_death(int status)
+/* for one that its rank got rid of */
+static void down_after_its_death(void)
 {
     t_invoker_end(inv);
-    CHECK_EQ(t_worker_bury(&worker), status);
+    t_worker_was_killed(&worker);
 }
 
 static void call_stuck(struct t_call *call)
@@ -48,9 +49,7 @@ static void call_stuck(struct t_call *call)
 
 static void until_it_runs(const struct t_call *call)
 {
-    while (rfm_load_acquire(&worker.page->id) != call->req.id) {
-        sched_yield();
-    }
+    t_worker_runs(&worker, &call->req);
 }
 
 /* --- sudden death --------------------------------------------------------- */
@@ -218,7 +217,7 @@ static void what_was_lost_is_started_again_elsewhere_under_its_id(void)
     CHECK_EQ(t_wait(&call), RFM_LOST);
     t_call_end(&call);
     CHECK_EQ(t_worker_bury(&second), SIGKILL);
-    down_after_its_death(SIGKILL);
+    down_after_its_death();
 }
 
 static void a_kept_result_is_lost_with_its_worker(void)
@@ -239,7 +238,7 @@ static void a_kept_result_is_lost_with_its_worker(void)
     /* it can't be fetched again, only run again */
     CHECK_EQ(rfm_request_fetch(&call.req, &into), RFM_ERR_BUSY);
     rfm_request_discard(&call.req);
-    CHECK_EQ(t_worker_bury(&worker), SIGKILL);
+    t_worker_was_killed(&worker);
     hire();
     CHECK_OK(rfm_request_restart(&call.req));
     CHECK_EQ(t_wait(&call), RFM_LARGE);
@@ -253,31 +252,39 @@ static void a_kept_result_is_lost_with_its_worker(void)
 
 /* --- time limits ---------------------------------------------------------- */
 
-static void a_stopped_worker_is_killed_after_the_deadline_and_writes_no_more(void)
+/* Who shares our memory has to die for that; another one is cut off, and may
+ * write what it likes into its mirror. */
+static void a_worker_that_stopped_past_the_deadline_writes_no_more(void)
 {
-    uint32_t places[2] = { RFM_BOUND, RFM_BOUND };
-    uint64_t sizes[2] = { 64, 64 };
-    struct t_call call;
+    struct t_gate gate;
+    struct t_call *call = &gate.call;
 
     up(2);
-    t_call_make(&call, inv, "gate", 1, 1, places, sizes);
-    memset(t_in(&call, 0), 0, 64);
-    CHECK_OK(rfm_request_start(&call.req, 20 * MS));
-    until_it_runs(&call);
+    t_gate_make(&gate, &worker, inv);
+    memset(t_out(call, 0), 0xcc, 64);
+    CHECK_OK(rfm_request_start(&call->req, 20 * MS));
+    t_gate_runs(&gate);
     CHECK(rfm_load_acquire(&worker.page->limit_ns) > 0);
     (void)t_worker_expect(&worker, RFM_AGENT_LIMITS);
     t_kill(worker.pid, SIGSTOP);
-    CHECK_EQ(t_wait(&call), RFM_LOST);
-    CHECK_EQ(call.req.expired, 1);
+    CHECK_EQ(t_wait(call), RFM_LOST);
+    CHECK_EQ(call->req.expired, 1);
     /* its memory is used again, and then it would go on, if it could */
-    memset(t_in(&call, 0), 0xff, 64);
-    memset(t_out(&call, 0), 0x11, 64);
+    memset(t_in(call, 0), 0xff, 64);
+    memset(t_out(call, 0), 0x11, 64);
+    t_gate_unlock(&gate);
     (void)kill(worker.pid, SIGCONT);
-    CHECK_EQ(t_worker_bury(&worker), SIGKILL);
-    for (int i = 0; i < 64; i++) {
-        CHECK_EQ(((uint8_t *)t_out(&call, 0))[i], 0x11);
+    if (t_remote()) {
+        CHECK_EQ(t_worker_expect(&worker, RFM_AGENT_GONE), 1);
+        CHECK_EQ(worker.page->count, 1);
+        t_worker_end(&worker);
+    } else {
+        CHECK_EQ(t_worker_bury(&worker), SIGKILL);
     }
-    t_call_end(&call);
+    for (int i = 0; i < 64; i++) {
+        CHECK_EQ(((uint8_t *)t_out(call, 0))[i], 0x11);
+    }
+    t_call_end(call);
     t_invoker_end(inv);
 }
 
@@ -300,21 +307,56 @@ static void what_waits_too_long_in_the_queue_times_out_and_never_runs(void)
     CHECK_EQ(rfm_load_acquire(&calls[0].req.state), RFM_POSTED);
     CHECK_OK(rfm_request_start(&calls[1].req, 1));
     CHECK_OK(rfm_request_start(&calls[2].req, 3 * MS));
+    /* over a network, what was sent can't be taken back: who waits behind it
+     * has to be cut off */
     for (int i = 0; i < 3; i++) {
-        CHECK_EQ(t_wait(&calls[i]), RFM_TIMED_OUT);
-        CHECK_EQ(calls[i].req.expired, 0);
+        bool sent = t_remote() && (i == 0);
+
+        CHECK_EQ(t_wait(&calls[i]), sent ? RFM_LOST : RFM_TIMED_OUT);
+        CHECK_EQ(calls[i].req.expired, sent);
         CHECK_EQ(((uint8_t *)t_out(&calls[i], 0))[0], 0xcc);
     }
     CHECK_EQ(rfm_invoker_queued(inv), 0);
-    CHECK_EQ(rfm_load_acquire(&stuck.req.state), RFM_POSTED);
-    CHECK_EQ(rfm_request_cancel(&stuck.req), RFM_ERR_BUSY);
-    CHECK_OK(rfm_channel_kill(chan));
+    if (!t_remote()) {
+        CHECK_EQ(rfm_load_acquire(&stuck.req.state), RFM_POSTED);
+        CHECK_EQ(rfm_request_cancel(&stuck.req), RFM_ERR_BUSY);
+        CHECK_OK(rfm_channel_kill(chan));
+    }
     CHECK_EQ(t_wait(&stuck), RFM_LOST);
+    CHECK_EQ(stuck.req.expired, 0);
     t_call_end(&stuck);
     for (int i = 0; i < 3; i++) {
         t_call_end(&calls[i]);
     }
-    down_after_its_death(SIGKILL);
+    down_after_its_death();
+}
+
+static void what_was_sent_and_not_begun_is_cancelled_where_that_can_be(void)
+{
+    struct t_call calls[2];
+    struct t_gate gate;
+    uint64_t asks[2][2] = { { 8, 1 }, { 8, 2 } };
+
+    up(2);
+    t_gate_shut(&gate, &worker, inv);
+    t_gate_runs(&gate);
+    for (int i = 0; i < 2; i++) {
+        t_call_object(&calls[i], inv, "pattern", asks[i], 16);
+        t_start(&calls[i]);
+    }
+    CHECK_EQ(rfm_load_acquire(&calls[0].req.state), RFM_POSTED);
+    CHECK_EQ(rfm_load_acquire(&calls[1].req.state), RFM_QUEUED);
+    CHECK_EQ(rfm_request_cancel(&gate.call.req), RFM_ERR_BUSY);
+    CHECK_EQ(rfm_request_cancel(&calls[0].req),
+             t_remote() ? RFM_ERR_BUSY : RFM_OK);
+    CHECK_OK(rfm_request_cancel(&calls[1].req));
+    t_gate_open(&gate);
+    CHECK_EQ(t_wait(&calls[0]), t_remote() ? RFM_DONE : RFM_CANCELLED);
+    CHECK_EQ(t_wait(&calls[1]), RFM_CANCELLED);
+    for (int i = 0; i < 2; i++) {
+        t_call_end(&calls[i]);
+    }
+    down();
 }
 
 static void the_longest_time_limit_is_no_limit(void)
@@ -350,7 +392,7 @@ static void a_time_limit_holds_for_all_attempts_together(void)
     CHECK_OK(rfm_request_restart(&call.req));
     CHECK_EQ(t_wait(&call), RFM_LOST);
     CHECK_EQ(call.req.expired, 1);
-    CHECK_EQ(t_worker_bury(&worker), SIGKILL);
+    t_worker_was_killed(&worker);
     /* and now it is over */
     CHECK_OK(rfm_request_restart(&call.req));
     CHECK_EQ(t_wait(&call), RFM_TIMED_OUT);
@@ -383,7 +425,7 @@ static void what_nobody_will_serve_is_given_back_and_can_start_again(void)
         CHECK_OK(rfm_request_restart(&calls[i].req));   /* still nobody */
         CHECK_EQ(t_wait(&calls[i]), RFM_NO_WORKER);
     }
-    CHECK_EQ(t_worker_bury(&worker), SIGKILL);
+    t_worker_was_killed(&worker);
     hire();
     for (int i = 0; i < 4; i++) {
         CHECK_OK(rfm_request_restart(&calls[i].req));
@@ -397,18 +439,14 @@ static void what_nobody_will_serve_is_given_back_and_can_start_again(void)
 
 static void a_drained_channel_finishes_what_it_has_and_takes_nothing_more(void)
 {
-    uint32_t places[2] = { RFM_BOUND, RFM_BOUND };
-    uint64_t sizes[2] = { 64, 64 };
     struct rfm_channel_info info;
     struct t_worker second;
-    struct t_call gate;
+    struct t_gate gate;
     struct t_call call;
 
     up(2);
-    t_call_make(&gate, inv, "gate", 1, 1, places, sizes);
-    memset(t_in(&gate, 0), 0, 64);
-    t_start(&gate);
-    until_it_runs(&gate);
+    t_gate_shut(&gate, &worker, inv);
+    t_gate_runs(&gate);
     rfm_channel_drain(chan);
     rfm_channel_info(chan, &info);
     CHECK_EQ(info.alive, 0);
@@ -418,14 +456,12 @@ static void a_drained_channel_finishes_what_it_has_and_takes_nothing_more(void)
     memset(t_in(&call, 0), 7, 8);
     t_start(&call);
     CHECK_EQ(rfm_load_acquire(&call.req.state), RFM_QUEUED);
-    rfm_store_release((uint32_t *)t_in(&gate, 0), 1);
-    CHECK_EQ(t_wait(&gate), RFM_DONE);
+    t_gate_open(&gate);
     CHECK_EQ(rfm_load_acquire(&call.req.state), RFM_QUEUED);
     t_worker_start(&second, false, 20);
     (void)t_worker_attach(&second, inv);
     CHECK_EQ(t_wait(&call), RFM_DONE);
     CHECK_EQ(second.page->count, 1);
-    t_call_end(&gate);
     t_call_end(&call);
     t_invoker_end(inv);
     t_worker_end(&worker);
@@ -454,31 +490,59 @@ static void closing_ends_what_is_in_flight_even_if_the_worker_hangs(void)
     }
     rfm_invoker_close(inv, 1);      /* twice does no harm */
     rfm_invoker_destroy(inv);
-    CHECK_EQ(t_worker_bury(&worker), SIGKILL);
+    t_worker_was_killed(&worker);
+}
+
+/* The rank's end of a connection over our transport, and the other one's. */
+static struct rfm_attach_attr connection(struct rfm_attach_attr *other)
+{
+    struct rfm_attach_attr attr = {
+        .transport  = t_transport(),
+        .data_fd    = -1,
+        .timeout_ns = T_FOREVER,
+    };
+    int pair[2];
+
+    t_socketpair(pair);
+    *other    = attr;
+    attr.fd   = pair[0];
+    other->fd = pair[1];
+    if (attr.transport == RFM_TRANSPORT_TCP) {
+        t_tcp_pair(pair);
+        attr.data_fd   = pair[0];
+        other->data_fd = pair[1];
+    }
+    return attr;
 }
 
 static void attaching_to_the_dead_or_deaf_is_an_error_and_leaves_nothing(void)
 {
+    struct rfm_attach_attr attr;
+    struct rfm_attach_attr other;
     struct rfm_channel *none;
     uint32_t fds;
-    int pair[2];
 
-    inv = t_invoker(2, 256, 0);
-    fds = t_open_fds();
-    t_socketpair(pair);
-    close(pair[1]);
-    CHECK_EQ(rfm_invoker_attach(inv, pair[0], 1, 1, T_FOREVER, &none),
-             RFM_ERR_PEER);
-    t_socketpair(pair);
-    CHECK_EQ(rfm_invoker_attach(inv, pair[0], 1, 1, 3 * MS, &none),
-             RFM_ERR_TIMEOUT);
-    close(pair[1]);
+    inv  = t_invoker(2, 256, 0);
+    attr = connection(&other);
+    t_hang_up(&other);
+    CHECK_EQ(rfm_invoker_attach_over(inv, &attr, &none), RFM_ERR_PEER);
+    fds = t_open_fds();         /* once its side was made, if it has one */
+    attr = connection(&other);
+    t_hang_up(&other);
+    CHECK_EQ(rfm_invoker_attach_over(inv, &attr, &none), RFM_ERR_PEER);
+    attr = connection(&other);
+    attr.timeout_ns = 3 * MS;
+    CHECK_EQ(rfm_invoker_attach_over(inv, &attr, &none), RFM_ERR_TIMEOUT);
+    t_hang_up(&other);
+    attr = connection(&other);
+    attr.transport = RFM_TRANSPORTS;
+    CHECK_EQ(rfm_invoker_attach_over(inv, &attr, &none), RFM_ERR_INVALID);
+    t_hang_up(&other);
     CHECK_EQ(t_open_fds(), fds);
     rfm_invoker_close(inv, 1);
-    t_socketpair(pair);
-    CHECK_EQ(rfm_invoker_attach(inv, pair[0], 1, 1, T_FOREVER, &none),
-             RFM_ERR_CLOSED);
-    close(pair[1]);
+    attr = connection(&other);
+    CHECK_EQ(rfm_invoker_attach_over(inv, &attr, &none), RFM_ERR_CLOSED);
+    t_hang_up(&other);
     rfm_invoker_destroy(inv);
 }
 
@@ -544,7 +608,8 @@ static void closing_while_threads_start_and_wait_strands_nobody(void)
 /* Takes the five seconds after which a reader is held to be stuck. */
 static void a_worker_that_stops_reading_can_not_block_its_rank_for_ever(void)
 {
-    uint64_t n = 4u << 20;
+    /* more than any socket takes without a reader */
+    uint64_t n = 32u << 20;
     uint8_t digest[RFM_DIGEST_BYTES] = { 1 };
     uint8_t *blob = calloc(1, n);
     struct rfm_kernel *kernel;
@@ -569,7 +634,7 @@ static void a_worker_that_stops_reading_can_not_block_its_rank_for_ever(void)
     call.req.binding = small;
     t_call_end(&call);
     free(blob);
-    down_after_its_death(SIGKILL);
+    down_after_its_death();
 }
 
 int main(int argc, char **argv)
@@ -578,8 +643,9 @@ int main(int argc, char **argv)
     RUN(every_invocation_ends_once_when_its_worker_is_killed);
     RUN(what_was_lost_is_started_again_elsewhere_under_its_id);
     RUN(a_kept_result_is_lost_with_its_worker);
-    RUN(a_stopped_worker_is_killed_after_the_deadline_and_writes_no_more);
+    RUN(a_worker_that_stopped_past_the_deadline_writes_no_more);
     RUN(what_waits_too_long_in_the_queue_times_out_and_never_runs);
+    RUN(what_was_sent_and_not_begun_is_cancelled_where_that_can_be);
     RUN(the_longest_time_limit_is_no_limit);
     RUN(a_time_limit_holds_for_all_attempts_together);
     RUN(what_nobody_will_serve_is_given_back_and_can_start_again);

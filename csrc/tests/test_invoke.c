@@ -1,5 +1,6 @@
 /* One rank, one worker in a process of its own: results are exact wherever the
- * arguments lie, and a kernel that misbehaves fails alone. */
+ * arguments lie, and a kernel that misbehaves fails alone. Run over every
+ * transport. */
 #define _GNU_SOURCE
 #include "harness.h"
 

@@ -74,7 +74,8 @@ static void send_frame(uint16_t type, const void *body, uint64_t n,
     CHECK((rc == RFM_OK) || (rc == RFM_ERR_PEER));
 }
 
-/* The next answer's status; RFM_ERR_PEER if it hung up instead. */
+/* The next answer's status; RFM_ERR_PEER if it hung up instead. Why is said
+ * before that, and is a text. */
 static int read_answer(int fds[2])
 {
     struct pollfd p = { .fd = liar.fd, .events = POLLIN };
@@ -85,6 +86,11 @@ static int read_answer(int fds[2])
     rfm_rx_init(&rx, 4096);
     while ((rc = rfm_rx_read(&rx, liar.fd)) == RFM_ERR_AGAIN) {
         (void)poll(&p, 1, -1);
+    }
+    if ((rc == RFM_OK) && (rx.head.type == RFM_CTL_REFUSED)) {
+        CHECK(strstr((char *)rx.body, "made no sense") != NULL);
+        rfm_rx_fini(&rx);
+        return read_answer(NULL);
     }
     if (rc == RFM_OK) {
         CHECK_EQ(rx.head.type, RFM_CTL_ATTACHED);

@@ -1,8 +1,9 @@
-/* Several ranks on one worker, and what either side leaves behind: nothing. */
+/* Several ranks on one worker, and what either side leaves behind: nothing.
+ * Run over every transport. */
 #define _GNU_SOURCE
 #include "harness.h"
 
-#include <poll.h>
+#include <dirent.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -15,14 +16,14 @@
 static struct t_worker worker;
 
 /* Echoes on an invoker of its own, over this connection. */
-static void be_a_rank(int fd, uint64_t seed, uint32_t rounds)
+static void be_a_rank(const struct rfm_attach_attr *attr, uint64_t seed,
+                      uint32_t rounds)
 {
     struct rfm_invoker *inv = t_invoker(4, T_SLOT_BYTES, 20);
     struct t_random r = { seed };
-    struct rfm_channel *chan;
     struct t_call calls[4];
 
-    CHECK_OK(rfm_invoker_attach(inv, fd, 1, 1, T_FOREVER, &chan));
+    (void)t_attach(inv, attr);
     for (uint32_t i = 0; i < 4; i++) {
         uint32_t places[2] = { (uint32_t)t_below(&r, 3), (uint32_t)t_below(&r, 3) };
         uint64_t sizes[2] = { 100, 100 };
@@ -47,7 +48,9 @@ static void be_a_rank(int fd, uint64_t seed, uint32_t rounds)
 
 static int rank_process(const uint64_t *args, const int *fds)
 {
-    be_a_rank(fds[0], args[0], (uint32_t)args[1]);
+    struct rfm_attach_attr attr = t_dialled(fds);
+
+    be_a_rank(&attr, args[0], (uint32_t)args[1]);
     return 0;
 }
 
@@ -58,10 +61,12 @@ static void two_ranks_in_two_processes_get_their_own_results(void)
 
     t_worker_start(&worker, false, 20);
     for (int i = 0; i < 2; i++) {
-        int fd = t_worker_dial(&worker);
+        struct rfm_attach_attr attr = t_dial(&worker, t_transport());
+        int fds[2];
+        uint32_t n = t_dial_fds(&attr, fds);
 
-        pids[i] = t_spawn(rank_process, args[i], &fd, 1);
-        close(fd);
+        pids[i] = t_spawn(rank_process, args[i], fds, n);
+        t_hang_up(&attr);
     }
     for (int i = 0; i < 2; i++) {
         CHECK_EQ(t_reap(pids[i]), 0);
@@ -74,14 +79,14 @@ static void two_ranks_in_two_processes_get_their_own_results(void)
 struct rank {
     pthread_t thread;
     uint64_t seed;
-    int fd;
+    struct rfm_attach_attr attr;
 };
 
 static void *rank_thread(void *arg)
 {
     struct rank *rank = arg;
 
-    be_a_rank(rank->fd, rank->seed, t_scaled(1500, 200));
+    be_a_rank(&rank->attr, rank->seed, t_scaled(1500, 200));
     return NULL;
 }
 
@@ -93,7 +98,7 @@ static void several_ranks_in_one_process_get_their_own_results(void)
         t_worker_start(&worker, in_thread != 0, 20);
         for (uint64_t i = 0; i < 3; i++) {
             ranks[i].seed = i;
-            ranks[i].fd   = t_worker_dial(&worker);
+            ranks[i].attr = t_dial(&worker, t_transport());
             CHECK_EQ(pthread_create(&ranks[i].thread, NULL, rank_thread,
                                     &ranks[i]), 0);
         }
@@ -123,8 +128,6 @@ static void ranks_are_served_in_rotation(void)
     struct rfm_invoker *inv[2];
     struct rfm_channel *chan[2];
     struct t_call calls[2][EACH];
-    uint32_t places[2] = { RFM_BOUND, RFM_INLINE };
-    uint64_t sizes[2] = { 64, 64 };
     uint32_t rounds = 5;
 
     t_worker_start(&worker, false, 20);
@@ -148,15 +151,11 @@ static void ranks_are_served_in_rotation(void)
     }
     for (uint32_t done = 0; done < rounds;) {
         uint64_t stamps[2][EACH];
-        struct t_call gate;
+        struct t_gate gate;
         uint64_t queued;
 
-        t_call_make(&gate, inv[0], "gate", 1, 1, places, sizes);
-        memset(t_in(&gate, 0), 0, 64);
-        t_start(&gate);
-        while (rfm_load_acquire(&worker.page->id) != gate.req.id) {
-            sched_yield();
-        }
+        t_gate_shut(&gate, &worker, inv[0]);
+        t_gate_runs(&gate);
         for (int i = 0; i < EACH; i++) {
             for (int k = 0; k < 2; k++) {
                 t_start(&calls[k][i]);
@@ -167,9 +166,7 @@ static void ranks_are_served_in_rotation(void)
             CHECK_EQ(in_flight(chan[0]), EACH + 1);
             CHECK_EQ(in_flight(chan[1]), EACH);
         }
-        rfm_store_release((uint32_t *)t_in(&gate, 0), 1);
-        CHECK_EQ(t_wait(&gate), RFM_DONE);
-        t_call_end(&gate);
+        t_gate_open(&gate);
         for (int k = 0; k < 2; k++) {
             for (int i = 0; i < EACH; i++) {
                 CHECK_EQ(t_wait(&calls[k][i]), RFM_DONE);
@@ -206,15 +203,16 @@ static void a_worker_takes_64_ranks_and_refuses_one_more(void)
 {
     struct rfm_invoker *inv = t_invoker(2, 256, 0);
     struct rfm_channel *chans[RFM_MAX_RANKS];
-    struct rfm_channel *more;
     struct t_call calls[RFM_MAX_RANKS];
+    struct rfm_channel *more;
+    struct rfm_attach_attr attr;
 
     t_worker_start(&worker, false, 0);
     for (uint32_t i = 0; i < RFM_MAX_RANKS; i++) {
         chans[i] = t_worker_attach(&worker, inv);
     }
-    CHECK_EQ(rfm_invoker_attach(inv, t_worker_dial(&worker), 1, 1, T_FOREVER,
-                                &more), RFM_ERR_NO_RESOURCE);
+    attr = t_dial(&worker, t_transport());
+    CHECK_EQ(rfm_invoker_attach_over(inv, &attr, &more), RFM_ERR_NO_RESOURCE);
     for (uint32_t i = 0; i < RFM_MAX_RANKS; i++) {
         t_call_inline(&calls[i], inv, "echo", 40, 40);
         t_fill(t_in(&calls[i], 0), 40, i);
@@ -269,30 +267,53 @@ static void an_invoker_outlives_any_number_of_channels(void)
 
 /* --- ends ----------------------------------------------------------------- */
 
-static uint32_t mappings_of(pid_t pid, const char *what)
+/* What a worker has of its ranks. */
+struct holdings {
+    uint32_t fds;
+    uint32_t segments;
+    uint32_t arenas;            /* mapped, or mirrored */
+};
+
+static struct holdings holdings_of(pid_t pid)
 {
+    struct holdings h = { 0 };
     char line[512];
-    uint32_t n = 0;
+    DIR *dir;
     FILE *maps;
 
+    snprintf(line, sizeof(line), "/proc/%d/fd", (int)pid);
+    dir = opendir(line);
+    CHECK(dir != NULL);
+    while (readdir(dir) != NULL) {
+        h.fds++;
+    }
+    closedir(dir);
     snprintf(line, sizeof(line), "/proc/%d/maps", (int)pid);
     maps = fopen(line, "re");
     CHECK(maps != NULL);
     while (fgets(line, sizeof(line), maps) != NULL) {
-        n += strstr(line, what) != NULL;
+        unsigned long from;
+        unsigned long to;
+        char mode[8];
+
+        CHECK(sscanf(line, "%lx-%lx %7s", &from, &to, mode) == 3);
+        h.segments += strstr(line, "rfaas-channel") != NULL;
+        /* a mirror has no name, but the size of an executor's first arena */
+        h.arenas += (strstr(line, "rfaas-arena") != NULL) ||
+                    ((to - from == (4u << 20)) && (strcmp(mode, "rw-p") == 0));
     }
     fclose(maps);
-    return n;
+    return h;
 }
 
 static int doomed_rank(const uint64_t *args, const int *fds)
 {
     struct rfm_invoker *inv = t_invoker(4, T_SLOT_BYTES, 0);
-    struct rfm_channel *chan;
+    struct rfm_attach_attr attr = t_dialled(fds + 1);
     struct t_call calls[6];
-    uint32_t *told = t_map(fds[1], 4096);
+    uint32_t *told = t_map(fds[0], 4096);
 
-    CHECK_OK(rfm_invoker_attach(inv, fds[0], 1, 1, T_FOREVER, &chan));
+    (void)t_attach(inv, &attr);
     for (uint64_t i = 0; i < 6; i++) {
         uint32_t places[2] = { RFM_CALL, RFM_BOUND };
         uint64_t sizes[2] = { 8, 8 };
@@ -305,10 +326,10 @@ static int doomed_rank(const uint64_t *args, const int *fds)
         for (int i = 0; i < 6; i++) {
             t_start(&calls[i]);
         }
-        rfm_store_release(told, 1);
         for (int i = 0; i < 6; i++) {
             CHECK_EQ(t_wait(&calls[i]), RFM_DONE);
         }
+        rfm_store_release(told, 1);
     }
     return 0;
 }
@@ -317,6 +338,7 @@ static void a_killed_rank_leaves_nothing_at_the_worker(void)
 {
     struct rfm_invoker *inv;
     struct t_random r = { 3 };
+    struct holdings before;
     struct t_call call;
     uint32_t rounds = t_scaled(60, 6);
 
@@ -324,22 +346,32 @@ static void a_killed_rank_leaves_nothing_at_the_worker(void)
     inv = t_invoker(2, T_SLOT_BYTES, 0);
     (void)t_worker_attach(&worker, inv);
     t_call_inline(&call, inv, "echo", 40, 40);
+    CHECK_EQ(t_invoke(&call), RFM_DONE);
+    before = holdings_of(worker.pid);
     for (uint32_t i = 0; i < rounds; i++) {
+        struct rfm_attach_attr attr = t_dial(&worker, t_transport());
         uint64_t args[4] = { t_below(&r, 300) };
-        int fds[2] = { t_worker_dial(&worker), -1 };
-        uint32_t *told = t_shared(4096, &fds[1]);
-        pid_t pid = t_spawn(doomed_rank, args, fds, 2);
+        struct holdings after;
+        uint32_t *told;
+        int fds[3];
+        uint32_t n = t_dial_fds(&attr, fds + 1);
+        pid_t pid;
 
+        told = t_shared(4096, &fds[0]);
+        pid  = t_spawn(doomed_rank, args, fds, n + 1);
+        t_hang_up(&attr);
         (void)t_await_not(told, 0);
-        for (volatile uint64_t n = t_below(&r, 100000); n > 0; n--) {
+        CHECK_EQ(holdings_of(worker.pid).arenas, before.arenas + 1);
+        for (volatile uint64_t k = t_below(&r, 100000); k > 0; k--) {
         }
         t_kill(pid, SIGKILL);
         CHECK_EQ(t_reap(pid), SIGKILL);
-        close(fds[0]);
         CHECK_EQ(t_worker_expect(&worker, RFM_AGENT_GONE), i + 2);
-        CHECK_EQ(mappings_of(worker.pid, "rfaas-channel"), 1);
-        CHECK_EQ(mappings_of(worker.pid, "rfaas-arena"), 0);
-        t_unshare(told, 4096, fds[1]);
+        after = holdings_of(worker.pid);
+        CHECK_EQ(after.fds, before.fds);
+        CHECK_EQ(after.segments, t_remote() ? 0 : 1);
+        CHECK_EQ(after.arenas, before.arenas);
+        t_unshare(told, 4096, fds[0]);
         /* the other rank doesn't notice */
         t_fill(t_in(&call, 0), 40, i);
         CHECK_EQ(t_invoke(&call), RFM_DONE);
@@ -361,9 +393,7 @@ static void a_worker_ends_with_its_agent(void)
     t_call_inline(&call, inv, "stuck", 8, 8);
     memset(t_in(&call, 0), 0, 8);
     t_start(&call);
-    while (rfm_load_acquire(&worker.page->id) == 0) {
-        sched_yield();
-    }
+    t_worker_runs(&worker, &call.req);
     /* even in the middle of a kernel */
     CHECK(shutdown(worker.agent_fd, SHUT_RDWR) == 0);
     CHECK_EQ(t_wait(&call), RFM_LOST);
@@ -374,39 +404,31 @@ static void a_worker_ends_with_its_agent(void)
 
 static void a_worker_that_is_told_to_quit_ends_after_its_kernel(void)
 {
-    uint32_t places[2] = { RFM_BOUND, RFM_BOUND };
-    uint64_t sizes[2] = { 64, 64 };
     struct rfm_invoker *inv;
-    struct t_call call;
+    struct t_gate gate;
 
     t_worker_start(&worker, false, 50);
     inv = t_invoker(2, T_SLOT_BYTES, 50);
     (void)t_worker_attach(&worker, inv);
-    t_call_make(&call, inv, "gate", 1, 1, places, sizes);
-    memset(t_in(&call, 0), 0, 64);
-    t_start(&call);
-    while (rfm_load_acquire(&worker.page->id) == 0) {
-        sched_yield();
-    }
+    t_gate_shut(&gate, &worker, inv);
+    t_gate_runs(&gate);
     CHECK_OK(rfm_frame_send(worker.agent_fd, RFM_AGENT_QUIT, 0, NULL, 0, NULL, 0));
-    rfm_store_release((uint32_t *)t_in(&call, 0), 1);
-    CHECK_EQ(t_wait(&call), RFM_DONE);
+    t_gate_open(&gate);
     CHECK_EQ(t_worker_bury(&worker), 0);
-    t_call_end(&call);
     t_invoker_end(inv);
 }
 
 static void connections_that_are_adopted_and_never_used_leave_nothing(void)
 {
+    struct rfm_attach_attr attrs[10];
     struct rfm_invoker *inv;
-    int fds[10];
 
     t_worker_start(&worker, false, 0);
     for (int i = 0; i < 10; i++) {
-        fds[i] = t_worker_dial(&worker);
+        attrs[i] = t_dial(&worker, t_transport());
     }
     for (int i = 0; i < 5; i++) {
-        close(fds[i]);
+        t_hang_up(&attrs[i]);
         CHECK_EQ(t_worker_expect(&worker, RFM_AGENT_GONE), i + 1);
     }
     /* it sees the rest only when it ends: a leak would be its exit status */
@@ -415,7 +437,7 @@ static void connections_that_are_adopted_and_never_used_leave_nothing(void)
     t_invoker_end(inv);
     t_worker_end(&worker);
     for (int i = 5; i < 10; i++) {
-        close(fds[i]);
+        t_hang_up(&attrs[i]);
     }
 }
 

@@ -1,5 +1,6 @@
 /* Any thread may start, test and wait: every invocation ends once, with its
- * own result, and the queue never waits for anybody in particular. */
+ * own result, and the queue never waits for anybody in particular.
+ * Run over every transport. */
 #define _GNU_SOURCE
 #include "harness.h"
 

@@ -1,5 +1,5 @@
 /* A wake-up is never lost: both sides sleep at once (spin_us = 0), and every
- * wait here has no end but its event's. */
+ * wait here has no end but its event's. Run over every transport. */
 #define _GNU_SOURCE
 #include "harness.h"
 
@@ -107,8 +107,8 @@ static void go_to_bed(struct sleeper *s, struct t_call *call)
     s->call = call;
     CHECK_EQ(pthread_create(&s->thread, NULL, sleep_for_it, s), 0);
     /* near enough: whether asleep or on the way, it must see the end */
-    for (int i = 0; (i < 1000) && (rfm_load_acquire(&inv->door->sleepers) == 0);
-         i++) {
+    for (int i = 0; (i < 1000) && (rfm_load_acquire(&inv->door->sleepers) == 0) &&
+                    (rfm_load_acquire(&inv->leader) == 0); i++) {
         sched_yield();
     }
 }
@@ -119,30 +119,6 @@ static enum rfm_outcome wake_up(struct sleeper *s)
     return s->outcome;
 }
 
-struct gate {
-    struct t_call call;
-    uint32_t *open;
-};
-
-/* Occupies the worker until it is opened. */
-static void shut_gate(struct gate *g)
-{
-    uint32_t places[2] = { RFM_BOUND, RFM_BOUND };
-    uint64_t sizes[2] = { 64, 64 };
-
-    t_call_make(&g->call, inv, "gate", 1, 1, places, sizes);
-    g->open = t_in(&g->call, 0);
-    memset(g->open, 0, 64);
-    t_start(&g->call);
-}
-
-static void open_gate(struct gate *g)
-{
-    rfm_store_release(g->open, 1);
-    CHECK_EQ(t_wait(&g->call), RFM_DONE);
-    t_call_end(&g->call);
-}
-
 static void a_cancel_an_abandon_and_a_deadline_wake_who_sleeps_on_the_queue(void)
 {
     uint32_t rounds = t_scaled(100, 10);
@@ -150,10 +126,10 @@ static void a_cancel_an_abandon_and_a_deadline_wake_who_sleeps_on_the_queue(void
     for (uint32_t round = 0; round < rounds; round++) {
         struct t_call calls[5];
         struct sleeper sleepers[3];
-        struct gate gate;
+        struct t_gate gate;
 
         up(true, 2);
-        shut_gate(&gate);
+        t_gate_shut(&gate, &worker, inv);
         for (int i = 0; i < 5; i++) {
             t_call_inline(&calls[i], inv, "echo", 8, 8);
             t_fill(t_in(&calls[i], 0), 8, round);
@@ -174,7 +150,7 @@ static void a_cancel_an_abandon_and_a_deadline_wake_who_sleeps_on_the_queue(void
         CHECK_EQ(wake_up(&sleepers[0]), RFM_CANCELLED);
         rfm_invoker_abandon(inv);
         CHECK_EQ(wake_up(&sleepers[2]), RFM_NO_WORKER);
-        open_gate(&gate);
+        t_gate_open(&gate);
         for (int i = 0; i < 5; i++) {
             (void)t_wait(&calls[i]);
             t_call_end(&calls[i]);
@@ -190,7 +166,7 @@ static void the_death_of_its_worker_wakes_who_sleeps_on_a_fetch(void)
     struct rfm_desc into;
     struct sleeper sleepers[2];
     struct t_call call;
-    struct gate gates[2];
+    struct t_gate gates[2];
 
     up(false, 2);
     t_call_object(&call, inv, "pattern", ask, sizeof(ask));
@@ -198,8 +174,8 @@ static void the_death_of_its_worker_wakes_who_sleeps_on_a_fetch(void)
     CHECK_OK(rfm_heap_alloc(rfm_invoker_heap(inv), 5000, &block));
     into = (struct rfm_desc){ block.arena_id, 0, block.offset, 5000 };
     /* both slots, so that the fetch has to queue */
-    shut_gate(&gates[0]);
-    shut_gate(&gates[1]);
+    t_gate_shut(&gates[0], &worker, inv);
+    t_gate_shut(&gates[1], &worker, inv);
     CHECK_OK(rfm_request_fetch(&call.req, &into));
     CHECK_EQ(rfm_load_acquire(&call.req.state), RFM_QUEUED);
     go_to_bed(&sleepers[0], &call);
@@ -215,7 +191,7 @@ static void the_death_of_its_worker_wakes_who_sleeps_on_a_fetch(void)
     t_call_end(&call);
     rfm_heap_free(&block);
     t_invoker_end(inv);
-    CHECK_EQ(t_worker_bury(&worker), 9);
+    t_worker_was_killed(&worker);
 }
 
 static void *watch(void *arg)

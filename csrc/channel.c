@@ -26,6 +26,7 @@
 #define CLAIM_NS     20000ull       /* waiting behind this is worth a claim  */
 #define LONGEST_NS   (1ull << 56)   /* two years                             */
 #define MIRROR_NS    10000000000ull /* a worker may take so long for a mirror */
+#define LAST_WORDS_NS 100000000ull
 #define BULKY        65536u         /* more won't fit a socket's buffer       */
 
 /* --- setting up ----------------------------------------------------------- */
@@ -918,6 +919,9 @@ static int reap_locked(struct rfm_channel *chan)
     while ((chan->link != NULL) && !chan->broken) {
         uint32_t slot = (uint32_t)tail & (chan->slots - 1);
         uint64_t id = rfm_load_acquire(&chan->inflight[slot].id);
+        /* before the look: what came before it failed counts */
+        bool failed = chan->remote &&
+                      (rfm_load_acquire(&chan->link->failed) != 0);
         struct rfm_reply_line line;
         struct rfm_request *req;
         enum rfm_outcome outcome;
@@ -926,7 +930,7 @@ static int reap_locked(struct rfm_channel *chan)
         if ((id == 0) || (id == UINT64_MAX) ||
             !chan->link->ops->rank_poll(chan->link, slot, id, &line,
                                         &payload)) {
-            if (chan->remote && (rfm_load_acquire(&chan->link->failed) != 0)) {
+            if (failed) {
                 chan->broken = true;
                 rfm_channel_sever(chan, chan->link->why);
             } else if (id == 0) {
@@ -967,17 +971,50 @@ static int reap_locked(struct rfm_channel *chan)
     return n;
 }
 
+/* A side's completion is taken once, and who took it may find another reaping,
+ * who has passed that slot already: then it is he who looks again. */
+static bool may_reap(struct rfm_channel *chan)
+{
+    if ((rfm_load_relaxed(&chan->reap_lock) == 0) &&
+        (__atomic_exchange_n(&chan->reap_lock, 1, __ATOMIC_ACQUIRE) == 0)) {
+        return true;
+    }
+    if (!chan->remote) {
+        return false;
+    }
+    rfm_store_release(&chan->reap_again, 1);
+    rfm_fence();
+    return (rfm_load_relaxed(&chan->reap_lock) == 0) &&
+           (__atomic_exchange_n(&chan->reap_lock, 1, __ATOMIC_ACQUIRE) == 0);
+}
+
 int rfm_channel_reap(struct rfm_channel *chan)
 {
-    int n;
+    int n = 0;
 
-    if (rfm_load_relaxed(&chan->reap_lock) != 0 ||
-        __atomic_exchange_n(&chan->reap_lock, 1, __ATOMIC_ACQUIRE) != 0) {
+    if (!may_reap(chan)) {
         return RFM_ERR_BUSY;
     }
-    n = reap_locked(chan);
-    rfm_store_release(&chan->reap_lock, 0);
+    do {
+        rfm_store_relaxed(&chan->reap_again, 0);
+        n += reap_locked(chan);
+        rfm_store_release(&chan->reap_lock, 0);
+        if (!chan->remote) {
+            break;
+        }
+        rfm_fence();
+    } while ((rfm_load_relaxed(&chan->reap_again) != 0) && may_reap(chan));
     return n;
+}
+
+/* for who held the reap lock for something else */
+static void unlock_reap(struct rfm_channel *chan)
+{
+    rfm_store_release(&chan->reap_lock, 0);
+    rfm_fence();
+    if (rfm_load_relaxed(&chan->reap_again) != 0) {
+        rfm_service_kick(chan->inv);
+    }
 }
 
 /* with the reap lock held */
@@ -1032,7 +1069,7 @@ struct rfm_request *rfm_channel_take_back(struct rfm_channel *chan,
         }
     }
 out:
-    rfm_store_release(&chan->reap_lock, 0);
+    unlock_reap(chan);
     return got;
 }
 
@@ -1053,7 +1090,7 @@ struct rfm_request *rfm_channel_take_back_at(struct rfm_channel *chan,
             got = req;
         }
     }
-    rfm_store_release(&chan->reap_lock, 0);
+    unlock_reap(chan);
     return got;
 }
 
@@ -1077,7 +1114,7 @@ int rfm_channel_arm(struct rfm_channel *chan)
         }
         n = reap_locked(chan);
     }
-    rfm_store_release(&chan->reap_lock, 0);
+    unlock_reap(chan);
     return n;
 }
 
@@ -1118,6 +1155,26 @@ static uint64_t no_more(struct rfm_channel *chan, uint32_t state)
     return head & ~RFM_HEAD_CLOSED;
 }
 
+/* Its control connection has ended, but replies come another way: what was
+ * answered before counts. With the reap lock held. */
+static void hear_last_words(struct rfm_channel *chan)
+{
+    uint64_t deadline = rfm_now_ns() + LAST_WORDS_NS;
+
+    while ((rfm_channel_in_flight(chan) != 0) && !chan->broken &&
+           (rfm_load_acquire(&chan->link->failed) == 0)) {
+        struct timespec ts = { 0, 50000 };
+
+        (void)chan->side->ops->side_progress(chan->side);
+        if (reap_locked(chan) == 0) {
+            if (rfm_now_ns() > deadline) {
+                return;
+            }
+            nanosleep(&ts, NULL);
+        }
+    }
+}
+
 void rfm_channel_dead(struct rfm_channel *chan)
 {
     struct rfm_link *link;
@@ -1131,6 +1188,9 @@ void rfm_channel_dead(struct rfm_channel *chan)
         sched_yield();
     }
     if (chan->remote && (chan->link != NULL)) {
+        if (chan->peer_ended) {
+            hear_last_words(chan);
+        }
         chan->link->ops->rank_fence(chan->link);
     }
     (void)reap_locked(chan);    /* what was answered in time counts */

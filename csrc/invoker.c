@@ -1248,11 +1248,14 @@ static int is_over(struct rfm_invoker *inv, struct waiter *w)
     }
 }
 
-static void arm_sides(struct rfm_invoker *inv)
+/* Those that there are now: another attach may open one meanwhile. */
+static void arm_sides(struct rfm_invoker *inv,
+                      struct rfm_side *armed[RFM_TRANSPORTS])
 {
     for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
-        if (inv->sides[i] != NULL) {
-            inv->sides[i]->ops->side_arm(inv->sides[i]);
+        armed[i] = rfm_load_acquire(&inv->sides[i]);
+        if (armed[i] != NULL) {
+            armed[i]->ops->side_arm(armed[i]);
         }
     }
 }
@@ -1264,15 +1267,16 @@ static void sleep_as_leader(struct rfm_invoker *inv, struct waiter *w,
     struct pollfd p[RFM_TRANSPORTS + 1] = {
         { .fd = inv->bell_fd, .events = POLLIN },
     };
+    struct rfm_side *armed[RFM_TRANSPORTS];
     uint32_t n = 1;
     uint64_t count;
     uint64_t now;
 
-    arm_sides(inv);
+    arm_sides(inv, armed);
     if ((rfm_invoker_progress(inv) == 0) && (is_over(inv, w) < 0)) {
         for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
-            if (inv->sides[i] != NULL) {
-                p[n].fd       = inv->sides[i]->ops->side_fd(inv->sides[i]);
+            if (armed[i] != NULL) {
+                p[n].fd       = armed[i]->ops->side_fd(armed[i]);
                 p[n++].events = POLLIN;
             }
         }
@@ -1285,17 +1289,18 @@ static void sleep_as_leader(struct rfm_invoker *inv, struct waiter *w,
 
             (void)ppoll(p, n, &ts, NULL);
         }
-        for (uint32_t i = 1, k = 0; k < RFM_TRANSPORTS; k++) {
-            if ((inv->sides[k] != NULL) && (i < n) && (p[i++].revents != 0)) {
-                inv->sides[k]->ops->side_woken(inv->sides[k]);
-            }
-        }
         if ((p[0].revents != 0) &&
             (read(inv->bell_fd, &count, sizeof(count)) < 0)) {
             count = 0;          /* somebody else's wake-up; look again */
         }
-        (void)rfm_invoker_progress(inv);
     }
+    for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
+        if (armed[i] != NULL) {
+            armed[i]->ops->side_woken(armed[i]);
+        }
+    }
+    /* after that: it may have taken a wake-up that was another's, too */
+    (void)rfm_invoker_progress(inv);
     rfm_store_release(&inv->leader, 0);
     rfm_fence();
     /* who sleeps on the door needs somebody who looks at the sides */

@@ -55,6 +55,7 @@ struct rfm_channel {
     bool     registered;        /* service thread only: in its epoll */
     bool     let_go;            /* we shut our half down */
     uint64_t kill_at_ns;
+    bool     peer_ended;        /* service thread only: it closed its end */
     uint32_t severed;           /* atomic: remote, to be fenced and ended */
     const char *why;            /* atomic: what went wrong, if it did */
     char     reason[128];       /* the worker's own words, if it is that */
@@ -64,6 +65,7 @@ struct rfm_channel {
     uint32_t depth;             /* how many tickets may be out */
 
     uint32_t reap_lock __attribute__((aligned(RFM_CACHE_LINE)));
+    uint32_t reap_again;        /* remote: somebody found it taken */
     bool     broken;            /* its worker lies: nothing more is taken */
     uint64_t tail;
     uint64_t mean_exec_ns;
@@ -100,7 +102,7 @@ struct rfm_invoker {
     struct rfm_side *sides[RFM_TRANSPORTS];
     uint32_t n_sides;
     uint32_t n_local;           /* channels that ever were on shared memory */
-    uint32_t watching;          /* atomic: the service thread looks at sides */
+    uint32_t watching[RFM_TRANSPORTS];  /* atomic: the service thread looks at sides */
     /* The one sleeper that waits on the sides themselves; others sleep on the
      * door, which it rings. */
     uint32_t leader;

@@ -90,8 +90,10 @@ struct rfm_transport {
     /* Moves what has come into the slots of its links, and what waits onto the
      * wire. From any thread; never waits. > 0: something came. */
     int  (*side_progress)(struct rfm_side *side);
-    /* Readable while something waits to be moved, once armed. After arming
-     * look once more before sleeping on it. */
+    /* Readable while something waits to be moved, between side_arm and
+     * side_woken, which come in pairs; several threads may have armed it, and
+     * it may be woken without having been readable. After arming look once more
+     * before sleeping on it. */
     int  (*side_fd)(struct rfm_side *side);
     void (*side_arm)(struct rfm_side *side);
     void (*side_woken)(struct rfm_side *side);

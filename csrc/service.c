@@ -47,15 +47,13 @@ static void watch_fd(struct rfm_invoker *inv, int fd, uint64_t data)
  * looks itself, and should not wake us each time. */
 void rfm_service_watch(struct rfm_invoker *inv)
 {
-    if (__atomic_exchange_n(&inv->watching, 1, __ATOMIC_ACQ_REL) != 0) {
-        return;
-    }
     for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
         struct epoll_event ev = { .events = EPOLLIN | EPOLLONESHOT };
         struct rfm_side *side = rfm_load_acquire(&inv->sides[i]);
         int fd;
 
-        if (side == NULL) {
+        if ((side == NULL) ||
+            (__atomic_exchange_n(&inv->watching[i], 1, __ATOMIC_ACQ_REL) != 0)) {
             continue;
         }
         fd          = side->ops->side_fd(side);
@@ -116,6 +114,7 @@ static void end_channel(struct rfm_invoker *inv, struct rfm_channel *chan)
 static void control_ended(struct rfm_invoker *inv, struct rfm_channel *chan,
                           bool closed)
 {
+    chan->peer_ended = closed;
     if (chan->remote || (chan->let_go && closed)) {
         if (chan->remote && !chan->let_go) {
             /* what it said before is heard: its words count more */
@@ -224,10 +223,10 @@ static void handle(struct rfm_invoker *inv, const struct epoll_event *ev)
         return;
     }
     if (tag == TAG_SIDE) {
-        struct rfm_side *side = inv->sides[ev->data.u64 >> 8];
+        uint64_t i = ev->data.u64 >> 8;
 
-        rfm_store_release(&inv->watching, 0);
-        side->ops->side_woken(side);
+        inv->sides[i]->ops->side_woken(inv->sides[i]);
+        rfm_store_release(&inv->watching[i], 0);
         return;
     }
     chan = rfm_channel_at(inv, (uint32_t)(ev->data.u64 >> 8));
@@ -275,6 +274,11 @@ static void *service_main(void *arg)
         }
         if ((rfm_load_acquire(&inv->n_sides) != 0) && needs_watch(inv)) {
             rfm_service_watch(inv);
+            /* A looker may have taken a completion before that, and have left
+             * it because somebody, perhaps we, was reaping just then. */
+            if (rfm_invoker_progress(inv) != 0) {
+                rfm_service_kick(inv);
+            }
         }
     }
     return NULL;

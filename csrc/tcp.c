@@ -97,7 +97,7 @@ struct tcp_link {
 
     uint32_t queue_lock __attribute__((aligned(RFM_CACHE_LINE)));
     uint32_t send_lock;
-    bool     wants_room;        /* under send_lock: waits for EPOLLOUT */
+    bool     wants_room;        /* written under send_lock: waits for EPOLLOUT */
     bool     fenced;            /* under send_lock */
     uint64_t queue_head;        /* atomic */
     uint64_t queue_tail;
@@ -111,6 +111,7 @@ struct tcp_side {
     struct rfm_side side;
     int      epoll_fd;
     uint32_t lock;
+    uint32_t arms;              /* who sleeps on the epoll set, or may */
     uint32_t n_links;
     struct tcp_link *links[MAX_LINKS];
 };
@@ -154,6 +155,24 @@ static void set_interest(struct tcp_link *tcp, int op, uint32_t events)
 
     ev.data.ptr = tcp;
     (void)epoll_ctl(side->epoll_fd, op, tcp->fd, &ev);
+}
+
+/* Being in an epoll set costs each packet a few microseconds. So a few links
+ * are in it only while somebody sleeps on it; many are asked through it. */
+static bool is_listened(const struct tcp_side *side)
+{
+    return (side->arms != 0) || (side->n_links > FEW_LINKS);
+}
+
+/* With the side's lock held. Who finds no room meanwhile changes what we
+ * listen for if we do already; else we see it when we look again. */
+static void listen_to(struct tcp_link *tcp)
+{
+    set_interest(tcp, EPOLL_CTL_ADD, EPOLLIN);
+    rfm_fence();
+    if (rfm_load_relaxed(&tcp->wants_room)) {
+        set_interest(tcp, EPOLL_CTL_MOD, EPOLLIN | EPOLLOUT);
+    }
 }
 
 static int fail(struct tcp_link *tcp, int status, const char *why)
@@ -596,7 +615,8 @@ static bool send_queued(struct tcp_link *tcp)
             if (rc == RFM_ERR_AGAIN) {
                 empty = false;
                 if (!tcp->wants_room) {
-                    tcp->wants_room = true;
+                    rfm_store_relaxed(&tcp->wants_room, true);
+                    rfm_fence();
                     set_interest(tcp, EPOLL_CTL_MOD, EPOLLIN | EPOLLOUT);
                 }
                 break;
@@ -608,7 +628,7 @@ static bool send_queued(struct tcp_link *tcp)
             rfm_store_release(&tcp->out[slot].queued, 0);
         }
         if (empty && tcp->wants_room) {
-            tcp->wants_room = false;
+            rfm_store_relaxed(&tcp->wants_room, false);
             set_interest(tcp, EPOLL_CTL_MOD, EPOLLIN);
         }
         empty = empty && !tcp->fenced &&
@@ -694,10 +714,30 @@ static int side_fd(struct rfm_side *side)
     return ((struct tcp_side *)side)->epoll_fd;
 }
 
-/* level-triggered: there is nothing to arm */
-static void side_arm(struct rfm_side *side)
+static void side_arm(struct rfm_side *base)
 {
-    (void)side;
+    struct tcp_side *side = (struct tcp_side *)base;
+    bool was;
+
+    take_lock(&side->lock);
+    was = is_listened(side);
+    side->arms++;
+    for (uint32_t i = 0; !was && (i < side->n_links); i++) {
+        listen_to(side->links[i]);
+    }
+    unlock(&side->lock);
+}
+
+static void side_woken(struct rfm_side *base)
+{
+    struct tcp_side *side = (struct tcp_side *)base;
+
+    take_lock(&side->lock);
+    side->arms--;
+    for (uint32_t i = 0; !is_listened(side) && (i < side->n_links); i++) {
+        set_interest(side->links[i], EPOLL_CTL_DEL, 0);
+    }
+    unlock(&side->lock);
 }
 
 static int side_arena(struct rfm_side *side, uint32_t arena, uint8_t *base,
@@ -744,6 +784,7 @@ static int link_make(const struct rfm_link_attr *attr, bool rank,
     struct tcp_side *side = (struct tcp_side *)attr->side;
     struct tcp_link *tcp;
     int rc = RFM_ERR_NO_MEMORY;
+    bool was;
     int flags;
 
     if (attr->data_fd < 0) {
@@ -785,8 +826,12 @@ static int link_make(const struct rfm_link_attr *attr, bool rank,
         rc = RFM_ERR_NO_RESOURCE;
         goto err_free;
     }
+    was = is_listened(side);
     side->links[side->n_links++] = tcp;
-    set_interest(tcp, EPOLL_CTL_ADD, EPOLLIN);
+    for (uint32_t i = was ? side->n_links - 1 : 0;
+         is_listened(side) && (i < side->n_links); i++) {
+        listen_to(side->links[i]);
+    }
     unlock(&side->lock);
     *tcp_p = tcp;
     return RFM_OK;
@@ -801,12 +846,17 @@ static void link_fence(struct rfm_link *link)
 {
     struct tcp_side *side = (struct tcp_side *)link->side;
     struct tcp_link *tcp = (struct tcp_link *)link;
+    bool was;
 
     take_lock(&side->lock);
     for (uint32_t i = 0; i < side->n_links; i++) {
         if (side->links[i] == tcp) {
+            was            = is_listened(side);
             side->links[i] = side->links[--side->n_links];
             set_interest(tcp, EPOLL_CTL_DEL, 0);
+            for (i = 0; was && !is_listened(side) && (i < side->n_links); i++) {
+                set_interest(side->links[i], EPOLL_CTL_DEL, 0);
+            }
             break;
         }
     }
@@ -1053,7 +1103,7 @@ const struct rfm_transport rfm_tcp = {
     .side_progress   = side_progress,
     .side_fd         = side_fd,
     .side_arm        = side_arm,
-    .side_woken      = side_arm,
+    .side_woken      = side_woken,
     .side_arena      = side_arena,
     .side_arena_drop = side_arena_drop,
     .rank_open       = rank_open,

@@ -127,7 +127,7 @@ struct rfm_worker {
     uint32_t n_sides;
     uint32_t n_local;           /* connections on shared memory */
     uint64_t mean_ns;           /* of a call */
-    uint32_t watching;          /* atomic: the service thread looks at sides */
+    uint32_t watching[RFM_TRANSPORTS];  /* atomic: the service thread looks at sides */
     uint32_t polls;             /* atomic: the main thread sleeps in poll() */
     uint32_t busy;              /* atomic: a kernel runs, or a nap */
 
@@ -310,16 +310,13 @@ static uint64_t side_tag(struct rfm_worker *w, uint32_t i)
 /* The service thread looks at the sides once, when something comes. */
 static void watch_sides(struct rfm_worker *w)
 {
-    if ((rfm_load_relaxed(&w->watching) != 0) ||
-        (__atomic_exchange_n(&w->watching, 1, __ATOMIC_ACQ_REL) != 0)) {
-        return;
-    }
     for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
         struct epoll_event ev = { .events = EPOLLIN | EPOLLONESHOT };
         struct rfm_side *side = rfm_load_acquire(&w->sides[i]);
         int fd;
 
-        if (side == NULL) {
+        if ((side == NULL) || (rfm_load_relaxed(&w->watching[i]) != 0) ||
+            (__atomic_exchange_n(&w->watching[i], 1, __ATOMIC_ACQ_REL) != 0)) {
             continue;
         }
         fd          = side->ops->side_fd(side);
@@ -339,8 +336,8 @@ static bool read_side(struct rfm_worker *w, uint64_t tag)
         if (tag == side_tag(w, i)) {
             struct rfm_side *side = w->sides[i];
 
-            rfm_store_release(&w->watching, 0);
             side->ops->side_woken(side);
+            rfm_store_release(&w->watching[i], 0);
             if (side->ops->side_progress(side) > 0) {
                 knock(w);
             }
@@ -1930,10 +1927,10 @@ static void nap_on_sides(struct rfm_worker *w)
             (read(w->bell_fd, &count, sizeof(count)) < 0)) {
             count = 0;          /* somebody rang twice; look again */
         }
-        for (uint32_t i = 0, k = 1; i < RFM_TRANSPORTS; i++) {
-            if ((w->sides[i] != NULL) && (p[k++].revents != 0)) {
-                w->sides[i]->ops->side_woken(w->sides[i]);
-            }
+    }
+    for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
+        if (w->sides[i] != NULL) {
+            w->sides[i]->ops->side_woken(w->sides[i]);
         }
     }
     rfm_store_release(&w->polls, 0);

@@ -35,16 +35,16 @@ from rfaas_mpi import (
 TESTS = Path(__file__).parent
 
 
-@pytest.fixture(params=["inline", "shm"])
-def ex(request):
-    with Executor(workers=1, transport=request.param) as executor:
+@pytest.fixture(params=["inline", "shm", "tcp"])
+def ex(request, executor_over):
+    with executor_over(request.param) as executor:
         yield executor
 
 
-@pytest.fixture
-def worker():
+@pytest.fixture(params=["shm", "tcp"])
+def worker(request, executor_over):
     """An executor whose one worker is another process."""
-    with Executor(workers=1) as executor:
+    with executor_over(request.param) as executor:
         yield executor
 
 
@@ -109,7 +109,9 @@ def warm_up(executor: Executor) -> None:
         assert executor.submit(k.add, n).result() == n
 
 
+@pytest.mark.parametrize("worker", ["shm"], indirect=True)
 def test_a_call_that_a_worker_has_but_did_not_begin_can_be_cancelled(worker, tmp_path):
+    """On shared memory: what was sent over a network is the worker's."""
     flag = tmp_path / "flag"
     warm_up(worker)
     first = worker.submit(k.wait_for, flag)

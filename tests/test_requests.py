@@ -31,16 +31,16 @@ from rfaas_mpi import (
 Testall.__test__ = Testany.__test__ = Testsome.__test__ = False
 
 
-@pytest.fixture(params=["inline", "shm"])
-def ex(request):
-    with Executor(workers=1, transport=request.param) as executor:
+@pytest.fixture(params=["inline", "shm", "tcp"])
+def ex(request, executor_over):
+    with executor_over(request.param) as executor:
         yield executor
 
 
-@pytest.fixture
-def worker():
+@pytest.fixture(params=["shm", "tcp"])
+def worker(request, executor_over):
     """An executor whose one worker is another process."""
-    with Executor(workers=1) as executor:
+    with executor_over(request.param) as executor:
         yield executor
 
 

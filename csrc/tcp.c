@@ -429,8 +429,7 @@ static int progress_link(struct tcp_link *tcp)
     uint64_t moved = 0;
     int n = 0;
 
-    while ((moved < TURN_BYTES) &&
-           (rfm_load_relaxed(&tcp->link.failed) == 0)) {
+    while (rfm_load_relaxed(&tcp->link.failed) == 0) {
         uint8_t *to = NULL;
         uint64_t want = due(tcp, &to);
         ssize_t got;
@@ -446,6 +445,11 @@ static int progress_link(struct tcp_link *tcp)
                 break;          /* it can be used: don't ask for more first */
             }
             continue;
+        }
+        /* Only what is still in the socket wakes us: what is held, or has come
+         * whole, can't wait for the next turn. */
+        if ((moved >= TURN_BYTES) && (tcp->in.start == tcp->in.end)) {
+            break;
         }
         if (want > TURN_BYTES) {
             want = TURN_BYTES;

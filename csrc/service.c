@@ -10,6 +10,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -268,7 +269,9 @@ static void *service_main(void *arg)
         for (int i = 0; i < n; i++) {
             handle(inv, &events[i]);
         }
-        (void)rfm_invoker_progress(inv);
+        while (rfm_invoker_progress(inv) == RFM_ERR_BUSY) {
+            sched_yield();      /* its reaper may have looked too early */
+        }
         if (rfm_load_acquire(&inv->queued) != 0) {
             rfm_invoker_pump(inv);
         }

@@ -36,7 +36,11 @@ struct rfm_arena {
 };
 
 struct rfm_heap {
-    pthread_mutex_t lock;
+    pthread_mutex_t lock;               /* held while an arena is announced */
+    /* The list, and `bytes`, change under both. Who only looks takes this one:
+     * announcing may wait for a worker's answer, which the service thread has
+     * to hear, and it looks, too. */
+    pthread_mutex_t list;
     struct rfm_arena *arenas;
     struct rfm_heap_hooks hooks;
     uint64_t limit;
@@ -54,6 +58,7 @@ int rfm_heap_create(uint64_t limit, struct rfm_heap **heap_p)
         return RFM_ERR_NO_MEMORY;
     }
     pthread_mutex_init(&heap->lock, NULL);
+    pthread_mutex_init(&heap->list, NULL);
     heap->limit     = limit;
     heap->next_size = FIRST_ARENA;
     heap->next_id   = 1;
@@ -149,15 +154,17 @@ static int arena_create(struct rfm_heap *heap, uint64_t bytes, bool own,
     arena->own        = own;
     arena->id         = heap->next_id++;
     arena->free->size = bytes;
-    heap->bytes      += bytes;
     if (heap->hooks.made != NULL) {
         struct rfm_arena_info info = { arena->id, arena->fd, bytes,
                                        arena->base };
 
         heap->hooks.made(heap->hooks.ctx, &info);
     }
+    pthread_mutex_lock(&heap->list);
+    heap->bytes += bytes;
     arena->next  = heap->arenas;
     heap->arenas = arena;
+    pthread_mutex_unlock(&heap->list);
     *arena_p     = arena;
     return RFM_OK;
 
@@ -284,15 +291,24 @@ static void give_back(struct rfm_arena *arena, uint64_t offset, uint64_t size)
     }
 }
 
+static void heap_destroy(struct rfm_heap *heap)
+{
+    pthread_mutex_destroy(&heap->lock);
+    pthread_mutex_destroy(&heap->list);
+    free(heap);
+}
+
 static void unlink_arena(struct rfm_heap *heap, struct rfm_arena *arena)
 {
     struct rfm_arena **at = &heap->arenas;
 
+    pthread_mutex_lock(&heap->list);
     while (*at != arena) {
         at = &(*at)->next;
     }
     *at = arena->next;
     heap->bytes -= arena->bytes;
+    pthread_mutex_unlock(&heap->list);
 }
 
 void rfm_heap_free(struct rfm_block *b)
@@ -321,36 +337,30 @@ void rfm_heap_free(struct rfm_block *b)
     }
     rfm_heap_unlock(heap);
     if (last) {
-        pthread_mutex_destroy(&heap->lock);
-        free(heap);
+        heap_destroy(heap);
     }
 }
 
 void rfm_heap_close(struct rfm_heap *heap)
 {
-    struct rfm_arena **at;
+    struct rfm_arena *arena;
+    struct rfm_arena *next;
     bool last;
 
     rfm_heap_lock(heap);
     heap->closed = true;
     memset(&heap->hooks, 0, sizeof(heap->hooks));
-    at = &heap->arenas;
-    while (*at != NULL) {
-        struct rfm_arena *arena = *at;
-
+    for (arena = heap->arenas; arena != NULL; arena = next) {
+        next = arena->next;
         if (arena->blocks == 0) {
-            *at = arena->next;
-            heap->bytes -= arena->bytes;
+            unlink_arena(heap, arena);
             arena_destroy(arena);
-        } else {
-            at = &arena->next;
         }
     }
     last = heap->arenas == NULL;
     rfm_heap_unlock(heap);
     if (last) {
-        pthread_mutex_destroy(&heap->lock);
-        free(heap);
+        heap_destroy(heap);
     }
 }
 
@@ -360,7 +370,7 @@ bool rfm_heap_locate(struct rfm_heap *heap, const void *address, uint64_t size,
     uintptr_t at = (uintptr_t)address;
     bool found = false;
 
-    rfm_heap_lock(heap);
+    pthread_mutex_lock(&heap->list);
     for (struct rfm_arena *a = heap->arenas; a != NULL; a = a->next) {
         uintptr_t base = (uintptr_t)a->base;
 
@@ -375,7 +385,7 @@ bool rfm_heap_locate(struct rfm_heap *heap, const void *address, uint64_t size,
             break;
         }
     }
-    rfm_heap_unlock(heap);
+    pthread_mutex_unlock(&heap->list);
     return found;
 }
 
@@ -384,7 +394,7 @@ void *rfm_heap_address(struct rfm_heap *heap, uint32_t arena, uint64_t offset,
 {
     void *address = NULL;
 
-    rfm_heap_lock(heap);
+    pthread_mutex_lock(&heap->list);
     for (struct rfm_arena *a = heap->arenas; a != NULL; a = a->next) {
         if (a->id == arena) {
             if ((offset <= a->bytes) && (size <= a->bytes - offset)) {
@@ -393,7 +403,7 @@ void *rfm_heap_address(struct rfm_heap *heap, uint32_t arena, uint64_t offset,
             break;
         }
     }
-    rfm_heap_unlock(heap);
+    pthread_mutex_unlock(&heap->list);
     return address;
 }
 
@@ -401,9 +411,9 @@ uint64_t rfm_heap_bytes(struct rfm_heap *heap)
 {
     uint64_t bytes;
 
-    rfm_heap_lock(heap);
+    pthread_mutex_lock(&heap->list);
     bytes = heap->bytes;
-    rfm_heap_unlock(heap);
+    pthread_mutex_unlock(&heap->list);
     return bytes;
 }
 

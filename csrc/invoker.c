@@ -893,30 +893,26 @@ static void rebalance(struct rfm_invoker *inv)
     }
 }
 
-/* what came over the network goes into its slots: true if something did */
-static bool progress_sides(struct rfm_invoker *inv)
+/* what came over the network goes into its slots */
+static void progress_sides(struct rfm_invoker *inv)
 {
-    bool came = false;
-
     for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
         struct rfm_side *side = rfm_load_acquire(&inv->sides[i]);
 
         if (side != NULL) {
-            came |= side->ops->side_progress(side) > 0;
+            (void)side->ops->side_progress(side);
         }
     }
-    return came;
 }
 
 int rfm_invoker_progress(struct rfm_invoker *inv)
 {
     uint32_t n = rfm_load_acquire(&inv->n_channels);
-    bool came = false;
     bool busy = false;
     int moved = 0;
 
     if (__builtin_expect(rfm_load_relaxed(&inv->n_sides) != 0, 0)) {
-        came = progress_sides(inv);
+        progress_sides(inv);
     }
     for (uint32_t i = 0; i < n; i++) {
         int rc = rfm_channel_reap(rfm_channel_at(inv, i));
@@ -926,12 +922,6 @@ int rfm_invoker_progress(struct rfm_invoker *inv)
         } else if (rc < 0) {
             busy = true;
         }
-    }
-    if (__builtin_expect(came && busy, 0)) {
-        /* Who is reaping may have looked before that came, and be about to
-         * sleep: no socket will wake it any more. */
-        rfm_invoker_knock(inv);
-        rfm_service_kick(inv);
     }
     if (moved > 0) {
         /* other threads' requests may be among them; its fence also keeps the

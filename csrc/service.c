@@ -10,7 +10,6 @@
 
 #include <errno.h>
 #include <poll.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -269,9 +268,7 @@ static void *service_main(void *arg)
         for (int i = 0; i < n; i++) {
             handle(inv, &events[i]);
         }
-        while (rfm_invoker_progress(inv) == RFM_ERR_BUSY) {
-            sched_yield();      /* its reaper may have looked too early */
-        }
+        (void)rfm_invoker_progress(inv);
         if (rfm_load_acquire(&inv->queued) != 0) {
             rfm_invoker_pump(inv);
         }

@@ -92,14 +92,17 @@ sdist: setup  ## a source distribution under dist/
 # One that holds the words "over every transport" is run over each of these:
 # `make check-asan-test_invoke` (shm), `make check-tsan-tcp-test_invoke`.
 
-C_TRANSPORTS := tcp
+# verbs runs over a device that is none (csrc/verbs/null), where its headers are.
+C_VERBS      := $(shell echo '\#include <infiniband/verbs.h>' | gcc -E -o /dev/null - 2>/dev/null && echo verbs)
+C_TRANSPORTS := tcp $(C_VERBS)
 C_TIMEOUT   ?= 300
 C_BUILD     ?= build
 CC          := gcc
 C_FLAGS     := -std=c11 -O1 -g -Wall -Wextra -Werror -fno-omit-frame-pointer -Icsrc -Icsrc/tests
 FLAGS_asan  := -fsanitize=address,undefined -fno-sanitize-recover=all
 FLAGS_tsan  := -fsanitize=thread
-C_HEADERS   := $(wildcard csrc/*.h csrc/tests/*.h)
+C_HEADERS   := $(wildcard csrc/*.h csrc/tests/*.h csrc/verbs/*.h csrc/verbs/null/*.h)
+C_PLUGIN    := $(wildcard csrc/verbs/*.c csrc/verbs/null/*.c)
 C_LIB       := $(wildcard csrc/*.c) csrc/tests/harness.c
 C_TESTS     := $(wildcard csrc/tests/test_*.c)
 C_TESTS_asan := $(C_TESTS)
@@ -130,6 +133,13 @@ $(C_BUILD)/$(1)/%.run: $(C_BUILD)/$(1)/tests/%.o $$(C_LIB:csrc/%.c=$(C_BUILD)/$(
 check-$(1)-%: $(C_BUILD)/$(1)/%.run
 	$$(call report,$(1) $$*,$$(RUN_$(1)) $$<)
 
+$(C_BUILD)/$(1)/verbs/%.o: csrc/verbs/%.c $$(C_HEADERS)
+	@mkdir -p $$(@D)
+	@$$(CC) $$(C_FLAGS) $$(FLAGS_$(1)) -fPIC -fvisibility=hidden -c -o $$@ $$<
+
+$(C_BUILD)/$(1)/verbs.so: $$(C_PLUGIN:csrc/%.c=$(C_BUILD)/$(1)/%.o)
+	@$$(CC) $$(FLAGS_$(1)) -shared -o $$@ $$^ -lpthread
+
 CHECKS += $$(C_TESTS_$(1):csrc/tests/%.c=check-$(1)-%)
 endef
 $(foreach sanitizer,asan tsan,$(eval $(call sanitized,$(sanitizer))))
@@ -137,8 +147,9 @@ $(foreach sanitizer,asan tsan,$(eval $(call sanitized,$(sanitizer))))
 # $(1): sanitizer, $(2): transport
 define transported
 .PHONY: check-$(1)-$(2)-%
-check-$(1)-$(2)-%: $(C_BUILD)/$(1)/%.run
-	$$(call report,$(1) $(2) $$*,env T_TRANSPORT=$(2) $$(RUN_$(1)) $$<)
+check-$(1)-$(2)-%: $(C_BUILD)/$(1)/%.run $(if $(filter verbs,$(2)),$(C_BUILD)/$(1)/verbs.so)
+	@rm -f $(C_BUILD)/$(1)/$$*.device
+	$$(call report,$(1) $(2) $$*,env T_TRANSPORT=$(2) T_PLUGIN=$(C_BUILD)/$(1)/$(2).so RFM_NULL_DEVICE=$(C_BUILD)/$(1)/$$*.device $$(RUN_$(1)) $$<)
 
 CHECKS += $$(patsubst csrc/tests/%.c,check-$(1)-$(2)-%,$$(filter $$(C_TESTS_$(1)),$$(C_TESTS_all)))
 endef

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
+import subprocess
+import sysconfig
 from glob import glob
 from pathlib import Path
 
@@ -26,6 +30,13 @@ COPIES = {
     "apps": ["apps/blackscholes.py", "apps/thumbnails.py"],
 }
 
+# The verbs transport: built where its headers are, loaded where its library is. The
+# other one needs no library and no device; it is what its own cost is measured with.
+VERBS, VERBS_NULL = "rfaas_mpi._verbs", "rfaas_mpi.bench._verbs_null"
+VERBS_HEADER = "infiniband/verbs.h"
+VERBS_SOURCES = sorted(glob("csrc/verbs/*.c"))
+NULL_PROVIDER = "csrc/verbs/null/provider.c"
+
 # Libraries of their own, no part of the data plane.
 KERNELS = "csrc/kernels.c"
 BENCH = "csrc/bench.c"
@@ -36,11 +47,24 @@ def data_plane_sources() -> list[str]:
     return sorted(set(glob("csrc/*.c")) - {KERNELS, BENCH})
 
 
+def has_header(name: str) -> bool:
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    return subprocess.run([*compiler, "-E", "-x", "c", "-", "-o", os.devnull], input=f"#include <{name}>\n",
+                          text=True, stderr=subprocess.DEVNULL, check=False).returncode == 0
+
+
 class PlainLibrary(Extension):
     """A shared library that is loaded with dlopen and knows nothing of Python."""
 
 
 class BuildExt(build_ext):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if not has_header(VERBS_HEADER):
+            print(f"not built: the verbs transport, since there is no {VERBS_HEADER} here "
+                  "(Debian: libibverbs-dev); everything else works without")
+            self.extensions = [ext for ext in self.extensions if ext.name not in (VERBS, VERBS_NULL)]
+
     def get_ext_filename(self, fullname: str) -> str:
         extension = self.ext_map.get(fullname)
         if isinstance(extension, PlainLibrary):
@@ -60,7 +84,7 @@ class BuildPy(build_py):
                 shutil.copy2(file, target)
 
 
-headers = sorted(glob("csrc/*.h"))
+headers = sorted([*glob("csrc/*.h"), *glob("csrc/verbs/*.h"), *glob("csrc/verbs/null/*.h")])
 fabric = Extension(
     "rfaas_mpi.fabric._fabric",
     sources=["rfaas_mpi/fabric/_fabric.pyx", *data_plane_sources()],
@@ -72,11 +96,11 @@ fabric = Extension(
 )
 
 
-
-
-def plain_library(name: str, *sources: str, flags: tuple[str, ...]) -> PlainLibrary:
+def plain_library(name: str, *sources: str, flags: tuple[str, ...], libraries: tuple[str, ...] = ()) -> PlainLibrary:
     return PlainLibrary(name, sources=list(sources), include_dirs=["csrc"], depends=headers,
-                        extra_compile_args=[*C_FLAGS, *flags], libraries=["m", "pthread"])
+                        extra_compile_args=[*C_FLAGS, *flags], extra_link_args=["-Wl,--no-undefined"],
+                        libraries=["m", "pthread", *libraries])
+
 
 
 setup(
@@ -87,6 +111,8 @@ setup(
         plain_library("rfaas_mpi._native_kernels", KERNELS, flags=("-ffast-math",)),
         # What the data plane is compared with shares its wait loop, nothing else.
         plain_library("rfaas_mpi.bench._bench", BENCH, "csrc/poller.c", flags=(HIDDEN,)),
+        plain_library(VERBS, *VERBS_SOURCES, flags=(HIDDEN,), libraries=("ibverbs",)),
+        plain_library(VERBS_NULL, *VERBS_SOURCES, NULL_PROVIDER, flags=(HIDDEN,)),
     ],
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

@@ -26,7 +26,7 @@
 #define CLAIM_NS     20000ull       /* waiting behind this is worth a claim  */
 #define LONGEST_NS   (1ull << 56)   /* two years                             */
 #define MIRROR_NS    10000000000ull /* a worker may take so long for a mirror */
-#define LAST_WORDS_NS 100000000ull
+#define MOST_NEW     8u             /* constants that one request makes known */
 #define BULKY        65536u         /* more won't fit a socket's buffer       */
 
 /* --- setting up ----------------------------------------------------------- */
@@ -361,7 +361,11 @@ int rfm_channel_create(struct rfm_invoker *inv,
     pthread_mutex_init(&chan->control, NULL);
     pthread_mutex_init(&chan->pid_lock, NULL);
     rfm_rx_init(&chan->rx, 4096);
-    if (chan->bound == NULL) {
+    if (chan->remote) {
+        /* pages that nobody touches cost nothing */
+        chan->known = calloc(RFM_MAX_SERIAL / 32, sizeof(*chan->known));
+    }
+    if ((chan->bound == NULL) || (chan->remote && (chan->known == NULL))) {
         if (attr->data_fd >= 0) {
             close(attr->data_fd);
         }
@@ -406,6 +410,7 @@ void rfm_channel_destroy(struct rfm_channel *chan)
     }
     free(chan->bound);
     free(chan->shipped);
+    free(chan->known);
     free(chan);
 }
 
@@ -589,6 +594,49 @@ static struct rfm_region *room_for(struct rfm_channel *chan, uint32_t slot,
     return chan->regions[slot];
 }
 
+/* --- constants: sent whole, once ------------------------------------------ */
+
+static bool is_known(struct rfm_channel *chan, uint32_t serial)
+{
+    return ((rfm_load_acquire(&chan->known[serial / 32]) >> (serial % 32)) &
+            1u) != 0;
+}
+
+/* A piece of a constant that the worker has is not sent; of another one, all of
+ * it is. False: nothing is to be sent. */
+static bool still_to_send(struct rfm_channel *chan, struct rfm_region *region)
+{
+    struct rfm_constant found;
+
+    if ((rfm_heap_constants(chan->inv->heap) == 0) ||
+        !rfm_heap_find_constant(chan->inv->heap, region->arena, region->offset,
+                                region->size, &found)) {
+        return true;
+    }
+    if (is_known(chan, found.serial)) {
+        return false;
+    }
+    region->flags   = found.serial + 1;
+    region->offset  = found.offset;
+    region->size    = found.size;
+    region->address = found.address;
+    return true;
+}
+
+/* Those that travel with a slot; more than MOST_NEW are sent once more. */
+static uint32_t new_constants(const struct rfm_traffic *traffic,
+                              uint32_t serials[MOST_NEW])
+{
+    uint32_t n = 0;
+
+    for (uint32_t i = 0; (i < traffic->n_push) && (n < MOST_NEW); i++) {
+        if (traffic->push[i].flags != 0) {
+            serials[n++] = traffic->push[i].flags - 1u;
+        }
+    }
+    return n;
+}
+
 static bool region_at(struct rfm_channel *chan, const struct rfm_desc *desc,
                       struct rfm_region *region)
 {
@@ -641,7 +689,8 @@ static bool gather_object(struct rfm_channel *chan, const struct rfm_request *re
     for (uint32_t i = 0; i < head.n_refs; i++) {
         memcpy(&desc, from + at + i * sizeof(desc), sizeof(desc));
         /* what is in none of our arenas is refused by the worker */
-        if (region_at(chan, &desc, &regions[traffic->n_push])) {
+        if (region_at(chan, &desc, &regions[traffic->n_push]) &&
+            still_to_send(chan, &regions[traffic->n_push])) {
             traffic->n_push++;
         }
     }
@@ -701,6 +750,8 @@ static bool gather(struct rfm_channel *chan, const struct rfm_request *req,
             };
             if (i >= binding->n_in) {
                 pulled += arg->size;
+            } else if (!still_to_send(chan, region)) {
+                traffic->n_push--;
             }
         }
     }
@@ -714,9 +765,17 @@ static bool gather(struct rfm_channel *chan, const struct rfm_request *req,
 static void post_remote(struct rfm_channel *chan, uint32_t slot,
                         const struct rfm_request_line *line)
 {
+    uint32_t serials[MOST_NEW];
+    uint32_t n = new_constants(&chan->traffic[slot], serials);
     bool gone = chan->link->ops->rank_post(chan->link, slot, line,
                                            &chan->traffic[slot]);
 
+    /* Whatever is posted from now on comes behind them; who posts at the same
+     * time sends them again. */
+    for (uint32_t i = 0; i < n; i++) {
+        (void)__atomic_fetch_or(&chan->known[serials[i] / 32],
+                                1u << (serials[i] % 32), __ATOMIC_ACQ_REL);
+    }
     if (!gone) {
         rfm_store_relaxed(&chan->bulky, 1);
     }
@@ -1159,7 +1218,7 @@ static uint64_t no_more(struct rfm_channel *chan, uint32_t state)
  * answered before counts. With the reap lock held. */
 static void hear_last_words(struct rfm_channel *chan)
 {
-    uint64_t deadline = rfm_now_ns() + LAST_WORDS_NS;
+    uint64_t deadline = rfm_now_ns() + chan->link->ops->last_words_ns;
 
     while ((rfm_channel_in_flight(chan) != 0) && !chan->broken &&
            (rfm_load_acquire(&chan->link->failed) == 0)) {

@@ -83,6 +83,8 @@ struct rfm_transport {
     const char *name;
     uint32_t number;            /* enum rfm_transport_number */
     bool     remote;            /* arenas are mirrored, the pidfd isn't known */
+    uint64_t last_words_ns;     /* remote: what was answered before the control
+                                 * connection ended may still come so long */
 
     /* Sides. A transport that needs none has NULL in all of these. */
     int  (*side_open)(const struct rfm_side_attr *attr, struct rfm_side **side_p);

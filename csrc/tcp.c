@@ -1102,6 +1102,7 @@ const struct rfm_transport rfm_tcp = {
     .name            = "tcp",
     .number          = RFM_TRANSPORT_TCP,
     .remote          = true,
+    .last_words_ns   = 100000000,
     .side_open       = side_open,
     .side_close      = side_close,
     .side_progress   = side_progress,

@@ -3,8 +3,9 @@
  * the rank the registrations of its arenas.
  *
  * Whoever holds the side's lock takes completions for everybody. A sleeper
- * arms under the same lock: who polls afterwards sees what came before that,
- * and what comes after it makes the descriptor readable. So no wake-up is lost.
+ * arms under the same lock, and looks once more: either he sees what came
+ * before that, or whoever holds the lock does, having got it later; and what
+ * comes afterwards makes the descriptor readable. So no wake-up is lost.
  */
 #define _GNU_SOURCE
 #include "verbs.h"
@@ -14,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <unistd.h>
 
 #define POLL_AT_ONCE 16
@@ -33,23 +35,30 @@ static int set_nonblocking(int fd)
 /* one descriptor to sleep on: completions, and what happens to the device */
 static int make_fd(struct verbs_side *side)
 {
-    struct epoll_event ev = { .events = EPOLLIN };
+    int fds[3] = { side->events->fd, side->dev.ctx->async_fd, -1 };
     int fd;
 
-    if ((set_nonblocking(side->events->fd) < 0) ||
-        (set_nonblocking(side->dev.ctx->async_fd) < 0)) {
+    fds[2] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (fds[2] < 0) {
         return RFM_ERR_SYSTEM;
     }
     fd = epoll_create1(EPOLL_CLOEXEC);
     if (fd < 0) {
+        close(fds[2]);
         return RFM_ERR_SYSTEM;
     }
-    if ((epoll_ctl(fd, EPOLL_CTL_ADD, side->events->fd, &ev) != 0) ||
-        (epoll_ctl(fd, EPOLL_CTL_ADD, side->dev.ctx->async_fd, &ev) != 0)) {
-        close(fd);
-        return RFM_ERR_SYSTEM;
+    for (int i = 0; i < 3; i++) {
+        struct epoll_event ev = { .events = EPOLLIN, .data.fd = fds[i] };
+
+        if ((set_nonblocking(fds[i]) < 0) ||
+            (epoll_ctl(fd, EPOLL_CTL_ADD, fds[i], &ev) != 0)) {
+            close(fds[2]);
+            close(fd);
+            return RFM_ERR_SYSTEM;
+        }
     }
-    side->fd = fd;
+    side->nudge_fd = fds[2];
+    side->fd       = fd;
     return RFM_OK;
 }
 
@@ -111,6 +120,8 @@ err_free:
     return rc;
 }
 
+static bool take_wakeups(struct verbs_side *side);
+
 static void free_dropped(struct verbs_side *side)
 {
     for (uint32_t i = 0; i < side->n_dropped; i++) {
@@ -123,7 +134,7 @@ void rfm_verbs_side_close(struct rfm_side *base)
 {
     struct verbs_side *side = (struct verbs_side *)base;
 
-    rfm_verbs_side_woken(base);
+    (void)take_wakeups(side);
     for (uint32_t i = 0; i < side->n_arenas; i++) {
         (void)ibv_dereg_mr(side->arenas[i].mr);
     }
@@ -131,6 +142,7 @@ void rfm_verbs_side_close(struct rfm_side *base)
     free(side->arenas);
     free(side->dropped);
     close(side->fd);
+    close(side->nudge_fd);
     (void)ibv_destroy_cq(side->cq);
     (void)ibv_destroy_comp_channel(side->events);
     (void)ibv_dealloc_pd(side->pd);
@@ -214,13 +226,13 @@ int rfm_verbs_side_fd(struct rfm_side *side)
     return ((struct verbs_side *)side)->fd;
 }
 
-/* Requests and replies are solicited, what was sent is not; errors always. */
-void rfm_verbs_side_arm(struct rfm_side *base)
+/* Requests and replies are solicited, what was sent is not; errors always. Who
+ * armed when nothing waited for room is nudged when something does. With the
+ * lock held. */
+static void arm(struct verbs_side *side)
 {
-    struct verbs_side *side = (struct verbs_side *)base;
     bool room = false;
 
-    verbs_take_lock(&side->lock);
     for (uint32_t i = 0; side->rank && (i < side->n_links); i++) {
         struct verbs_link *v = side->links[i];
 
@@ -228,14 +240,25 @@ void rfm_verbs_side_arm(struct rfm_side *base)
                                         rfm_load_acquire(&v->queue_tail)));
     }
     (void)ibv_req_notify_cq(side->cq, room ? 0 : 1);
+}
+
+void rfm_verbs_side_arm(struct rfm_side *base)
+{
+    struct verbs_side *side = (struct verbs_side *)base;
+
+    verbs_take_lock(&side->lock);
+    side->arms++;
+    arm(side);
     verbs_unlock(&side->lock);
 }
 
-void rfm_verbs_arm_all(struct verbs_side *side)
+void rfm_verbs_nudge(struct verbs_side *side)
 {
-    verbs_take_lock(&side->lock);
-    (void)ibv_req_notify_cq(side->cq, 0);
-    verbs_unlock(&side->lock);
+    uint64_t one = 1;
+
+    if (write(side->nudge_fd, &one, sizeof(one)) < 0) {
+        return;                 /* full: it is readable already */
+    }
 }
 
 static void fail_all(struct verbs_side *side, const char *text)
@@ -286,22 +309,53 @@ static void take_event(struct verbs_side *side, const struct ibv_async_event *ev
     }
 }
 
-void rfm_verbs_side_woken(struct rfm_side *base)
+/* Takes what made it readable; true if there was something. */
+static bool take_wakeups(struct verbs_side *side)
 {
-    struct verbs_side *side = (struct verbs_side *)base;
+    struct epoll_event ready[3];
     struct ibv_async_event ev;
     struct ibv_cq *cq;
     void *context;
+    uint64_t count;
+    int n = epoll_wait(side->fd, ready, 3, 0);
 
-    while (ibv_get_cq_event(side->events, &cq, &context) == 0) {
-        ibv_ack_cq_events(cq, 1);
+    for (int i = 0; i < n; i++) {
+        if (ready[i].data.fd == side->nudge_fd) {
+            if (read(side->nudge_fd, &count, sizeof(count)) < 0) {
+                count = 0;      /* somebody else was quicker */
+            }
+            continue;
+        }
+        if (ready[i].data.fd == side->events->fd) {
+            while (ibv_get_cq_event(side->events, &cq, &context) == 0) {
+                ibv_ack_cq_events(cq, 1);
+            }
+            continue;
+        }
+        /* under the lock no queue pair is destroyed, which waits for what was
+         * got and not acknowledged */
+        verbs_take_lock(&side->lock);
+        while (ibv_get_async_event(side->dev.ctx, &ev) == 0) {
+            take_event(side, &ev);
+            ibv_ack_async_event(&ev);
+        }
+        verbs_unlock(&side->lock);
     }
-    /* under the lock no queue pair is destroyed, which waits for what was got
-     * and not acknowledged */
+    return n > 0;
+}
+
+/* A wake-up is for all who sleep, and only one of them takes it. He looks
+ * afterwards, and the others need another one. The lock is taken in any case: a
+ * poller that he then finds at work has seen what there was to see. */
+void rfm_verbs_side_woken(struct rfm_side *base)
+{
+    struct verbs_side *side = (struct verbs_side *)base;
+    bool taken = take_wakeups(side);
+
     verbs_take_lock(&side->lock);
-    while (ibv_get_async_event(side->dev.ctx, &ev) == 0) {
-        take_event(side, &ev);
-        ibv_ack_async_event(&ev);
+    side->arms--;
+    if (taken && (side->arms > 0)) {
+        arm(side);
     }
     verbs_unlock(&side->lock);
 }

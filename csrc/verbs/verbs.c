@@ -345,6 +345,7 @@ bool rfm_verbs_send_queued(struct verbs_link *v)
     /* Who finds the lock taken leaves: its holder looks again. */
     while (!queue_is_empty(v) && verbs_try_lock(&v->send_lock)) {
         bool full = false;
+        bool was = v->stuck;
 
         while (!full && !is_over(v) && !queue_is_empty(v)) {
             uint64_t tail = v->queue_tail;
@@ -356,21 +357,25 @@ bool rfm_verbs_send_queued(struct verbs_link *v)
                 rfm_store_release(&v->queued[slot], 0);
             }
         }
-        full = full || is_over(v);
+        v->stuck = full;
+        full     = full || is_over(v);
         verbs_unlock(&v->send_lock);
         rfm_fence();
         if (full) {
+            /* who sleeps waits for replies only, and now there is more */
+            if (!was) {
+                rfm_verbs_nudge((struct verbs_side *)v->link.side);
+            }
             return false;
         }
     }
-    return queue_is_empty(v);
+    return true;
 }
 
 static bool rank_post(struct rfm_link *link, uint32_t slot,
                       const struct rfm_request_line *line,
                       const struct rfm_traffic *traffic)
 {
-    struct verbs_side *side = (struct verbs_side *)link->side;
     struct verbs_link *v = (struct verbs_link *)link;
     uint64_t bytes = bytes_of(line);
 
@@ -385,7 +390,9 @@ static bool rank_post(struct rfm_link *link, uint32_t slot,
                 from = memcpy(stage_at(v, slot), line, RFM_CACHE_LINE);
             }
             rfm_store_release(&v->asked[slot], line->id);
+            rfm_store_relaxed(&v->queued[slot], 1);
             post_slot(v, slot, from, bytes, false);
+            rfm_store_release(&v->queued[slot], 0);
         }
         verbs_unlock(&v->send_lock);
         if (mine) {
@@ -401,13 +408,6 @@ static bool rank_post(struct rfm_link *link, uint32_t slot,
     rfm_store_release(&v->queue_head, v->queue_head + 1);
     verbs_unlock(&v->queue_lock);
     rfm_fence();
-    if (rfm_verbs_send_queued(v)) {
-        return true;
-    }
-    /* who sleeps is woken by the next completion of any kind; what came before
-     * that may have made room already */
-    rfm_verbs_arm_all(side);
-    (void)rfm_verbs_side_progress(&side->side);
     return rfm_verbs_send_queued(v);
 }
 
@@ -633,6 +633,7 @@ const struct rfm_transport rfm_verbs = {
     .name            = "verbs",
     .number          = RFM_TRANSPORT_VERBS,
     .remote          = true,
+    .last_words_ns   = 5000000,
     .side_open       = rfm_verbs_side_open,
     .side_close      = rfm_verbs_side_close,
     .side_progress   = rfm_verbs_side_progress,

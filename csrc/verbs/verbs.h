@@ -67,7 +67,8 @@ struct verbs_side {
     struct ibv_pd *pd;
     struct ibv_comp_channel *events;
     struct ibv_cq *cq;
-    int      fd;                /* readable if the channel or the device is */
+    int      nudge_fd;          /* wakes who sleeps without a completion */
+    int      fd;                /* readable if one of these or the device is */
 
     pthread_mutex_t arenas_lock;
     uint32_t n_arenas;
@@ -76,6 +77,7 @@ struct verbs_side {
     struct ibv_mr **dropped;    /* may still be read by what is not acknowledged */
 
     uint32_t lock __attribute__((aligned(RFM_CACHE_LINE)));
+    uint32_t arms;              /* who sleeps on it, or may */
     uint32_t cq_used;           /* entries that its links may need at most */
     uint32_t n_links;           /* highest index + 1 */
     struct verbs_link *links[RFM_VERBS_LINKS];
@@ -95,8 +97,8 @@ void rfm_verbs_side_arena_drop(struct rfm_side *side, uint32_t arena);
 int  rfm_verbs_drain(struct verbs_side *side);
 /* room for so many completions; side->lock held */
 int  rfm_verbs_cq_reserve(struct verbs_side *side, uint32_t entries);
-/* the next completion of any kind wakes who sleeps on the side */
-void rfm_verbs_arm_all(struct verbs_side *side);
+/* Wakes who sleeps on the side. */
+void rfm_verbs_nudge(struct verbs_side *side);
 
 /* --- link.c ----------------------------------------------------------------- */
 
@@ -160,6 +162,7 @@ struct verbs_link {
     uint32_t queue_lock;
     uint64_t queue_head;        /* atomic */
     uint64_t queue_tail;        /* atomic */
+    bool     stuck;             /* under send_lock: there was no room */
     uint32_t region;            /* of the slot at the tail: what is sent of it */
     uint64_t sent;
     uint8_t  queue[RFM_MAX_SLOTS];
@@ -188,7 +191,7 @@ extern const struct rfm_transport rfm_verbs;
 
 /* One completion of this link; side->lock held. > 0: a slot is ready. */
 int  rfm_verbs_completed(struct verbs_link *v, const struct ibv_wc *wc);
-/* Sends what waits, as far as there is room; true if nothing waits any more. */
+/* Sends what waits; false if there is no room for all of it now. */
 bool rfm_verbs_send_queued(struct verbs_link *v);
 
 /* --- small things ----------------------------------------------------------- */

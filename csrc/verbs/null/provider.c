@@ -20,7 +20,6 @@
 #include <infiniband/verbs.h>
 #include <pthread.h>
 #include <sched.h>
-#include <signal.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -125,9 +124,28 @@ static uint32_t n_contexts;
 
 /* --- locks ------------------------------------------------------------------ */
 
+/* also if nobody has reaped it yet */
 static bool is_dead(uint32_t pid)
 {
-    return (pid > 1) && (kill((pid_t)pid, 0) != 0) && (errno == ESRCH);
+    char path[32];
+    char text[512];
+    const char *state;
+    ssize_t n;
+    int fd;
+
+    if (pid <= 1) {
+        return false;
+    }
+    snprintf(path, sizeof(path), "/proc/%u/stat", pid);
+    fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+        return errno == ENOENT;
+    }
+    n = read(fd, text, sizeof(text) - 1);
+    close(fd);
+    text[(n > 0) ? n : 0] = 0;
+    state = strrchr(text, ')');
+    return (n <= 0) || (state == NULL) || (state[2] == 'Z') || (state[2] == 'X');
 }
 
 static void take(uint32_t *lock, uint32_t me)
@@ -141,13 +159,15 @@ static void take(uint32_t *lock, uint32_t me)
                                         __ATOMIC_ACQUIRE, __ATOMIC_RELAXED)) {
             return;
         }
-        if (++turns % 64 == 0) {
+        if (++turns % 1024 == 0) {
             if (is_dead(holder) &&
                 __atomic_compare_exchange_n(lock, &holder, me, false,
                                             __ATOMIC_ACQUIRE,
                                             __ATOMIC_RELAXED)) {
                 return;
             }
+        }
+        if (turns % 64 == 0) {
             sched_yield();
         }
     }
@@ -409,6 +429,16 @@ void rfm_null_fail_registrations(int n)
     __atomic_store_n(&reg_failures, n, __ATOMIC_RELAXED);
 }
 
+static void put(uint32_t *to, uint32_t value)
+{
+    __atomic_store_n(to, value, __ATOMIC_RELAXED);
+}
+
+static uint32_t get(const uint32_t *from)
+{
+    return __atomic_load_n(from, __ATOMIC_RELAXED);
+}
+
 struct ibv_mr *ibv_reg_mr_iova2(struct ibv_pd *pd, void *addr, size_t length,
                                 uint64_t iova, unsigned int access)
 {
@@ -428,21 +458,22 @@ struct ibv_mr *ibv_reg_mr_iova2(struct ibv_pd *pd, void *addr, size_t length,
         if (!claim(&at->owner, 1)) {
             continue;
         }
-        at->domain = ((struct null_pd *)pd)->domain;
-        at->access = access;
-        at->base   = (uint64_t)(uintptr_t)addr;
-        at->bytes  = length;
-        at->key    = i | (__atomic_add_fetch(&shared->generation, 1,
-                                             __ATOMIC_RELAXED)
-                          << 13);
+        /* a key that is no more may be looked up just now */
+        put(&at->domain, ((struct null_pd *)pd)->domain);
+        put(&at->access, access);
+        __atomic_store_n(&at->base, (uint64_t)(uintptr_t)addr, __ATOMIC_RELAXED);
+        __atomic_store_n(&at->bytes, length, __ATOMIC_RELAXED);
+        put(&at->key, i | (__atomic_add_fetch(&shared->generation, 1,
+                                              __ATOMIC_RELAXED)
+                           << 13));
         __atomic_store_n(&at->owner, me, __ATOMIC_RELEASE);
         null->at         = at;
         null->mr.context = pd->context;
         null->mr.pd      = pd;
         null->mr.addr    = addr;
         null->mr.length  = length;
-        null->mr.lkey    = at->key;
-        null->mr.rkey    = at->key;
+        null->mr.lkey    = get(&at->key);
+        null->mr.rkey    = get(&at->key);
         return &null->mr;
     }
     free(null);
@@ -472,12 +503,17 @@ static bool may(uint32_t key, uint32_t owner, uint32_t domain, uint64_t at,
                 uint64_t bytes, uint32_t access)
 {
     const struct shared_mr *mr = &shared->mrs[key % MAX_MRS];
+    uint64_t base;
+    uint64_t size;
 
-    return (__atomic_load_n(&mr->owner, __ATOMIC_ACQUIRE) == owner) &&
-           (__atomic_load_n(&mr->key, __ATOMIC_RELAXED) == key) &&
-           (mr->domain == domain) && ((mr->access & access) == access) &&
-           (at >= mr->base) && (at - mr->base <= mr->bytes) &&
-           (bytes <= mr->bytes - (at - mr->base));
+    if (__atomic_load_n(&mr->owner, __ATOMIC_ACQUIRE) != owner) {
+        return false;
+    }
+    base = __atomic_load_n(&mr->base, __ATOMIC_RELAXED);
+    size = __atomic_load_n(&mr->bytes, __ATOMIC_RELAXED);
+    return (get(&mr->key) == key) && (get(&mr->domain) == domain) &&
+           ((get(&mr->access) & access) == access) && (at >= base) &&
+           (at - base <= size) && (bytes <= size - (at - base));
 }
 
 /* --- completion queues ------------------------------------------------------ */

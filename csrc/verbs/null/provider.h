@@ -6,8 +6,8 @@
 
 /* Its port goes down or comes up, for the whole device; only this process hears
  * of it. */
-void rfm_null_port(bool up);
+__attribute__((visibility("default"))) void rfm_null_port(bool up);
 /* The next n registrations of memory find none. */
-void rfm_null_fail_registrations(int n);
+__attribute__((visibility("default"))) void rfm_null_fail_registrations(int n);
 
 #endif

@@ -48,6 +48,11 @@ struct rfm_heap {
     uint64_t next_size;
     uint32_t next_id;
     bool     closed;
+    /* by arena and offset */
+    struct rfm_constant *constants;
+    uint32_t n_constants;               /* atomic */
+    uint32_t room;                      /* for so many */
+    uint32_t next_serial;
 };
 
 int rfm_heap_create(uint64_t limit, struct rfm_heap **heap_p)
@@ -103,6 +108,116 @@ bool rfm_redzone_intact(const void *end)
 
     memcpy(words, end, sizeof(words));
     return (words[0] == RFM_CANARY_WORD) && (words[1] == RFM_CANARY_WORD);
+}
+
+/* --- constants: with the list's lock held --------------------------------- */
+
+/* how many lie before it */
+static uint32_t constants_before(const struct rfm_heap *heap, uint32_t arena,
+                                 uint64_t offset)
+{
+    uint32_t low = 0;
+    uint32_t high = heap->n_constants;
+
+    while (low < high) {
+        uint32_t mid = low + (high - low) / 2;
+        const struct rfm_constant *c = &heap->constants[mid];
+
+        if ((c->arena < arena) || ((c->arena == arena) && (c->offset < offset))) {
+            low = mid + 1;
+        } else {
+            high = mid;
+        }
+    }
+    return low;
+}
+
+static int add_constant(struct rfm_heap *heap, const struct rfm_block *b)
+{
+    uint32_t n = heap->n_constants;
+    uint32_t at = constants_before(heap, b->arena_id, b->offset);
+
+    if ((at < n) && (heap->constants[at].arena == b->arena_id) &&
+        (heap->constants[at].offset == b->offset)) {
+        return RFM_OK;
+    }
+    if (heap->next_serial >= RFM_MAX_SERIAL) {
+        return RFM_ERR_NO_RESOURCE;
+    }
+    if (n == heap->room) {
+        uint32_t room = (n == 0) ? 16 : 2 * n;
+        struct rfm_constant *more = realloc(heap->constants,
+                                            room * sizeof(*more));
+
+        if (more == NULL) {
+            return RFM_ERR_NO_MEMORY;
+        }
+        heap->constants = more;
+        heap->room      = room;
+    }
+    memmove(&heap->constants[at + 1], &heap->constants[at],
+            (n - at) * sizeof(heap->constants[0]));
+    heap->constants[at] = (struct rfm_constant){
+        .arena   = b->arena_id,
+        .serial  = heap->next_serial++,
+        .offset  = b->offset,
+        .size    = b->size,
+        .address = b->address,
+    };
+    __atomic_store_n(&heap->n_constants, n + 1, __ATOMIC_RELEASE);
+    return RFM_OK;
+}
+
+static void remove_constant(struct rfm_heap *heap, const struct rfm_block *b)
+{
+    uint32_t n = heap->n_constants;
+    uint32_t at = constants_before(heap, b->arena_id, b->offset);
+
+    if ((at < n) && (heap->constants[at].arena == b->arena_id) &&
+        (heap->constants[at].offset == b->offset)) {
+        memmove(&heap->constants[at], &heap->constants[at + 1],
+                (n - at - 1) * sizeof(heap->constants[0]));
+        __atomic_store_n(&heap->n_constants, n - 1, __ATOMIC_RELEASE);
+    }
+}
+
+int rfm_heap_constant(struct rfm_block *b)
+{
+    struct rfm_heap *heap = b->arena->heap;
+    int rc;
+
+    pthread_mutex_lock(&heap->list);
+    rc = add_constant(heap, b);
+    pthread_mutex_unlock(&heap->list);
+    return rc;
+}
+
+uint32_t rfm_heap_constants(struct rfm_heap *heap)
+{
+    return __atomic_load_n(&heap->n_constants, __ATOMIC_ACQUIRE);
+}
+
+bool rfm_heap_find_constant(struct rfm_heap *heap, uint32_t arena,
+                            uint64_t offset, uint64_t size,
+                            struct rfm_constant *found)
+{
+    const struct rfm_constant *c;
+    bool inside = false;
+    uint32_t n;
+
+    pthread_mutex_lock(&heap->list);
+    /* the last one that begins no later */
+    n = constants_before(heap, arena, offset + 1);
+    if (n > 0) {
+        c      = &heap->constants[n - 1];
+        inside = (c->arena == arena) && (offset - c->offset <= c->size) &&
+                 (size <= c->size - (offset - c->offset));
+        if (inside) {
+            *found = *c;
+        }
+    }
+    pthread_mutex_unlock(&heap->list);
+    return inside;
 }
 
 /* the arena is in no list any more */
@@ -295,6 +410,7 @@ static void heap_destroy(struct rfm_heap *heap)
 {
     pthread_mutex_destroy(&heap->lock);
     pthread_mutex_destroy(&heap->list);
+    free(heap->constants);
     free(heap);
 }
 
@@ -323,6 +439,11 @@ void rfm_heap_free(struct rfm_block *b)
     b->arena = NULL;
     heap = arena->heap;
     rfm_heap_lock(heap);
+    if (heap->n_constants != 0) {
+        pthread_mutex_lock(&heap->list);
+        remove_constant(heap, b);
+        pthread_mutex_unlock(&heap->list);
+    }
     /* where a redzone is, a block ends: none may be left inside a later one */
     memset((uint8_t *)b->address + b->size, 0, RFM_REDZONE);
     give_back(arena, b->offset, b->span);

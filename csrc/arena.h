@@ -4,6 +4,8 @@
 
 #include "rfm.h"
 
+#define RFM_MAX_SERIAL (1u << 24)   /* constants that one heap ever names */
+
 struct rfm_arena_info {
     uint32_t id;
     int      fd;
@@ -27,6 +29,19 @@ void rfm_heap_set_hooks(struct rfm_heap *heap,
 void rfm_heap_each(struct rfm_heap *heap,
                    void (*fn)(void *ctx, const struct rfm_arena_info *arena),
                    void *ctx);
+/* A constant, and which: no two ever had the same serial. */
+struct rfm_constant {
+    uint32_t arena;
+    uint32_t serial;
+    uint64_t offset;
+    uint64_t size;
+    uint8_t *address;
+};
+uint32_t rfm_heap_constants(struct rfm_heap *heap);
+/* The one that the piece lies in; false if there is none. */
+bool rfm_heap_find_constant(struct rfm_heap *heap, uint32_t arena,
+                            uint64_t offset, uint64_t size,
+                            struct rfm_constant *found);
 void rfm_heap_lock(struct rfm_heap *heap);
 void rfm_heap_unlock(struct rfm_heap *heap);
 void rfm_redzone_fill(void *end);

@@ -75,6 +75,7 @@ struct rfm_channel {
     struct rfm_region *regions[RFM_MAX_SLOTS];
     uint32_t n_regions[RFM_MAX_SLOTS];  /* room for so many */
     uint32_t bulky;             /* large outputs were asked for */
+    uint32_t *known;            /* remote: bits, by serial of constant; atomic */
 
     pthread_mutex_t control;    /* sending; what was sent */
     pthread_mutex_t pid_lock;   /* held for one system call */

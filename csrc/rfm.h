@@ -67,6 +67,9 @@ bool rfm_heap_locate(struct rfm_heap *heap, const void *address, uint64_t size,
 void *rfm_heap_address(struct rfm_heap *heap, uint32_t arena, uint64_t offset,
                        uint64_t size);
 uint64_t rfm_heap_bytes(struct rfm_heap *heap);
+/* From now on until it is freed, the block's bytes stay as they are: a worker
+ * on another node gets them once. */
+int  rfm_heap_constant(struct rfm_block *block);
 
 /* --- rank side ------------------------------------------------------------ */
 

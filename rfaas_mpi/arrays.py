@@ -119,6 +119,9 @@ class Memory:
         source = np.asarray(values)
         copy = self.empty(source.shape, source.dtype)
         copy[...] = source
+        # Workers on other nodes get it once; without workers there is nobody to tell.
+        if hasattr(copy.base, "freeze"):
+            copy.base.freeze()
         return Constant(copy)
 
 

@@ -166,6 +166,33 @@ def test_objects_and_buffers_travel_in_all_styles(far):
         """) == "right\n"
 
 
+def test_a_constant_travels_once_and_never_for_another_one(far):
+    """Counted where it leaves the rank's node; a new constant in an old one's place is a new one."""
+    said = far.run("""
+        def sent():
+            with open("/proc/net/dev") as table:
+                return next(int(line.split()[9]) for line in table if "rfaas0" in line)
+
+        def total(x):
+            return float(x.sum())
+
+        with Executor(workers=1, fallback=False) as ex:
+            ex.submit(abs, 1).result()
+            size, seen = 1_000_000, set()
+            before = sent()
+            for value in (1.0, 2.0):
+                constant = ex.put(np.full(size, value))
+                seen.add(constant.array.ctypes.data)
+                out = ex.empty(10)
+                for _ in range(20):
+                    assert ex.submit(total, constant).result() == value * size
+                    assert (ex.Invoke(faults.adds_one, constant.array[50:60], out) == value + 1).all()
+                constant.close()
+            say(len(seen), (sent() - before) // (8 * size))
+        """).split()
+    assert said == ["1", "2"], "places that the two constants had, and how often one was sent"
+
+
 def test_a_kernel_s_errors_output_and_limits_come_back(far):
     said = far.run("""
         with Executor(workers=1, fallback=False) as ex:

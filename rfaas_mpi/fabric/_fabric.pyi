@@ -31,6 +31,8 @@ class Block:
     arena: int
     offset: int
     address: int
+    def freeze(self) -> None:
+        """Its bytes stay as they are from now on: workers on other nodes get them once, not with each call."""
     def close(self) -> None: ...
 
 class KernelRef:

@@ -151,6 +151,7 @@ cdef extern from "rfm.h" nogil:
         uint32_t flags
         const char *device
 
+    int rfm_heap_constant(rfm_block *block)
     int rfm_invoker_attach_over(rfm_invoker *inv, const rfm_attach_attr *attr, rfm_channel **chan_p)
     const char *rfm_channel_why(rfm_channel *chan)
     int rfm_invoker_kernel(rfm_invoker *inv, uint32_t kind, const uint8_t *digest,

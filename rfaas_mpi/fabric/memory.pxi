@@ -44,6 +44,12 @@ cdef class Block:
     def __releasebuffer__(self, Py_buffer *view):
         self.exports -= 1
 
+    def freeze(self):
+        """Its bytes stay as they are from now on: workers on other nodes get them once, not with each call."""
+        if not self.live:
+            raise errors.ClosedError("this block was closed")
+        check(c.rfm_heap_constant(&self.block), "a constant")
+
     def close(self):
         """Give the memory back. Safe to call twice; BufferError while arrays use it."""
         if self.exports:

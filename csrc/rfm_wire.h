@@ -40,6 +40,7 @@
 enum rfm_hello_kind {
     RFM_HELLO_SESSION = 1,
     RFM_HELLO_WORKER  = 2,
+    RFM_HELLO_DATA    = 3,
 };
 
 struct rfm_hello {
@@ -51,11 +52,13 @@ struct rfm_hello {
     uint32_t worker;
     int32_t  status;
     uint8_t  nonce[16];
-    uint8_t  pad[16];
+    uint64_t session;           /* worker: of the rank's; 0: none */
+    uint64_t data;              /* worker: data connections that follow */
 };
 _Static_assert(sizeof(struct rfm_hello) == 64, "hello is 64 bytes");
 _Static_assert(offsetof(struct rfm_hello, lease) == 16, "hello.lease");
 _Static_assert(offsetof(struct rfm_hello, nonce) == 32, "hello.nonce");
+_Static_assert(offsetof(struct rfm_hello, session) == 48, "hello.session");
 
 /* --- control frames ------------------------------------------------------ */
 

@@ -1,0 +1,49 @@
+"""A rank that was written from docs/wire.md alone gets right results from a real worker, over tcp."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from verbs import peer
+
+import rfaas_mpi
+from rfaas_mpi import messages, remote
+from rfaas_mpi.config import Settings
+from rfaas_mpi.remote import Address
+from rfaas_mpi.session import Session
+
+PACKAGE = Path(rfaas_mpi.__file__).parent
+OVER_TCP = [name for name in peer.CHECKS if not name.startswith("verbs_")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Iterator[peer.Place]:
+    """A service that listens on TCP, for all of these tests."""
+    home = Settings.load(runtime_dir=str(Path(os.environ["RFAAS_RUNTIME_DIR"]) / "peer"), cores=(0, 1))
+    with Session.open(home, observer=True) as session:
+        said = session.open_door(["127.0.0.1:0"])
+        session.stay()
+        address = Address.parse(said.addresses[0])
+        try:
+            yield peer.Place(address.host, address.port, remote.read_key(os.fsdecode(said.key_file)), str(PACKAGE),
+                             str(PACKAGE / "_native_kernels.so"), messages.version_number())
+        finally:
+            session.down()
+
+
+@pytest.mark.parametrize("check", OVER_TCP)
+def test_the_peer_of_the_page_over_tcp(place, check):
+    peer.CHECKS[check](place, argparse.Namespace(device=""))
+
+
+def test_the_peer_imports_nothing_of_ours():
+    tree = ast.parse(Path(peer.__file__).read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in imported} <= {*sys.stdlib_module_names, "pyverbs"}

@@ -76,7 +76,7 @@ struct rfm_link {
     uint32_t slot_bytes;
     bool     remote;            /* as ops->remote: read on the hot path */
     int32_t  failed;            /* atomic: RFM_ERR_*, once it can't go on */
-    const char *why;            /* a static text, set before `failed` */
+    const char *why;            /* atomic: a static text, set before `failed` */
 };
 
 struct rfm_transport {
@@ -203,13 +203,15 @@ int rfm_transport_load(const char *path, const char **why_p);
 static inline void rfm_link_fail(struct rfm_link *link, int status,
                                  const char *why)
 {
+    const char *nothing = NULL;
     int32_t none = 0;
 
-    if (__atomic_load_n(&link->failed, __ATOMIC_RELAXED) == 0) {
-        link->why = why;
+    /* who sends and who receives may both find it broken */
+    if (__atomic_compare_exchange_n(&link->why, &nothing, why, false,
+                                    __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+        (void)__atomic_compare_exchange_n(&link->failed, &none, status, false,
+                                          __ATOMIC_RELEASE, __ATOMIC_RELAXED);
     }
-    (void)__atomic_compare_exchange_n(&link->failed, &none, status, false,
-                                      __ATOMIC_RELEASE, __ATOMIC_RELAXED);
 }
 
 #endif

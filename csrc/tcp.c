@@ -9,8 +9,9 @@
  * Receiving: whoever holds the side's try-lock receives for all of its links.
  * Sending: a rank queues slots, and whoever holds the link's try-lock sends
  * what is queued, as far as the socket takes it; the rest goes when the side
- * says that there is room. A worker's replies are sent by its main thread, and
- * wait for room.
+ * says that there is room. A worker's replies are sent by its main thread, which
+ * waits a little for room; what a rank that doesn't read still has to get is
+ * copied, and goes when there is room, and until then that rank is not served.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -34,7 +35,8 @@
 #define HOLD_BYTES   2048u          /* several small messages in one recv */
 #define TURN_BYTES   (4u << 20)     /* then the other links have their turn */
 #define MAX_IOV      64u
-#define STUCK_MS     60000          /* a rank that takes no reply for so long */
+#define PATIENCE_MS  5              /* then a reply's rest is put aside */
+#define STUCK_MS     60000          /* where there is no memory to do so */
 #define FEW_LINKS    2u             /* so many are asked without epoll */
 
 struct mirror {
@@ -84,10 +86,16 @@ struct tcp_link {
     uint8_t *requests;          /* rank: payloads to send; worker: received */
     uint8_t *replies;           /* the other way round */
     uint32_t flags;             /* what we send: RFM_STREAM_CRC */
+    uint32_t peer_flags;        /* atomic: what the other one says it sends */
     uint32_t expected;          /* rank, atomic: replies that are to come */
     uint64_t posted[RFM_MAX_SLOTS];     /* rank: the id that was asked */
     const struct rfm_traffic *traffic[RFM_MAX_SLOTS];
     bool     given[RFM_MAX_SLOTS];      /* worker: not answered yet */
+    /* worker: what is left of a reply; under the side's lock, but for the look
+     * whether there is any (atomic) */
+    uint8_t *rest;
+    uint64_t rest_bytes;
+    uint64_t rest_sent;
 
     struct incoming in;         /* under the side's lock */
     struct rfm_desc *descs;
@@ -216,6 +224,21 @@ static uint8_t *region_target(struct tcp_link *tcp, uint32_t i)
     return m->base + desc->offset;
 }
 
+/* Of what a reply came to. Else its memory could be used again while it still
+ * is to be sent. */
+static bool is_sent(struct tcp_link *tcp, uint32_t slot)
+{
+    bool sent = rfm_load_acquire(&tcp->out[slot].queued) == 0;
+
+    if (!sent) {
+        /* who sends it may be about to say so */
+        take_lock(&tcp->send_lock);
+        sent = rfm_load_acquire(&tcp->out[slot].queued) == 0;
+        unlock(&tcp->send_lock);
+    }
+    return sent;
+}
+
 static int take_head(struct tcp_link *tcp)
 {
     const struct rfm_stream_head *head = &tcp->in.head;
@@ -223,7 +246,7 @@ static int take_head(struct tcp_link *tcp)
     uint32_t limit = tcp->rank ? RFM_MAX_ARGS : RFM_MAX_REGIONS;
 
     if ((head->magic != RFM_STREAM_MAGIC) || (head->type != type) ||
-        ((head->flags & ~RFM_STREAM_CRC) != 0) ||
+        (head->flags != rfm_load_relaxed(&tcp->peer_flags)) ||
         (head->slot >= tcp->link.slots) || (head->n_regions > limit) ||
         (head->payload_bytes > tcp->stride - RFM_CACHE_LINE)) {
         return fail(tcp, RFM_ERR_PROTOCOL, "a message that made no sense");
@@ -232,6 +255,10 @@ static int take_head(struct tcp_link *tcp)
         if ((rfm_load_acquire(&tcp->traffic[head->slot]) == NULL) ||
             (tcp->in.line.reply.id != tcp->posted[head->slot])) {
             return fail(tcp, RFM_ERR_PROTOCOL, "a reply that nobody asked for");
+        }
+        if (!is_sent(tcp, head->slot)) {
+            return fail(tcp, RFM_ERR_PROTOCOL,
+                        "a reply to what was not sent yet");
         }
     } else if (rfm_load_acquire(&tcp->given[head->slot])) {
         return fail(tcp, RFM_ERR_PROTOCOL, "a request in a slot that is in use");
@@ -601,6 +628,69 @@ static int send_some(struct tcp_link *tcp, struct outgoing *out)
     }
 }
 
+/* worker: true once all of it is gone */
+static bool send_rest(struct tcp_link *tcp)
+{
+    while (tcp->rest_sent < tcp->rest_bytes) {
+        ssize_t sent = send(tcp->fd, tcp->rest + tcp->rest_sent,
+                            tcp->rest_bytes - tcp->rest_sent,
+                            MSG_DONTWAIT | MSG_NOSIGNAL);
+
+        if (sent < 0) {
+            if ((errno != EAGAIN) && (errno != EWOULDBLOCK) &&
+                (errno != EINTR)) {
+                (void)fail(tcp, RFM_ERR_PEER, (errno == ETIMEDOUT)
+                                                  ? "the connection timed out"
+                                                  : "the connection broke");
+            }
+            return false;
+        }
+        tcp->rest_sent += (uint64_t)sent;
+    }
+    free(tcp->rest);
+    tcp->wants_room = false;
+    set_interest(tcp, EPOLL_CTL_MOD, EPOLLIN);
+    rfm_store_release(&tcp->rest, NULL);
+    return true;
+}
+
+/* The reply that is being sent goes on by itself; false: no memory for that. */
+static bool put_aside(struct tcp_link *tcp, struct outgoing *out)
+{
+    struct tcp_side *side = (struct tcp_side *)tcp->link.side;
+    uint64_t skip = tcp->sent;
+    uint64_t bytes = 0;
+    uint64_t at = 0;
+    struct iovec iov;
+    uint8_t *rest;
+
+    for (uint32_t k = tcp->segment; segment_of(out, k, &iov); k++) {
+        bytes += iov.iov_len;
+    }
+    bytes -= skip;
+    rest = malloc(bytes);
+    if (rest == NULL) {
+        return false;
+    }
+    for (uint32_t k = tcp->segment; segment_of(out, k, &iov); k++) {
+        if (iov.iov_len > skip) {
+            memcpy(rest + at, (uint8_t *)iov.iov_base + skip, iov.iov_len - skip);
+            at += iov.iov_len - skip;
+        }
+        skip = 0;
+    }
+    tcp->segment = 0;
+    tcp->sent    = 0;
+    take_lock(&side->lock);
+    tcp->rest_bytes = bytes;
+    tcp->rest_sent  = 0;
+    tcp->wants_room = true;
+    rfm_store_release(&tcp->rest, rest);
+    set_interest(tcp, EPOLL_CTL_MOD, EPOLLIN | EPOLLOUT);
+    unlock(&side->lock);
+    return true;
+}
+
 /* true if nothing waits any more */
 static bool send_queued(struct tcp_link *tcp)
 {
@@ -669,14 +759,18 @@ static void side_close(struct rfm_side *side)
     free(side);
 }
 
-static int progress_one(struct tcp_link *tcp)
+/* `sure`: there is something, or somebody will sleep on it: what nobody asked
+ * for, and its end, would not let him. */
+static int progress_one(struct tcp_link *tcp, bool sure)
 {
     if (tcp->rank) {
         (void)send_queued(tcp);
-        if ((rfm_load_relaxed(&tcp->expected) == 0) &&
+        if (!sure && (rfm_load_relaxed(&tcp->expected) == 0) &&
             (tcp->in.stage == AT_HEAD) && (tcp->in.got == 0)) {
-            return 0;           /* its end is seen on the control connection */
+            return 0;
         }
+    } else if ((tcp->rest != NULL) && send_rest(tcp)) {
+        return 1 + progress_link(tcp);      /* its next request can be served */
     }
     return progress_link(tcp);
 }
@@ -692,14 +786,14 @@ static int side_progress(struct rfm_side *base)
     }
     if (side->n_links <= FEW_LINKS) {
         for (uint32_t i = 0; i < side->n_links; i++) {
-            n += progress_one(side->links[i]);
+            n += progress_one(side->links[i], side->arms != 0);
         }
     } else {
         int ready = epoll_wait(side->epoll_fd, events, 16, 0);
 
         /* a link that is no more is not in the set any more, either */
         for (int i = 0; i < ready; i++) {
-            n += progress_one(events[i].data.ptr);
+            n += progress_one(events[i].data.ptr, true);
         }
         for (uint32_t i = 0; i < side->n_links; i++) {
             struct tcp_link *tcp = side->links[i];
@@ -778,6 +872,7 @@ static void link_free(struct tcp_link *tcp)
     free(tcp->mirrors);
     free(tcp->requests);
     free(tcp->replies);
+    free(tcp->rest);
     close(tcp->fd);
     free(tcp);
 }
@@ -809,6 +904,8 @@ static int link_make(const struct rfm_link_attr *attr, bool rank,
     tcp->rank            = rank;
     tcp->fd              = attr->data_fd;
     tcp->flags           = attr->flags & RFM_STREAM_CRC;
+    /* a rank hears what its worker will send, and until then it sends nothing */
+    tcp->peer_flags      = rank ? UINT32_MAX : tcp->flags;
     /* like a slot in shared memory: a line more, for the last canary */
     tcp->stride   = 2u * RFM_CACHE_LINE + (uint64_t)attr->slot_bytes;
     tcp->requests = aligned_alloc(RFM_CACHE_LINE, attr->slots * tcp->stride);
@@ -904,11 +1001,28 @@ static int rank_open(const struct rfm_link_attr *attr, struct rfm_link **link_p,
     return RFM_OK;
 }
 
+static bool parcel_in(const struct rfm_parcel *in, uint32_t *flags_p)
+{
+    struct rfm_tcp_parcel body;
+
+    if ((in->n_bytes != sizeof(body)) || (in->n_fds != 0)) {
+        return false;
+    }
+    memcpy(&body, in->bytes, sizeof(body));
+    *flags_p = body.flags;
+    return (body.flags & ~RFM_STREAM_CRC) == 0;
+}
+
 static int rank_attached(struct rfm_link *link, const struct rfm_parcel *in)
 {
-    (void)link;
-    return (in->n_bytes == sizeof(struct rfm_tcp_parcel)) ? RFM_OK
-                                                          : RFM_ERR_PROTOCOL;
+    struct tcp_link *tcp = (struct tcp_link *)link;
+    uint32_t flags;
+
+    if (!parcel_in(in, &flags)) {
+        return RFM_ERR_PROTOCOL;
+    }
+    rfm_store_relaxed(&tcp->peer_flags, flags);
+    return RFM_OK;
 }
 
 static int rank_arena(struct rfm_link *link, uint32_t arena,
@@ -940,6 +1054,7 @@ static bool rank_post(struct rfm_link *link, uint32_t slot,
 {
     struct tcp_link *tcp = (struct tcp_link *)link;
     uint64_t more = (line->in_bytes > RFM_INLINE_BYTES) ? line->in_bytes : 0;
+
     if (prepare(tcp, slot, RFM_STREAM_REQUEST, line, rank_payload(link, slot),
                 more, traffic->push, traffic->n_push) < 0) {
         return true;
@@ -953,7 +1068,9 @@ static bool rank_post(struct rfm_link *link, uint32_t slot,
     rfm_store_release(&tcp->queue_head, tcp->queue_head + 1);
     unlock(&tcp->queue_lock);
     rfm_fence();
-    return send_queued(tcp);
+    (void)send_queued(tcp);
+    /* also if somebody else found no room for it */
+    return rfm_load_acquire(&tcp->out[slot].queued) == 0;
 }
 
 static bool rank_poll(struct rfm_link *link, uint32_t slot, uint64_t id,
@@ -986,19 +1103,17 @@ static int worker_open(const struct rfm_link_attr *attr,
                        struct rfm_parcel *out)
 {
     struct rfm_link_attr mine = *attr;
-    struct rfm_tcp_parcel said;
     struct tcp_link *tcp;
     int rc;
 
     (void)body;
-    if ((in->n_bytes != sizeof(said)) || (in->n_fds != 0)) {
+    /* what the rank wants checked is so both ways */
+    if (!parcel_in(in, &mine.flags)) {
         if (attr->data_fd >= 0) {
             close(attr->data_fd);
         }
         return RFM_ERR_PROTOCOL;
     }
-    memcpy(&said, in->bytes, sizeof(said));
-    mine.flags = said.flags;    /* we check what the rank wants checked */
     rc = link_make(&mine, false, &tcp);
     if (rc < 0) {
         return rc;
@@ -1058,7 +1173,8 @@ static bool worker_poll(struct rfm_link *link, uint32_t slot, uint64_t last_id,
     struct rfm_request_line *at =
         (struct rfm_request_line *)request_at((struct tcp_link *)link, slot);
 
-    if (rfm_load_acquire(&at->id) == last_id) {
+    if ((rfm_load_acquire(&at->id) == last_id) ||
+        (rfm_load_acquire(&((struct tcp_link *)link)->rest) != NULL)) {
         return false;
     }
     memcpy(line_p, at, sizeof(*line_p));
@@ -1080,6 +1196,9 @@ static void worker_reply(struct rfm_link *link, uint32_t slot,
     int rc;
 
     rfm_store_release(&tcp->given[slot], false);
+    if (rfm_load_acquire(&link->failed) != 0) {
+        return;                 /* part of another one may be its last word */
+    }
     rc = prepare(tcp, slot, RFM_STREAM_REPLY, line, worker_payload(link, slot),
                  payload_bytes, regions, n);
     while (rc == RFM_OK) {
@@ -1091,10 +1210,17 @@ static void worker_reply(struct rfm_link *link, uint32_t slot,
             break;
         }
         do {
-            ready = poll(&p, 1, STUCK_MS);
+            ready = poll(&p, 1, PATIENCE_MS);
         } while ((ready < 0) && (errno == EINTR));
-        rc = (ready > 0) ? RFM_OK
-                         : fail(tcp, RFM_ERR_TIMEOUT, "the rank takes no reply");
+        if (ready > 0) {
+            rc = RFM_OK;
+        } else if (put_aside(tcp, &tcp->out[slot])) {
+            return;
+        } else if (poll(&p, 1, STUCK_MS) > 0) {
+            rc = RFM_OK;
+        } else {
+            rc = fail(tcp, RFM_ERR_TIMEOUT, "the rank takes no reply");
+        }
     }
 }
 

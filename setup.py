@@ -39,12 +39,12 @@ NULL_PROVIDER = "csrc/verbs/null/provider.c"
 
 # Libraries of their own, no part of the data plane.
 KERNELS = "csrc/kernels.c"
-BENCH = "csrc/bench.c"
+BENCH = ["csrc/bench.c", "csrc/bench_net.c"]
 
 
 def data_plane_sources() -> list[str]:
     """All of csrc/ that is linked into the extension: not kernels, bench and tests."""
-    return sorted(set(glob("csrc/*.c")) - {KERNELS, BENCH})
+    return sorted(set(glob("csrc/*.c")) - {KERNELS, *BENCH})
 
 
 def has_header(name: str) -> bool:
@@ -110,7 +110,7 @@ setup(
         # exp. Never for the link: it would switch denormals off in the process.
         plain_library("rfaas_mpi._native_kernels", KERNELS, flags=("-ffast-math",)),
         # What the data plane is compared with shares its wait loop, nothing else.
-        plain_library("rfaas_mpi.bench._bench", BENCH, "csrc/poller.c", flags=(HIDDEN,)),
+        plain_library("rfaas_mpi.bench._bench", *BENCH, "csrc/poller.c", flags=(HIDDEN,)),
         plain_library(VERBS, *VERBS_SOURCES, flags=(HIDDEN,), libraries=("ibverbs",)),
         plain_library(VERBS_NULL, *VERBS_SOURCES, NULL_PROVIDER, flags=(HIDDEN,)),
     ],

@@ -46,7 +46,7 @@ def library() -> ctypes.CDLL:
     return lib
 
 
-def _check(value: int) -> int:
+def check(value: int) -> int:
     if value >= 0:
         return value
     match value:
@@ -72,7 +72,7 @@ class Partner:
         self._ptr: ctypes.c_void_p | None = None
         self.data_bytes = data_bytes
         pointer = ctypes.c_void_p()
-        _check(self._lib.rfm_bench_open(data_bytes, cpu, ctypes.byref(pointer)))
+        check(self._lib.rfm_bench_open(data_bytes, cpu, ctypes.byref(pointer)))
         self._ptr = pointer
 
     def _live(self) -> ctypes.c_void_p:
@@ -98,20 +98,20 @@ class Partner:
 
     def arm(self, mode: int, count: int, size_bytes: int = 0) -> None:
         """Wakes the partner for the next `count` calls; ValueError while calls are still armed."""
-        _check(self._lib.rfm_bench_arm(self._live(), mode, count, size_bytes))
+        check(self._lib.rfm_bench_arm(self._live(), mode, count, size_bytes))
 
     def call(self) -> int:
         """One armed call; ns from the first store to the answer seen."""
-        return _check(self._lib.rfm_bench_call(self._live()))
+        return check(self._lib.rfm_bench_call(self._live()))
 
     def calls(self, count: int) -> int:
         """`count` armed calls from a C loop; ns of all of them."""
-        return _check(self._lib.rfm_bench_calls(self._live(), count, None))
+        return check(self._lib.rfm_bench_calls(self._live(), count, None))
 
     def samples(self, count: int) -> list[int]:
         """`count` armed calls from a C loop; ns of each."""
         values = (ctypes.c_int64 * count)()
-        _check(self._lib.rfm_bench_calls(self._live(), count, values))
+        check(self._lib.rfm_bench_calls(self._live(), count, values))
         return list(values)
 
     def close(self) -> None:

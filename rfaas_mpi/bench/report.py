@@ -12,7 +12,7 @@ def as_text(data: dict) -> list[str]:
     lines = list(_environment(data))
     for name in NAMES if data["bench"] == "all" else (data["bench"],):
         part = data[name] if data["bench"] == "all" else data
-        lines += ["", name, *(_payload(part) if name == "payload" else _figures(part))]
+        lines += ["", name, *(_payload(part) if "rows" in part else _figures(part))]
     return lines
 
 

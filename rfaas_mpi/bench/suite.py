@@ -13,6 +13,7 @@ from rfaas_mpi._version import __version__
 from rfaas_mpi.bench import environment
 from rfaas_mpi.bench.cold import measure_cold
 from rfaas_mpi.bench.latency import measure_latency
+from rfaas_mpi.bench.network import measure_network_latency, measure_network_payload
 from rfaas_mpi.bench.payload import measure_payload
 from rfaas_mpi.bench.stage import Options
 from rfaas_mpi.bench.throughput import measure_throughput
@@ -23,6 +24,8 @@ __all__ = ["NAMES", "Options", "check_writable", "keep", "measure"]
 _BENCHMARKS: dict[str, Callable[[Options], dict]] = {
     "latency": measure_latency, "throughput": measure_throughput, "payload": measure_payload, "cold": measure_cold}
 NAMES = tuple(_BENCHMARKS)
+_OVER_A_NETWORK: dict[str, Callable[[Options], dict]] = {
+    "latency": measure_network_latency, "payload": measure_network_payload}
 
 
 def measure(what: str, options: Options) -> dict:
@@ -31,10 +34,14 @@ def measure(what: str, options: Options) -> dict:
     The figures of one benchmark lie on the top level; of "all", one level down. BenchError where there is no core to
     borrow.
     """
+    benchmarks = _BENCHMARKS if options.transport == "shm" else _OVER_A_NETWORK
+    if what not in (*benchmarks, *(["all"] if benchmarks is _BENCHMARKS else [])):
+        raise ConfigError(f"{what} is measured on shared memory only",
+                          hint=f"leave --transport {options.transport} out, or measure {' or '.join(benchmarks)}")
     head = {"bench": what, "version": __version__, "command": ["rfaas", *sys.argv[1:]],
             "settings": options.settings(), "environment": environment.facts()}
     stolen, begin = environment.stolen_ticks(), time.monotonic()
-    figures = {name: _BENCHMARKS[name](options) for name in NAMES} if what == "all" else _BENCHMARKS[what](options)
+    figures = {name: benchmarks[name](options) for name in NAMES} if what == "all" else benchmarks[what](options)
     seconds = time.monotonic() - begin
     after = environment.stolen_ticks()
     if stolen is not None and after is not None:

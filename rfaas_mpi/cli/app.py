@@ -209,8 +209,8 @@ def bench() -> None:
 
 def measured(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every benchmark."""
-    command = click.option("--transport", type=click.Choice(["shm"]), default="shm", show_default=True,
-                           help="How invocations travel.")(command)
+    command = click.option("--transport", type=click.Choice(["shm", "tcp"]), default="shm", show_default=True,
+                           help="How invocations travel; tcp: latency and payload.")(command)
     command = click.option("--runs", type=click.IntRange(1, 99), default=3, show_default=True,
                            help="Runs; the best one counts for differences.")(command)
     command = click.option("--core", type=click.IntRange(min=0), default=None,
@@ -240,7 +240,8 @@ def latency(out: Output, **arguments: Any) -> None:
     """One invocation at a time: native, Python and object kernels.
 
     Beside them: two bare processes with a mailbox each way, a futex wake-up
-    after 5 ms of idling, and the same Python kernel called locally.
+    after 5 ms of idling, and the same Python kernel called locally. Over tcp:
+    two bare processes that send the same bytes through a socket.
     """
     _bench(out, "latency", arguments)
 
@@ -261,7 +262,7 @@ def payload(out: Output, **arguments: Any) -> None:
 
     Locally, between two bare processes, and through the product with arrays in
     the executor's memory and with plain ones. Once with x and y left alone, once with x written before and y read after
-    each invocation.
+    each invocation. Over tcp: how much of a bare socket's bandwidth is left.
     """
     _bench(out, "payload", arguments)
 

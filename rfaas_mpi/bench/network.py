@@ -1,0 +1,383 @@
+"""`rfaas bench latency|payload --transport tcp`: the product beside two bare processes that send the same bytes.
+
+Through the loopback device of one node, the rank and both partners pinned as everywhere here. Bare and product
+alternate in one run, block by block; a ratio is taken of two blocks of one cycle. A message of the bare processes has
+as many bytes as the product's: a stream's head, a slot's line, and the data with its descriptor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Self
+
+import numpy as np
+
+from rfaas_mpi import fabric
+from rfaas_mpi.bench import environment, kernels, measure, raw
+from rfaas_mpi.bench.measure import Subject
+from rfaas_mpi.bench.raw import BenchError
+from rfaas_mpi.bench.stage import WARM_UP, Options, Stage, check_quiet
+from rfaas_mpi.config import Settings
+from rfaas_mpi.config import environment as environment_of_this_process
+from rfaas_mpi.errors import ClosedError
+from rfaas_mpi.executor import Executor
+from rfaas_mpi.kernels import Kernel
+from rfaas_mpi.requests import PersistentRequest
+from rfaas_mpi.session import Session
+
+CYCLES = 100
+SIZES = (1 << 20, 16 << 20)
+# So many invocations are in flight where data streams: while one is received, one is on its way.
+WINDOW = 4
+# Of a block of a stream: long enough that its beginning and end don't count.
+BLOCK_BYTES = 64 << 20
+STREAM_CYCLES = 7
+
+
+# --- two bare processes with a socket between them ---------------------------------------------
+
+class _Order(ctypes.Structure):
+    _fields_ = [("count", ctypes.c_uint64), ("up", ctypes.c_uint64), ("down", ctypes.c_uint64),
+                ("burst", ctypes.c_uint32), ("places", ctypes.c_uint32), ("sleep", ctypes.c_uint32),
+                ("reserved", ctypes.c_uint32)]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    lib = raw.library()
+    net, i64, u64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
+    for name, result, arguments in (
+        ("rfm_net_open", ctypes.c_int, [u64, ctypes.c_int, ctypes.POINTER(net)]),
+        ("rfm_net_close", None, [net]),
+        ("rfm_net_pid", ctypes.c_int, [net]),
+        ("rfm_net_arm", ctypes.c_int, [net, ctypes.POINTER(_Order)]),
+        ("rfm_net_calls", i64, [net, u64, ctypes.POINTER(i64)]),
+    ):
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    return lib
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What one bare call is: `burst` messages of `up` bytes of data to the partner, each answered with `down`.
+
+    Data lies in `places` places in turn, each way. `sleep`: both sides sleep in the socket instead of spinning on it.
+    """
+
+    up: int = 0
+    down: int = 0
+    burst: int = 1
+    places: int = 1
+    sleep: bool = False
+
+
+class BarePair:
+    """This process and a bare one, joined by a TCP connection through the loopback device.
+
+    The other one sleeps in the kernel except between `arm` and the last armed call. It ends with close() or with this
+    process. BenchError where it can't be started, or has ended.
+    """
+
+    def __init__(self, *, data_bytes: int = 0, cpu: int = -1) -> None:
+        self._lib = _library()
+        self._ptr: ctypes.c_void_p | None = None
+        pointer = ctypes.c_void_p()
+        raw.check(self._lib.rfm_net_open(data_bytes, cpu, ctypes.byref(pointer)))
+        self._ptr = pointer
+
+    def _live(self) -> ctypes.c_void_p:
+        if self._ptr is None:
+            raise ClosedError("the bare processes were used after close()")
+        return self._ptr
+
+    @property
+    def pid(self) -> int:
+        return self._lib.rfm_net_pid(self._live())
+
+    def arm(self, exchange: Exchange, count: int) -> None:
+        """Wakes the partner for the next `count` calls; ValueError while calls are still armed."""
+        order = _Order(count=count, up=exchange.up, down=exchange.down, burst=exchange.burst, places=exchange.places,
+                       sleep=int(exchange.sleep))
+        raw.check(self._lib.rfm_net_arm(self._live(), ctypes.byref(order)))
+
+    def calls(self, count: int) -> int:
+        """`count` armed calls from a C loop; ns of all of them."""
+        return raw.check(self._lib.rfm_net_calls(self._live(), count, None))
+
+    def samples(self, count: int) -> list[int]:
+        """`count` armed calls from a C loop; ns of each."""
+        values = (ctypes.c_int64 * count)()
+        raw.check(self._lib.rfm_net_calls(self._live(), count, values))
+        return list(values)
+
+    def close(self) -> None:
+        """Ends the partner. Safe to call twice."""
+        if self._ptr is not None:
+            self._lib.rfm_net_close(self._ptr)
+            self._ptr = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+# --- the stage ------------------------------------------------------------------------------------
+
+@contextmanager
+def _environ(name: str, value: str) -> Iterator[None]:
+    before = environment_of_this_process().get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+@contextmanager
+def stage(options: Options, *, data_bytes: int = 0, spin_us: int | None = None) -> Iterator[tuple[Stage, BarePair]]:
+    """The rank on one core; a worker of this node's service, reached through a socket, and the bare partner on another.
+
+    `spin_us`: how long both sides look before they sleep. BenchError where no core can be borrowed: there is nothing
+    to measure then.
+    """
+    with ExitStack() as stack:
+        if spin_us is not None:
+            stack.enter_context(_environ("RFAAS_SPIN_US", str(spin_us)))  # a worker has it from its rank's environment
+        cores = stack.enter_context(environment.pinned(options.core))
+        # Forked before the executor: its connections are not the partner's to inherit.
+        bare = stack.enter_context(BarePair(data_bytes=data_bytes))
+        partner = stack.enter_context(raw.Partner())
+        # Held, so that the service doesn't leave before the executor comes.
+        session = stack.enter_context(Session.open(Settings.load()))
+        session.open_door(["127.0.0.1:0"])
+        executor = stack.enter_context(Executor(workers=1, transport=options.transport))
+        worker_pid = executor.submit(os.getpid).result()
+        if worker_pid == os.getpid():
+            raise BenchError("no core could be borrowed, so every invocation would run on the rank",
+                             hint="`rfaas doctor` says why")
+        worker_cores = tuple(sorted(executor.submit(os.sched_getaffinity, 0).result()))
+        if cores.rank in worker_cores:
+            raise BenchError(f"the worker shares core {cores.rank} with the rank", hint="`rfaas doctor` says why")
+        os.sched_setaffinity(bare.pid, set(worker_cores))
+        spin_s = Settings.load(transport=options.transport).spin_us * 1e-6
+        yield Stage(options, executor, partner, cores.rank, worker_cores, worker_pid, spin_s), bare
+
+
+def _bare(name: str, pair: BarePair, exchange: Exchange, *, singles: bool = True) -> Subject:
+    def prepare(count: int) -> None:
+        warm_up = WARM_UP if singles else 1
+        pair.arm(exchange, warm_up + count)
+        pair.calls(warm_up)
+
+    return Subject(name, pair.calls, pair.samples if singles else None, prepare)
+
+
+def _invocations(name: str, request: PersistentRequest) -> Subject:
+    """Start and wait from a C loop; single ones are C loops of one."""
+    inner = request._raw
+
+    def prepare(_count: int) -> None:
+        fabric.bench_roundtrips(inner, WARM_UP)
+
+    return Subject(name, lambda count: fabric.bench_roundtrips(inner, count),
+                   lambda count: [fabric.bench_roundtrips(inner, 1) for _ in range(count)], prepare)
+
+
+def _small_request(here: Stage) -> PersistentRequest:
+    x, y = np.array([1.5]), np.zeros(1)
+    request = here.executor.Invoke_init(kernels.native_copy(), x, y)
+    request.Start()
+    request.Wait()
+    _check("the native kernel", y, x)
+    return request
+
+
+def _check(what: str, got: object, wanted: object) -> None:
+    if not np.array_equal(got, wanted):
+        raise BenchError(f"{what} gave {got}, not {wanted}; no figure is worth anything then")
+
+
+# --- latency -----------------------------------------------------------------------------------------
+
+def measure_network_latency(options: Options) -> dict:
+    """The figures of 8 bytes each way: hot, with both sides asleep before each message, and many in flight."""
+    check_quiet(options.progress)
+    name = options.transport
+    with stage(options) as (here, pair):
+        figures = {**_hot(name, here, pair), **_pipelined(name, here)}
+        pinning = here.facts()
+    with stage(options, spin_us=0) as (here, pair):
+        figures |= _asleep(name, here, pair)
+    return {**_flat(name, figures), "pinning": pinning}
+
+
+def _flat(name: str, figures: dict[str, dict]) -> dict:
+    """The figures, and the A/A of the first ratio under a name of its own."""
+    return {**measure.flat(figures), f"{name}_aa": figures[f"{name}_over_raw"]["aa"]["p50"]}
+
+
+def _hot(name: str, here: Stage, pair: BarePair) -> dict:
+    request = _small_request(here)
+    exchange = Exchange()
+    runs = here.runs(f"{name} beside a bare socket", [
+        _bare("raw", pair, exchange), _invocations("product", request), _bare("raw_again", pair, exchange),
+    ], cycles=here.options.cycles(CYCLES))
+    request.Free()
+    return {f"{name}_raw_us": measure.latency_figure(runs, "raw", unit="us", digits=2),
+            f"{name}_latency_us": measure.latency_figure(runs, "product", unit="us", digits=2),
+            f"{name}_over_raw": measure.ratio(runs, "product", "raw", "raw_again")}
+
+
+def _asleep(name: str, here: Stage, pair: BarePair) -> dict:
+    """Nobody spins: both sides sleep until a message is there, and so do the bare ones, in recv()."""
+    request = _small_request(here)
+    exchange = Exchange(sleep=True)
+    runs = here.runs(f"{name} beside a bare socket, asleep", [
+        _bare("raw", pair, exchange), _invocations("product", request), _bare("raw_again", pair, exchange),
+    ], cycles=here.options.cycles(CYCLES // 4))
+    request.Free()
+    return {f"{name}_warm_raw_us": measure.latency_figure(runs, "raw", unit="us", digits=2),
+            f"{name}_warm_us": measure.latency_figure(runs, "product", unit="us", digits=2),
+            f"{name}_warm_over_raw": measure.ratio(runs, "product", "raw", "raw_again")}
+
+
+def _pipelined(name: str, here: Stage) -> dict:
+    """A block of invocations that are all started before the first is waited for, beside one after another."""
+    requests = [_small_request(here) for _ in range(measure.BLOCK)]
+    inner = [request._raw for request in requests]
+
+    def at_once(label: str) -> Subject:
+        def block(count: int) -> int:
+            return fabric.bench_throughput(inner[:count], count)
+
+        return Subject(label, block, prepare=lambda count: _ignore(block(count)))
+
+    runs = here.runs(f"{name}, many in flight", [
+        at_once("pipelined"), _invocations("sequential", requests[0]), at_once("pipelined_again"),
+    ], cycles=here.options.cycles(CYCLES // 4))
+    for request in requests:
+        request.Free()
+    again = measure.rate_figure(runs, "pipelined_again")
+    return {f"{name}_per_s": {**measure.rate_figure(runs, "pipelined"), "aa": again},
+            f"{name}_pipelined_over_sequential": _times_as_fast(runs, "pipelined", "sequential", "pipelined",
+                                                                "pipelined_again")}
+
+
+def _times_as_fast(runs: list[measure.Run], fast: str, slow: str, base: str, again: str) -> dict:
+    """How many times as fast `fast` is as `slow`, block by block of the same cycle; A/A of `base` and `again`."""
+    together = measure.ratio(runs, slow, fast, slow)
+    return {**together, "aa": measure.ratio(runs, base, base, again)["aa"]}
+
+
+def _ignore(_value: object) -> None:
+    """What a warm-up returns is not measured."""
+
+
+# --- payload -----------------------------------------------------------------------------------------
+
+@cache
+def _swallow() -> Kernel:
+    """Takes its input and gives 8 bytes back."""
+    return Kernel.from_library(raw.LIBRARY, "rfm_net_swallow")
+
+
+@cache
+def _yield() -> Kernel:
+    """Takes 8 bytes and gives its output."""
+    return Kernel.from_library(raw.LIBRARY, "rfm_net_yield")
+
+
+def measure_network_payload(options: Options, sizes: tuple[int, ...] = SIZES) -> dict:
+    """Bandwidth each way, beside a bare socket through which the same bytes stream.
+
+    Up: a kernel that takes its input and gives 8 bytes back. Down: one that takes 8 bytes and gives its output. WINDOW
+    of them are in flight, in arrays of the executor. `…_bandwidth_over_raw_…` is the worse one of the two ways.
+    `…_alone_…`: the same, one at a time, and how much longer than bare it takes.
+    """
+    check_quiet(options.progress)
+    name = options.transport
+    with stage(options, data_bytes=WINDOW * max(sizes)) as (here, pair):
+        figures: dict[str, dict] = {}
+        for size in sizes:
+            figures |= _streams(name, here, pair, size)
+        return {**measure.flat(figures), "pinning": here.facts()}
+
+
+def _streams(name: str, here: Stage, pair: BarePair, size: int) -> dict:
+    text = f"{size >> 20}MiB" if size >= 1 << 20 else f"{size >> 10}KiB"
+    count = max(2 * WINDOW, min(measure.BLOCK, BLOCK_BYTES // size))
+    burst = min(count, 64)
+    count -= count % burst
+    figures: dict[str, dict] = {}
+    for way in ("up", "down"):
+        stream, alone = (Exchange(**{way: size}, burst=burst, places=WINDOW), Exchange(**{way: size}))
+        requests = [_large_request(here, way, size) for _ in range(WINDOW)]
+        runs = here.runs(f"{name}, {text} {way}", [
+            _stream("raw", pair, stream), _streamed("product", requests), _stream("raw_again", pair, stream),
+        ], cycles=here.options.cycles(STREAM_CYCLES), block=count)
+        figures[f"{name}_{way}_raw_MB_s_{text}"] = _bandwidth(runs, "raw", size)
+        figures[f"{name}_{way}_MB_s_{text}"] = _bandwidth(runs, "product", size)
+        figures[f"{name}_{way}_over_raw_{text}"] = _times_as_fast(runs, "product", "raw", "raw", "raw_again")
+        runs = here.runs(f"{name}, {text} {way}, one at a time", [
+            _stream("raw", pair, alone), _streamed("product", requests[:1]), _stream("raw_again", pair, alone),
+        ], cycles=here.options.cycles(STREAM_CYCLES), block=count)
+        figures[f"{name}_{way}_alone_us_{text}"] = measure.latency_figure(runs, "product", unit="us")
+        figures[f"{name}_{way}_alone_over_raw_{text}"] = measure.ratio(runs, "product", "raw", "raw_again")
+        for request in requests:
+            request.Free()
+    figures[f"{name}_bandwidth_over_raw_{text}"] = min(
+        (figures[f"{name}_{way}_over_raw_{text}"] for way in ("up", "down")), key=lambda value: value["p50"])
+    return figures
+
+
+def _bandwidth(runs: list[measure.Run], name: str, size: int) -> dict:
+    """MB/s (10^6) by block; p99 is what 99 % of the blocks reach."""
+    found = measure.rate_figure(runs, name)
+    return {"p50": round(found["p50"] * size / 1e6), "p99": round(found["p99"] * size / 1e6), "count": found["count"],
+            "unit": "MB/s"}
+
+
+def _large_request(here: Stage, way: str, size: int) -> PersistentRequest:
+    x = here.executor.empty(size if way == "up" else 8, np.uint8)
+    y = here.executor.empty(size if way == "down" else 8, np.uint8)
+    x[:8] = np.frombuffer(np.array([size], dtype=np.uint64).tobytes(), dtype=np.uint8)
+    if way == "up":
+        x[8:] = 7
+        small_y = np.zeros(8, np.uint8)
+        request = here.executor.Invoke_init(_swallow(), x, small_y)
+        y = small_y
+    else:
+        request = here.executor.Invoke_init(_yield(), x[:8].copy(), y)
+    y[:] = 0
+    request.Start()
+    request.Wait()
+    _check(f"{size} bytes {way}", y[:8], x[:8])
+    return request
+
+
+def _stream(name: str, pair: BarePair, exchange: Exchange) -> Subject:
+    def prepare(count: int) -> None:
+        pair.arm(exchange, 1 + count // exchange.burst)
+        pair.calls(1)
+
+    return Subject(name, lambda count: pair.calls(count // exchange.burst), prepare=prepare)
+
+
+def _streamed(name: str, requests: list[PersistentRequest]) -> Subject:
+    inner = [request._raw for request in requests]
+
+    def prepare(_count: int) -> None:
+        _ignore(fabric.bench_throughput(inner, 2 * len(inner)))
+
+    return Subject(name, lambda count: fabric.bench_throughput(inner, count), prepare=prepare)
+

@@ -29,6 +29,56 @@
 #define MOST_NEW     8u             /* constants that one request makes known */
 #define BULKY        65536u         /* more won't fit a socket's buffer       */
 
+/* --- reasons --------------------------------------------------------------- */
+
+static _Thread_local char attach_why[sizeof(((struct rfm_channel *)0)->reason)];
+
+const char *rfm_attach_why(void)
+{
+    return (attach_why[0] != 0) ? attach_why : NULL;
+}
+
+/* printable, whatever it was */
+static void take_text(char *to, uint64_t room, const uint8_t *from, uint64_t n)
+{
+    if (n >= room) {
+        n = room - 1;
+    }
+    for (uint64_t i = 0; i < n; i++) {
+        to[i] = ((from[i] >= 32) && (from[i] < 127)) ? (char)from[i] : '?';
+    }
+    to[n] = 0;
+}
+
+void rfm_attach_said(const char *text)
+{
+    if (text == NULL) {
+        text = "";
+    }
+    take_text(attach_why, sizeof(attach_why), (const uint8_t *)text,
+              strlen(text));
+}
+
+/* The first one counts; it is what a channel ends with. */
+static void take_reason(struct rfm_channel *chan, const uint8_t *from,
+                        uint64_t n)
+{
+    const char *none = NULL;
+
+    if ((n == 0) || (chan->reason[0] != 0)) {
+        return;
+    }
+    take_text(chan->reason, sizeof(chan->reason), from, n);
+    (void)__atomic_compare_exchange_n(&chan->why, &none, chan->reason, false,
+                                      __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+}
+
+/* what our own transport said of its last failure */
+static const char *words_of(const struct rfm_transport *ops)
+{
+    return (ops->why != NULL) ? ops->why() : NULL;
+}
+
 /* --- setting up ----------------------------------------------------------- */
 
 static int await_readable(int fd, uint64_t deadline_ns)
@@ -132,6 +182,11 @@ void rfm_channel_send_arena(struct rfm_channel *chan,
                 rc = send_frame(chan, RFM_CTL_ARENA, 0, iov, 2, NULL, 0);
             }
             if ((rc < 0) && (rc != RFM_ERR_PEER)) {
+                const char *words = words_of(chan->side->ops);
+
+                if (words != NULL) {
+                    take_reason(chan, (const uint8_t *)words, strlen(words));
+                }
                 rfm_channel_sever(chan, "an arena could not be announced");
             }
             wait = rc == RFM_OK;
@@ -143,24 +198,6 @@ void rfm_channel_send_arena(struct rfm_channel *chan,
     if (wait) {
         await_mirror(chan, arena->id);
     }
-}
-
-/* printable, whatever the worker sent */
-static void take_reason(struct rfm_channel *chan)
-{
-    uint32_t n = chan->rx.head.length;
-    const char *none = NULL;
-
-    if (n >= sizeof(chan->reason)) {
-        n = sizeof(chan->reason) - 1;
-    }
-    for (uint32_t i = 0; i < n; i++) {
-        uint8_t c = chan->rx.body[i];
-
-        chan->reason[i] = ((c >= 32) && (c < 127)) ? (char)c : '?';
-    }
-    (void)__atomic_compare_exchange_n(&chan->why, &none, chan->reason, false,
-                                      __ATOMIC_RELEASE, __ATOMIC_RELAXED);
 }
 
 int rfm_channel_heard(struct rfm_channel *chan)
@@ -184,12 +221,13 @@ int rfm_channel_heard(struct rfm_channel *chan)
             if (body.status == RFM_OK) {
                 rc = chan->remote_link->ops->rank_arena(chan->remote_link,
                                                         body.arena, &parcel);
+            } else {
+                take_reason(chan, parcel.bytes, parcel.n_bytes);
             }
             rfm_store_release(&chan->arena_ready, body.arena + 1);
         }
-    } else if ((chan->rx.head.type == RFM_CTL_REFUSED) &&
-               (chan->reason[0] == 0)) {
-        take_reason(chan);
+    } else if (chan->rx.head.type == RFM_CTL_REFUSED) {
+        take_reason(chan, chan->rx.body, chan->rx.head.length);
     }
     rfm_rx_fini(&chan->rx);
     return rc;
@@ -253,10 +291,12 @@ static int take_attached(struct rfm_channel *chan, struct rfm_link *link)
     }
     rfm_rx_next(&chan->rx);
     if (chan->remote && (answer.status < 0)) {
+        take_text(attach_why, sizeof(attach_why), parcel.bytes, parcel.n_bytes);
         return answer.status;   /* there is nothing to connect to */
     }
     rc = link->ops->rank_attached(link, &parcel);
     if (rc < 0) {
+        rfm_attach_said(words_of(link->ops));
         return rc;
     }
     if (answer.status < 0) {
@@ -296,6 +336,7 @@ static int shake_hands(struct rfm_channel *chan, const struct rfm_transport *ops
 
     rc = ops->rank_open(&attr, &link, &body, &parcel);
     if (rc < 0) {
+        rfm_attach_said(words_of(ops));
         return rc;
     }
     body.memory_limit = inv->attr.memory_limit;
@@ -383,6 +424,7 @@ int rfm_channel_create(struct rfm_invoker *inv,
     if (rfm_load_acquire(&chan->severed) != 0) {
         rfm_heap_unlock(inv->heap);
         rc = (chan->arena_status < 0) ? chan->arena_status : RFM_ERR_PEER;
+        rfm_attach_said(rfm_channel_why(chan));
         rfm_channel_destroy(chan);
         return rc;
     }

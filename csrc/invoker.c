@@ -297,6 +297,7 @@ static int open_side(struct rfm_invoker *inv, const struct rfm_transport *ops,
     }
     rc = ops->side_open(&attr, &side);
     if (rc < 0) {
+        rfm_attach_said((ops->why != NULL) ? ops->why() : NULL);
         return rc;
     }
     rfm_store_release(&inv->sides[ops->number], side);
@@ -314,10 +315,15 @@ int rfm_invoker_attach_over(struct rfm_invoker *inv,
     uint32_t place = 0;
     int rc;
 
+    rfm_attach_said(NULL);
     pthread_mutex_lock(&inv->admin);
     if (inv->closed) {
         rc = RFM_ERR_CLOSED;
     } else if (ops == NULL) {
+        const char *why = NULL;
+
+        (void)rfm_transport_usable(attr->transport, &why);
+        rfm_attach_said(why);
         rc = RFM_ERR_INVALID;
     } else {
         place = find_place(inv);

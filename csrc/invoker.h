@@ -58,7 +58,7 @@ struct rfm_channel {
     bool     peer_ended;        /* service thread only: it closed its end */
     uint32_t severed;           /* atomic: remote, to be fenced and ended */
     const char *why;            /* atomic: what went wrong, if it did */
-    char     reason[128];       /* the worker's own words, if it is that */
+    char     reason[320];       /* the worker's own words, or the transport's */
 
     uint64_t head   __attribute__((aligned(RFM_CACHE_LINE)));
     uint64_t published;
@@ -166,6 +166,8 @@ void rfm_channel_dead(struct rfm_channel *chan);
  * the channel. */
 void rfm_channel_send_arena(struct rfm_channel *chan,
                             const struct rfm_arena_info *arena);
+/* For rfm_attach_why(); NULL: nothing is known. */
+void rfm_attach_said(const char *text);
 /* Fences it and has the service thread end it, from any thread (remote). */
 void rfm_channel_sever(struct rfm_channel *chan, const char *why);
 /* A frame of its worker (service thread, or before it is registered). */

@@ -217,6 +217,9 @@ struct rfm_attach_attr {
 int  rfm_invoker_attach_over(struct rfm_invoker *inv,
                              const struct rfm_attach_attr *attr,
                              struct rfm_channel **chan_p);
+/* Why the last attach of this thread failed, if more is known than the status:
+ * a text that stays until the next one, or NULL. */
+const char *rfm_attach_why(void);
 /* What went wrong last on this channel: a static text, or NULL. */
 const char *rfm_channel_why(struct rfm_channel *chan);
 int  rfm_invoker_kernel(struct rfm_invoker *inv, uint32_t kind,
@@ -290,6 +293,18 @@ static inline bool rfm_request_ended(const struct rfm_request *req)
 {
     return __atomic_load_n(&req->state, __ATOMIC_ACQUIRE) == RFM_ENDED;
 }
+
+/* --- transports ------------------------------------------------------------ */
+
+/* Where the plug-in of a transport (enum rfm_transport_number) is; it is loaded
+ * when it is first needed. */
+int rfm_transport_plugin(uint32_t number, const char *path);
+/* RFM_OK, or *why_p says why it can't be used in this process. Opens no device. */
+int rfm_transport_usable(uint32_t number, const char **why_p);
+/* Lines of name=value about its device; NULL or empty: the one that it would
+ * choose. Their length, or *why_p (NULL: the status says it). */
+int rfm_transport_describe(uint32_t number, const char *device, char *text,
+                           uint64_t bytes, const char **why_p);
 
 /* --- worker side ---------------------------------------------------------- */
 

@@ -86,6 +86,13 @@ struct rfm_transport {
     uint64_t last_words_ns;     /* remote: what was answered before the control
                                  * connection ended may still come so long */
 
+    /* What went wrong last in this thread, for people: it stays until the next
+     * call. NULL if nothing did; the op is NULL if it is always the status. */
+    const char *(*why)(void);
+    /* Lines of name=value about the device, for doctor, which it opens for that;
+     * NULL if there is none. A length, or what went wrong. */
+    int  (*describe)(const char *device, char *text, uint64_t bytes);
+
     /* Sides. A transport that needs none has NULL in all of these. */
     int  (*side_open)(const struct rfm_side_attr *attr, struct rfm_side **side_p);
     void (*side_close)(struct rfm_side *side);
@@ -197,7 +204,7 @@ typedef const struct rfm_transport *rfm_plugin_fn(const struct rfm_core *core,
                                                   const char **why_p);
 
 /* Adds a transport; RFM_OK also if it is there already. *why_p: a text that
- * stays. */
+ * stays. Its library is loaded, and no device is opened. */
 int rfm_transport_load(const char *path, const char **why_p);
 
 static inline void rfm_link_fail(struct rfm_link *link, int status,

@@ -225,6 +225,16 @@ static void answer_arena(struct rfm_conn *conn, uint32_t arena, int32_t status,
     pthread_mutex_unlock(&conn->send_lock);
 }
 
+/* A refusal's parcel is a text. */
+static void say_why(const struct rfm_transport *ops, struct rfm_parcel *out)
+{
+    const char *why = (ops->why != NULL) ? ops->why() : NULL;
+    size_t n = (why != NULL) ? strlen(why) : 0;
+
+    out->n_bytes = (n < sizeof(out->bytes)) ? (uint32_t)n : sizeof(out->bytes);
+    memcpy(out->bytes, (why != NULL) ? why : "", out->n_bytes);
+}
+
 /*
  * A remote rank waits until its arena is mirrored here, also while a kernel
  * runs. The main thread hears of it first: what the rank sends next may use it.
@@ -253,6 +263,7 @@ static bool make_mirror(struct rfm_worker *w, struct rfm_conn *conn,
         rc = link->ops->worker_arena(link, body.arena, base, body.bytes, &in,
                                      &out);
         if (rc < 0) {
+            say_why(link->ops, &out);
             rfm_memfd_unmap(base, body.bytes);
             base = NULL;
         }
@@ -738,6 +749,7 @@ static int open_link(struct rfm_worker *w, struct control *node,
     }
     rc = open_side(w, ops);
     if (rc < 0) {
+        say_why(ops, out);
         return rc;
     }
     in.n_bytes = n - (uint32_t)sizeof(body);
@@ -756,6 +768,8 @@ static int open_link(struct rfm_worker *w, struct control *node,
     rc = ops->worker_open(&attr, &body, &in, &link, out);
     if (rc == RFM_OK) {
         rfm_store_release(&conn->link, link);
+    } else {
+        say_why(ops, out);
     }
     return rc;
 }

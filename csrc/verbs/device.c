@@ -27,6 +27,11 @@ const char *rfm_verbs_why(void)
     return (why[0] != 0) ? why : NULL;
 }
 
+void rfm_verbs_begin(void)
+{
+    why[0] = 0;
+}
+
 int rfm_verbs_fail(int status, const char *format, ...)
 {
     va_list args;
@@ -50,10 +55,10 @@ int rfm_verbs_no_memory(uint64_t bytes)
     }
     return rfm_verbs_fail(
         (error == ENOMEM) ? RFM_ERR_NO_MEMORY : RFM_ERR_NO_RESOURCE,
-        "%llu KiB could not be registered with the RDMA device (%s): the limit "
-        "of locked memory (RLIMIT_MEMLOCK) is %s; raise it with `ulimit -l "
-        "unlimited`, LimitMEMLOCK=infinity in the systemd unit, or `* - memlock "
-        "unlimited` in /etc/security/limits.conf",
+        "%llu KiB could not be registered with the RDMA device: %s; the limit "
+        "of locked memory is %s; raise it: `ulimit -l unlimited`, "
+        "LimitMEMLOCK=infinity in the systemd unit, or `* - memlock unlimited` "
+        "in /etc/security/limits.conf",
         (unsigned long long)(bytes + 1023) / 1024, strerror(error), limit);
 }
 
@@ -207,6 +212,55 @@ err_close:
     return rc;
 }
 
+/* Looked up in sysfs, so that nothing is opened; what isn't there is found out
+ * when the device is. */
+static bool has_active_port(const struct ibv_device *device)
+{
+    for (int port = 1; port <= UINT8_MAX; port++) {
+        char path[IBV_SYSFS_PATH_MAX + 64];
+        char state[64] = "";
+        FILE *file;
+
+        snprintf(path, sizeof(path), "%s/ports/%d/state", device->ibdev_path,
+                 port);
+        file = fopen(path, "re");
+        if (file == NULL) {
+            return port == 1;
+        }
+        if (fgets(state, sizeof(state), file) == NULL) {
+            state[0] = 0;
+        }
+        fclose(file);
+        if (strstr(state, "ACTIVE") != NULL) {
+            return true;
+        }
+    }
+    return false;
+}
+
+const char *rfm_verbs_unusable(void)
+{
+    const char *reason = "there is no RDMA device here";
+    struct ibv_device **list;
+    int n = 0;
+
+    list = ibv_get_device_list(&n);
+    for (int i = 0; (list != NULL) && (i < n); i++) {
+        if (list[i]->transport_type == IBV_TRANSPORT_IWARP) {
+            reason = "iWARP devices have no write with immediate";
+        } else if (!has_active_port(list[i])) {
+            reason = "no port of an RDMA device is up";
+        } else {
+            reason = NULL;
+            break;
+        }
+    }
+    if (list != NULL) {
+        ibv_free_device_list(list);
+    }
+    return reason;
+}
+
 int rfm_verbs_open(const char *spec, struct verbs_device *dev)
 {
     struct ibv_device **list;
@@ -214,6 +268,7 @@ int rfm_verbs_open(const char *spec, struct verbs_device *dev)
     int n;
     int rc;
 
+    rfm_verbs_begin();
     if ((spec == NULL) || (spec[0] == 0)) {
         spec = getenv("RFAAS_VERBS_DEVICE");
     }

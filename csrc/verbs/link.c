@@ -241,6 +241,7 @@ int rfm_verbs_link_make(const struct rfm_link_attr *attr, bool rank,
     struct verbs_link *v;
     int rc = RFM_ERR_NO_MEMORY;
 
+    rfm_verbs_begin();
     if (attr->data_fd >= 0) {
         close(attr->data_fd);   /* it is ours, and we need none */
     }
@@ -408,6 +409,7 @@ int rfm_verbs_connect(struct verbs_link *v, const struct rfm_parcel *in)
     struct rfm_verbs_parcel said;
     int rc;
 
+    rfm_verbs_begin();
     if ((in->n_bytes != sizeof(said)) || (in->n_fds != 0)) {
         return rfm_verbs_fail(RFM_ERR_PROTOCOL,
                               "the other side's verbs parcel is %u bytes, not "

@@ -429,6 +429,7 @@ int rfm_verbs_side_arena(struct rfm_side *base, uint32_t arena, uint8_t *at,
     struct verbs_arena *found;
     int rc = RFM_OK;
 
+    rfm_verbs_begin();
     pthread_mutex_lock(&side->arenas_lock);
     if ((side->n_dropped != 0) && all_arrived(side)) {
         free_dropped(side);

@@ -477,6 +477,7 @@ static int add_mirror(struct verbs_link *v, uint32_t arena, uint8_t *base,
     struct verbs_arena both = { .arena = arena, .base = base, .bytes = bytes };
     int rc;
 
+    rfm_verbs_begin();
     if (!rfm_verbs_memory_in(in, bytes, &both)) {
         return RFM_ERR_PROTOCOL;
     }
@@ -634,6 +635,8 @@ const struct rfm_transport rfm_verbs = {
     .number          = RFM_TRANSPORT_VERBS,
     .remote          = true,
     .last_words_ns   = 5000000,
+    .why             = rfm_verbs_why,
+    .describe        = rfm_verbs_describe,
     .side_open       = rfm_verbs_side_open,
     .side_close      = rfm_verbs_side_close,
     .side_progress   = rfm_verbs_side_progress,
@@ -670,23 +673,12 @@ rfm_plugin_open(const struct rfm_core *core, const char **why_p);
 const struct rfm_transport *rfm_plugin_open(const struct rfm_core *core,
                                             const char **why_p)
 {
-    struct ibv_device **list;
-    int n = 0;
-
     if ((core->version != RFM_PLUGIN_VERSION) ||
         (core->protocol != RFM_PROTOCOL) ||
         (core->transport_bytes != sizeof(struct rfm_transport))) {
         *why_p = "the verbs plug-in is of another version: build both again";
         return NULL;
     }
-    /* looks, and opens none */
-    list = ibv_get_device_list(&n);
-    if (list != NULL) {
-        ibv_free_device_list(list);
-    }
-    if (n == 0) {
-        *why_p = "there is no RDMA device here";
-        return NULL;
-    }
-    return &rfm_verbs;
+    *why_p = rfm_verbs_unusable();
+    return (*why_p == NULL) ? &rfm_verbs : NULL;
 }

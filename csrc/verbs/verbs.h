@@ -40,7 +40,10 @@ int  rfm_verbs_open(const char *spec, struct verbs_device *dev);
 void rfm_verbs_close(struct verbs_device *dev);
 int  rfm_verbs_describe(const char *spec, char *text, uint64_t bytes);
 
-/* What went wrong last in this thread: a text for people, or NULL. */
+/* Why it is no use to load this plug-in here, or NULL. Opens nothing. */
+const char *rfm_verbs_unusable(void);
+/* What went wrong since `begin` in this thread: a text for people, or NULL. */
+void rfm_verbs_begin(void);
 const char *rfm_verbs_why(void);
 int rfm_verbs_fail(int status, const char *format, ...)
     __attribute__((format(printf, 2, 3)));

@@ -366,15 +366,45 @@ def _numba() -> Iterable[Check]:
 
 def _transports() -> Iterable[Check]:
     yield Check("shm", True, "available: ranks and workers of one node")
-    library = ctypes.util.find_library("ibverbs")
-    if library is None:
-        why = "there is no libibverbs here"
-    elif not any(Path("/sys/class/infiniband").glob("*")):
-        why = "there is no RDMA device (/sys/class/infiniband is empty)"
-    else:
-        why = "this version does not use RDMA devices yet"
-    yield Check("verbs", False, f"not there: {why}", "nothing to do: on one node shm is the fastest")
+    yield from _verbs()
     yield Check("tcp", True, "available: a service on another node (RFAAS_SERVICE)")
+
+
+def _verbs() -> Iterable[Check]:
+    from rfaas_mpi import config, fabric
+    nothing = "nothing to do: on one node shm is the fastest, and tcp reaches others"
+    if ctypes.util.find_library("ibverbs") is None:
+        yield Check("verbs", False, "not there: there is no libibverbs here", nothing)
+        return
+    try:
+        fabric.load_verbs()
+        facts = fabric.verbs_report(config.Settings.load().device)
+    except RFaaSError as error:
+        why = Exception.__str__(error).removeprefix("verbs can't be used here: ")
+        yield Check("verbs", False, f"not there: {why}", nothing)
+        return
+    yield Check("verbs", True, f"available on {facts['device']}, port {facts['port']} ({facts['path']}, "
+                               f"{facts['state']}), GID {facts['gid_index']} {facts['gid']}, MTU {facts['mtu']}")
+    yield Check("verbs limits", True,
+                f"up to {facts['inline_bytes']} bytes inline; {facts['max_qp']} queue pairs of {facts['max_qp_wr']} "
+                f"requests, completion queues of {facts['max_cqe']}, {_size(facts['max_write_bytes'])} in one write")
+    memory = facts["memlock_bytes"]
+    enough = memory == "unlimited" or int(memory) >= _MEMLOCK_ENOUGH or os.geteuid() == 0
+    yield Check("locked memory", enough, memory if memory == "unlimited" else _size(memory),
+                "`ulimit -l unlimited`, LimitMEMLOCK=infinity in the systemd unit, or `* - memlock unlimited` in "
+                "/etc/security/limits.conf: arrays that a device reads and writes are locked in memory")
+
+
+# One arena of an executor and its mirrors.
+_MEMLOCK_ENOUGH = 256 << 20
+
+
+def _size(text: str) -> str:
+    size = int(text)
+    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 1 << shift:
+            return f"{size / (1 << shift):.4g} {unit}"
+    return f"{size} bytes"
 
 
 def _service(**which: str) -> Iterable[Check]:

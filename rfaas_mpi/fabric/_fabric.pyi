@@ -24,6 +24,13 @@ KIND_OBJECT: int      # 5 a callable for submit()
 
 def monotonic_ns() -> int: ...
 
+def transports() -> tuple[str, ...]:
+    """Those that can be used here: "shm" and "tcp", and "verbs" where its library and an active port are."""
+def load_verbs(path: str | None = None) -> None:
+    """Raises TransportError that says why verbs can't be used here."""
+def verbs_report(device: str = "") -> dict[str, str]:
+    """Facts about an RDMA device, which it opens. Raises TransportError if there is none to use."""
+
 class Block:
     """A piece of an arena: 64-byte aligned, buffer protocol, writable, freed with its last reference.
     Stays valid after Invoker.close()."""

@@ -29,7 +29,8 @@ __all__ = [
     "BAD_KERNEL", "BUSY", "Block", "CANCELLED", "Channel", "Invoker", "KERNEL_ERROR",
     "KIND_NATIVE", "KIND_NUMBA", "KIND_OBJECT", "KIND_PLAIN", "KIND_PYTHON", "KernelRef",
     "LARGE", "LOST", "NO_WORKER", "OK", "PENDING", "Request", "TIMEOUT", "Worker",
-    "bench_roundtrips", "bench_throughput", "monotonic_ns", "start_all", "wait_all", "wait_any",
+    "bench_roundtrips", "bench_throughput", "load_verbs", "monotonic_ns", "start_all", "transports",
+    "verbs_report", "wait_all", "wait_any",
 ]
 
 PENDING = c.RFM_PENDING
@@ -49,10 +50,8 @@ KIND_PLAIN = 3
 KIND_NUMBA = 4
 KIND_OBJECT = 5
 
-# By number: enum rfm_transport_number.
-TRANSPORTS = ("shm", "tcp", "verbs")
-
 include "gate.pxi"
+include "transports.pxi"
 include "memory.pxi"
 include "invoker.pxi"
 include "request.pxi"

@@ -211,6 +211,9 @@ cdef class Invoker:
             raise
         with nogil:
             status = c.rfm_invoker_attach_over(self.ptr, &attr, &channel.ptr)
+        if status < 0 and c.rfm_attach_why() != NULL:
+            raise errors.TransportError(f"worker {worker} of lease {lease} over {transport}: "
+                                        f"{text_of(status, c.rfm_attach_why())}")
         check(status, f"worker {worker} of lease {lease} over {transport}")
         channel.invoker = self
         self.all_channels = [kept for kept in self.all_channels if not (<Channel>kept).fenced]

@@ -153,6 +153,7 @@ cdef extern from "rfm.h" nogil:
 
     int rfm_heap_constant(rfm_block *block)
     int rfm_invoker_attach_over(rfm_invoker *inv, const rfm_attach_attr *attr, rfm_channel **chan_p)
+    const char *rfm_attach_why()
     const char *rfm_channel_why(rfm_channel *chan)
     int rfm_invoker_kernel(rfm_invoker *inv, uint32_t kind, const uint8_t *digest,
                            const void *blob, uint64_t blob_bytes, rfm_kernel **kernel_p)
@@ -203,6 +204,11 @@ cdef extern from "rfm.h" nogil:
     int rfm_wait(rfm_invoker *inv, rfm_request **reqs, uint32_t n, rfm_wait_mode mode,
                  uint64_t deadline_ns, uint64_t slice_ns, bint may_spin, uint32_t *first_p)
     bint rfm_request_ended(const rfm_request *req)
+
+    int rfm_transport_plugin(uint32_t number, const char *path)
+    int rfm_transport_usable(uint32_t number, const char **why_p)
+    int rfm_transport_describe(uint32_t number, const char *device, char *text, uint64_t bytes,
+                               const char **why_p)
 
     struct rfm_worker:
         pass

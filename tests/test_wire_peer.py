@@ -13,7 +13,7 @@ import pytest
 from verbs import peer
 
 import rfaas_mpi
-from rfaas_mpi import messages, remote
+from rfaas_mpi import messages
 from rfaas_mpi.config import Settings
 from rfaas_mpi.remote import Address
 from rfaas_mpi.session import Session
@@ -31,8 +31,9 @@ def place(tmp_path_factory) -> Iterator[peer.Place]:
         session.stay()
         address = Address.parse(said.addresses[0])
         try:
-            yield peer.Place(address.host, address.port, remote.read_key(os.fsdecode(said.key_file)), str(PACKAGE),
-                             str(PACKAGE / "_native_kernels.so"), messages.version_number())
+            yield peer.Place(address.host, address.port, os.fsdecode(said.key_file), messages.version_number(),
+                             str(PACKAGE), str(PACKAGE / "_native_kernels.so"), sys.executable,
+                             [os.path.abspath(entry) for entry in sys.path])
         finally:
             session.down()
 

@@ -1,9 +1,9 @@
 """A rank written from docs/wire.md alone: it leases a worker, attaches over tcp or verbs, and has kernels run.
 
-    peer.py [--device NAME --gid-index N] HOST PORT KEY_FILE PACKAGE LIBRARY VERSION CHECK ...
+    peer.py [--device NAME --gid-index N] PLACE CHECK ...
 
-Nothing of rfaas_mpi is imported here: what this agrees on with a worker, it agrees on by the page. Each CHECK is
-a function below; the checks are assertions, and `ok CHECK` is printed for each that held.
+PLACE is a file: the fields of `Place` below, as JSON. Nothing of rfaas_mpi is imported here: what this agrees on
+with a worker, it agrees on by the page. Each CHECK is a function below; `ok CHECK` is printed for each that held.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import random
 import secrets
 import socket
 import struct
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -97,14 +96,20 @@ def crc32c(data: bytes) -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an agent listens, its key, and what its workers are to look like."""
+    """Where an agent listens, the file with its key, and what its workers are to look like."""
 
     host: str
     port: int
-    key: bytes
-    package: str
-    library: str
-    version: int
+    key_file: str
+    version: int                         # of the package, as in hellos
+    package: str                         # the directory of rfaas_mpi
+    library: str                         # with the native kernels
+    executable: str
+    path: list[str]
+
+    @property
+    def key(self) -> bytes:
+        return Path(self.key_file).read_bytes()
 
 
 class Refused(Exception):
@@ -231,8 +236,8 @@ class Session:
             self._out = Records(self._key, b"session rank", self._nonces)
             self._in = Records(self._key, b"session service", self._nonces)
             welcome = self._ask(
-                t="join", pid=os.getpid(), executable=text64(sys.executable), flags=[],
-                path=[text64(os.path.abspath(entry)) for entry in sys.path], directory=text64(os.getcwd()),
+                t="join", pid=os.getpid(), executable=text64(place.executable), flags=[],
+                path=[text64(entry) for entry in place.path], directory=text64(os.getcwd()),
                 environment=[[text64(name), text64(value)] for name, value in os.environ.items()],
                 affinity=sorted(os.sched_getaffinity(0)), lend="auto", cores=[], observer=False,
                 package=text64(place.package))
@@ -927,18 +932,6 @@ def check_wrong_proofs(place: Place, _options: argparse.Namespace) -> None:
             dial(place, stranger, data=False)
 
 
-def check_wrong_data_connections(place: Place, _options: argparse.Namespace) -> None:
-    """It belongs to a control connection that waits for it, and proves the secret, too."""
-    with leased(place) as lease:
-        control, pair = dial(place, lease, data=True)
-        with control:
-            with refused(HELLO_UNKNOWN):
-                dial_data(place, lease, secrets.token_bytes(16))
-            with refused(HELLO_REFUSED):
-                dial_data(place, lease, pair, secrets.token_bytes(32))
-            dial_data(place, lease, pair).close()
-
-
 def check_wrong_version(place: Place, _options: argparse.Namespace) -> None:
     """Another version of the package is refused, and told which one is there."""
     with leased(place) as lease:
@@ -951,6 +944,18 @@ def check_wrong_version(place: Place, _options: argparse.Namespace) -> None:
 
 
 # --- checks of one transport ----------------------------------------------------------------------------------
+
+def check_tcp_wrong_data_connections(place: Place, _options: argparse.Namespace) -> None:
+    """It belongs to a control connection that waits for it, and proves the secret, too."""
+    with leased(place) as lease:
+        control, pair = dial(place, lease, data=True)
+        with control:
+            with refused(HELLO_UNKNOWN):
+                dial_data(place, lease, secrets.token_bytes(16))
+            with refused(HELLO_REFUSED):
+                dial_data(place, lease, pair, secrets.token_bytes(32))
+            dial_data(place, lease, pair).close()
+
 
 def check_tcp_crc(place: Place, options: argparse.Namespace) -> None:
     """Each message carries a crc32c, both ways; one that is wrong ends the connection."""
@@ -994,17 +999,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="", help="over verbs, on this device; else over tcp")
     parser.add_argument("--gid-index", type=int, default=0)
-    parser.add_argument("host")
-    parser.add_argument("port", type=int)
-    parser.add_argument("key_file")
-    parser.add_argument("package", help="the directory of rfaas_mpi")
-    parser.add_argument("library", help="the shared library with the kernels")
-    parser.add_argument("version", help="of the package: major.minor.patch")
+    parser.add_argument("place")
     parser.add_argument("checks", nargs="+", choices=CHECKS)
     options = parser.parse_args()
-    major, minor, patch = map(int, options.version.split("."))
-    place = Place(options.host, options.port, Path(options.key_file).read_bytes(), options.package, options.library,
-                  major << 16 | minor << 8 | patch)
+    place = Place(**json.loads(Path(options.place).read_text()))
     for name in options.checks:
         CHECKS[name](place, options)
         print(f"ok {name}", flush=True)

@@ -38,6 +38,11 @@ REPLACEMENT_S = 10.0
 
 _VERDICT_S = 5.0
 
+# A connection over a network may end although its worker lives: looked for so
+# often, and acted upon if the worker's own end is not told meanwhile.
+_CHECK_S = 0.25
+_BROKEN_S = 0.5
+
 
 class Lending:
     """Owns the session, the leases and the channels of one executor.
@@ -56,6 +61,7 @@ class Lending:
         self._homes: dict[int, int] = {}
         self._early: set[tuple[int, int]] = set()
         self._awaited: dict[int, float] = {}
+        self._broken: dict[tuple[int, int], float] = {}
         self._own = True
         self._closed = False
         self.memory_limit = 0
@@ -176,7 +182,7 @@ class Lending:
             try:
                 event = self._events.get(timeout=self._patience())
             except queue.Empty:
-                self._look()
+                self._pass_time()
                 continue
             if event is None:
                 return
@@ -188,9 +194,56 @@ class Lending:
 
     def _patience(self) -> float | None:
         with self._lock:
-            if not self._awaited:
-                return None
-            return max(0.0, min(self._awaited.values()) - time.monotonic())
+            times = [until - time.monotonic() for until in self._awaited.values()]
+            if self.transport != "shm":
+                times.append(_CHECK_S)
+            return max(0.0, min(times)) if times else None
+
+    def _pass_time(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            overdue = any(until <= now for until in self._awaited.values())
+        if overdue:
+            self._look()
+        try:
+            self._mend()
+        except (RFaaSError, TimeoutError) as error:
+            log.debug("a worker was not replaced yet: %s", error)
+
+    def _mend(self) -> None:
+        """Replaces workers whose connection ended without them: over a network that happens."""
+        if self.transport == "shm":
+            return
+        now = time.monotonic()
+        with self._lock:
+            if self._closed:
+                return
+            self._broken = {key: self._broken.get(key, now) for key, channel in self._channels.items()
+                            if not channel.alive and key[0] in self._leases}
+            overdue = [key for key, since in self._broken.items() if now - since >= _BROKEN_S]
+            for key in overdue:
+                self._broken[key] = now
+        for lease, worker in overdue:
+            log.warning("lease=%d worker=%d its connection ended, and it did not: it is replaced", lease, worker)
+            if self._own:
+                # It may still run what is run elsewhere now. Its successor is told as any other.
+                self.session.kill(lease, worker, "link")
+            else:
+                self._dial_again(lease, worker)
+
+    def _dial_again(self, lease: int, worker: int) -> None:
+        """Another connection to a worker that belongs to another process."""
+        with self._lock:
+            broken, grant = self._channels.pop((lease, worker), None), self._leases.get(lease)
+        if broken is not None:
+            broken.close()
+        if grant is None:
+            return
+        try:
+            self._attach(grant, worker, self._reach(grant, worker))
+        except RFaaSError as error:
+            self._bury(WorkerEnded(lease, worker, "infrastructure", "link", message=str(error)))
+        self._look()
 
     def _handle(self, event: msg.AnyEvent) -> None:
         match event:
@@ -263,7 +316,8 @@ class Lending:
             for lease, until in list(self._awaited.items()):
                 if until <= now:
                     del self._awaited[lease]
-            there = any(channel.alive for channel in self._channels.values())
+            # One that has ended under a lease that lives is replaced, once its end is told.
+            there = any(channel.alive or lease in self._leases for (lease, _), channel in self._channels.items())
             self.alone = not there and not self._awaited
             alone = self.alone
         if alone:

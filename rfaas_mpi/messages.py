@@ -253,7 +253,7 @@ class LeaseRequest(RankRequest, frozen=True, tag="lease"):
 class KillRequest(RankRequest, frozen=True, tag="kill"):
     lease: int
     worker: int
-    reason: str
+    reason: str                      # cancel · link: its connection ended, and it did not
     invocation: int = 0              # 0: whatever runs; else only if this one still runs
 
 
@@ -373,7 +373,7 @@ class WorkerEnded(Event, frozen=True, tag="ended"):
     """A worker is gone, and who caused it.
 
     cause: kernel · infrastructure · unknown. reason: signal · exit · memory · deadline · cancel · released ·
-    revoked · idle · service. `invocation` is the one it died in, told only to the session that posted it
+    revoked · idle · service · link. `invocation` is the one it died in, told only to the session that posted it
     (0: none, or another session's).
     """
 

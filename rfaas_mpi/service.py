@@ -593,7 +593,8 @@ class Service:
         handle = self._workers.get(request.worker)
         if handle is None:
             return False
-        killed, actions = self.agent.kill(request.worker, request.lease, "cancel", request.invocation,
+        reason = request.reason if request.reason in ("cancel", "link") else "cancel"
+        killed, actions = self.agent.kill(request.worker, request.lease, reason, request.invocation,
                                           handle.read_page())
         log.info("lease=%d worker=%d kill (%s) invocation=%d: %s", request.lease, request.worker, request.reason,
                  request.invocation, killed)

@@ -24,8 +24,8 @@ import pytest
 import tiny
 from tiny import Events, Line, Rank
 
+from rfaas_mpi import Executor, remote
 from rfaas_mpi import messages as msg
-from rfaas_mpi import remote
 from rfaas_mpi.agent import door
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import (
@@ -60,7 +60,7 @@ def tiny_workers(view, monkeypatch):
 @contextlib.contextmanager
 def serving(listen: str = "127.0.0.1:0", key_file: Path | None = None, **changes: object) -> Iterator[Settings]:
     """Settings of a rank that uses a service of its own over TCP."""
-    home = tiny.settings(**changes)
+    home = tiny.settings(**{"linger_s": 30, **changes})
     with Session.open(home, observer=True) as session:
         said = session.open_door([listen], key_file)
         session.stay()
@@ -994,6 +994,84 @@ def test_a_lease_s_secret_depends_on_everything_that_it_binds():
     assert len(made) == 6
 
 
+# --- connections that end although their worker lives -----------------------------------------------
+
+@pytest.fixture
+def real_workers(view, monkeypatch):
+    """Workers that run kernels after all."""
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(view)])
+
+
+def links(settings: Settings) -> set[int]:
+    """This process' connections to a service, its sessions' among them."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            connection = socket.socket(fileno=int(name))
+            try:
+                if connection.family == socket.AF_INET and connection.getpeername() == address_of(settings):
+                    found.add(int(name))
+            finally:
+                connection.detach()
+    return found
+
+
+def end_links(fds: set[int]) -> None:
+    """As a network that forgets connections would."""
+    assert len(fds) == 2, "a control and a data connection"
+    for fd in fds:
+        # Who sees the end of the first may close the second.
+        with contextlib.suppress(OSError):
+            connection = socket.socket(fileno=fd)
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            finally:
+                connection.detach()
+
+
+def session_of(executor: Executor) -> Session:
+    return executor._crew.lending.session
+
+
+@pytest.mark.parametrize("fallback", [True, False], ids=["fallback", "no fallback"])
+def test_a_connection_that_ends_without_its_worker_costs_no_result(over_tcp, real_workers, tmp_path, fallback):
+    begun, flag = tmp_path / "begun", tmp_path / "flag"
+    with Executor(workers=1, service=over_tcp.service, key_file=over_tcp.key_file, fallback=fallback) as executor:
+        [first] = executor.workers
+        held = executor.submit(faults.begin_then_wait, begun, flag, 5)
+        faults.wait_for(begun)
+        futures = [executor.submit(faults.plus_one, n) for n in range(20)]
+        end_links(links(over_tcp) - {session_of(executor)._connection.fileno()})
+        flag.touch()
+        assert held.result(GUARD_S) == 5
+        assert [future.result(GUARD_S) for future in futures] == list(range(1, 21))
+        assert executor.submit(os.getpid).result() != os.getpid(), "not by the rank"
+        assert executor.workers != [first]
+        ended = session_of(executor).verdict(*next(iter(session_of(executor)._ended)))
+        assert (ended.cause, ended.reason) == ("infrastructure", "link")
+
+
+def test_an_idle_worker_whose_connection_ended_is_replaced_before_the_next_call(over_tcp, real_workers, wait_until):
+    with Executor(workers=1, service=over_tcp.service, key_file=over_tcp.key_file, fallback=False) as executor:
+        [first] = executor.workers
+        end_links(links(over_tcp) - {session_of(executor)._connection.fileno()})
+        wait_until(lambda: executor.workers not in ([], [first]), "another worker is there")
+        assert executor.submit(faults.plus_one, 1).result(GUARD_S) == 2
+
+
+def test_who_joined_a_lease_dials_again_and_ends_nobody_s_worker(over_tcp, real_workers):
+    with Executor(workers=1, service=over_tcp.service, key_file=over_tcp.key_file, fallback=False) as owner:
+        pid = owner.submit(os.getpid).result()
+        before = links(over_tcp)
+        with Executor._join(owner._grant, service=over_tcp.service, key_file=over_tcp.key_file,
+                            fallback=False) as other:
+            assert other.submit(os.getpid).result() == pid
+            end_links(links(over_tcp) - before - {session_of(other)._connection.fileno()})
+            assert other.submit(os.getpid).result(GUARD_S) == pid
+            assert other.workers == owner.workers
+        assert owner.submit(os.getpid).result() == pid
+
+
 # --- transports ------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
@@ -1023,7 +1101,8 @@ def test_tcp_on_one_node_needs_a_listener():
 
 
 def test_the_hello_of_c_and_of_python_are_the_same_bytes(tmp_path):
-    fields = ("magic", "protocol", "kind", "version", "lease", "worker", "status", "nonce", "pad")
+    fields = ("magic", "protocol", "kind", "version", "lease", "worker", "status", "nonce", "session",
+              "data")
     source = tmp_path / "offsets.c"
     source.write_text('#include <stdio.h>\n#include "rfm_wire.h"\nint main(void)\n{\n'
                       + "".join(f'    printf("%zu ", offsetof(struct rfm_hello, {name}));\n' for name in fields)
@@ -1035,7 +1114,7 @@ def test_the_hello_of_c_and_of_python_are_the_same_bytes(tmp_path):
     data = hello.pack()
     parts = [hello.magic, *(value.to_bytes(size, "little", signed=value < 0) for value, size in (
         (hello.protocol, 2), (hello.kind, 2), (hello.version, 4), (hello.lease, 8), (hello.worker, 4),
-        (hello.status, 4))), hello.nonce, data[48:]]
+        (hello.status, 4))), hello.nonce, hello.session.to_bytes(8, "little"), hello.data.to_bytes(8, "little")]
     at = [data.index(part) for part in parts]
     assert [int(text) for text in told] == [*at, len(data), msg.PROTOCOL]
     assert msg.Hello.make_data(bytes(16), data[48:], lease=1, worker=1).pairing == data[48:]

@@ -358,6 +358,8 @@ int rfm_invoker_attach_over(struct rfm_invoker *inv,
 out:
     pthread_mutex_unlock(&inv->admin);
     if (rc == RFM_OK) {
+        /* who sleeps may do so where this worker wakes nobody */
+        rfm_invoker_knock(inv);
         rfm_service_kick(inv);
         rfm_invoker_pump(inv);
     }
@@ -1266,6 +1268,18 @@ static void arm_sides(struct rfm_invoker *inv,
     }
 }
 
+/* Still all that can wake us? A channel that comes later knocks. */
+static bool sides_are(struct rfm_invoker *inv,
+                      struct rfm_side *const armed[RFM_TRANSPORTS])
+{
+    for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
+        if (rfm_load_acquire(&inv->sides[i]) != armed[i]) {
+            return false;
+        }
+    }
+    return rfm_load_acquire(&inv->n_local) == 0;
+}
+
 /* Asleep on the sides themselves: one thread less between the wire and it. */
 static void sleep_as_leader(struct rfm_invoker *inv, struct waiter *w,
                             uint64_t until_ns)
@@ -1279,7 +1293,8 @@ static void sleep_as_leader(struct rfm_invoker *inv, struct waiter *w,
     uint64_t now;
 
     arm_sides(inv, armed);
-    if ((rfm_invoker_progress(inv) == 0) && (is_over(inv, w) < 0)) {
+    if ((rfm_invoker_progress(inv) == 0) && (is_over(inv, w) < 0) &&
+        sides_are(inv, armed)) {
         for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
             if (armed[i] != NULL) {
                 p[n].fd       = armed[i]->ops->side_fd(armed[i]);
@@ -1321,17 +1336,19 @@ static void sleep_on_door(struct rfm_invoker *inv, struct waiter *w,
     uint32_t word;
     uint64_t now;
 
-    if (__builtin_expect(rfm_load_acquire(&inv->n_sides) != 0, 0)) {
-        if (rfm_load_acquire(&inv->n_local) != 0) {
-            /* workers here ring the door, so the service thread has to look
-             * at the sides */
-            rfm_service_watch(inv);
-        } else if (__atomic_exchange_n(&inv->leader, 1, __ATOMIC_SEQ_CST) == 0) {
-            sleep_as_leader(inv, w, until_ns);
-            return;
-        }
+    if (__builtin_expect(rfm_load_acquire(&inv->n_sides) != 0, 0) &&
+        (rfm_load_acquire(&inv->n_local) == 0) &&
+        (__atomic_exchange_n(&inv->leader, 1, __ATOMIC_SEQ_CST) == 0)) {
+        sleep_as_leader(inv, w, until_ns);
+        return;
     }
     word = rfm_door_arm(inv->door);
+    if (__builtin_expect(rfm_load_acquire(&inv->n_sides) != 0, 0) &&
+        (rfm_load_acquire(&inv->n_local) != 0)) {
+        /* Workers here ring the door, so the service thread has to look at the
+         * sides: it goes on only while it sees somebody who sleeps there. */
+        rfm_service_watch(inv);
+    }
     /* the second look; if somebody else is reaping, look again instead */
     if ((rfm_invoker_progress(inv) == 0) && (is_over(inv, w) < 0) &&
         ((rfm_load_acquire(&inv->n_sides) == 0) ||

@@ -47,6 +47,7 @@ static void watch_fd(struct rfm_invoker *inv, int fd, uint64_t data)
  * looks itself, and should not wake us each time. */
 void rfm_service_watch(struct rfm_invoker *inv)
 {
+    rfm_fence();        /* what we depend on, and then whether it is watched */
     for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
         struct epoll_event ev = { .events = EPOLLIN | EPOLLONESHOT };
         struct rfm_side *side = rfm_load_acquire(&inv->sides[i]);
@@ -227,6 +228,7 @@ static void handle(struct rfm_invoker *inv, const struct epoll_event *ev)
 
         inv->sides[i]->ops->side_woken(inv->sides[i]);
         rfm_store_release(&inv->watching[i], 0);
+        rfm_fence();
         return;
     }
     chan = rfm_channel_at(inv, (uint32_t)(ev->data.u64 >> 8));

@@ -321,6 +321,7 @@ static uint64_t side_tag(struct rfm_worker *w, uint32_t i)
 /* The service thread looks at the sides once, when something comes. */
 static void watch_sides(struct rfm_worker *w)
 {
+    rfm_fence();        /* `busy`, and then whether they are watched */
     for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
         struct epoll_event ev = { .events = EPOLLIN | EPOLLONESHOT };
         struct rfm_side *side = rfm_load_acquire(&w->sides[i]);
@@ -349,6 +350,7 @@ static bool read_side(struct rfm_worker *w, uint64_t tag)
 
             side->ops->side_woken(side);
             rfm_store_release(&w->watching[i], 0);
+            rfm_fence();
             if (side->ops->side_progress(side) > 0) {
                 knock(w);
             }

@@ -278,6 +278,10 @@ cdef extern from "rfm.h" nogil:
                                 const void *bytes, uint64_t n)
 
 
+cdef extern from "copy.h" nogil:
+    void rfm_copy(void *to, const void *from_, uint64_t bytes)
+
+
 cdef extern from "poller.h" nogil:
     uint64_t rfm_now_ns()
     void rfm_ticks_init()

@@ -215,10 +215,10 @@ cdef class Request:
             arg = &self.req.args[i]
             if arg.stage != NULL:
                 if arg.size < COPY_NOGIL:
-                    memcpy(arg.stage, arg.user, arg.size)
+                    c.rfm_copy(arg.stage, arg.user, arg.size)
                 else:
                     with nogil:
-                        memcpy(arg.stage, arg.user, arg.size)
+                        c.rfm_copy(arg.stage, arg.user, arg.size)
         return 0
 
     cdef int finish(self) except -1:
@@ -232,10 +232,10 @@ cdef class Request:
                 size = self.parcel.sizes[i - self.req.binding.n_in]
                 if arg.stage != NULL and size != 0:
                     if size < COPY_NOGIL:
-                        memcpy(arg.user, arg.stage, size)
+                        c.rfm_copy(arg.user, arg.stage, size)
                     else:
                         with nogil:
-                            memcpy(arg.user, arg.stage, size)
+                            c.rfm_copy(arg.user, arg.stage, size)
         self.finished = True
         return 0
 

@@ -260,6 +260,7 @@ static int arena_create(struct rfm_heap *heap, uint64_t bytes, bool own,
     if (rc < 0) {
         goto err_free_span;
     }
+    rfm_pages_collapse(arena->fd, bytes);
     rc = rfm_memfd_map(arena->fd, bytes, true, &arena->base);
     if (rc < 0) {
         goto err_close;

@@ -63,7 +63,6 @@ err_close:
 int rfm_memfd_map(int fd, uint64_t bytes, bool inherit, uint8_t **base_p)
 {
     struct stat st;
-    uint8_t *area;
     uint8_t *base;
     int seals;
 
@@ -78,15 +77,13 @@ int rfm_memfd_map(int fd, uint64_t bytes, bool inherit, uint8_t **base_p)
     if ((fstat(fd, &st) != 0) || ((uint64_t)st.st_size != bytes)) {
         return RFM_ERR_PROTOCOL;
     }
-    area = mmap(NULL, bytes + 2 * RFM_PAGE_SIZE, PROT_NONE,
-                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (area == MAP_FAILED) {
+    base = rfm_pages_reserve(bytes);
+    if (base == NULL) {
         return RFM_ERR_NO_MEMORY;
     }
-    base = mmap(area + RFM_PAGE_SIZE, bytes, PROT_READ | PROT_WRITE,
-                MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd, 0);
-    if (base == MAP_FAILED) {
-        munmap(area, bytes + 2 * RFM_PAGE_SIZE);
+    if (mmap(base, bytes, PROT_READ | PROT_WRITE,
+             MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd, 0) == MAP_FAILED) {
+        rfm_pages_release(base, bytes);
         return RFM_ERR_NO_MEMORY;
     }
     /* a child that a kernel forks must not be able to write here later */
@@ -121,9 +118,7 @@ int rfm_mirror_map(uint64_t bytes, uint8_t **base_p)
 
 void rfm_memfd_unmap(uint8_t *base, uint64_t bytes)
 {
-    if (base != NULL) {
-        munmap(base - RFM_PAGE_SIZE, page_up(bytes) + 2 * RFM_PAGE_SIZE);
-    }
+    rfm_pages_release(base, page_up(bytes));
 }
 
 /* --- a link --------------------------------------------------------------- */

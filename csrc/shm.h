@@ -5,7 +5,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define RFM_PAGE_SIZE 4096u
+#include "pages.h"
 
 /* A memfd of `bytes`, all of it allocated, sealed against resizing. */
 int rfm_memfd_create(const char *name, uint64_t bytes, int *fd_p);

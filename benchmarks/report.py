@@ -19,7 +19,8 @@ from pathlib import Path
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 LARGE = 256 << 10
-WAYS = ("local", "bound", "registered", "plain")
+WAYS = ("local", "bound", "registered", "bound_plain", "plain")
+STYLES = ("k:", "C7-", "C0-", "C7--", "C1-")
 # What stands in a figure's name where the rank writes x before and reads y after.
 KINDS = {"untouched": "", "touched": "_touched"}
 
@@ -67,6 +68,12 @@ def targets(data: dict) -> Iterator[Target]:
     worst = max(rows, key=copies_more)
     yield Target(f"plain arrays over registered, touched, in copies each way, worst size "
                  f"({size_text(worst['size_bytes'])})", round(copies_more(worst), 2), 1, "copies")
+    # What a copy between two cores costs, not one within the rank's own.
+    for kind, part in KINDS.items():
+        ratio = f"plain{part}_over_bound"
+        worst = max((row for row in rows if row["size_bytes"] >= LARGE), key=lambda row: row[ratio])
+        yield Target(f"plain arrays over bare processes that copy too, {kind}, worst of {size_text(LARGE)} and up "
+                     f"({size_text(worst['size_bytes'])})", worst[ratio], 1.1, "x")
     yield Target("lease to first result, warm service", cold["lease_to_first_result_ms"], 10, "ms")
     yield Target("start of the service", cold["service_start_ms"], 1000, "ms")
     yield Target("a worker that waits", cold["waiting_worker_percent"], 1, "% of a core")
@@ -154,14 +161,15 @@ def _payload(data: dict) -> Iterator[str]:
         yield f"y = 2x, {kind}; p50 (p99) in µs."
         yield ""
         yield ("| size | " + " | ".join(f"`{way}{part}_us`" for way in WAYS)
-               + " | copies | registered / bound | A/A | count |")
-        yield "|---|" + "--:|" * (len(WAYS) + 4)
+               + " | copies | registered / bound | A/A | plain / bound_plain | A/A | count |")
+        yield "|---|" + "--:|" * (len(WAYS) + 6)
         for row in data["payload"]["rows"]:
             names = [f"{way}{part}_us" for way in WAYS]
             cells = [f"{number(row[name])} ({number(row[f'{name}_p99'])})" for name in names]
-            ratio = row["figures"][f"registered{part}_over_bound"]
+            ratio, plain = (row["figures"][f"{way}{part}_over_bound"] for way in ("registered", "plain"))
             yield (f"| {size_text(row['size_bytes'])} | {' | '.join(cells)} | "
                    f"{number(row[f'copies{part}_us'])} | {ratio['p50']} | {ratio['aa']['p50']} | "
+                   f"{plain['p50']} | {plain['aa']['p50']} | "
                    f"{row[f'bound{part}_us_count']:,} |")
     yield ""
 
@@ -182,7 +190,7 @@ def draw(data: dict, file: Path) -> None:
     sizes = [row["size_bytes"] for row in rows]
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True)
     for axis, (kind, part) in zip(axes, KINDS.items(), strict=True):
-        for way, style in zip(WAYS, ("k:", "C7-", "C0-", "C1-"), strict=True):
+        for way, style in zip(WAYS, STYLES, strict=True):
             axis.plot(sizes, [row[f"{way}{part}_us"] for row in rows], style, marker=".", label=way)
         axis.set(xscale="log", yscale="log", xlabel="bytes in x and in y", title=f"y = 2x, {kind}")
         axis.set_xticks(sizes, [size_text(size) for size in sizes], rotation=45)

@@ -1,6 +1,7 @@
 /* Bare ping-pongs between two processes, to compare the product with. */
 #define _GNU_SOURCE
 
+#include "pages.h"
 #include "poller.h"
 #include "rfm_bench.h"
 
@@ -27,7 +28,7 @@
 #define LINE RFM_CACHE_LINE
 
 /* Memory for the data is made and laid out as an executor's: see arena.c. */
-#define PAGE    4096u
+#define PAGE    RFM_PAGE_SIZE
 #define SEALS   (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 
 /* Looks between two checks that the partner still lives; about 10 ms. */
@@ -61,6 +62,7 @@ struct rfm_bench {
     uint64_t       data_bytes;  /* of each, at most                  */
     uint64_t       seq;
     uint64_t       armed;       /* calls that the partner still expects */
+    uint64_t       bytes;       /* of x in those                        */
     int            mode;
     pid_t          pid;
 };
@@ -117,6 +119,7 @@ static int data_create(uint64_t total)
     if ((ftruncate(fd, (off_t)total) == 0) &&
         (fallocate(fd, 0, 0, (off_t)total) == 0) &&
         (fcntl(fd, F_ADD_SEALS, SEALS) == 0)) {
+        rfm_pages_collapse(fd, total);
         return fd;
     }
     code = errno;
@@ -128,10 +131,15 @@ static int data_create(uint64_t total)
 /* Each side maps it itself: fork() would leave the partner's pages to fault. */
 static uint8_t *data_map(int fd, uint64_t total)
 {
-    void *data = mmap(NULL, total, PROT_READ | PROT_WRITE,
-                      MAP_SHARED | MAP_POPULATE, fd, 0);
+    uint8_t *data = rfm_pages_reserve(total);
 
-    return (data == MAP_FAILED) ? NULL : data;
+    if ((data != NULL) &&
+        (mmap(data, total, PROT_READ | PROT_WRITE,
+              MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd, 0) == MAP_FAILED)) {
+        rfm_pages_release(data, total);
+        data = NULL;
+    }
+    return data;
 }
 
 /* ---- the partner ------------------------------------------------------- */
@@ -296,9 +304,7 @@ err_kill:
     kill(bench->pid, SIGKILL);
     waitpid(bench->pid, NULL, 0);
 err_unmap_data:
-    if (bench->data != NULL) {
-        munmap(bench->data, total);
-    }
+    rfm_pages_release(bench->data, total);
 err_close:
     if (data_fd >= 0) {
         close(data_fd);
@@ -318,9 +324,7 @@ BENCH_API void rfm_bench_close(struct rfm_bench *bench)
     kill(bench->pid, SIGKILL);
     while ((waitpid(bench->pid, NULL, 0) < 0) && (errno == EINTR)) {
     }
-    if (bench->data != NULL) {
-        munmap(bench->data, data_total(bench->data_bytes));
-    }
+    rfm_pages_release(bench->data, data_total(bench->data_bytes));
     munmap(bench->shared, PAGE);
     free(bench);
 }
@@ -372,6 +376,7 @@ BENCH_API int rfm_bench_arm(struct rfm_bench *bench, int mode, uint64_t count,
         }
     }
     bench->mode  = mode;
+    bench->bytes = bytes;
     bench->armed = count;
     return RFM_BENCH_OK;
 }
@@ -400,8 +405,30 @@ static inline int round_trip(struct rfm_bench *bench)
     return (shared->from.data == seq * 3) ? RFM_BENCH_OK : RFM_BENCH_WRONG;
 }
 
+/* Where the caller has arrays of its own: one copy of each, and no more. */
+static inline int one_call(struct rfm_bench *bench, const void *x, void *y)
+{
+    int ret;
+
+    if (x != NULL) {
+        memcpy(bench->data, x, bench->bytes);
+    }
+    ret = round_trip(bench);
+    if ((ret == RFM_BENCH_OK) && (y != NULL)) {
+        memcpy(y, bench->data + y_offset(bench->bytes), bench->bytes);
+    }
+    return ret;
+}
+
 BENCH_API int64_t rfm_bench_calls(struct rfm_bench *bench, uint64_t count,
                                   int64_t *samples)
+{
+    return rfm_bench_copied_calls(bench, NULL, NULL, count, samples);
+}
+
+BENCH_API int64_t rfm_bench_copied_calls(struct rfm_bench *bench,
+                                         const void *x, void *y,
+                                         uint64_t count, int64_t *samples)
 {
     int64_t start;
     int64_t total = 0;
@@ -415,7 +442,7 @@ BENCH_API int64_t rfm_bench_calls(struct rfm_bench *bench, uint64_t count,
     if (samples == NULL) {
         start = now_ns();
         for (uint64_t i = 0; i < count; i++) {
-            ret = round_trip(bench);
+            ret = one_call(bench, x, y);
             if (ret != RFM_BENCH_OK) {
                 return ret;
             }
@@ -425,7 +452,7 @@ BENCH_API int64_t rfm_bench_calls(struct rfm_bench *bench, uint64_t count,
 
     for (uint64_t i = 0; i < count; i++) {
         start = now_ns();
-        ret   = round_trip(bench);
+        ret   = one_call(bench, x, y);
         if (ret != RFM_BENCH_OK) {
             return ret;
         }

@@ -74,6 +74,14 @@ int64_t rfm_bench_call(struct rfm_bench *bench);
 int64_t rfm_bench_calls(struct rfm_bench *bench, uint64_t count,
                         int64_t *samples);
 
+/*
+ * The same with x and y of the caller's own, of the armed size: each call
+ * begins with a copy of x into the shared memory and ends with one of y out of
+ * it. Either may be NULL: nothing is copied then.
+ */
+int64_t rfm_bench_copied_calls(struct rfm_bench *bench, const void *x, void *y,
+                               uint64_t count, int64_t *samples);
+
 /* The kernels that are measured; the same machine code at both ends. */
 int32_t rfm_bench_copy(const struct rfm_call *call);   /* out = in, bytes   */
 int32_t rfm_bench_double(const struct rfm_call *call); /* y = 2x, float64   */

@@ -148,6 +148,16 @@ def test_a_bare_partner_doubles_the_shared_values(partner):
     del room
 
 
+def test_a_call_with_copies_takes_x_from_the_caller_and_brings_y_back(partner):
+    x, y = array("d", [1.5, -2.0, 0.25]), array("d", [0.0] * 4)
+    partner.arm(raw.DOUBLE, 2, 24)
+    times = partner.copied(x.buffer_info()[0], y.buffer_info()[0], 2)
+    assert len(times) == 2 and min(times) > 0
+    assert list(y) == [3.0, -4.0, 0.5, 0.0]
+    with pytest.raises(ValueError, match="out of range"):
+        partner.copied(x.buffer_info()[0], y.buffer_info()[0])
+
+
 def test_a_call_that_was_not_armed_is_refused_not_waited_for(partner):
     with pytest.raises(ValueError, match="out of range"):
         partner.call()
@@ -226,8 +236,10 @@ def everything() -> dict:
     rows = []
     for size in (1 << 10, 1 << 20, 64 << 20):
         figures: dict[str, dict] = {"registered_over_bound": fig(1.05, **aa),
-                                    "registered_touched_over_bound": fig(1.2, **aa)}
-        for way, rate in (("local", 1e3), ("bound", 1e3), ("registered", 1e3), ("plain", 0.9e3), ("copies", 8e3)):
+                                    "registered_touched_over_bound": fig(1.2, **aa),
+                                    "plain_over_bound": fig(0.9, **aa), "plain_touched_over_bound": fig(1.0, **aa)}
+        for way, rate in (("local", 1e3), ("bound", 1e3), ("registered", 1e3), ("bound_plain", 0.9e3),
+                          ("plain", 0.9e3), ("copies", 8e3)):
             figures |= {f"{way}_us": fig(size / rate), f"{way}_touched_us": fig(2 * size / rate)}
         rows.append({"size_bytes": size, "block": 200, **measure.flat(figures)})
     return {
@@ -280,7 +292,7 @@ def test_the_page_says_what_was_reached_and_what_was_not(page):
     assert text.startswith(page.BEGIN) and text.endswith(page.END)
     missed = [line for line in text.splitlines() if "**missed**" in line]
     assert len(missed) == 1 and "registered arrays over bound, touched" in missed[0]
-    assert sum("| reached |" in line for line in text.splitlines()) == 17
+    assert sum("| reached |" in line for line in text.splitlines()) == 19
 
 
 def test_a_rate_below_its_target_is_missed(page):
@@ -387,10 +399,11 @@ def test_payload_has_a_row_for_each_size(measured):
     assert [row["size_bytes"] for row in data["rows"]] == [1 << shift for shift in range(10, 27, 2)]
     for row in data["rows"]:
         for kind in ("", "_touched"):
-            for way in ("local", "bound", "registered", "plain", "copies"):
+            for way in ("local", "bound", "registered", "bound_plain", "plain", "copies"):
                 check_figure(row, f"{way}{kind}_us")
-            check_figure(row, f"registered{kind}_over_bound")
-            assert row["figures"][f"registered{kind}_over_bound"]["aa"]["count"] > 0
+            for way in ("registered", "plain"):
+                check_figure(row, f"{way}{kind}_over_bound")
+                assert row["figures"][f"{way}{kind}_over_bound"]["aa"]["count"] > 0
 
 
 def test_cold_has_the_steps_of_a_lease(measured):

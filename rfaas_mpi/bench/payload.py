@@ -4,10 +4,14 @@
     bound        two bare processes: the partner computes on memory that both share
     registered   arrays in the executor's memory: nothing is copied
     plain        arrays of the application's own: one copy each way at most
-    copies       one copy of x and one of y: what plain may cost more than registered
+    bound_plain  the two bare processes, where the caller copies x to the partner and y back
+    copies       one copy of x and one of y within the rank: what plain may cost more than registered
 
 Untouched: the same arrays again and again. Touched: the rank writes all of x before and reads all of y after each
 invocation, and that is part of the time; what crosses between the two cores' caches shows only there.
+
+A copy within the rank (`copies`) is not the copy that plain arrays need: what that one reads, or overwrites, the other
+core has used last. `bound_plain` is measured where it really happens.
 """
 
 from __future__ import annotations
@@ -53,6 +57,10 @@ class Bound:
         self.partner.arm(raw.DOUBLE, WARM_UP + count, self.size)
         self.partner.calls(WARM_UP)
 
+    def arm_copied(self, x: np.ndarray, y: np.ndarray, count: int) -> None:
+        self.partner.arm(raw.DOUBLE, WARM_UP + count, self.size)
+        self.partner.copied(x.ctypes.data, y.ctypes.data, WARM_UP)
+
 
 def _row(here: Stage, size: int) -> dict:
     count = size // 8
@@ -61,6 +69,7 @@ def _row(here: Stage, size: int) -> dict:
     bound = Bound(here.partner, size)
     x, y = values.copy(), np.zeros(count)
     px, py = values.copy(), np.zeros(count)
+    bx, by = values.copy(), np.zeros(count)
     rx, ry = here.executor.empty(count, np.float64), here.executor.empty(count, np.float64)
     copy_x, copy_y = np.zeros(count), np.zeros(count)
     for array in (bound.x, rx):
@@ -90,15 +99,19 @@ def _row(here: Stage, size: int) -> dict:
             _way("local", *ways["local"], touch=touch), _bare("bound", bound, touch=touch),
             _way("registered", *ways["registered"], touch=touch) if touch else _invoked("registered", registered),
             _way("plain", *ways["plain"], touch=touch) if touch else _invoked("plain", plain),
+            _bare_copied("bound_plain", bound, bx, by, touch=touch),
             _way("copies", *ways["copies"], touch=touch), _bare("bound_again", bound, touch=touch),
+            _bare_copied("bound_plain_again", bound, bx, by, touch=touch),
         ]
         runs = [measure.interleave(subjects, cycles=here.options.cycles(CYCLES), block=block, between=here.rest)
                 for _ in range(here.options.runs)]
-        for name in ("local", "bound", "registered", "plain", "copies"):
+        for name in ("local", "bound", "registered", "plain", "bound_plain", "copies"):
             figures[f"{name}{kind}_us"] = measure.latency_figure(runs, name, unit="us", digits=2)
         figures[f"registered{kind}_over_bound"] = measure.ratio(runs, "registered", "bound", "bound_again")
+        figures[f"plain{kind}_over_bound"] = measure.ratio(runs, "plain", "bound_plain", "bound_plain_again")
         wanted = 2.0 * x
-        for name, got in (("local", y), ("bound", bound.y), ("registered", ry), ("plain", py)):
+        for name, got in (("local", y), ("bound", bound.y), ("registered", ry), ("plain", py),
+                          ("bound_plain", by)):
             if not np.array_equal(got, wanted):
                 raise BenchError(f"y is not 2x after {name} with {size} bytes; no time is worth anything then")
     registered.Free()
@@ -166,6 +179,12 @@ def _invoked(name: str, request: PersistentRequest) -> Subject:
 def _bare(name: str, bound: Bound, *, touch: bool) -> Subject:
     singles = _touched(bound.partner.call, bound.x, bound.y) if touch else bound.partner.samples
     return Subject(name, singles=singles, prepare=bound.arm)
+
+
+def _bare_copied(name: str, bound: Bound, x: np.ndarray, y: np.ndarray, *, touch: bool) -> Subject:
+    # Looked up once: that is Python's cost, not the bare processes'.
+    copied = partial(bound.partner.copied, x.ctypes.data, y.ctypes.data)
+    return Subject(name, singles=_touched(copied, x, y) if touch else copied, prepare=partial(bound.arm_copied, x, y))
 
 
 def size_text(size: int) -> str:

@@ -37,6 +37,7 @@ def library() -> ctypes.CDLL:
         ("rfm_bench_arm", ctypes.c_int, [partner, ctypes.c_int, u64, u64]),
         ("rfm_bench_call", i64, [partner]),
         ("rfm_bench_calls", i64, [partner, u64, ctypes.POINTER(i64)]),
+        ("rfm_bench_copied_calls", i64, [partner, ctypes.c_void_p, ctypes.c_void_p, u64, ctypes.POINTER(i64)]),
         ("rfm_bench_local", ctypes.c_int, [ctypes.c_void_p, ctypes.c_void_p, u64]),
         ("rfm_bench_busy", None, [i64]),
         ("rfm_bench_clock_ns", i64, []),
@@ -112,6 +113,15 @@ class Partner:
         """`count` armed calls from a C loop; ns of each."""
         values = (ctypes.c_int64 * count)()
         check(self._lib.rfm_bench_calls(self._live(), count, values))
+        return list(values)
+
+    def copied(self, x: int, y: int, count: int = 1) -> list[int]:
+        """`count` armed calls that begin with a copy of x to the partner's and end with one of y back; ns of each.
+
+        x and y are the addresses of as many bytes as were armed.
+        """
+        values = (ctypes.c_int64 * count)()
+        check(self._lib.rfm_bench_copied_calls(self._live(), x, y, count, values))
         return list(values)
 
     def close(self) -> None:

@@ -60,6 +60,7 @@ INLINE, BOUND, CALL = 0, 1, 2
 CANARY = 1
 OBJECT, STAGED, FETCH = 1, 2, 4
 KEPT, SIZES = 1, 2
+ERR_INVALID, ERR_PROTOCOL = -1, -8
 OK, KERNEL_FAILED, BAD_KERNEL, PROTOCOL_ERROR = 0, 1, 2, 4
 STREAM_MAGIC, STREAM_REQUEST, STREAM_REPLY, STREAM_CRC = 0x544D4652, 1, 2, 1
 LINE = 64
@@ -572,7 +573,7 @@ class WorkerLink:
             self.send(CTL_ATTACH, ATTACH.pack(slots, slot_bytes, 0, 0, self.link.number, 0) + self.link.parcel())
             body = self.expect(CTL_ATTACHED)
             status, _pid, reserved = ATTACHED.unpack_from(body)
-            assert (status, reserved) == (0, 0)
+            assert (status, reserved) == (0, 0), body[ATTACHED.size:]
             self.link.attached(body[ATTACHED.size:])
             undo.pop_all()
 
@@ -919,6 +920,32 @@ def check_frame_that_makes_no_sense(place: Place, options: argparse.Namespace) -
         assert link.refusal() == "a control frame that made no sense"
 
 
+def check_arena_that_can_not_be(place: Place, options: argparse.Namespace) -> None:
+    """One that is larger than any memory is refused, and nothing else is."""
+    with worker(place, options) as link:
+        _, parcel = link.link.arena(4096)
+        link.send(CTL_ARENA, ARENA.pack(1, 0, 1 << 60) + parcel)
+        assert ARENA_READY.unpack_from(link.expect(CTL_ARENA_READY)) == (1, ERR_INVALID)
+        scale = link.bind(link.native(place.library, "rfm_scale2"), [Arg(INLINE, 8)], [Arg(INLINE, 8)])
+        assert link.call(scale, [doubles(4)]).outputs == [doubles(8)]
+
+
+def check_attach_that_makes_no_sense(place: Place, _options: argparse.Namespace) -> None:
+    """A ring that is none, or a transport that is none: ATTACHED says so, REFUSED follows, and the end."""
+    with leased(place) as lease:
+        for slots, transport, due in ((3, TCP, ERR_PROTOCOL), (128, TCP, ERR_PROTOCOL), (4, 99, ERR_INVALID)):
+            control, _ = dial(place, lease, data=False)
+            with control:
+                body = ATTACH.pack(slots, 4096, 0, 0, transport, 0) + TCP_PARCEL.pack(0, 0)
+                control.sendall(FRAME.pack(len(body), CTL_ATTACH, 0, 0) + body)
+                length, kind, _, _ = FRAME.unpack(receive(control, FRAME.size))
+                answer = receive(control, length)
+                assert (kind, ATTACHED.unpack_from(answer)[0]) == (CTL_ATTACHED, due)
+                length, kind, _, _ = FRAME.unpack(receive(control, FRAME.size))
+                assert (kind, receive(control, length)) == (CTL_REFUSED, b"a control frame that made no sense")
+                assert is_over(control)
+
+
 def check_wrong_proofs(place: Place, _options: argparse.Namespace) -> None:
     """Who does not know the key, or the lease's secret, is refused and sent away."""
     with refused(HELLO_REFUSED):
@@ -966,6 +993,10 @@ def check_tcp_crc(place: Place, options: argparse.Namespace) -> None:
         assert reply.outputs == [doubles(*(2 * n for n in range(64)))]
         link.post(binding.number, bytes(48), damage=True)
         assert "crc32c" in link.refusal()
+    with worker(place, options, crc=True) as link:
+        link.link.crc, link.link._flags = False, 0
+        link.post(1 << 16, b"")
+        assert "made no sense" in link.refusal(), "without what the parcel promised"
 
 
 def check_tcp_region_outside(place: Place, options: argparse.Namespace) -> None:

@@ -135,6 +135,7 @@ class Service:
         self._key = b""
         self._key_file = directory / "key"
         self._for_others = msg.ListenRequest(0, ())
+        self._around = node_cores.SlurmFacts()       # whoever opened the door
         self._kept: dict[int, str] = {}
         self._why_none = ""
 
@@ -338,6 +339,9 @@ class Service:
             raise ServiceError(str(error.strerror), hint="choose another port, or 0 for any that is free") from None
         self._key, self._key_file = key, path
         self._for_others = request
+        if session.join is not None:
+            self._around = node_cores.slurm_facts(
+                {os.fsdecode(name): os.fsdecode(value) for name, value in session.join.environment})
         listening = tuple(map(str, self._door.addresses))
         log.info("listens at %s, with the key in %s", ", ".join(listening), path)
         return msg.Listening(request.id, listening, os.fsencode(path))
@@ -492,7 +496,7 @@ class Service:
             expected = 0
         told = [join.lend for join in joins]
         lend = "no" if "no" in told else "yes" if "yes" in told else "auto"
-        slurm = joined[0].slurm if joined else node_cores.SlurmFacts()
+        slurm = joined[0].slurm if joined else self._around
         spare = node_cores.spare_cores(
             self._facts, [session.rank for session in joined if session.rank is not None], slurm, lend=lend,
             only=tuple(dict.fromkeys(core for join in joins for core in join.cores)), lent=self._lent(),
@@ -915,7 +919,7 @@ def _check_places(join: msg.Join) -> None:
 def _transports() -> tuple[str, ...]:
     # Later, and only for ranks of other nodes: the start of a service need not wait for it.
     from rfaas_mpi import fabric
-    return tuple(getattr(fabric, "transports", lambda: ("shm", "tcp"))())
+    return fabric.transports()
 
 
 def _detach() -> None:

@@ -702,6 +702,9 @@ class Session:
     def _place(self, lease: GrantLease, transport: str) -> Path | Address:
         """Where the workers of a lease are dialled."""
         if lease.endpoint:
+            if transport == "shm":
+                raise ConfigError(f"lease {lease.id} is another node's, at {lease.endpoint}: its workers share no "
+                                  "memory with this process", hint=f"use that service: RFAAS_SERVICE={lease.endpoint}")
             return Address.parse(lease.endpoint)
         if isinstance(self.home, Path) and transport == "tcp":
             if not self.listen:

@@ -599,6 +599,11 @@ def test_without_a_tcp_listener_that_is_a_clear_error():
         rank.session.reach(rank.lease, rank.worker, "tcp")
 
 
+def test_a_lease_of_another_node_is_not_dialled_over_shared_memory(rank, over_tcp):
+    with Session.open(over_tcp.with_(service=None)) as home, pytest.raises(ConfigError, match="RFAAS_SERVICE=tcp://"):
+        home.reach(rank.lease, rank.worker, "shm")
+
+
 def test_a_worker_s_end_is_told_to_the_session_that_dialled(over_tcp):
     with Rank(over_tcp) as rank, Session.open(over_tcp, on_event=(told := Events())) as other:
         fds = other.reach(rank.lease, rank.worker, "tcp")

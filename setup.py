@@ -35,7 +35,7 @@ COPIES = {
 VERBS, VERBS_NULL = "rfaas_mpi._verbs", "rfaas_mpi.bench._verbs_null"
 VERBS_HEADER = "infiniband/verbs.h"
 VERBS_SOURCES = sorted(glob("csrc/verbs/*.c"))
-NULL_PROVIDER = "csrc/verbs/null/provider.c"
+NULL_SOURCES = sorted(glob("csrc/verbs/null/*.c"))
 
 # Libraries of their own, no part of the data plane.
 KERNELS = "csrc/kernels.c"
@@ -112,7 +112,7 @@ setup(
         # What the data plane is compared with shares its wait loop and its kind of memory, nothing else.
         plain_library("rfaas_mpi.bench._bench", *BENCH, "csrc/pages.c", "csrc/poller.c", flags=(HIDDEN,)),
         plain_library(VERBS, *VERBS_SOURCES, flags=(HIDDEN,), libraries=("ibverbs",)),
-        plain_library(VERBS_NULL, *VERBS_SOURCES, NULL_PROVIDER, flags=(HIDDEN,)),
+        plain_library(VERBS_NULL, *VERBS_SOURCES, *NULL_SOURCES, flags=(HIDDEN,)),
     ],
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

@@ -120,6 +120,7 @@ static struct shared *shared;   /* never unmapped */
 static uint32_t mapped_by;      /* the process that did so */
 static pthread_mutex_t map_lock = PTHREAD_MUTEX_INITIALIZER;
 static int reg_failures;        /* rfm_null_fail_registrations */
+static bool alone;              /* rfm_null_alone */
 static uint32_t n_contexts;
 
 /* --- locks ------------------------------------------------------------------ */
@@ -152,7 +153,7 @@ static void take(uint32_t *lock, uint32_t me)
 {
     uint32_t turns = 0;
 
-    for (;;) {
+    while (!alone) {
         uint32_t holder = 0;
 
         if (__atomic_compare_exchange_n(lock, &holder, me, false,
@@ -171,6 +172,11 @@ static void take(uint32_t *lock, uint32_t me)
             sched_yield();
         }
     }
+}
+
+void rfm_null_alone(bool yes)
+{
+    alone = yes;
 }
 
 static void give(uint32_t *lock)

@@ -60,10 +60,10 @@ def tiny_workers(view, monkeypatch):
 @contextlib.contextmanager
 def serving(listen: str = "127.0.0.1:0", key_file: Path | None = None, **changes: object) -> Iterator[Settings]:
     """Settings of a rank that uses a service of its own over TCP."""
-    home = tiny.settings(**{"linger_s": 30, **changes})
+    # Long enough for every test, and no service that outlives tests which were killed.
+    home = tiny.settings(**{"linger_s": 60, **changes})
     with Session.open(home, observer=True) as session:
         said = session.open_door([listen], key_file)
-        session.stay()
         try:
             yield home.with_(service=said.addresses[0], key_file=os.fsdecode(said.key_file))
         finally:

@@ -38,6 +38,15 @@ const char *rfm_attach_why(void)
     return (attach_why[0] != 0) ? attach_why : NULL;
 }
 
+/* The first one counts; NULL: a better one may come. */
+static void settle_why(struct rfm_channel *chan, const char *why)
+{
+    const char *none = NULL;
+
+    (void)__atomic_compare_exchange_n(&chan->why, &none, why, false,
+                                      __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+}
+
 /* printable, whatever it was */
 static void take_text(char *to, uint64_t room, const uint8_t *from, uint64_t n)
 {
@@ -1021,8 +1030,7 @@ static int reap_locked(struct rfm_channel *chan)
         uint32_t slot = (uint32_t)tail & (chan->slots - 1);
         uint64_t id = rfm_load_acquire(&chan->inflight[slot].id);
         /* before the look: what came before it failed counts */
-        bool failed = chan->remote &&
-                      (rfm_load_acquire(&chan->link->failed) != 0);
+        int failed = chan->remote ? rfm_load_acquire(&chan->link->failed) : 0;
         struct rfm_reply_line line;
         struct rfm_request *req;
         enum rfm_outcome outcome;
@@ -1031,9 +1039,12 @@ static int reap_locked(struct rfm_channel *chan)
         if ((id == 0) || (id == UINT64_MAX) ||
             !chan->link->ops->rank_poll(chan->link, slot, id, &line,
                                         &payload)) {
-            if (failed) {
+            if (failed < 0) {
                 chan->broken = true;
-                rfm_channel_sever(chan, chan->link->why);
+                /* who hung up may have said why */
+                rfm_channel_sever(chan, (failed == RFM_ERR_PEER)
+                                            ? NULL
+                                            : chan->link->why);
             } else if (id == 0) {
                 rfm_store_relaxed(&chan->bulky, 0);
             }
@@ -1052,7 +1063,11 @@ static int reap_locked(struct rfm_channel *chan)
             /* Who lies may write, too: it ends with the channel, fenced. */
             chan->broken = true;
             rfm_channel_drain(chan);
-            (void)rfm_channel_kill(chan);
+            if (chan->remote) {
+                rfm_channel_sever(chan, "a reply that made no sense");
+            } else {
+                (void)rfm_channel_kill(chan);
+            }
             break;
         }
         if (outcome == RFM_BUSY) {
@@ -1232,6 +1247,8 @@ static void strip(struct rfm_channel *chan)
     free(chan->shipped);
     chan->shipped      = NULL;
     chan->shipped_size = 0;
+    free(chan->known);
+    chan->known = NULL;
     rfm_rx_fini(&chan->rx);
     pthread_mutex_unlock(&chan->control);
     pthread_mutex_lock(&chan->pid_lock);
@@ -1296,6 +1313,9 @@ void rfm_channel_dead(struct rfm_channel *chan)
     }
     (void)reap_locked(chan);    /* what was answered in time counts */
     link = chan->link;
+    if ((rfm_load_acquire(&chan->severed) != 0) && (link != NULL)) {
+        settle_why(chan, link->why);
+    }
     chan->link = NULL;
     for (tail = chan->tail; tail != head; tail++) {
         uint32_t slot = (uint32_t)tail & (chan->slots - 1);
@@ -1335,10 +1355,7 @@ void rfm_channel_drain(struct rfm_channel *chan)
 
 void rfm_channel_sever(struct rfm_channel *chan, const char *why)
 {
-    const char *none = NULL;
-
-    (void)__atomic_compare_exchange_n(&chan->why, &none, why, false,
-                                      __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+    settle_why(chan, why);
     no_more(chan, RFM_CH_DRAINING);
     rfm_store_release(&chan->severed, 1);
     rfm_service_kick(chan->inv);

@@ -307,15 +307,21 @@ static int open_side(struct rfm_invoker *inv, const struct rfm_transport *ops,
 }
 
 int rfm_invoker_attach_over(struct rfm_invoker *inv,
-                            const struct rfm_attach_attr *attr,
+                            const struct rfm_attach_attr *given,
                             struct rfm_channel **chan_p)
 {
+    struct rfm_attach_attr mine = *given;
+    const struct rfm_attach_attr *attr = &mine;
     const struct rfm_transport *ops = rfm_transport_find(attr->transport);
     struct rfm_channel *chan;
     uint32_t place = 0;
     int rc;
 
     rfm_attach_said(NULL);
+    if ((attr->transport != RFM_TRANSPORT_TCP) && (attr->data_fd >= 0)) {
+        close(mine.data_fd);    /* no other has a use for it */
+        mine.data_fd = -1;
+    }
     pthread_mutex_lock(&inv->admin);
     if (inv->closed) {
         rc = RFM_ERR_CLOSED;

@@ -163,6 +163,17 @@ static bool has_exited(struct rfm_channel *chan)
     return (poll(&p, 1, 0) > 0) && ((p.revents & POLLIN) != 0);
 }
 
+/* Its link broke; what it said before that is there, or on its way. */
+static void hear_why(struct rfm_channel *chan)
+{
+    for (int i = 0; (i < 16) && (rfm_channel_why(chan) == NULL) &&
+                    (rfm_rx_read(&chan->rx, chan->fd) == RFM_OK); i++) {
+        if (rfm_channel_heard(chan) < 0) {
+            return;
+        }
+    }
+}
+
 /* new channels, closing ones, late ones; the time of the next look */
 static uint64_t tend_channels(struct rfm_invoker *inv, uint64_t now)
 {
@@ -184,6 +195,7 @@ static uint64_t tend_channels(struct rfm_invoker *inv, uint64_t now)
             chan->registered = true;
         }
         if (rfm_load_acquire(&chan->severed) != 0) {
+            hear_why(chan);
             end_channel(inv, chan);
             continue;
         }

@@ -764,9 +764,12 @@ static int open_link(struct rfm_worker *w, struct control *node,
         .slot_bytes = body.slot_bytes,
         .door_fd    = w->door_fd,
         .event_fd   = -1,
-        .data_fd    = conn->data_fd,
+        .data_fd    = -1,
     };
-    conn->data_fd = -1;         /* the link's, also on failure */
+    if (ops->number == RFM_TRANSPORT_TCP) {
+        attr.data_fd  = conn->data_fd;
+        conn->data_fd = -1;     /* the link's, also on failure */
+    }
     rc = ops->worker_open(&attr, &body, &in, &link, out);
     if (rc == RFM_OK) {
         rfm_store_release(&conn->link, link);

@@ -16,7 +16,7 @@ help:  ## list the targets
 
 # --- set-up ------------------------------------------------------------------
 
-EXTENSION_SOURCES := setup.py $(wildcard csrc/*.c csrc/*.h) \
+EXTENSION_SOURCES := setup.py $(wildcard csrc/*.[ch] csrc/verbs/*.[ch] csrc/verbs/null/*.[ch]) \
     $(wildcard rfaas_mpi/fabric/*.pyx rfaas_mpi/fabric/*.pxi rfaas_mpi/fabric/*.pxd)
 
 setup: $(VENV)/.installed  ## system packages, .venv and the build; quick the second time
@@ -90,7 +90,8 @@ sdist: setup  ## a source distribution under dist/
 # plane has a service thread in every one of them. A test that can't run under
 # TSan (it forks while it has threads, say) holds the words "not under TSan:".
 # One that holds the words "over every transport" is run over each of these:
-# `make check-asan-test_invoke` (shm), `make check-tsan-tcp-test_invoke`.
+# `make check-asan-test_invoke` (shm), `make check-tsan-tcp-test_invoke`. What is
+# called test_verbs* runs over that alone.
 
 # verbs runs over a device that is none (csrc/verbs/null), where its headers are.
 C_VERBS      := $(shell echo '\#include <infiniband/verbs.h>' | gcc -E -o /dev/null - 2>/dev/null && echo verbs)
@@ -104,7 +105,8 @@ FLAGS_tsan  := -fsanitize=thread
 C_HEADERS   := $(wildcard csrc/*.h csrc/tests/*.h csrc/verbs/*.h csrc/verbs/null/*.h)
 C_PLUGIN    := $(wildcard csrc/verbs/*.c csrc/verbs/null/*.c)
 C_LIB       := $(wildcard csrc/*.c) csrc/tests/harness.c
-C_TESTS     := $(wildcard csrc/tests/test_*.c)
+C_TESTS     := $(filter-out csrc/tests/test_verbs%,$(wildcard csrc/tests/test_*.c))
+C_TESTS_of_verbs := $(wildcard csrc/tests/test_verbs*.c)
 C_TESTS_asan := $(C_TESTS)
 C_TESTS_tsan := $(if $(C_TESTS),$(shell grep -L 'not under TSan:' $(C_TESTS)))
 C_TESTS_all := $(if $(C_TESTS),$(shell grep -lz 'over every[ *[:space:]]*transport' $(C_TESTS)))
@@ -153,7 +155,7 @@ check-$(1)-$(2)-%: $(C_BUILD)/$(1)/%.run $(if $(filter verbs,$(2)),$(C_BUILD)/$(
 	@rm -f $(C_BUILD)/$(1)/$$*.device
 	$$(call report,$(1) $(2) $$*,env T_TRANSPORT=$(2) T_PLUGIN=$(C_BUILD)/$(1)/$(2).so RFM_NULL_DEVICE=$(C_BUILD)/$(1)/$$*.device $$(RUN_$(1)) $$<)
 
-CHECKS += $$(patsubst csrc/tests/%.c,check-$(1)-$(2)-%,$$(filter $$(C_TESTS_$(1)),$$(C_TESTS_all)))
+CHECKS += $$(patsubst csrc/tests/%.c,check-$(1)-$(2)-%,$$(filter $$(C_TESTS_$(1)),$$(C_TESTS_all)) $$(C_TESTS_of_$(2)))
 endef
 $(foreach sanitizer,asan tsan,$(foreach transport,$(C_TRANSPORTS),$(eval $(call transported,$(sanitizer),$(transport)))))
 .SECONDARY:
@@ -162,6 +164,6 @@ test-c: setup $(CHECKS)
 
 clean:  ## remove what was built (not .venv)
 	rm -rf build dist $(OUT) *.egg-info .pytest_cache .hypothesis
-	rm -f rfaas_mpi/_native_kernels.so rfaas_mpi/bench/*.so rfaas_mpi/fabric/*.so rfaas_mpi/fabric/_fabric.c
+	rm -f rfaas_mpi/_native_kernels.so rfaas_mpi/_verbs.so rfaas_mpi/bench/*.so rfaas_mpi/fabric/*.so rfaas_mpi/fabric/_fabric.c
 	rm -f $(VENV)/.built
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

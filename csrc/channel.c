@@ -193,6 +193,7 @@ void rfm_channel_send_arena(struct rfm_channel *chan,
             if ((rc < 0) && (rc != RFM_ERR_PEER)) {
                 const char *words = words_of(chan->side->ops);
 
+                chan->arena_status = rc;
                 if (words != NULL) {
                     take_reason(chan, (const uint8_t *)words, strlen(words));
                 }

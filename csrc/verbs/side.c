@@ -174,6 +174,17 @@ int rfm_verbs_cq_reserve(struct verbs_side *side, uint32_t entries)
     return RFM_OK;
 }
 
+static void fail_flushed(struct verbs_side *side)
+{
+    for (uint32_t i = 0; i < side->n_links; i++) {
+        struct verbs_link *v = side->links[i];
+
+        if ((v != NULL) && v->flushed && !rfm_load_acquire(&v->fenced)) {
+            rfm_link_fail(&v->link, RFM_ERR_PEER, "the queue pair was flushed");
+        }
+    }
+}
+
 int rfm_verbs_drain(struct verbs_side *side)
 {
     struct ibv_wc wc[POLL_AT_ONCE];
@@ -195,6 +206,10 @@ int rfm_verbs_drain(struct verbs_side *side)
             ready += rfm_verbs_completed(v, &wc[i]);
         }
     } while (n == POLL_AT_ONCE);
+    if (__builtin_expect(side->flushed, 0)) {
+        side->flushed = false;
+        fail_flushed(side);
+    }
     if (__builtin_expect(n < 0, 0)) {
         for (uint32_t i = 0; i < side->n_links; i++) {
             if (side->links[i] != NULL) {

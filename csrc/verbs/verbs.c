@@ -32,8 +32,6 @@ static const char *text_of(enum ibv_wc_status status, int *rc_p)
     case IBV_WC_RNR_RETRY_EXC_ERR:
         *rc_p = RFM_ERR_PROTOCOL;
         return "the other side had no receive for a slot (receiver not ready)";
-    case IBV_WC_WR_FLUSH_ERR:
-        return "the queue pair was flushed";
     case IBV_WC_REM_ACCESS_ERR:
         *rc_p = RFM_ERR_PROTOCOL;
         return "the other side's device refused a write (remote access error)";
@@ -117,7 +115,11 @@ static int went_wrong(struct verbs_link *v, const struct ibv_wc *wc,
     } else if (kind == VERBS_LAST) {
         v->last_seen = true;
     }
-    if (!rfm_load_acquire(&v->fenced)) {
+    if (wc->status == IBV_WC_WR_FLUSH_ERR) {
+        /* what caused it is said by another completion, which may follow */
+        v->flushed = true;
+        ((struct verbs_side *)v->link.side)->flushed = true;
+    } else if (!rfm_load_acquire(&v->fenced)) {
         int rc;
         const char *text = text_of(wc->status, &rc);
 

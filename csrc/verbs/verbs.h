@@ -80,6 +80,7 @@ struct verbs_side {
     struct ibv_mr **dropped;    /* may still be read by what is not acknowledged */
 
     uint32_t lock __attribute__((aligned(RFM_CACHE_LINE)));
+    bool     flushed;           /* a link was, in what is just polled */
     uint32_t arms;              /* who sleeps on it, or may */
     uint32_t cq_used;           /* entries that its links may need at most */
     uint32_t n_links;           /* highest index + 1 */
@@ -146,6 +147,7 @@ struct verbs_link {
     uint32_t batch;             /* receives are posted so many at once */
     uint32_t to_flush;          /* receives that are posted */
     bool     last_seen;         /* nothing follows it in the send queue */
+    bool     flushed;           /* nobody asked for it: something went wrong */
     struct ibv_recv_wr *recvs;  /* [slots + batch], linked */
 
     /* sending: done is atomic, the rest under send_lock */

@@ -119,7 +119,7 @@ struct null_qp {
 static struct shared *shared;   /* never unmapped */
 static uint32_t mapped_by;      /* the process that did so */
 static pthread_mutex_t map_lock = PTHREAD_MUTEX_INITIALIZER;
-static int reg_failures;        /* rfm_null_fail_registrations */
+static int fail_after;           /* registrations; 0: none is to fail */
 static bool alone;              /* rfm_null_alone */
 static uint32_t n_contexts;
 
@@ -430,9 +430,9 @@ int ibv_dealloc_pd(struct ibv_pd *pd)
     return 0;
 }
 
-void rfm_null_fail_registrations(int n)
+void rfm_null_fail_registration(int skip)
 {
-    __atomic_store_n(&reg_failures, n, __ATOMIC_RELAXED);
+    __atomic_store_n(&fail_after, skip + 1, __ATOMIC_RELAXED);
 }
 
 static void put(uint32_t *to, uint32_t value)
@@ -452,8 +452,8 @@ struct ibv_mr *ibv_reg_mr_iova2(struct ibv_pd *pd, void *addr, size_t length,
     struct null_mr *null;
 
     (void)iova;
-    if (__atomic_load_n(&reg_failures, __ATOMIC_RELAXED) > 0) {
-        (void)__atomic_fetch_sub(&reg_failures, 1, __ATOMIC_RELAXED);
+    if ((__atomic_load_n(&fail_after, __ATOMIC_RELAXED) > 0) &&
+        (__atomic_sub_fetch(&fail_after, 1, __ATOMIC_RELAXED) == 0)) {
         errno = ENOMEM;
         return NULL;
     }
@@ -862,6 +862,10 @@ static enum ibv_wc_status deliver(struct null_qp *null, struct shared_qp *peer,
     uint32_t owner = __atomic_load_n(&peer->owner, __ATOMIC_RELAXED);
     bool imm = wr->opcode == IBV_WR_RDMA_WRITE_WITH_IMM;
 
+    if (!imm && (wr->opcode != IBV_WR_RDMA_WRITE)) {
+        break_qp(peer, null->me);
+        return IBV_WC_REM_INV_REQ_ERR;
+    }
     if ((peer->number == 0) || (peer->number != null->at->peer) ||
         (peer->peer != null->at->number) ||
         ((peer->state != IBV_QPS_RTR) && (peer->state != IBV_QPS_RTS)) ||
@@ -940,11 +944,6 @@ static int post_send(struct ibv_qp *base, struct ibv_send_wr *wr,
             return ENOMEM;
         }
         status = send_one(null, wr);
-        if ((status != IBV_WC_SUCCESS) && (status != IBV_WC_WR_FLUSH_ERR)) {
-            take(&null->at->lock, null->me);
-            break_qp(null->at, null->me);
-            give(&null->at->lock);
-        }
         if ((status != IBV_WC_SUCCESS) ||
             ((wr->send_flags & IBV_SEND_SIGNALED) != 0)) {
             struct ibv_wc wc = {
@@ -955,6 +954,11 @@ static int post_send(struct ibv_qp *base, struct ibv_send_wr *wr,
             };
 
             complete(null->at->cq, null->me, &wc, false);
+        }
+        if ((status != IBV_WC_SUCCESS) && (status != IBV_WC_WR_FLUSH_ERR)) {
+            take(&null->at->lock, null->me);
+            break_qp(null->at, null->me);
+            give(&null->at->lock);
         }
     }
     return 0;

@@ -10,8 +10,8 @@
 /* Its port goes down or comes up, for the whole device; only this process hears
  * of it. */
 RFM_NULL_API void rfm_null_port(bool up);
-/* The next n registrations of memory find none. */
-RFM_NULL_API void rfm_null_fail_registrations(int n);
+/* The registration of memory after the next `skip` of this process finds none. */
+RFM_NULL_API void rfm_null_fail_registration(int skip);
 /* Only one thread of one process uses it: it takes no locks, so that what is
  * measured is not its own cost. */
 RFM_NULL_API void rfm_null_alone(bool yes);

@@ -25,6 +25,8 @@
 #define LEAST_AHEAD  2u             /* one runs, one follows without us      */
 #define CLAIM_NS     20000ull       /* waiting behind this is worth a claim  */
 #define LONGEST_NS   (1ull << 56)   /* two years                             */
+#define BRIEF_NS     3000u          /* a message costs more                   */
+#define LEAST_BATCHED 8u
 #define MIRROR_NS    10000000000ull /* a worker may take so long for a mirror */
 #define MOST_NEW     8u             /* constants that one request makes known */
 #define BULKY        65536u         /* more won't fit a socket's buffer       */
@@ -759,6 +761,7 @@ static bool gather(struct rfm_channel *chan, const struct rfm_request *req,
     uint32_t n;
 
     memset(traffic, 0, sizeof(*traffic));
+    traffic->batched = req->batched && (chan->link->ops->rank_push != NULL);
     if ((req->wire_flags & RFM_REQ_FETCH) != 0) {
         regions = room_for(chan, slot, 1);
         if ((regions == NULL) || !region_at(chan, &req->into, &regions[0])) {
@@ -814,11 +817,20 @@ static bool gather(struct rfm_channel *chan, const struct rfm_request *req,
 }
 
 /* nobody may be looking when it comes, and it won't fit the socket's buffer */
+static void watch_if_alone(struct rfm_channel *chan)
+{
+    if ((rfm_load_relaxed(&chan->bulky) != 0) &&
+        (rfm_load_acquire(&chan->inv->pollers) == 0)) {
+        rfm_service_watch(chan->inv);
+    }
+}
+
 static void post_remote(struct rfm_channel *chan, uint32_t slot,
                         const struct rfm_request_line *line)
 {
     uint32_t serials[MOST_NEW];
     uint32_t n = new_constants(&chan->traffic[slot], serials);
+    bool batched = chan->traffic[slot].batched;
     bool gone = chan->link->ops->rank_post(chan->link, slot, line,
                                            &chan->traffic[slot]);
 
@@ -828,13 +840,31 @@ static void post_remote(struct rfm_channel *chan, uint32_t slot,
         (void)__atomic_fetch_or(&chan->known[serials[i] / 32],
                                 1u << (serials[i] % 32), __ATOMIC_ACQ_REL);
     }
-    if (!gone) {
+    if (batched) {
+        rfm_store_release(&chan->batch, 1);
+    } else if (!gone) {
         rfm_store_relaxed(&chan->bulky, 1);
     }
-    if ((rfm_load_relaxed(&chan->bulky) != 0) &&
-        (rfm_load_acquire(&chan->inv->pollers) == 0)) {
-        rfm_service_watch(chan->inv);
+    watch_if_alone(chan);
+}
+
+/* Where sending costs more than the kernel does, what is queued goes half a
+ * channel at a time: whoever reaps pumps, so it goes when that half is done. With
+ * the invoker's queue lock held. */
+static bool may_refill(struct rfm_channel *chan, const struct rfm_request *req,
+                       uint64_t out)
+{
+    uint32_t depth = rfm_load_relaxed(&chan->depth);
+
+    if (!chan->remote || (depth < LEAST_BATCHED) ||
+        ((req->wire_flags & RFM_REQ_FETCH) != 0) ||
+        (rfm_load_relaxed(&chan->mean_exec_ns) > BRIEF_NS)) {
+        return true;
     }
+    if (out <= depth / 2) {
+        chan->refilling = true;
+    }
+    return chan->refilling;
 }
 
 int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
@@ -855,6 +885,12 @@ int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
         /* a tail beyond head: others moved on meanwhile, and the exchange
          * will say so; that is not a full channel */
         if ((out >= rfm_load_relaxed(&chan->depth)) && (out <= chan->slots)) {
+            if (req->batched) {
+                chan->refilling = false;
+            }
+            return RFM_ERR_NO_RESOURCE;
+        }
+        if (req->batched && !may_refill(chan, req, out)) {
             return RFM_ERR_NO_RESOURCE;
         }
     } while (!__atomic_compare_exchange_n(&chan->head, &head, head + 1, true,
@@ -1131,6 +1167,28 @@ static void unlock_reap(struct rfm_channel *chan)
     rfm_fence();
     if (rfm_load_relaxed(&chan->reap_again) != 0) {
         rfm_service_kick(chan->inv);
+    }
+}
+
+/* The lock keeps the link from being closed meanwhile. */
+void rfm_channel_push(struct rfm_channel *chan)
+{
+    bool gone = true;
+
+    if ((rfm_load_relaxed(&chan->batch) == 0) ||
+        (__atomic_exchange_n(&chan->batch, 0, __ATOMIC_ACQ_REL) == 0)) {
+        return;
+    }
+    while (__atomic_exchange_n(&chan->reap_lock, 1, __ATOMIC_ACQUIRE) != 0) {
+        sched_yield();
+    }
+    if (chan->link != NULL) {
+        gone = chan->link->ops->rank_push(chan->link);
+    }
+    unlock_reap(chan);
+    if (!gone) {
+        rfm_store_relaxed(&chan->bulky, 1);
+        watch_if_alone(chan);
     }
 }
 

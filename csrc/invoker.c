@@ -780,6 +780,7 @@ static bool post_queued(struct rfm_invoker *inv)
 
         /* out of the list first: once posted it may end at any moment */
         take_out(inv, req);
+        req->batched = true;
         posting = try_post(inv, req);
         if (posting == REFUSED) {
             /* back to where it was */
@@ -832,6 +833,15 @@ static bool arm_refill(struct rfm_invoker *inv)
     return moved || busy;
 }
 
+static void push_batches(struct rfm_invoker *inv)
+{
+    uint32_t n = rfm_load_acquire(&inv->n_channels);
+
+    for (uint32_t i = 0; i < n; i++) {
+        rfm_channel_push(rfm_channel_at(inv, i));
+    }
+}
+
 void rfm_invoker_pump(struct rfm_invoker *inv)
 {
     bool again;
@@ -843,6 +853,9 @@ void rfm_invoker_pump(struct rfm_invoker *inv)
         pthread_mutex_lock(&inv->queue_lock);
         ended = post_queued(inv);
         pthread_mutex_unlock(&inv->queue_lock);
+        if (rfm_load_relaxed(&inv->n_sides) != 0) {
+            push_batches(inv);
+        }
         if (ended) {
             rfm_invoker_knock(inv);
         }
@@ -901,6 +914,7 @@ static void rebalance(struct rfm_invoker *inv)
     }
     req->id = __atomic_fetch_add(&inv->next_id, 1, __ATOMIC_RELAXED);
     rfm_store_relaxed(&req->wire_id, req->id);      /* expire() may look */
+    req->batched = false;
     rfm_store_release(&req->state, RFM_QUEUED);
     if (rfm_channel_post(idle, req) != RFM_OK) {
         enqueue(inv, req);
@@ -1002,6 +1016,7 @@ static void submit(struct rfm_request *req)
     struct rfm_invoker *inv = req->inv;
 
     req->outcome = RFM_PENDING;
+    req->batched = false;
     rfm_store_release(&req->state, RFM_QUEUED);
     if (rfm_load_relaxed(&inv->queued) == 0) {
         enum posting posting = try_post(inv, req);

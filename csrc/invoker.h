@@ -75,6 +75,8 @@ struct rfm_channel {
     struct rfm_region *regions[RFM_MAX_SLOTS];
     uint32_t n_regions[RFM_MAX_SLOTS];  /* room for so many */
     uint32_t bulky;             /* large outputs were asked for */
+    bool     refilling;         /* under the queue lock */
+    uint32_t batch;             /* atomic: something waits for rfm_channel_push */
     uint32_t *known;            /* remote: bits, by serial of constant; atomic */
 
     pthread_mutex_t control;    /* sending; what was sent */
@@ -148,6 +150,8 @@ int  rfm_channel_create(struct rfm_invoker *inv,
 void rfm_channel_destroy(struct rfm_channel *chan);
 /* RFM_ERR_NO_RESOURCE: full; RFM_ERR_CLOSED: takes none */
 int  rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req);
+/* What was posted batched is on its way afterwards. No lock may be held. */
+void rfm_channel_push(struct rfm_channel *chan);
 /* Replies moved, or RFM_ERR_BUSY when somebody else is at it. */
 int  rfm_channel_reap(struct rfm_channel *chan);
 /* What the worker hasn't begun, and now won't: `req`, or the newest one if it

@@ -171,6 +171,7 @@ struct rfm_request {
     uint32_t kept_status;
     uint32_t slot;              /* where it was posted                     */
     uint32_t expired;           /* its deadline passed while posted        */
+    bool     batched;           /* others are posted with it               */
     /* an object: payload in the slot, or staged */
     const uint8_t *payload;
     uint64_t       payload_bytes;

@@ -48,6 +48,7 @@ struct rfm_traffic {
                                  * order and of no more than the sizes here */
     uint32_t n_push;
     uint32_t n_pull;
+    bool     batched;           /* rank_push follows: it may wait for that */
 };
 
 struct rfm_side_attr {
@@ -75,6 +76,8 @@ struct rfm_link {
     uint32_t slots;             /* power of two */
     uint32_t slot_bytes;
     bool     remote;            /* as ops->remote: read on the hot path */
+    bool     more;              /* worker: the reply to the next request, which
+                                 * is there, follows this one in no time */
     int32_t  failed;            /* atomic: RFM_ERR_*, once it can't go on */
     const char *why;            /* atomic: a static text, set before `failed` */
 };
@@ -131,6 +134,9 @@ struct rfm_transport {
     bool (*rank_post)(struct rfm_link *link, uint32_t slot,
                       const struct rfm_request_line *line,
                       const struct rfm_traffic *traffic);
+    /* What was posted as part of a batch goes now; false: a part is still to be
+     * sent, by side_progress. NULL: it never waits. */
+    bool (*rank_push)(struct rfm_link *link);
     /* true once the reply to `id` is there: *line_p is a copy of the line */
     bool (*rank_poll)(struct rfm_link *link, uint32_t slot, uint64_t id,
                       struct rfm_reply_line *line_p, const uint8_t **payload_p);

@@ -572,9 +572,13 @@ static int prepare(struct tcp_link *tcp, uint32_t slot, uint16_t type,
     return RFM_OK;
 }
 
-/* RFM_OK: all of it is with the kernel; RFM_ERR_AGAIN: no room */
-static int send_some(struct tcp_link *tcp, struct outgoing *out)
+/* RFM_OK: all of it is with the kernel; RFM_ERR_AGAIN: no room. `more`: another
+ * message follows at once, and the kernel may wait for it (no more than 200 ms,
+ * should it not come). */
+static int send_some(struct tcp_link *tcp, struct outgoing *out, bool more)
 {
+    int flags = MSG_DONTWAIT | MSG_NOSIGNAL | (more ? MSG_MORE : 0);
+
     for (;;) {
         struct iovec iov[MAX_IOV];
         struct msghdr msg = { .msg_iov = iov };
@@ -598,7 +602,7 @@ static int send_some(struct tcp_link *tcp, struct outgoing *out)
             return RFM_OK;
         }
         msg.msg_iovlen = n;
-        sent = sendmsg(tcp->fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
+        sent = sendmsg(tcp->fd, &msg, flags);
         if (sent < 0) {
             if (errno == EINTR) {
                 continue;
@@ -704,7 +708,9 @@ static bool send_queued(struct tcp_link *tcp)
         while (!tcp->fenced && (rfm_load_relaxed(&tcp->link.failed) == 0) &&
                (tcp->queue_tail != rfm_load_acquire(&tcp->queue_head))) {
             uint32_t slot = tcp->queue[tcp->queue_tail & (RFM_MAX_SLOTS - 1)];
-            int rc = send_some(tcp, &tcp->out[slot]);
+            bool more = tcp->queue_tail + 1 !=
+                        rfm_load_acquire(&tcp->queue_head);
+            int rc = send_some(tcp, &tcp->out[slot], more);
 
             if (rc == RFM_ERR_AGAIN) {
                 empty = false;
@@ -1054,6 +1060,7 @@ static bool rank_post(struct rfm_link *link, uint32_t slot,
 {
     struct tcp_link *tcp = (struct tcp_link *)link;
     uint64_t more = (line->in_bytes > RFM_INLINE_BYTES) ? line->in_bytes : 0;
+    bool batched = traffic->batched;    /* soon it may be another's */
 
     if (prepare(tcp, slot, RFM_STREAM_REQUEST, line, rank_payload(link, slot),
                 more, traffic->push, traffic->n_push) < 0) {
@@ -1067,10 +1074,23 @@ static bool rank_post(struct rfm_link *link, uint32_t slot,
     tcp->queue[tcp->queue_head & (RFM_MAX_SLOTS - 1)] = (uint8_t)slot;
     rfm_store_release(&tcp->queue_head, tcp->queue_head + 1);
     unlock(&tcp->queue_lock);
+    if (batched) {
+        return true;
+    }
     rfm_fence();
     (void)send_queued(tcp);
     /* also if somebody else found no room for it */
     return rfm_load_acquire(&tcp->out[slot].queued) == 0;
+}
+
+static bool rank_push(struct rfm_link *link)
+{
+    struct tcp_link *tcp = (struct tcp_link *)link;
+
+    rfm_fence();
+    (void)send_queued(tcp);
+    return rfm_load_acquire(&tcp->queue_head) ==
+           rfm_load_acquire(&tcp->queue_tail);
 }
 
 static bool rank_poll(struct rfm_link *link, uint32_t slot, uint64_t id,
@@ -1205,7 +1225,7 @@ static void worker_reply(struct rfm_link *link, uint32_t slot,
         struct pollfd p = { .fd = tcp->fd, .events = POLLOUT };
         int ready;
 
-        rc = send_some(tcp, &tcp->out[slot]);
+        rc = send_some(tcp, &tcp->out[slot], link->more);
         if (rc != RFM_ERR_AGAIN) {
             break;
         }
@@ -1243,6 +1263,7 @@ const struct rfm_transport rfm_tcp = {
     .rank_ready      = rank_ready,
     .rank_payload    = rank_payload,
     .rank_post       = rank_post,
+    .rank_push       = rank_push,
     .rank_poll       = rank_poll,
     .rank_forget     = rank_forget,
     .rank_take_back  = NULL,

@@ -35,6 +35,10 @@
  * comes meanwhile. */
 #define BACKGROUND_NS 20000ull
 
+/* As long as it takes to send a reply; and so many calls say what a kernel takes. */
+#define BRIEF_NS 3000u
+#define SETTLED  16u
+
 /* A control frame that a remote rank says to have sent is a lie after that. */
 #define LATE_NS 10000000000ull
 
@@ -62,6 +66,8 @@ struct bound {                  /* a binding */
     bool     in_slot;           /* inputs lie in the slot, not its line     */
     bool     out_in_slot;       /* outputs do                               */
     uint8_t *area;              /* native: outputs before they are copied   */
+    uint64_t longest_ns;        /* native, of a remote rank: of its last calls */
+    uint32_t calls;             /* of which there were so many, or SETTLED */
     struct rfm_layout layout;
     struct rfm_arg *args;
     struct rfm_buf *bufs;
@@ -351,9 +357,10 @@ static bool read_side(struct rfm_worker *w, uint64_t tag)
             side->ops->side_woken(side);
             rfm_store_release(&w->watching[i], 0);
             rfm_fence();
-            if (side->ops->side_progress(side) > 0) {
-                knock(w);
-            }
+            (void)side->ops->side_progress(side);
+            /* Also where nothing came: a link may have failed, and the main
+             * thread, asleep on the same descriptor, would not hear of it. */
+            knock(w);
             if (rfm_load_acquire(&w->busy) != 0) {
                 watch_sides(w);
             }
@@ -1507,6 +1514,36 @@ static void set_sizes(struct rfm_worker *w, struct rfm_conn *conn,
     }
 }
 
+/* The next request is there, and its kernel takes no longer than to send this
+ * one's reply: then both may travel together. */
+static bool next_is_brief(struct rfm_worker *w, struct rfm_conn *conn)
+{
+    uint32_t slot = (uint32_t)(conn->ticket + 1) & (conn->link->slots - 1);
+    struct rfm_request_line line;
+    const uint8_t *payload;
+    struct bound *b;
+
+    if ((rfm_load_relaxed(&w->control_pending) != 0) || (w->n_conns != 1) ||
+        !conn->link->ops->worker_poll(conn->link, slot, conn->last_id[slot],
+                                      &line, &payload) ||
+        ((line.flags & RFM_REQ_FETCH) != 0) ||
+        (line.binding % RFM_MAX_BINDINGS >= conn->n_bindings)) {
+        return false;
+    }
+    b = conn->bindings[line.binding % RFM_MAX_BINDINGS];
+    return (b != NULL) && (b->number == line.binding) && (b->calls >= SETTLED) &&
+           (b->longest_ns <= BRIEF_NS);
+}
+
+static void keep_time(struct bound *b, uint64_t exec_ns)
+{
+    b->longest_ns -= b->longest_ns / 8;
+    if (exec_ns > b->longest_ns) {
+        b->longest_ns = exec_ns;
+    }
+    b->calls += b->calls < SETTLED;
+}
+
 static void run_native(struct rfm_worker *w, struct rfm_conn *conn,
                        struct bound *b, uint32_t slot, uint64_t start)
 {
@@ -1538,6 +1575,10 @@ static void run_native(struct rfm_worker *w, struct rfm_conn *conn,
                                    outputs[0].ptr);
     }
     reply.exec_ns = end_call(w, start);
+    if (__builtin_expect(conn->link->remote, 0)) {
+        keep_time(b, reply.exec_ns);
+        conn->link->more = next_is_brief(w, conn);
+    }
 
     text[0] = 0;
     bad = overrun(b);
@@ -1570,9 +1611,11 @@ static void run_native(struct rfm_worker *w, struct rfm_conn *conn,
         }
         set_sizes(w, conn, b, slot, &reply, sizes);
         publish_outputs(conn, b, slot, &reply, sizes);
+        conn->link->more = false;
         return;
     }
     publish(conn, slot, &reply);
+    conn->link->more = false;
 }
 
 static void fill_event(struct rfm_event *ev, struct rfm_conn *conn,
@@ -1850,9 +1893,14 @@ static void progress_sides(struct rfm_worker *w)
 }
 
 /* what broke its link has nothing more to say */
+static bool is_to_be_dropped(const struct rfm_conn *conn)
+{
+    return (rfm_load_acquire(&conn->link->failed) != 0) && !conn->dropped;
+}
+
 static void drop_failed(struct rfm_conn *conn)
 {
-    if ((rfm_load_acquire(&conn->link->failed) != 0) && !conn->dropped) {
+    if (is_to_be_dropped(conn)) {
         drop_conn(conn, conn->link->why);
     }
 }
@@ -1914,7 +1962,8 @@ static bool nothing_there(struct rfm_worker *w)
 
         idle = !conn->link->ops->worker_poll(conn->link, slot,
                                              conn->last_id[slot], &w->line,
-                                             &payload);
+                                             &payload) &&
+               !is_to_be_dropped(conn);
     }
     return idle;
 }

@@ -82,6 +82,7 @@ def is_whole(data: dict) -> bool:
 def tiny(monkeypatch):
     """So little that it is no measurement."""
     monkeypatch.setattr(network, "CYCLES", 8)
+    monkeypatch.setattr(network, "PIPELINED_BLOCK", 128)
     monkeypatch.setattr(network, "STREAM_CYCLES", 2)
     monkeypatch.setattr(network, "BLOCK_BYTES", 1 << 20)
 

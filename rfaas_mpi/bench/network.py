@@ -32,6 +32,9 @@ from rfaas_mpi.session import Session
 
 CYCLES = 100
 SIZES = (1 << 20, 16 << 20)
+# Small invocations in flight, and how many of them are a block: a stream's beginning doesn't count.
+IN_FLIGHT = 64
+PIPELINED_BLOCK = 4000
 # So many invocations are in flight where data streams: while one is received, one is on its way.
 WINDOW = 4
 # Of a block of a stream: long enough that its beginning and end don't count.
@@ -182,15 +185,17 @@ def _bare(name: str, pair: BarePair, exchange: Exchange, *, singles: bool = True
     return Subject(name, pair.calls, pair.samples if singles else None, prepare)
 
 
-def _invocations(name: str, request: PersistentRequest) -> Subject:
+def _invocations(name: str, request: PersistentRequest, *, singles: bool = True) -> Subject:
     """Start and wait from a C loop; single ones are C loops of one."""
     inner = request._raw
 
     def prepare(_count: int) -> None:
         fabric.bench_roundtrips(inner, WARM_UP)
 
-    return Subject(name, lambda count: fabric.bench_roundtrips(inner, count),
-                   lambda count: [fabric.bench_roundtrips(inner, 1) for _ in range(count)], prepare)
+    def one_by_one(count: int) -> list[int]:
+        return [fabric.bench_roundtrips(inner, 1) for _ in range(count)]
+
+    return Subject(name, lambda count: fabric.bench_roundtrips(inner, count), one_by_one if singles else None, prepare)
 
 
 def _small_request(here: Stage) -> PersistentRequest:
@@ -252,19 +257,17 @@ def _asleep(name: str, here: Stage, pair: BarePair) -> dict:
 
 
 def _pipelined(name: str, here: Stage) -> dict:
-    """A block of invocations that are all started before the first is waited for, beside one after another."""
-    requests = [_small_request(here) for _ in range(measure.BLOCK)]
+    """IN_FLIGHT requests, each started again as soon as it has ended, beside one after another."""
+    requests = [_small_request(here) for _ in range(IN_FLIGHT)]
     inner = [request._raw for request in requests]
 
-    def at_once(label: str) -> Subject:
-        def block(count: int) -> int:
-            return fabric.bench_throughput(inner[:count], count)
+    def stream(label: str) -> Subject:
+        return Subject(label, lambda count: fabric.bench_throughput(inner, count),
+                       prepare=lambda count: _ignore(fabric.bench_throughput(inner, count)))
 
-        return Subject(label, block, prepare=lambda count: _ignore(block(count)))
-
-    runs = here.runs(f"{name}, many in flight", [
-        at_once("pipelined"), _invocations("sequential", requests[0]), at_once("pipelined_again"),
-    ], cycles=here.options.cycles(CYCLES // 4))
+    runs = here.runs(f"{name}, {IN_FLIGHT} in flight", [
+        stream("pipelined"), _invocations("sequential", requests[0], singles=False), stream("pipelined_again"),
+    ], cycles=here.options.cycles(CYCLES // 4), block=PIPELINED_BLOCK)
     for request in requests:
         request.Free()
     again = measure.rate_figure(runs, "pipelined_again")
@@ -380,4 +383,3 @@ def _streamed(name: str, requests: list[PersistentRequest]) -> Subject:
         _ignore(fabric.bench_throughput(inner, 2 * len(inner)))
 
     return Subject(name, lambda count: fabric.bench_throughput(inner, count), prepare=prepare)
-

@@ -616,7 +616,9 @@ static void writes_to_what_was_not_granted_are_refused_and_change_nothing(void)
     enum { BEFORE_RING, BEHIND_RING, STAGE, MIRROR_BY_RING_KEY, BEHIND_MIRROR,
            NO_KEY, READ, CASES };
 
-    for (int what = 0; what < CASES; what++) {
+    /* a device does not even send a read from a queue pair that may have none
+     * under way, as ours */
+    for (int what = 0; what < (is_null() ? CASES : READ); what++) {
         struct verbs_link *v;
         struct verbs_link *w;
         struct stray stray;

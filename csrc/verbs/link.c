@@ -31,10 +31,11 @@
 #define MAX_WRITE    (1ull << 30)
 #define DRAIN_NS     1000000000ull
 #define FAREWELL_NS  250000000ull
-/* 4.096 us << 16 = 0.27 s, seven times: packets that are lost cost little more
- * than that, and a peer that vanished is noticed within a few seconds. */
+/* 4.096 us << 16 = 0.27 s, a few times: packets that are lost cost little more
+ * than that, and a peer that vanished is noticed within seconds. Not 7 times,
+ * which Linux's software device takes for ever. */
 #define ACK_TIMEOUT  16
-#define RETRIES      7
+#define RETRIES      6
 #define HOP_LIMIT    64
 
 /* largest first; what is granted is read back */

@@ -102,11 +102,12 @@ CC          := gcc
 C_FLAGS     := -std=c11 -O1 -g -Wall -Wextra -Werror -fno-omit-frame-pointer -Icsrc -Icsrc/tests
 FLAGS_asan  := -fsanitize=address,undefined -fno-sanitize-recover=all
 FLAGS_tsan  := -fsanitize=thread
+FLAGS_plain := -O2
 C_HEADERS   := $(wildcard csrc/*.h csrc/tests/*.h csrc/verbs/*.h csrc/verbs/null/*.h)
 C_PLUGIN    := $(wildcard csrc/verbs/*.c csrc/verbs/null/*.c)
 C_LIB       := $(wildcard csrc/*.c) csrc/tests/harness.c
 C_TESTS     := $(filter-out csrc/tests/test_verbs%,$(wildcard csrc/tests/test_*.c))
-C_TESTS_of_verbs := $(wildcard csrc/tests/test_verbs*.c)
+C_TESTS_of_verbs := $(wildcard csrc/tests/test_verbs*.c) csrc/tests/test_mixed.c
 C_TESTS_asan := $(C_TESTS)
 C_TESTS_tsan := $(if $(C_TESTS),$(shell grep -L 'not under TSan:' $(C_TESTS)))
 C_TESTS_all := $(if $(C_TESTS),$(shell grep -lz 'over every[ *[:space:]]*transport' $(C_TESTS)))
@@ -146,7 +147,8 @@ $(C_BUILD)/$(1)/verbs.so: $$(C_PLUGIN:csrc/%.c=$(C_BUILD)/$(1)/%.o)
 
 CHECKS += $$(C_TESTS_$(1):csrc/tests/%.c=check-$(1)-%)
 endef
-$(foreach sanitizer,asan tsan,$(eval $(call sanitized,$(sanitizer))))
+# Plain ones are for a machine that is slow: the guest (see tests/verbs).
+$(foreach sanitizer,asan tsan plain,$(eval $(call sanitized,$(sanitizer))))
 
 # $(1): sanitizer, $(2): transport
 define transported

@@ -79,6 +79,23 @@ static void on_alarm(int signal)
     _exit(3);
 }
 
+static double slowness(void)
+{
+    const char *text = getenv("RFM_TEST_SLOW");
+
+    return (text != NULL) ? strtod(text, NULL) : 1.0;
+}
+
+uint64_t t_ms(void)
+{
+    return (uint64_t)(1e6 * slowness());
+}
+
+bool t_slow(void)
+{
+    return slowness() > 1.0;
+}
+
 uint32_t t_open_fds(void)
 {
     DIR *dir = opendir("/proc/self/fd");

@@ -57,6 +57,10 @@ void t_run(const char *name, void (*fn)(void));
 int  t_finish(void);
 /* n, times $RFM_TEST_SCALE, a tenth of it under TSan, at least `least`. */
 uint32_t t_scaled(uint32_t n, uint32_t least);
+/* A millisecond, in ns, on a machine that is $RFM_TEST_SLOW times slower than
+ * usual: for time limits. And whether it is. */
+uint64_t t_ms(void);
+bool     t_slow(void);
 uint32_t t_open_fds(void);
 
 struct t_random {

@@ -9,7 +9,7 @@
 
 #include "poller.h"
 
-#define MS 1000000ull
+#define MS t_ms()
 
 static struct t_worker worker;
 static struct rfm_invoker *inv;

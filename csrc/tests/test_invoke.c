@@ -76,7 +76,7 @@ static void what_is_larger_than_a_slot_goes_through_arenas(void)
     /* the last one has an arena of its own */
     static const uint64_t sizes[] = { T_SLOT_BYTES + 1, 4096, 65537, 3u << 20,
                                       (65u << 20) + 1 };
-    size_t n = sizeof(sizes) / sizeof(sizes[0]) - (T_TSAN ? 1 : 0);
+    size_t n = sizeof(sizes) / sizeof(sizes[0]) - ((T_TSAN || t_slow()) ? 1 : 0);
 
     up(2);
     for (size_t i = 0; i < n; i++) {

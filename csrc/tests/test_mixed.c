@@ -11,6 +11,12 @@
 static struct t_worker workers[4];
 static struct rfm_invoker *inv;
 
+/* tcp, or what T_TRANSPORT says */
+static uint32_t network(void)
+{
+    return t_remote() ? t_transport() : RFM_TRANSPORT_TCP;
+}
+
 static struct rfm_channel *attach(struct t_worker *w, uint32_t transport)
 {
     struct rfm_attach_attr attr = t_dial(w, transport);
@@ -24,7 +30,7 @@ static void up(uint32_t n, uint32_t slots, uint32_t spin_us)
     for (uint32_t i = 0; i < n; i++) {
         t_worker_start(&workers[i], false, spin_us);
         (void)attach(&workers[i], (i % 2 == 0) ? RFM_TRANSPORT_SHM
-                                               : RFM_TRANSPORT_TCP);
+                                               : network());
     }
 }
 
@@ -193,12 +199,12 @@ static void *wait_early(void *arg)
 /* Whatever it sleeps on: nothing yet, workers here, workers elsewhere. */
 static void who_sleeps_before_a_worker_of_another_kind_comes_is_served(void)
 {
-    static const uint32_t kinds[][2] = {
+    const uint32_t kinds[][2] = {
         { RFM_TRANSPORTS, RFM_TRANSPORT_SHM },
-        { RFM_TRANSPORTS, RFM_TRANSPORT_TCP },
-        { RFM_TRANSPORT_SHM, RFM_TRANSPORT_TCP },
-        { RFM_TRANSPORT_TCP, RFM_TRANSPORT_SHM },
-        { RFM_TRANSPORT_TCP, RFM_TRANSPORT_TCP },
+        { RFM_TRANSPORTS, network() },
+        { RFM_TRANSPORT_SHM, network() },
+        { network(), RFM_TRANSPORT_SHM },
+        { network(), network() },
     };
     uint32_t rounds = t_scaled(20, 3);
 
@@ -295,7 +301,7 @@ static void one_worker_serves_ranks_of_both_kinds(void)
         for (uint32_t i = 0; i < 4; i++) {
             inv = invs[i] = t_invoker(4, T_SLOT_BYTES, spin_us);
             (void)attach(&workers[0], (i % 2 == 0) ? RFM_TRANSPORT_SHM
-                                                   : RFM_TRANSPORT_TCP);
+                                                   : network());
         }
         threads(invs, 4, 8, t_scaled(800, 100));
         for (int i = 0; i < 4; i++) {

@@ -12,7 +12,7 @@
 #include "frame.h"
 #include "poller.h"
 
-#define MS    1000000ull
+#define MS    t_ms()
 #define LARGE (16u << 20)
 
 static struct t_worker worker;

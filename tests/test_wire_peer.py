@@ -25,10 +25,10 @@ OVER_TCP = [name for name in peer.CHECKS if not name.startswith("verbs_")]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Iterator[peer.Place]:
     """A service that listens on TCP, for all of these tests."""
-    home = Settings.load(runtime_dir=str(Path(os.environ["RFAAS_RUNTIME_DIR"]) / "peer"), cores=(0, 1))
+    # Its only ranks are the peers, which come one after the other.
+    home = Settings.load(runtime_dir=str(Path(os.environ["RFAAS_RUNTIME_DIR"]) / "peer"), cores=(0, 1), linger_s=60.0)
     with Session.open(home, observer=True) as session:
         said = session.open_door(["127.0.0.1:0"])
-        session.stay()
         address = Address.parse(said.addresses[0])
         try:
             yield peer.Place(address.host, address.port, os.fsdecode(said.key_file), messages.version_number(),

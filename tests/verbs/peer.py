@@ -905,13 +905,17 @@ def check_answers_to_nonsense(place: Place, options: argparse.Namespace) -> None
 
 
 def check_slot_out_of_range(place: Place, options: argparse.Namespace) -> None:
-    """No slot has that number (verbs: no immediate may say so): the worker says so, and the connection ends."""
-    for slot in (4, 0xFFFFFFFF):
-        with worker(place, options) as link:
-            scale = link.bind(link.native(place.library, "rfm_scale2"), [Arg(INLINE, 8)], [Arg(INLINE, 8)])
-            assert link.call(scale, [doubles(1)]).outputs == [doubles(2)]
-            link.post(scale.number, bytes(8), slot=slot)
-            assert "made no sense" in link.refusal()
+    """No slot has that number (verbs: no immediate may say so): the worker says so, and the connection ends.
+
+    Several times, since the worker may be about to fall asleep, or asleep, when it comes.
+    """
+    with leased(place) as lease:
+        for slot in (4, 0xFFFFFFFF) * 4:
+            with WorkerLink(place, lease, options) as link:
+                scale = link.bind(link.native(place.library, "rfm_scale2"), [Arg(INLINE, 8)], [Arg(INLINE, 8)])
+                assert link.call(scale, [doubles(1)]).outputs == [doubles(2)]
+                link.post(scale.number, bytes(8), slot=slot)
+                assert "made no sense" in link.refusal()
 
 
 def check_frame_that_makes_no_sense(place: Place, options: argparse.Namespace) -> None:

@@ -31,10 +31,10 @@ def place() -> Iterator[Path]:
     package = Path(rfaas_mpi.__file__).parent
     # Sockets have short paths.
     with tempfile.TemporaryDirectory(prefix="rfaas-t-") as directory:
-        home = Settings.load(runtime_dir=directory, cores=(0, 1), start_timeout_s=GUARD_S)
+        # Its only ranks are the peers, which come one after the other; and it goes where a killed test doesn't end it.
+        home = Settings.load(runtime_dir=directory, cores=(0, 1), start_timeout_s=GUARD_S, linger_s=GUARD_S)
         with Session.open(home, observer=True) as session:
             said = session.open_door(["127.0.0.1:0"])
-            session.stay()
             address = Address.parse(said.addresses[0])
             facts = peer.Place(address.host, address.port, os.fsdecode(said.key_file), messages.version_number(),
                                str(package), str(package / "_native_kernels.so"), sys.executable,

@@ -844,6 +844,9 @@ static void post_remote(struct rfm_channel *chan, uint32_t slot,
         rfm_store_release(&chan->batch, 1);
     } else if (!gone) {
         rfm_store_relaxed(&chan->bulky, 1);
+        if (rfm_load_acquire(&chan->link->failed) != 0) {
+            rfm_service_kick(chan->inv);    /* who sleeps won't hear of it */
+        }
     }
     watch_if_alone(chan);
 }

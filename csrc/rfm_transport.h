@@ -100,7 +100,8 @@ struct rfm_transport {
     int  (*side_open)(const struct rfm_side_attr *attr, struct rfm_side **side_p);
     void (*side_close)(struct rfm_side *side);
     /* Moves what has come into the slots of its links, and what waits onto the
-     * wire. From any thread; never waits. > 0: something came. */
+     * wire. From any thread; never waits. > 0: something came, or a link
+     * failed just now. */
     int  (*side_progress)(struct rfm_side *side);
     /* Readable while something waits to be moved, between side_arm and
      * side_woken, which come in pairs; several threads may have armed it, and

@@ -769,16 +769,23 @@ static void side_close(struct rfm_side *side)
  * for, and its end, would not let him. */
 static int progress_one(struct tcp_link *tcp, bool sure)
 {
+    int n = 0;
+
+    if (rfm_load_relaxed(&tcp->link.failed) != 0) {
+        return 0;
+    }
     if (tcp->rank) {
         (void)send_queued(tcp);
         if (!sure && (rfm_load_relaxed(&tcp->expected) == 0) &&
             (tcp->in.stage == AT_HEAD) && (tcp->in.got == 0)) {
             return 0;
         }
-    } else if ((tcp->rest != NULL) && send_rest(tcp)) {
-        return 1 + progress_link(tcp);      /* its next request can be served */
+    } else if (tcp->rest != NULL) {
+        n = send_rest(tcp);     /* its next request can be served */
     }
-    return progress_link(tcp);
+    n += progress_link(tcp);
+    /* whoever sleeps has to see to that, and it is in no epoll set any more */
+    return n + (rfm_load_relaxed(&tcp->link.failed) != 0);
 }
 
 static int side_progress(struct rfm_side *base)

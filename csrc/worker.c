@@ -289,6 +289,18 @@ static bool is_arena_of_remote(struct rfm_conn *conn, const struct control *node
 
 static void control_free(struct control *node);
 
+static const char bad_frame[] = "a control frame that made no sense";
+
+/* its last word to the rank */
+static void say_refused(struct rfm_conn *conn, const char *why)
+{
+    struct iovec iov = { (void *)(uintptr_t)why, strlen(why) };
+
+    pthread_mutex_lock(&conn->send_lock);
+    (void)rfm_frame_send(conn->fd, RFM_CTL_REFUSED, 0, &iov, 1, NULL, 0);
+    pthread_mutex_unlock(&conn->send_lock);
+}
+
 /* true if all that was there was read; afterwards conn may be gone if not */
 static bool read_conn(struct rfm_worker *w, struct rfm_conn *conn)
 {
@@ -309,6 +321,9 @@ static bool read_conn(struct rfm_worker *w, struct rfm_conn *conn)
             node = NULL;
         }
         if (node == NULL) {
+            if (rc != RFM_ERR_PEER) {
+                say_refused(conn, bad_frame);
+            }
             conn_ended(w, conn);
             return false;
         }
@@ -1194,12 +1209,8 @@ static void remove_conn(struct rfm_worker *w, struct rfm_conn *conn)
 /* The rank sees the end of its connection, not a silence. */
 static void drop_conn(struct rfm_conn *conn, const char *why)
 {
-    struct iovec iov = { (void *)(uintptr_t)why, strlen(why) };
-
     conn->dropped = true;
-    pthread_mutex_lock(&conn->send_lock);
-    (void)rfm_frame_send(conn->fd, RFM_CTL_REFUSED, 0, &iov, 1, NULL, 0);
-    pthread_mutex_unlock(&conn->send_lock);
+    say_refused(conn, why);
     (void)shutdown(conn->fd, SHUT_RDWR);
 }
 
@@ -1260,7 +1271,7 @@ static int take_control(struct rfm_worker *w, struct rfm_event *ev)
         break;                  /* a later version's: not for us */
     }
     if (event < 0) {
-        drop_conn(node->conn, "a control frame that made no sense");
+        drop_conn(node->conn, bad_frame);
     }
     if (event != 1) {
         control_free(node);
@@ -1963,7 +1974,11 @@ static bool nothing_there(struct rfm_worker *w)
         idle = !conn->link->ops->worker_poll(conn->link, slot,
                                              conn->last_id[slot], &w->line,
                                              &payload) &&
+<<<<<<< HEAD
                !is_to_be_dropped(conn);
+=======
+               (conn->dropped || (rfm_load_acquire(&conn->link->failed) == 0));
+>>>>>>> 7ae5203 (wip)
     }
     return idle;
 }

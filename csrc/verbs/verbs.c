@@ -124,6 +124,7 @@ static int went_wrong(struct verbs_link *v, const struct ibv_wc *wc,
         const char *text = text_of(wc->status, &rc);
 
         rfm_link_fail(&v->link, rc, text);
+        return 1;               /* whoever sleeps has to see to that */
     }
     return 0;
 }

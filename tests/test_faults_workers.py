@@ -159,7 +159,7 @@ def test_results_larger_than_a_slot_survive_killed_workers(two):
                 np.testing.assert_array_equal(future.result(), np.arange(5000.0 + n + i))
 
 
-def test_an_executor_may_lose_hundreds_of_workers(ex):
+def test_an_executor_may_lose_hundreds_of_workers(ex, wait_until):
     """The service's own kills, since it makes a seat wait whose workers die of themselves."""
     lending = ex._crew.lending
     [lease] = lending.grant.leases
@@ -168,7 +168,8 @@ def test_an_executor_may_lose_hundreds_of_workers(ex):
         [(number, pid)] = faults.worker_pids(ex).items()
         assert lending.session.kill(lease, number, "cancel")
         assert ex.submit(faults.plus_one, n).result() == n + 1
-        assert pid not in faults.worker_pids(ex).values()
+        # On another core it may just have had the time to answer that, too.
+        wait_until(lambda pid=pid: pid not in faults.worker_pids(ex).values(), "the worker is replaced")
         assert ex.workers, f"no worker is left after {n} were killed"
 
 

@@ -1974,11 +1974,7 @@ static bool nothing_there(struct rfm_worker *w)
         idle = !conn->link->ops->worker_poll(conn->link, slot,
                                              conn->last_id[slot], &w->line,
                                              &payload) &&
-<<<<<<< HEAD
                !is_to_be_dropped(conn);
-=======
-               (conn->dropped || (rfm_load_acquire(&conn->link->failed) == 0));
->>>>>>> 7ae5203 (wip)
     }
     return idle;
 }

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
 PROGRAMS = REPOSITORY / "build" / "verbs"
+# The data plane's own tests, in C; what they promise holds over every transport.
+SUITE = ("test_invoke", "test_ranks", "test_wake", "test_threads", "test_faults", "test_mixed", "test_remote",
+         "test_verbs")
 REPORTS = "RFAAS_GUEST_REPORTS"  # set in the guest: the file that reports go to
 IN_GUEST = "RFAAS_GUEST_NODES" in os.environ
 GUEST_TIMEOUT_S = float(os.environ.get("RFAAS_GUEST_TIMEOUT_S", "900"))
@@ -86,6 +89,10 @@ def build_programs() -> None:
                                source, "-libverbs"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         unfinished.replace(PROGRAMS / source.stem)
+    done = subprocess.run(["make", "--silent", "--no-print-directory", "-j2",
+                           *(f"build/plain/{name}.run" for name in SUITE)],
+                          cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # --- in the guest: reports are written down ------------------------------------------

@@ -881,8 +881,7 @@ void t_tcp_pair(int fds[2])
     }
 }
 
-/* Gives these to the worker, as its agent does, and closes them. */
-static void have_adopted(struct t_worker *w, int *fds, uint32_t n)
+void t_worker_adopt(struct t_worker *w, const int *fds, uint32_t n)
 {
     struct rfm_ctl_adopt body = { .lease = 1, .conn = w->next_conn++ };
     struct iovec iov = { &body, sizeof(body) };
@@ -898,7 +897,7 @@ int t_worker_dial(struct t_worker *w)
     int pair[2];
 
     t_socketpair(pair);
-    have_adopted(w, &pair[1], 1);
+    t_worker_adopt(w, &pair[1], 1);
     return pair[0];
 }
 
@@ -921,7 +920,7 @@ static void dial_tcp(struct t_worker *w, struct rfm_attach_attr *attr)
     attr->flags   = (w->next_conn % 2 == 0) ? RFM_STREAM_CRC : 0;
     theirs[0]     = control[1];
     theirs[1]     = data[1];
-    have_adopted(w, theirs, 2);
+    t_worker_adopt(w, theirs, 2);
 }
 
 static const struct {

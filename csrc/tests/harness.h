@@ -136,6 +136,8 @@ struct rfm_channel *t_attach(struct rfm_invoker *inv,
 struct rfm_channel *t_worker_attach(struct t_worker *w, struct rfm_invoker *inv);
 /* A Unix socket to it: the rank's end, for ranks by hand. */
 int  t_worker_dial(struct t_worker *w);
+/* Gives it these connections of a rank, as its agent does, and closes them. */
+void t_worker_adopt(struct t_worker *w, const int *fds, uint32_t n);
 /* Two ends of a connection over the loopback interface. */
 void t_tcp_pair(int fds[2]);
 /* What is left to do with a worker that rfm_channel_kill() was to get rid of:

@@ -7,8 +7,8 @@
  * line pushes out another that somebody still wants. Stores past the caches
  * save both. The C library does this from 3/4 of the L3 that the processor
  * claims to have on, but a core gets a fraction of that, a virtual machine a
- * smaller one still. Measured (docs/benchmarks.md): ordinary stores win up to
- * 8 MiB, streaming ones from 12 MiB on.
+ * smaller one still. Ordinary stores win up to 8 MiB, streaming ones from
+ * 12 MiB on, where it was measured (docs/benchmarks.md).
  */
 #include "copy.h"
 

@@ -32,6 +32,7 @@ struct between {
     uint64_t  cut_at[WAYS];     /* then this connection ends, both ways */
     uint64_t  flip_at[WAYS];    /* this byte is changed */
     uint64_t  passed[WAYS];     /* atomic */
+    uint32_t  held[WAYS];       /* atomic: nothing is passed on */
 };
 
 static struct between between;

@@ -11,10 +11,12 @@ import math
 import os
 import re
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+
+from rfaas_mpi.agent.kernel_files import V1_NO_LIMIT, cgroup_mounts, cpu_list, ranges, read_text, read_topology
 
 __all__ = [
     "MEMORY_RESERVE", "NodeFacts", "Rank", "SlurmFacts", "SpareCores", "launch_key",
@@ -39,9 +41,6 @@ _SLURM_CONF = (
     "usr/local/etc/slurm.conf", "opt/slurm/etc/slurm.conf",
     "run/slurm/conf/slurm.conf",
 )
-
-# cgroup v1 says "no limit" with the largest multiple of its page size.
-_V1_NO_LIMIT = 1 << 60
 
 
 # --- facts ------------------------------------------------------------------
@@ -257,8 +256,8 @@ def _exactly(facts: NodeFacts, only: Collection[int]) -> SpareCores:
     kept = {core: "not among the cores that RFAAS_CORES names"
             for core in facts.cpuset if core not in cores}
     reason = "" if cores else (
-        f"none of the cores {_ranges(only)} is among those that may be used here "
-        f"({_ranges(facts.cpuset)}); correct RFAAS_CORES")
+        f"none of the cores {ranges(only)} is among those that may be used here "
+        f"({ranges(facts.cpuset)}); correct RFAAS_CORES")
     return SpareCores(cores=cores, kept=kept, reason=reason,
                       numa={core: facts.numa.get(core, 0) for core in cores})
 
@@ -344,18 +343,6 @@ def _why_none(facts: NodeFacts, ranks: Sequence[Rank], kept: Mapping[int, str],
             "or name cores to lend with RFAAS_CORES")
 
 
-def _ranges(cores: Iterable[int]) -> str:
-    """Cores as people write them: 0-3,8."""
-    runs: list[list[int]] = []
-    for core in sorted(set(cores)):
-        if runs and core == runs[-1][1] + 1:
-            runs[-1][1] = core
-        else:
-            runs.append([core, core])
-    return ",".join(f"{low}" if low == high else f"{low}-{high}"
-                    for low, high in runs)
-
-
 # --- reading /proc and /sys -------------------------------------------------
 
 def read_node_facts(root: Path = Path("/"),
@@ -365,8 +352,7 @@ def read_node_facts(root: Path = Path("/"),
     `affinity` is every CPU that this process may be moved to; None asks the
     kernel, without changing where the caller runs.
     """
-    cpu_files = root / "sys/devices/system/cpu"
-    online = _cpu_list(_read(cpu_files / "online"))
+    online = cpu_list(read_text(root / "sys/devices/system/cpu/online"))
     allowed = set(_widest_affinity(root) if affinity is None else affinity)
     groups = _Cgroups(root)
     # The mask may be wider than the cgroup: a cpuset that was shrunk since.
@@ -375,21 +361,11 @@ def read_node_facts(root: Path = Path("/"),
             allowed &= limit
     cpuset = tuple(sorted(allowed))
 
-    core_of = {}
-    for cpu in cpuset:
-        topology = cpu_files / f"cpu{cpu}/topology"
-        siblings = _cpu_list(_read(topology / "core_cpus_list")
-                             or _read(topology / "thread_siblings_list"))
-        core_of[cpu] = min(siblings, default=cpu)
-    numa = {}
-    for node in (root / "sys/devices/system/node").glob("node[0-9]*"):
-        for cpu in _cpu_list(_read(node / "cpulist")):
-            numa[cpu] = int(node.name.removeprefix("node"))
+    topology = read_topology(root, cpuset)
     return NodeFacts(
         cpuset=cpuset, online=len(online) or len(cpuset),
-        quota_cpus=groups.quota_cpus(), core_of=core_of,
-        numa={cpu: numa.get(cpu, 0) for cpu in cpuset},
-        memory_total=_memory_total(_read(root / "proc/meminfo")),
+        quota_cpus=groups.quota_cpus(), core_of=topology.core_of,
+        numa=topology.numa, memory_total=topology.memory_bytes,
         memory_limit=groups.memory_limit(),
         slurm_node=any((root / path).exists() for path in _SLURM_CONF))
 
@@ -407,7 +383,7 @@ def launcher_pid(environ: Mapping[str, str], pid: int, root: Path = Path("/")) -
         if pid <= 1 or mark is None:
             break
         # Another user's process can't be read, and is no wrapper of ours.
-        entries = _read(root / f"proc/{pid}/environ").split("\0")
+        entries = read_text(root / f"proc/{pid}/environ").split("\0")
         if not any(entry.startswith(f"{mark}=") for entry in entries):
             break
     return pid
@@ -415,7 +391,7 @@ def launcher_pid(environ: Mapping[str, str], pid: int, root: Path = Path("/")) -
 
 def _parent(pid: int, root: Path) -> int:
     # The command's name stands in parentheses and may hold anything, also those.
-    fields = _read(root / f"proc/{pid}/stat").rpartition(")")[2].split()
+    fields = read_text(root / f"proc/{pid}/stat").rpartition(")")[2].split()
     return int(fields[1]) if len(fields) > 1 else 0
 
 
@@ -425,7 +401,7 @@ def _widest_affinity(root: Path) -> set[int]:
     Asked by a thread of its own: a mask belongs to a thread, and the caller's is
     never touched. Its own mask may be narrow, since a bound rank starts us.
     """
-    possible = _cpu_list(_read(root / "sys/devices/system/cpu/possible"))
+    possible = cpu_list(read_text(root / "sys/devices/system/cpu/possible"))
     wish = possible or range(os.cpu_count() or 1)
     found: set[int] = set(os.sched_getaffinity(0))
 
@@ -448,14 +424,14 @@ class _Cgroups:
     def __init__(self, root: Path) -> None:
         self._unified: list[Path] = []                 # own directory first, then up
         self._by_controller: dict[str, list[Path]] = {}
-        mounts = list(_cgroup_mounts(_read(root / "proc/self/mountinfo")))
-        for line in _read(root / "proc/self/cgroup").splitlines():
+        mounts = list(cgroup_mounts(read_text(root / "proc/self/mountinfo")))
+        for line in read_text(root / "proc/self/cgroup").splitlines():
             _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
             names = set(controllers.split(",")) if controllers else set()
-            for top, point, options in mounts:
-                if names and not names & options or bool(names) != bool(options):
+            for mount in mounts:
+                if names and not names & mount.controllers or bool(names) != bool(mount.controllers):
                     continue
-                chain = _chain(root / point.lstrip("/"), top, path)
+                chain = _chain(root / mount.point.lstrip("/"), mount.top, path)
                 if not names:
                     self._unified = chain
                 for name in names:
@@ -466,21 +442,21 @@ class _Cgroups:
         """A file's text in the own group and in each above it, own first."""
         paths = [directory / v1 for directory in self._by_controller.get(controller, ())]
         paths += [directory / v2 for directory in self._unified]
-        return [text for path in paths if (text := _read(path).strip())]
+        return [text for path in paths if (text := read_text(path).strip())]
 
     def cpuset(self) -> set[int]:
         """The nearest effective cpuset; empty if no controller says."""
         nearest = self._values(
             "cpuset", "cpuset.effective_cpus", "cpuset.cpus.effective")[:1]
-        return set(_cpu_list("".join(nearest)))
+        return set(cpu_list("".join(nearest)))
 
     def quota_cpus(self) -> float | None:
         """The tightest CPU quota of the own group and all above it."""
-        pairs = [(_read(directory / "cpu.cfs_quota_us").strip(),
-                  _read(directory / "cpu.cfs_period_us").strip())
+        pairs = [(read_text(directory / "cpu.cfs_quota_us").strip(),
+                  read_text(directory / "cpu.cfs_period_us").strip())
                  for directory in self._by_controller.get("cpu", ())]
         for directory in self._unified:
-            quota, _, period = _read(directory / "cpu.max").strip().partition(" ")
+            quota, _, period = read_text(directory / "cpu.max").strip().partition(" ")
             pairs.append((quota, period))
         # "max" and -1 say that there is none.
         return min((int(quota) / int(period) for quota, period in pairs
@@ -491,22 +467,7 @@ class _Cgroups:
         """The tightest memory limit of the own group and all above it."""
         limits = [int(text) for text in self._values(
             "memory", "memory.limit_in_bytes", "memory.max") if text.isdecimal()]
-        return min((limit for limit in limits if limit < _V1_NO_LIMIT), default=None)
-
-
-def _cgroup_mounts(mountinfo: str) -> Iterator[tuple[str, str, set[str]]]:
-    """(root, mount point, controllers) of each cgroup mount; v2 has no controllers."""
-    for line in mountinfo.splitlines():
-        left, dash, right = line.partition(" - ")
-        fields, kind = left.split(), right.split()
-        if not dash or len(fields) < 5 or not kind:
-            continue
-        top, point = (re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), field)
-                      for field in fields[3:5])
-        if kind[0] == "cgroup2":
-            yield top, point, set()
-        elif kind[0] == "cgroup" and len(kind) > 2:
-            yield top, point, set(kind[2].split(","))
+        return min((limit for limit in limits if limit < V1_NO_LIMIT), default=None)
 
 
 def _chain(point: Path, top: str, path: str) -> list[Path]:
@@ -521,26 +482,3 @@ def _chain(point: Path, top: str, path: str) -> list[Path]:
         own = point
     return [own, *(parent for parent in own.parents
                    if parent == point or point in parent.parents)]
-
-
-def _cpu_list(text: str) -> list[int]:
-    """The kernel's `0-3,8` as numbers; [] for an empty list."""
-    cpus: list[int] = []
-    for part in text.replace("\n", ",").split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if match is not None:
-            cpus += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return cpus
-
-
-def _memory_total(meminfo: str) -> int:
-    match = re.search(r"^MemTotal:\s+(\d+) kB", meminfo, re.MULTILINE)
-    return int(match[1]) << 10 if match else 0
-
-
-def _read(path: Path) -> str:
-    """The file's text, or an empty one: what isn't there limits nothing."""
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""

@@ -32,10 +32,11 @@ COPIES = {
 
 # The verbs transport: built where its headers are, loaded where its library is. The
 # other one needs no library and no device; it is what its own cost is measured with.
-VERBS, VERBS_NULL = "rfaas_mpi._verbs", "rfaas_mpi.bench._verbs_null"
+VERBS, VERBS_NULL, VERBS_BENCH = "rfaas_mpi._verbs", "rfaas_mpi.bench._verbs_null", "rfaas_mpi.bench._verbs_bench"
 VERBS_HEADER = "infiniband/verbs.h"
 VERBS_SOURCES = sorted(glob("csrc/verbs/*.c"))
 NULL_SOURCES = sorted(glob("csrc/verbs/null/*.c"))
+PAIR_SOURCES = sorted(glob("csrc/verbs/bench/*.c"))
 
 # Libraries of their own, no part of the data plane.
 KERNELS = "csrc/kernels.c"
@@ -63,7 +64,7 @@ class BuildExt(build_ext):
         if not has_header(VERBS_HEADER):
             print(f"not built: the verbs transport, since there is no {VERBS_HEADER} here "
                   "(Debian: libibverbs-dev); everything else works without")
-            self.extensions = [ext for ext in self.extensions if ext.name not in (VERBS, VERBS_NULL)]
+            self.extensions = [ext for ext in self.extensions if ext.name not in (VERBS, VERBS_NULL, VERBS_BENCH)]
 
     def get_ext_filename(self, fullname: str) -> str:
         extension = self.ext_map.get(fullname)
@@ -84,7 +85,8 @@ class BuildPy(build_py):
                 shutil.copy2(file, target)
 
 
-headers = sorted([*glob("csrc/*.h"), *glob("csrc/verbs/*.h"), *glob("csrc/verbs/null/*.h")])
+headers = sorted([*glob("csrc/*.h"), *glob("csrc/verbs/*.h"), *glob("csrc/verbs/null/*.h"),
+                  *glob("csrc/verbs/bench/*.h")])
 fabric = Extension(
     "rfaas_mpi.fabric._fabric",
     sources=["rfaas_mpi/fabric/_fabric.pyx", *data_plane_sources()],
@@ -112,7 +114,9 @@ setup(
         # What the data plane is compared with shares its wait loop and its kind of memory, nothing else.
         plain_library("rfaas_mpi.bench._bench", *BENCH, "csrc/pages.c", "csrc/poller.c", flags=(HIDDEN,)),
         plain_library(VERBS, *VERBS_SOURCES, flags=(HIDDEN,), libraries=("ibverbs",)),
-        plain_library(VERBS_NULL, *VERBS_SOURCES, *NULL_SOURCES, flags=(HIDDEN,)),
+        plain_library(VERBS_NULL, *VERBS_SOURCES, *NULL_SOURCES, *PAIR_SOURCES, flags=(HIDDEN,)),
+        # What it is compared with chooses its device as it does, and shares nothing else that is used.
+        plain_library(VERBS_BENCH, *VERBS_SOURCES, *PAIR_SOURCES, flags=(HIDDEN,), libraries=("ibverbs",)),
     ],
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

@@ -7,17 +7,33 @@ import signal
 
 import pytest
 
-from rfaas_mpi.bench import network, raw, suite
-from rfaas_mpi.bench.network import BarePair, Exchange
+from rfaas_mpi.bench import network, null, raw, suite
+from rfaas_mpi.bench.bare import NULL_LIBRARY, BarePair, Exchange, VerbsPair
 from rfaas_mpi.bench.stage import Options
 from rfaas_mpi.errors import ClosedError, ConfigError
 
 TINY = Options(transport="tcp", runs=1, quick=True)
 
 
-@pytest.fixture
-def pair():
-    with BarePair(data_bytes=1 << 18) as pair:
+# Verbs runs over a device that is none, where its headers are; tests/verbs measures over one.
+KINDS = ["tcp", pytest.param("verbs", marks=pytest.mark.skipif(not NULL_LIBRARY.exists(), reason="no libibverbs-dev"))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def null_device(tmp_path_factory):
+    """What its processes share; the library looks for it once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RFM_NULL_DEVICE", str(tmp_path_factory.mktemp("null") / "device"))
+        yield
+
+
+def open_pair(kind: str, **arguments: object) -> BarePair:
+    return BarePair(**arguments) if kind == "tcp" else VerbsPair(library=NULL_LIBRARY, **arguments)
+
+
+@pytest.fixture(params=KINDS)
+def pair(request):
+    with open_pair(request.param, data_bytes=1 << 18) as pair:
         yield pair
 
 
@@ -25,7 +41,9 @@ def pair():
 
 @pytest.mark.parametrize("exchange", [
     Exchange(), Exchange(sleep=True), Exchange(up=100_000), Exchange(down=100_000), Exchange(up=8, down=1 << 18),
-    Exchange(up=1 << 16, burst=7, places=4), Exchange(down=1 << 16, burst=64, places=3), Exchange(up=1 << 18, sleep=True),
+    Exchange(up=1 << 16, burst=7, places=4), Exchange(down=1 << 16, burst=64, places=3),
+    Exchange(up=1 << 18, sleep=True),
+    Exchange(up=8, down=8, burst=64, places=8, sleep=True),
 ], ids=str)
 def test_a_bare_partner_answers_every_armed_call(pair, exchange):
     for _ in range(2):
@@ -59,8 +77,18 @@ def test_a_partner_that_ended_is_an_error_and_no_hang(pair):
         pair.calls(10)
 
 
-def test_a_closed_pair_says_so_and_leaves_no_process():
-    pair = BarePair()
+@pytest.mark.parametrize("sleep", [False, True])
+def test_a_partner_that_ends_in_the_middle_ends_the_wait(pair, sleep):
+    pair.arm(Exchange(sleep=sleep), 10)
+    pair.calls(1)
+    os.kill(pair.pid, signal.SIGKILL)
+    with pytest.raises(raw.BenchError, match="has ended"):
+        pair.calls(9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closed_pair_says_so_and_leaves_no_process(kind):
+    pair = open_pair(kind)
     pid = pair.pid
     pair.close()
     pair.close()
@@ -105,6 +133,29 @@ def test_the_bandwidth_is_that_of_the_worse_way(tiny):
         ways = [data[f"tcp_{way}_over_raw_{size}"] for way in ("up", "down")]
         assert data[f"tcp_bandwidth_over_raw_{size}"] == min(ways) > 0
         assert all(data["figures"][f"tcp_{way}_over_raw_{size}"]["aa"]["count"] > 0 for way in ("up", "down"))
+
+
+@pytest.mark.skipif(not NULL_LIBRARY.exists(), reason="no libibverbs-dev")
+def test_the_transport_itself_is_measured_over_a_device_that_is_none(monkeypatch):
+    monkeypatch.setattr(null, "BLOCK", 500)
+    data = suite.measure("latency", Options(transport="verbs", provider="null", runs=2, quick=True))
+    assert set(data["figures"]) == {f"verbs_null{size}{what}_ns"
+                                    for size in ("", "_1KiB") for what in ("", "_raw", "_over_raw")}
+    assert is_whole(data)
+    assert data["settings"]["provider"] == "null"
+    assert data["figures"]["verbs_null_over_raw_ns"]["aa"]["count"] > 0
+
+
+@pytest.mark.parametrize(("what", "transport"), [("latency", "tcp"), ("payload", "verbs"), ("all", "shm")])
+def test_a_device_that_is_none_is_for_the_latency_of_verbs(what, transport):
+    with pytest.raises(ConfigError, match="is for the latency of verbs"):
+        suite.measure(what, Options(transport=transport, provider="null"))
+
+
+@pytest.mark.skipif(not NULL_LIBRARY.exists(), reason="no libibverbs-dev")
+def test_a_device_that_there_is_not_is_named():
+    with pytest.raises(raw.BenchError, match="no RDMA device elsewhere7"):
+        VerbsPair(device="elsewhere7", library=NULL_LIBRARY)
 
 
 @pytest.mark.parametrize("what", ["throughput", "cold", "all"])

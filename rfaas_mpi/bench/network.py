@@ -1,30 +1,29 @@
-"""`rfaas bench latency|payload --transport tcp`: the product beside two bare processes that send the same bytes.
+"""`rfaas bench latency|payload --transport tcp|verbs`: the product beside two bare processes that send the same bytes.
 
-Through the loopback device of one node, the rank and both partners pinned as everywhere here. Bare and product
-alternate in one run, block by block; a ratio is taken of two blocks of one cycle. A message of the bare processes has
-as many bytes as the product's: a stream's head, a slot's line, and the data with its descriptor.
+Through the loopback device or one RDMA device of one node, the rank and both partners pinned as everywhere here. Bare
+and product alternate in one run, block by block; a ratio is taken of two blocks of one cycle. A message of the bare
+processes has as many bytes as the product's: over tcp a stream's head, a slot's line, and the data with its descriptor,
+over verbs the line, and the data in writes of their own.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
-from typing import Self
 
 import numpy as np
 
 from rfaas_mpi import fabric
 from rfaas_mpi.bench import environment, kernels, measure, raw
+from rfaas_mpi.bench.bare import BarePair, Exchange, VerbsPair
 from rfaas_mpi.bench.measure import Subject
 from rfaas_mpi.bench.raw import BenchError
 from rfaas_mpi.bench.stage import WARM_UP, Options, Stage, check_quiet
 from rfaas_mpi.config import Settings
 from rfaas_mpi.config import environment as environment_of_this_process
-from rfaas_mpi.errors import ClosedError
 from rfaas_mpi.executor import Executor
 from rfaas_mpi.kernels import Kernel
 from rfaas_mpi.requests import PersistentRequest
@@ -37,99 +36,12 @@ IN_FLIGHT = 64
 PIPELINED_BLOCK = 4000
 # So many invocations are in flight where data streams: while one is received, one is on its way.
 WINDOW = 4
-# Of a block of a stream: long enough that its beginning and end don't count.
+# Of a block of a stream: long enough that its beginning and end don't count, where that takes no longer than BLOCK_S.
 BLOCK_BYTES = 64 << 20
+BLOCK_S = 0.5
 STREAM_CYCLES = 7
-
-
-# --- two bare processes with a socket between them ---------------------------------------------
-
-class _Order(ctypes.Structure):
-    _fields_ = [("count", ctypes.c_uint64), ("up", ctypes.c_uint64), ("down", ctypes.c_uint64),
-                ("burst", ctypes.c_uint32), ("places", ctypes.c_uint32), ("sleep", ctypes.c_uint32),
-                ("reserved", ctypes.c_uint32)]
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    lib = raw.library()
-    net, i64, u64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
-    for name, result, arguments in (
-        ("rfm_net_open", ctypes.c_int, [u64, ctypes.c_int, ctypes.POINTER(net)]),
-        ("rfm_net_close", None, [net]),
-        ("rfm_net_pid", ctypes.c_int, [net]),
-        ("rfm_net_arm", ctypes.c_int, [net, ctypes.POINTER(_Order)]),
-        ("rfm_net_calls", i64, [net, u64, ctypes.POINTER(i64)]),
-    ):
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
-    return lib
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """What one bare call is: `burst` messages of `up` bytes of data to the partner, each answered with `down`.
-
-    Data lies in `places` places in turn, each way. `sleep`: both sides sleep in the socket instead of spinning on it.
-    """
-
-    up: int = 0
-    down: int = 0
-    burst: int = 1
-    places: int = 1
-    sleep: bool = False
-
-
-class BarePair:
-    """This process and a bare one, joined by a TCP connection through the loopback device.
-
-    The other one sleeps in the kernel except between `arm` and the last armed call. It ends with close() or with this
-    process. BenchError where it can't be started, or has ended.
-    """
-
-    def __init__(self, *, data_bytes: int = 0, cpu: int = -1) -> None:
-        self._lib = _library()
-        self._ptr: ctypes.c_void_p | None = None
-        pointer = ctypes.c_void_p()
-        raw.check(self._lib.rfm_net_open(data_bytes, cpu, ctypes.byref(pointer)))
-        self._ptr = pointer
-
-    def _live(self) -> ctypes.c_void_p:
-        if self._ptr is None:
-            raise ClosedError("the bare processes were used after close()")
-        return self._ptr
-
-    @property
-    def pid(self) -> int:
-        return self._lib.rfm_net_pid(self._live())
-
-    def arm(self, exchange: Exchange, count: int) -> None:
-        """Wakes the partner for the next `count` calls; ValueError while calls are still armed."""
-        order = _Order(count=count, up=exchange.up, down=exchange.down, burst=exchange.burst, places=exchange.places,
-                       sleep=int(exchange.sleep))
-        raw.check(self._lib.rfm_net_arm(self._live(), ctypes.byref(order)))
-
-    def calls(self, count: int) -> int:
-        """`count` armed calls from a C loop; ns of all of them."""
-        return raw.check(self._lib.rfm_net_calls(self._live(), count, None))
-
-    def samples(self, count: int) -> list[int]:
-        """`count` armed calls from a C loop; ns of each."""
-        values = (ctypes.c_int64 * count)()
-        raw.check(self._lib.rfm_net_calls(self._live(), count, values))
-        return list(values)
-
-    def close(self) -> None:
-        """Ends the partner. Safe to call twice."""
-        if self._ptr is not None:
-            self._lib.rfm_net_close(self._ptr)
-            self._ptr = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+# Messages of a bare stream that are sent before it waits for the last answer.
+BURST = 64
 
 
 # --- the stage ------------------------------------------------------------------------------------
@@ -146,9 +58,15 @@ def _environ(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
+def _bare_pair(transport: str, data_bytes: int) -> BarePair:
+    if transport == "verbs":
+        return VerbsPair(device=Settings.load().device, data_bytes=data_bytes)
+    return BarePair(data_bytes=data_bytes)
+
+
 @contextmanager
 def stage(options: Options, *, data_bytes: int = 0, spin_us: int | None = None) -> Iterator[tuple[Stage, BarePair]]:
-    """The rank on one core; a worker of this node's service, reached through a socket, and the bare partner on another.
+    """The rank on one core; a worker of this node's service, reached over the network, and the bare partner on another.
 
     `spin_us`: how long both sides look before they sleep. BenchError where no core can be borrowed: there is nothing
     to measure then.
@@ -158,11 +76,13 @@ def stage(options: Options, *, data_bytes: int = 0, spin_us: int | None = None) 
             stack.enter_context(_environ("RFAAS_SPIN_US", str(spin_us)))  # a worker has it from its rank's environment
         cores = stack.enter_context(environment.pinned(options.core))
         # Forked before the executor: its connections are not the partner's to inherit.
-        bare = stack.enter_context(BarePair(data_bytes=data_bytes))
         partner = stack.enter_context(raw.Partner())
         # Held, so that the service doesn't leave before the executor comes.
         session = stack.enter_context(Session.open(Settings.load()))
-        session.open_door(["127.0.0.1:0"])
+        if options.transport == "tcp":
+            session.open_door(["127.0.0.1:0"])
+        # Behind whatever starts a service: nothing forks once a device is open.
+        bare = stack.enter_context(_bare_pair(options.transport, data_bytes))
         executor = stack.enter_context(Executor(workers=1, transport=options.transport))
         worker_pid = executor.submit(os.getpid).result()
         if worker_pid == os.getpid():
@@ -234,7 +154,7 @@ def _flat(name: str, figures: dict[str, dict]) -> dict:
 def _hot(name: str, here: Stage, pair: BarePair) -> dict:
     request = _small_request(here)
     exchange = Exchange()
-    runs = here.runs(f"{name} beside a bare socket", [
+    runs = here.runs(f"{name} beside bare processes", [
         _bare("raw", pair, exchange), _invocations("product", request), _bare("raw_again", pair, exchange),
     ], cycles=here.options.cycles(CYCLES))
     request.Free()
@@ -247,7 +167,7 @@ def _asleep(name: str, here: Stage, pair: BarePair) -> dict:
     """Nobody spins: both sides sleep until a message is there, and so do the bare ones, in recv()."""
     request = _small_request(here)
     exchange = Exchange(sleep=True)
-    runs = here.runs(f"{name} beside a bare socket, asleep", [
+    runs = here.runs(f"{name} beside bare processes, asleep", [
         _bare("raw", pair, exchange), _invocations("product", request), _bare("raw_again", pair, exchange),
     ], cycles=here.options.cycles(CYCLES // 4))
     request.Free()
@@ -301,7 +221,7 @@ def _yield() -> Kernel:
 
 
 def measure_network_payload(options: Options, sizes: tuple[int, ...] = SIZES) -> dict:
-    """Bandwidth each way, beside a bare socket through which the same bytes stream.
+    """Bandwidth each way, beside bare processes through which the same bytes stream.
 
     Up: a kernel that takes its input and gives 8 bytes back. Down: one that takes 8 bytes and gives its output. WINDOW
     of them are in flight, in arrays of the executor. `…_bandwidth_over_raw_…` is the worse one of the two ways.
@@ -318,9 +238,8 @@ def measure_network_payload(options: Options, sizes: tuple[int, ...] = SIZES) ->
 
 def _streams(name: str, here: Stage, pair: BarePair, size: int) -> dict:
     text = f"{size >> 20}MiB" if size >= 1 << 20 else f"{size >> 10}KiB"
-    count = max(2 * WINDOW, min(measure.BLOCK, BLOCK_BYTES // size))
-    burst = min(count, 64)
-    count -= count % burst
+    count = _stream_block(pair, size)
+    burst = min(count, BURST)
     figures: dict[str, dict] = {}
     for way in ("up", "down"):
         stream, alone = (Exchange(**{way: size}, burst=burst, places=WINDOW), Exchange(**{way: size}))
@@ -333,7 +252,7 @@ def _streams(name: str, here: Stage, pair: BarePair, size: int) -> dict:
         figures[f"{name}_{way}_over_raw_{text}"] = _times_as_fast(runs, "product", "raw", "raw", "raw_again")
         runs = here.runs(f"{name}, {text} {way}, one at a time", [
             _stream("raw", pair, alone), _streamed("product", requests[:1]), _stream("raw_again", pair, alone),
-        ], cycles=here.options.cycles(STREAM_CYCLES), block=count)
+        ], cycles=here.options.cycles(STREAM_CYCLES), block=count // 2)
         figures[f"{name}_{way}_alone_us_{text}"] = measure.latency_figure(runs, "product", unit="us")
         figures[f"{name}_{way}_alone_over_raw_{text}"] = measure.ratio(runs, "product", "raw", "raw_again")
         for request in requests:
@@ -341,6 +260,16 @@ def _streams(name: str, here: Stage, pair: BarePair, size: int) -> dict:
     figures[f"{name}_bandwidth_over_raw_{text}"] = min(
         (figures[f"{name}_{way}_over_raw_{text}"] for way in ("up", "down")), key=lambda value: value["p50"])
     return figures
+
+
+def _stream_block(pair: BarePair, size: int) -> int:
+    """So many messages are a block: as many whole bursts as BLOCK_BYTES, fewer where those would take too long."""
+    one = Exchange(up=size)
+    pair.arm(one, 2)
+    pair.calls(1)
+    in_time = int(BLOCK_S * 1e9 / max(1, pair.calls(1)))
+    count = max(2 * WINDOW, min(measure.BLOCK, BLOCK_BYTES // size, in_time))
+    return count - count % min(count, BURST)
 
 
 def _bandwidth(runs: list[measure.Run], name: str, size: int) -> dict:
@@ -370,8 +299,9 @@ def _large_request(here: Stage, way: str, size: int) -> PersistentRequest:
 
 def _stream(name: str, pair: BarePair, exchange: Exchange) -> Subject:
     def prepare(count: int) -> None:
-        pair.arm(exchange, 1 + count // exchange.burst)
+        pair.arm(replace(exchange, burst=min(exchange.burst, WINDOW)), 1)
         pair.calls(1)
+        pair.arm(exchange, count // exchange.burst)
 
     return Subject(name, lambda count: pair.calls(count // exchange.burst), prepare=prepare)
 
@@ -380,6 +310,6 @@ def _streamed(name: str, requests: list[PersistentRequest]) -> Subject:
     inner = [request._raw for request in requests]
 
     def prepare(_count: int) -> None:
-        _ignore(fabric.bench_throughput(inner, 2 * len(inner)))
+        _ignore(fabric.bench_throughput(inner, len(inner)))
 
     return Subject(name, lambda count: fabric.bench_throughput(inner, count), prepare=prepare)

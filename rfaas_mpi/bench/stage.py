@@ -25,6 +25,7 @@ class Options:
     """How to measure."""
 
     transport: str = "shm"
+    provider: str = "device"  # of verbs; "null": none
     runs: int = 3
     core: int | None = None
     quick: bool = False
@@ -34,8 +35,8 @@ class Options:
         return max(2, full // 10) if self.quick else full
 
     def settings(self) -> dict[str, Any]:
-        return {"transport": self.transport, "runs": self.runs, "quick": self.quick, "block": measure.BLOCK,
-                "warm_up": WARM_UP}
+        return {"transport": self.transport, "provider": self.provider, "runs": self.runs, "quick": self.quick,
+                "block": measure.BLOCK, "warm_up": WARM_UP}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from rfaas_mpi.bench import environment
 from rfaas_mpi.bench.cold import measure_cold
 from rfaas_mpi.bench.latency import measure_latency
 from rfaas_mpi.bench.network import measure_network_latency, measure_network_payload
+from rfaas_mpi.bench.null import measure_null
 from rfaas_mpi.bench.payload import measure_payload
 from rfaas_mpi.bench.stage import Options
 from rfaas_mpi.bench.throughput import measure_throughput
@@ -35,6 +36,11 @@ def measure(what: str, options: Options) -> dict:
     borrow.
     """
     benchmarks = _BENCHMARKS if options.transport == "shm" else _OVER_A_NETWORK
+    if options.provider == "null":
+        benchmarks = {"latency": measure_null}
+    if options.provider != "device" and (what, options.transport) != ("latency", "verbs"):
+        raise ConfigError(f"provider {options.provider} is for the latency of verbs",
+                          hint=f"rfaas bench latency --transport verbs --provider {options.provider}")
     if what not in (*benchmarks, *(["all"] if benchmarks is _BENCHMARKS else [])):
         raise ConfigError(f"{what} is measured on shared memory only",
                           hint=f"leave --transport {options.transport} out, or measure {' or '.join(benchmarks)}")

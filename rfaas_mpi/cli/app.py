@@ -209,8 +209,8 @@ def bench() -> None:
 
 def measured(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every benchmark."""
-    command = click.option("--transport", type=click.Choice(["shm", "tcp"]), default="shm", show_default=True,
-                           help="How invocations travel; tcp: latency and payload.")(command)
+    command = click.option("--transport", type=click.Choice(["shm", "tcp", "verbs"]), default="shm",
+                           show_default=True, help="How invocations travel; tcp, verbs: latency and payload.")(command)
     command = click.option("--runs", type=click.IntRange(1, 99), default=3, show_default=True,
                            help="Runs; the best one counts for differences.")(command)
     command = click.option("--core", type=click.IntRange(min=0), default=None,
@@ -233,15 +233,19 @@ def _bench(out: Output, what: str, arguments: dict[str, Any]) -> None:
     out.answer(data, report.as_text(data))
 
 
-@bench.command(epilog=_examples("rfaas bench latency --transport shm --json"))
+@bench.command(epilog=_examples("rfaas bench latency --transport shm --json",
+                                 "rfaas bench latency --transport verbs --provider null"))
 @measured
+@click.option("--provider", type=click.Choice(["device", "null"]), default="device", show_default=True,
+              help="With verbs; null: a device that is none, for what the transport itself costs.")
 @click.pass_obj
 def latency(out: Output, **arguments: Any) -> None:
     """One invocation at a time: native, Python and object kernels.
 
     Beside them: two bare processes with a mailbox each way, a futex wake-up
-    after 5 ms of idling, and the same Python kernel called locally. Over tcp:
-    two bare processes that send the same bytes through a socket.
+    after 5 ms of idling, and the same Python kernel called locally. Over tcp
+    and verbs: two bare processes that send the same bytes through a socket or
+    a queue pair.
     """
     _bench(out, "latency", arguments)
 
@@ -262,7 +266,7 @@ def payload(out: Output, **arguments: Any) -> None:
 
     Locally, between two bare processes, and through the product with arrays in
     the executor's memory and with plain ones. Once with x and y left alone, once with x written before and y read after
-    each invocation. Over tcp: how much of a bare socket's bandwidth is left.
+    each invocation. Over tcp and verbs: how much of the bandwidth of a bare socket or queue pair is left.
     """
     _bench(out, "payload", arguments)
 

@@ -566,7 +566,7 @@ struct ibv_cq *ibv_create_cq(struct ibv_context *ctx, int cqe, void *cq_context,
         cq->head  = 0;
         cq->tail  = 0;
         cq->armed = ARMED_NOT;
-        cq->event = (uint32_t)channel->refcnt;
+        cq->event = (channel != NULL) ? (uint32_t)channel->refcnt : 0;
         null->at            = cq;
         null->index         = i;
         null->cq.context    = ctx;
@@ -953,7 +953,8 @@ static int post_send(struct ibv_qp *base, struct ibv_send_wr *wr,
                 .qp_num = null->qp.qp_num,
             };
 
-            complete(null->at->cq, null->me, &wc, false);
+            complete(((struct null_cq *)base->send_cq)->index, null->me, &wc,
+                     false);
         }
         if ((status != IBV_WC_SUCCESS) && (status != IBV_WC_WR_FLUSH_ERR)) {
             take(&null->at->lock, null->me);

@@ -1,0 +1,164 @@
+"""Grants that an agent believes, and all the others."""
+
+from __future__ import annotations
+
+import secrets
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rfaas_mpi.errors import AuthError, ConfigError, LeaseDenied
+from rfaas_mpi.leases.grants import LIFE_MAX_NS, Admission, AgentClock, GrantBody, GrantRefused, GrantSigner, key_id
+from rfaas_mpi.leases.types import GrantedWorker
+
+NODE, BOOT, LIFE = "n1", "2b1c7d", 77
+NOW = 10**12
+SIGNER, OTHER = GrantSigner(bytes(range(32))), GrantSigner(b"\1" * 32)
+SPARE = range(8)
+
+BODY = GrantBody(grant_id=5, node=NODE, seen=AgentClock(BOOT, LIFE, NOW - 10**9), not_after_ns=NOW + 10**9, lease=3,
+                 epoch=9, uid=1000, workers=(GrantedWorker(0, (1, 2)), GrantedWorker(1, (4,))), memory_per_worker=1 << 30,
+                 hard_end_ns=NOW + 60 * 10**9)
+GRANT = SIGNER.sign(BODY)
+
+
+def changed(**fields: object) -> bytes:
+    return SIGNER.sign(msgspec.structs.replace(BODY, **fields))
+
+
+@pytest.fixture
+def agent() -> Admission:
+    return Admission(NODE, BOOT, LIFE, [SIGNER.public])
+
+
+def test_a_grant_of_the_manager_is_believed_to_the_letter(agent):
+    assert agent.admit(GRANT, NOW, SPARE, ()) == BODY
+    assert BODY.cores == (1, 2, 4)
+
+
+def test_it_is_believed_once(agent):
+    agent.admit(GRANT, NOW, SPARE, ())
+    with pytest.raises(GrantRefused, match="grant 5 was used before"):
+        agent.admit(GRANT, NOW + 1, SPARE, ())
+
+
+def test_used_grants_are_remembered_until_they_are_late_and_no_longer(agent):
+    for number in range(1000):
+        now = NOW + number * LIFE_MAX_NS
+        body = msgspec.structs.replace(BODY, grant_id=number, epoch=number, hard_end_ns=None,
+                                       seen=AgentClock(BOOT, LIFE, now), not_after_ns=now + LIFE_MAX_NS // 2)
+        agent.admit(SIGNER.sign(body), now, SPARE, ())
+        with pytest.raises(GrantRefused, match="used before"):
+            agent.admit(SIGNER.sign(body), body.not_after_ns, SPARE, ())
+        with pytest.raises(GrantRefused, match="late"):
+            agent.admit(SIGNER.sign(body), body.not_after_ns + 1, SPARE, ())
+        assert len(agent._seen) == 1
+
+
+@settings(max_examples=400, deadline=None)
+@given(at=st.integers(0, len(GRANT) * 8 - 1))
+def test_one_flipped_bit_is_seen(at):
+    flipped = bytearray(GRANT)
+    flipped[at // 8] ^= 1 << at % 8
+    with pytest.raises(GrantRefused):
+        Admission(NODE, BOOT, LIFE, [SIGNER.public]).admit(bytes(flipped), NOW, SPARE, ())
+
+
+@settings(max_examples=200, deadline=None)
+@given(cut=st.integers(0, len(GRANT) - 1), tail=st.binary(max_size=64))
+def test_nothing_spliced_is_believed(cut, tail):
+    spliced = GRANT[:cut] + tail
+    if spliced != GRANT:
+        with pytest.raises(GrantRefused):
+            Admission(NODE, BOOT, LIFE, [SIGNER.public]).admit(spliced, NOW, SPARE, ())
+
+
+@given(junk=st.binary(max_size=300))
+def test_junk_is_refused(junk):
+    with pytest.raises(GrantRefused):
+        Admission(NODE, BOOT, LIFE, [SIGNER.public]).admit(junk, NOW, SPARE, ())
+
+
+@given(junk=st.binary(max_size=300))
+def test_junk_that_the_manager_signed_is_refused_too(junk):
+    head = bytes((1,)) + key_id(SIGNER.public)
+    signed = head + SIGNER._key.sign(b"rfaas_mpi grant\0" + head + junk) + junk
+    with pytest.raises(GrantRefused):
+        Admission(NODE, BOOT, LIFE, [SIGNER.public]).admit(signed, NOW, SPARE, ())
+
+
+def test_another_manager_s_grant_is_refused_and_the_keys_that_are_held_are_named(agent):
+    with pytest.raises(GrantRefused, match="doesn't hold.*" + key_id(SIGNER.public).hex()):
+        agent.admit(OTHER.sign(BODY), NOW, SPARE, ())
+
+
+def test_another_key_under_our_key_s_name_is_refused(agent):
+    forged = GRANT[:9] + OTHER.sign(BODY)[9:]
+    with pytest.raises(GrantRefused, match="signature"):
+        agent.admit(forged, NOW, SPARE, ())
+
+
+@pytest.mark.parametrize("fields, why", [
+    ({"node": "n2"}, "for node n2, this is n1"),
+    ({"seen": AgentClock("another", LIFE, NOW)}, "earlier life"),
+    ({"seen": AgentClock(BOOT, LIFE - 1, NOW)}, "earlier life"),
+    ({"seen": AgentClock(BOOT, LIFE, NOW + 1)}, "hasn't had yet"),
+    ({"not_after_ns": NOW - 1}, "late"),
+    ({"not_after_ns": NOW + LIFE_MAX_NS + 1}, "for more than 600 s"),
+    ({"hard_end_ns": NOW}, "hard end"),
+    ({"workers": ()}, "no core"),
+    ({"workers": (GrantedWorker(0, ()),)}, "no core"),
+    ({"workers": (GrantedWorker(0, (1,)), GrantedWorker(1, (1,)))}, "one core twice"),
+    ({"workers": (GrantedWorker(0, (8,)),)}, "core 8 of n1 is not spare"),
+    ({"workers": (GrantedWorker(0, (-1,)),)}, "core -1 of n1 is not spare"),
+    ({"workers": (GrantedWorker(0, (7,)),)}, "core 7 of n1 is still in use"),
+])
+def test_what_does_not_fit_is_refused_and_changes_nothing(agent, fields, why):
+    with pytest.raises(GrantRefused, match=why) as refused:
+        agent.admit(changed(**fields), NOW, SPARE, {7})
+    assert isinstance(refused.value, LeaseDenied) and isinstance(refused.value, AuthError)
+    assert agent.admit(GRANT, NOW, SPARE, {7}) == BODY
+
+
+def test_epochs_rise_on_each_core(agent):
+    agent.admit(GRANT, NOW, SPARE, ())
+    one = (GrantedWorker(0, (4,)),)
+    for epoch in (8, 9):
+        with pytest.raises(GrantRefused, match=f"epoch {epoch} is not above epoch 9 of core 4"):
+            agent.admit(changed(grant_id=6, epoch=epoch, workers=one), NOW, SPARE, ())
+    # another core never had that epoch
+    agent.admit(changed(grant_id=7, epoch=8, workers=(GrantedWorker(0, (5,)),)), NOW, SPARE, ())
+    agent.admit(changed(grant_id=8, epoch=10, workers=one), NOW, SPARE, ())
+
+
+def test_keys_rotate_without_a_gap(agent):
+    agent.rotate([SIGNER.public, OTHER.public])
+    agent.admit(GRANT, NOW, SPARE, ())
+    agent.admit(OTHER.sign(msgspec.structs.replace(BODY, grant_id=6, epoch=10)), NOW, SPARE, ())
+    agent.rotate([OTHER.public])
+    with pytest.raises(GrantRefused, match="doesn't hold"):
+        agent.admit(changed(grant_id=7, epoch=11), NOW, SPARE, ())
+
+
+def test_what_was_used_stays_used_when_keys_rotate(agent):
+    agent.admit(GRANT, NOW, SPARE, ())
+    agent.rotate([OTHER.public, SIGNER.public])
+    with pytest.raises(GrantRefused, match="used before"):
+        agent.admit(GRANT, NOW, SPARE, ())
+
+
+@pytest.mark.parametrize("keys", [[], [b"k" * 32] * 3, [b"short"]])
+def test_an_agent_holds_one_or_two_keys(keys):
+    with pytest.raises(ConfigError):
+        Admission(NODE, BOOT, LIFE, keys)
+
+
+def test_a_private_key_of_another_size_is_named():
+    with pytest.raises(ConfigError, match="32 bytes, not 31"):
+        GrantSigner(secrets.token_bytes(31))
+
+
+def test_the_agent_s_clock_is_what_it_reports(agent):
+    assert agent.clock(NOW) == AgentClock(BOOT, LIFE, NOW)

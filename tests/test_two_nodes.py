@@ -5,98 +5,25 @@ The nodes are network namespaces of this machine, so that the service's workers 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
-import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import faults
 import netns
 import pytest
+from far import Far, finished, serving, tell
 from netns import TwoNodes
-
-from rfaas_mpi.config import Settings
-from rfaas_mpi.session import Session
 
 APPS = faults.TESTS.parent / "apps"
 two_nodes = netns.two_nodes
 
 # A dead network is noticed soon, so that nobody waits for it here.
 IMPATIENT = {"RFAAS_TCP_IDLE_S": "1", "RFAAS_TCP_PROBE_S": "1", "RFAAS_TCP_PROBES": "2", "RFAAS_TCP_TIMEOUT_S": "2"}
-
-
-@dataclass
-class Far:
-    """The service on the agent's node, and how a rank on the other one uses it."""
-
-    nodes: TwoNodes
-    home: Settings
-    pid: int
-    environment: dict[str, str]
-
-    def status(self) -> dict[str, Any]:
-        """As its own node sees it: that way is never cut."""
-        with Session.open(self.home, start=False, observer=True) as session:
-            return session.status()
-
-    def worker(self) -> int:
-        """The pid of its worker, 0 if it has none now."""
-        return next((worker["pid"] for worker in self.status()["workers"] if worker["state"] == "serving"), 0)
-
-    @contextlib.contextmanager
-    def running(self, body: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-        """A rank on the other node that runs a script."""
-        process = subprocess.Popen(self.nodes.rank.command(faults.command(textwrap.dedent(body), *arguments)),
-                                   env=faults.environment(**self.environment), stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.communicate()
-
-    def run(self, body: str, *arguments: object) -> str:
-        """The same to its end; what it said."""
-        with self.running(body, *arguments) as process:
-            return finished(process)
-
-
-def finished(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 0, out + err
-    return out
-
-
-def tell(process: subprocess.Popen[str], word: str) -> None:
-    process.stdin.write(word + "\n")
-    process.stdin.flush()
-
-
-@contextlib.contextmanager
-def serving(nodes: TwoNodes, **changes: str) -> Iterator[Far]:
-    with tempfile.TemporaryDirectory(prefix="rfaas-t-") as directory:
-        there = {"RFAAS_RUNTIME_DIR": directory, "RFAAS_CORES": "1", **changes}
-        started = nodes.agent.run(sys.executable, "-m", "rfaas_mpi.cli", "up", "--json", "--listen",
-                                  f"{nodes.agent.address}:0", **there)
-        assert started.returncode == 0, started.stderr
-        said = json.loads(started.stdout)
-        here = {"RFAAS_RUNTIME_DIR": directory + "-rank", "RFAAS_SERVICE": said["listen"][0],
-                "RFAAS_KEY_FILE": said["key_file"], **changes}
-        far = Far(nodes, Settings.load(runtime_dir=directory), said["pid"], here)
-        try:
-            yield far
-        finally:
-            if faults.alive(said["pid"]):
-                with Session.open(far.home, start=False, observer=True) as session:
-                    session.down()
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ __all__ = [
 
 PREFIX = "RFAAS_"
 WORKER_MARK = "RFAAS_INSIDE_WORKER"
+DEVICE_VARIABLE = "RFAAS_DEVICE"          # read by the verbs transport where no argument names one
 
 # Every thread pool that numerical libraries size by an environment variable.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from rfaas_mpi import messages as msg
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import (
@@ -43,6 +45,9 @@ _VERDICT_S = 5.0
 _CHECK_S = 0.25
 _BROKEN_S = 0.5
 
+# So often a worker is dialled again that could not be reached.
+_AGAIN_S = 1.0
+
 
 class Lending:
     """Owns the session, the leases and the channels of one executor.
@@ -62,6 +67,8 @@ class Lending:
         self._early: set[tuple[int, int]] = set()
         self._awaited: dict[int, float] = {}
         self._broken: dict[tuple[int, int], float] = {}
+        self._unreached: dict[tuple[int, int], float] = {}
+        self._whys: dict[tuple[int, int], str] = {}
         self._own = True
         self._closed = False
         self.memory_limit = 0
@@ -69,7 +76,7 @@ class Lending:
         self.why: RFaaSError | None = None
         self.session = Session.open(settings, on_event=self._events.put)
         try:
-            self.transport = choose_transport(settings.transport, self.session)
+            self.transport = choose_transport(settings.transport, self.session, strict=settings.sandbox == "strict")
         except BaseException:
             self.session.close()
             raise
@@ -106,6 +113,18 @@ class Lending:
         with self._lock:
             for lease in grant.leases:
                 self._leases[lease.id] = lease
+        failure = self._connect(grant)
+        if (isinstance(failure, TransportError) and not self._channels and self.transport == "verbs"
+                and self.session.settings.transport == "auto"):
+            log.warning("invocations travel over tcp, because verbs does not reach a worker: %s", failure)
+            self.transport = "tcp"
+            failure = self._connect(grant)
+        if failure is not None and not self._channels:
+            raise failure
+        self._look()
+
+    def _connect(self, grant: Grant) -> RFaaSError | None:
+        """Connects to all workers of a grant; why one of them was not reached."""
         dialled = []
         failure: RFaaSError | None = None
         for lease in grant.leases:
@@ -119,9 +138,7 @@ class Lending:
                 self._attach(lease, number, fds)
             except TransportError as error:
                 failure = error
-        if failure is not None and not self._channels:
-            raise failure
-        self._look()
+        return failure
 
     def _reach(self, lease: GrantLease, worker: int) -> tuple[int, int]:
         return self.session.reach(lease, worker, self.transport)
@@ -130,9 +147,11 @@ class Lending:
         control, data = fds
         settings = self.session.settings
         channel = self._invoker.attach(control, lease=lease.id, worker=worker, transport=self.transport, data_fd=data,
-                                       integrity=settings.integrity, device=settings.device)
+                                       integrity=settings.integrity, device=settings.device,
+                                       timeout_s=settings.start_timeout_s)
         with self._lock:
             self._homes[worker] = lease.id
+            self._unreached.pop((lease.id, worker), None)
             # It may have ended, and its end been told, before we had it.
             if (lease.id, worker) not in self._early:
                 self._channels[lease.id, worker] = channel
@@ -159,12 +178,19 @@ class Lending:
         """
         lease, worker = self._home(raw), raw.worker
         try:
-            return self.session.verdict(lease, worker, _VERDICT_S)
+            ended = self.session.verdict(lease, worker, _VERDICT_S)
+            if ended.reason == "link":
+                return msgspec.structs.replace(ended, message=self._broke(lease, worker))
+            return ended
         except TimeoutError:
-            return WorkerEnded(lease, worker, "infrastructure", "link",
-                               message=f"the connection to worker {worker} broke")
+            return WorkerEnded(lease, worker, "infrastructure", "link", message=self._broke(lease, worker))
         except (ServiceLost, ClosedError) as error:
             return WorkerEnded(lease, worker, "infrastructure", "service", message=str(error))
+
+    def _broke(self, lease: int, worker: int) -> str:
+        with self._lock:
+            why = self._whys.get((lease, worker), "")
+        return f"the connection to worker {worker} of lease {lease} broke" + (f": {why}" if why else "")
 
     def kill(self, raw: Any) -> bool:
         """Has the worker killed that runs this invocation; False if none does so now."""
@@ -207,8 +233,18 @@ class Lending:
             self._look()
         try:
             self._mend()
+            self._try_again(now)
         except (RFaaSError, TimeoutError) as error:
             log.debug("a worker was not replaced yet: %s", error)
+
+    def _try_again(self, now: float) -> None:
+        """Dials workers that could not be reached: a link that is down may come up again."""
+        with self._lock:
+            self._unreached = {key: at for key, at in self._unreached.items()
+                               if key[0] in self._leases and key not in self._early and not self._closed}
+            due = [(self._leases[lease], worker) for (lease, worker), at in self._unreached.items() if at <= now]
+        for lease, worker in due:
+            self._dial_new(lease, worker)
 
     def _mend(self) -> None:
         """Replaces workers whose connection ended without them: over a network that happens."""
@@ -223,8 +259,9 @@ class Lending:
             overdue = [key for key, since in self._broken.items() if now - since >= _BROKEN_S]
             for key in overdue:
                 self._broken[key] = now
+                self._whys[key] = self._channels[key].why
         for lease, worker in overdue:
-            log.warning("lease=%d worker=%d its connection ended, and it did not: it is replaced", lease, worker)
+            log.warning("lease=%d worker=%d is replaced: %s", lease, worker, self._broke(lease, worker))
             if self._own:
                 # It may still run what is run elsewhere now. Its successor is told as any other.
                 self.session.kill(lease, worker, "link")
@@ -282,18 +319,27 @@ class Lending:
             lease = self._leases.get(event.lease)
             if lease is None or self._closed:
                 return
+        self._dial_new(lease, event.worker)
+
+    def _dial_new(self, lease: GrantLease, worker: int) -> None:
+        """Connects to a worker that took another one's place, now or later."""
         try:
-            self._attach(lease, event.worker, self._reach(lease, event.worker))
+            self._attach(lease, worker, self._reach(lease, worker))
         except RFaaSError as error:
-            log.warning("lease=%d worker=%d can't be reached: %s", event.lease, event.worker, error)
+            with self._lock:
+                first = (lease.id, worker) not in self._unreached
+                self._unreached[lease.id, worker] = time.monotonic() + _AGAIN_S
+            log.log(logging.WARNING if first else logging.DEBUG, "lease=%d worker=%d can't be reached: %s",
+                    lease.id, worker, error)
             return
         with self._lock:
-            self._awaited.pop(event.lease, None)
+            self._awaited.pop(lease.id, None)
         self._look()
 
     def _bury(self, event: WorkerEnded) -> None:
         with self._lock:
             channel = self._channels.pop((event.lease, event.worker), None)
+            self._unreached.pop((event.lease, event.worker), None)
             if channel is None:
                 self._early.add((event.lease, event.worker))
             if event.reason == "released":
@@ -358,23 +404,26 @@ class Lending:
             self.alone = True
 
 
-def choose_transport(wanted: str, session: Session) -> str:
+def choose_transport(wanted: str, session: Session, *, strict: bool = False) -> str:
     """How invocations travel to the workers of a session, for a setting that may say "auto".
 
-    Raises ConfigError for a transport that can't be used.
+    `strict` is the sandbox that keeps workers from devices. Raises ConfigError for a transport that can't be used.
     """
     if not session.remote and wanted in ("auto", "shm"):
         return "shm"
     from rfaas_mpi import fabric
     here = fabric.transports()
     if wanted == "auto":
-        return "verbs" if "verbs" in here and "verbs" in session.transports else "tcp"
+        return "verbs" if "verbs" in here and "verbs" in session.transports and not strict else "tcp"
     if wanted == "shm":
         raise ConfigError(f"transport shm is for workers of this node, and {session.name} is another one's",
                           hint="leave the transport to auto, or choose tcp or verbs")
     if wanted == "tcp" and not (session.remote or session.listen):
         raise ConfigError("transport tcp needs a service that listens on TCP, and this node's does not",
                           hint="`rfaas up --listen 127.0.0.1:0` has it do so")
+    if wanted == "verbs" and strict:
+        raise ConfigError("a worker in the sandbox `strict` opens no device, and so has no verbs",
+                          hint="choose transport tcp, or RFAAS_SANDBOX=default")
     if wanted not in here:
         raise ConfigError(f"transport {wanted} can't be used on this node", hint="`rfaas doctor` says why")
     if session.remote and wanted not in session.transports:

@@ -277,6 +277,7 @@ class ListenRequest(RankRequest, frozen=True, tag="listen"):
     tcp: TcpOptions = TcpOptions()
     lend: str = "auto"               # what ranks of other nodes may be lent
     cores: tuple[int, ...] = ()
+    device: str = ""                 # for verbs, that their workers use
 
 
 class DownRequest(RankRequest, frozen=True, tag="down"):

@@ -458,7 +458,7 @@ class Service:
             sandbox.required(Settings.load(environment).sandbox, sandbox.probe())
             if session.where:
                 _check_places(join)
-            session.kind = ZygoteKind.of(join)
+            session.kind = ZygoteKind.of(join, self._for_others.device if session.where else None)
         if not join.observer and not session.where:
             # Where a rank of another node runs, and beside whom, says nothing about this one.
             session.slurm = node_cores.slurm_facts(environment)

@@ -639,7 +639,7 @@ class Session:
         """
         request = msg.ListenRequest(
             next(self._ids), tuple(addresses), os.fsencode(os.path.abspath(key_file)) if key_file else b"",
-            self.settings.tcp, self.settings.lend, self.settings.cores)
+            self.settings.tcp, self.settings.lend, self.settings.cores, self.settings.device)
         return self._ask(request, msg.Listening)
 
     def down(self, timeout_s: float = 10.0) -> None:

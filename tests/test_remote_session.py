@@ -1100,6 +1100,16 @@ def test_shared_memory_does_not_reach_another_node():
         choose_transport("shm", Facts(remote=True, transports=("shm", "tcp")))
 
 
+def test_a_strict_sandbox_that_keeps_workers_from_devices_keeps_them_from_verbs(monkeypatch):
+    monkeypatch.setattr("rfaas_mpi.fabric.transports", lambda: ("shm", "tcp", "verbs"))
+    there = Facts(remote=True, transports=("shm", "tcp", "verbs"))
+    assert choose_transport("auto", there) == "verbs"
+    assert choose_transport("auto", there, strict=True) == "tcp"
+    assert choose_transport("verbs", there) == "verbs"
+    with pytest.raises(ConfigError, match="opens no device.*RFAAS_SANDBOX"):
+        choose_transport("verbs", there, strict=True)
+
+
 def test_tcp_on_one_node_needs_a_listener():
     with pytest.raises(ConfigError, match="rfaas up --listen"):
         choose_transport("tcp", Facts(remote=False))

@@ -270,7 +270,7 @@ int rfm_verbs_open(const char *spec, struct verbs_device *dev)
 
     rfm_verbs_begin();
     if ((spec == NULL) || (spec[0] == 0)) {
-        spec = getenv("RFAAS_VERBS_DEVICE");
+        spec = getenv("RFAAS_DEVICE");
     }
     if (!read_wish(spec, &wish)) {
         return rfm_verbs_fail(RFM_ERR_INVALID,

@@ -35,7 +35,8 @@ struct verbs_device {
     struct ibv_device_attr limits;
 };
 
-/* spec: name[:port[:gid index]]; NULL or empty: the first port that is up. */
+/* spec: name[:port[:gid index]]; NULL or empty: what RFAAS_DEVICE says, else the
+ * first port that is up. */
 int  rfm_verbs_open(const char *spec, struct verbs_device *dev);
 void rfm_verbs_close(struct verbs_device *dev);
 int  rfm_verbs_describe(const char *spec, char *text, uint64_t bytes);

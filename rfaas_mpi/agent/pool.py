@@ -45,9 +45,14 @@ class ZygoteKind:
     environment: tuple[tuple[bytes, bytes], ...]
 
     @classmethod
-    def of(cls, join: msg.Join) -> ZygoteKind:
-        """The rank's interpreter, without what belongs to that rank alone."""
+    def of(cls, join: msg.Join, device: str | None = None) -> ZygoteKind:
+        """The rank's interpreter, without what belongs to that rank alone.
+
+        `device` is this node's for verbs where the rank is another node's, and means its own.
+        """
         given = {os.fsdecode(name): os.fsdecode(value) for name, value in join.environment}
+        if device is not None:
+            given[config.DEVICE_VARIABLE] = device
         environment = {**config.scrubbed(given), **dict.fromkeys(config.THREAD_VARIABLES, "1")}
         return cls(join.executable, join.flags, join.path, join.directory,
                    tuple(sorted((os.fsencode(name), os.fsencode(value)) for name, value in environment.items())))

@@ -30,7 +30,7 @@ STEPS = (
     ("arrays",),
     ("fabric", "placement", "leases", "slurm", "kernels", "session", "inline"),
     ("codec", "config", "messages", "policy", "native", "calling", "remote",
-     "sealing"),
+     "sealing", "munge"),
     ("errors", "types", "_version", "_include"),
 )
 STEP_OF = {name: step for step, names in enumerate(STEPS) for name in names}

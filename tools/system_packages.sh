@@ -36,6 +36,7 @@ if [ "$purpose" = tests ]; then
     program ibv_devices ibverbs-utils
     program rping rdmacm-utils
     program ib_write_lat perftest
+    program munged munge
     [ -e /usr/include/infiniband/verbs.h ] || need libibverbs-dev
     [ -e /usr/include/rdma/rdma_cma.h ] || need librdmacm-dev
     ls /usr/lib/*/libibverbs/librxe-*.so >/dev/null 2>&1 || need ibverbs-providers

@@ -16,23 +16,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from heapq import heapify, heappop, heappush
 from itertools import takewhile
 from typing import TypeAlias, TypeVar
 
 import msgspec
 
+from rfaas_mpi.leases.nodes import Node, Nodes, Picker
 from rfaas_mpi.leases.types import (
     Action,
     Activated,
+    Admit,
+    AgentStarted,
+    Answered,
     Cause,
+    Changes,
     Demand,
     Event,
     Grant,
     GrantedWorker,
+    Kept,
     Lease,
     LeaseState,
+    LiveLease,
+    NodeDrained,
     NodeLost,
     NodeReport,
+    NodeSilent,
+    NodeUndrained,
     NodeView,
     Notify,
     Refuse,
@@ -41,16 +52,12 @@ from rfaas_mpi.leases.types import (
     SessionEnded,
     StopWorkers,
     Store,
+    Superseded,
     Tick,
     WorkersStopped,
 )
 
 __all__ = ["LeaseBook", "Picker"]
-
-Picker: TypeAlias = Callable[
-    [Sequence[int], int, int, int, Mapping[int, int]], list[tuple[int, ...]]]
-"""Placement policy: (spare, workers_min, workers_max, cores_per_worker, numa) →
-the cores of each worker; `placement.pick_cores` is one."""
 
 _END_OF = {
     Cause.RELEASED: LeaseState.RELEASED,
@@ -62,6 +69,12 @@ _END_OF = {
 
 # Causes that the session doesn't know of already.
 _NEWS = (Cause.REVOKED, Cause.EXPIRED, Cause.NODE_LOST)
+
+BEGIN_WITHIN_S = 20.0
+"""How long an agent may still begin a lease, where the book says nothing else."""
+
+HIGHEST_EPOCH = 1 << 62
+"""What an agent may claim at most: so many more can follow it in 63 bits."""
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -103,37 +116,16 @@ class _Entry:
                 return None
 
 
-class _Node:
-    """A node's last report, and what the book has lent there."""
+class _Changed:
+    """What has changed since the shell last asked."""
 
-    __slots__ = ("foreign", "held", "memory_held", "report")
+    __slots__ = ("answers", "closed", "drained", "leases")
 
-    def __init__(self, report: NodeReport) -> None:
-        self.report = report
-        self.held: dict[int, int] = {}          # core → lease id
-        self.memory_held = 0
-        self.foreign: frozenset[int] = frozenset()  # busy, but for no live lease
-
-    @property
-    def free(self) -> tuple[int, ...]:
-        return tuple(core for core in self.report.spare
-                     if core not in self.held and core not in self.foreign)
-
-    @property
-    def memory_free(self) -> int:
-        # A report may promise less than is lent: what is lent stays lent.
-        return max(0, self.report.memory_bytes - self.memory_held)
-
-    def serves(self, demand: Demand, now: float) -> bool:
-        report = self.report
-        return ((report.lends_to_uid is None or report.lends_to_uid == demand.uid)
-                and (report.hard_end is None or report.hard_end > now))
-
-    def pick(self, demand: Demand, most: int, pick: Picker) -> list[tuple[int, ...]]:
-        """Cores for at most `most` of the demand's workers."""
-        if demand.memory_per_worker > 0:
-            most = min(most, self.memory_free // demand.memory_per_worker)
-        return pick(self.free, 0, most, demand.cores_per_worker, self.report.numa)
+    def __init__(self) -> None:
+        self.leases: dict[int, Lease] = {}
+        self.answers: list[Answered] = []
+        self.closed: list[int] = []
+        self.drained: dict[str, bool] = {}
 
 
 class LeaseBook:
@@ -152,44 +144,53 @@ class LeaseBook:
     * call `handle(Tick(), now)` at `next_deadline()`, and now and then anyway:
       leases and answers that ended `remember_s` ago are forgotten there.
 
+    Where the leases must outlive the book (`durable`): before doing any action,
+    write down `changes()`, in order, in a way that is there whole or not at all.
+    A new book then begins with `restore(kept)`, before its first event.
+
     Every event may come twice: the second one changes nothing and, for a demand,
     gives the same answer. Events about leases, workers or nodes that the book
-    doesn't know (any more) are ignored, since they race with each other.
+    doesn't know (any more) are ignored, since they race with each other. Reports
+    with an incarnation may also come late, in any order, or never.
 
     `activate_within_s` expires a grant whose `Activated` doesn't come; None
-    leaves that to the end of the session.
+    leaves that to the end of the session. An agent that has an incarnation and a
+    clock doesn't begin a lease later than this, or `BEGIN_WITHIN_S`, and its
+    reports say what became of it.
     """
 
     def __init__(self, pick: Picker, *, epoch: int = 0,
                  activate_within_s: float | None = None,
-                 remember_s: float = 3600.0) -> None:
+                 remember_s: float = 3600.0, durable: bool = False) -> None:
         self._pick = pick
         self._epoch = epoch
         self._activate_within_s = activate_within_s
         self._remember_s = remember_s
-        self._nodes: dict[str, _Node] = {}
+        self._nodes = Nodes()
         self._live: dict[int, _Entry] = {}
         self._by_session: dict[int, dict[int, None]] = {}   # an ordered set of ids
         self._answers: dict[_Key, _Answer] = {}
+        # When leases expire, soonest first; what is no longer true is skipped.
+        self._deadlines: list[tuple[float, int]] = []
         # What ended and when, oldest first: to be forgotten from the front.
         self._ended: dict[int, tuple[Lease, float]] = {}
         self._settled: dict[_Key, float] = {}
         self._closed_sessions: dict[int, float] = {}
-
-    # --- looking in ---------------------------------------------------------
+        self._admitted: dict[str, tuple[str, int]] = {}     # node → its newest agent
+        self._changed: _Changed | None = _Changed() if durable else None
 
     @property
     def epoch(self) -> int:
-        """The highest epoch given out."""
+        """The highest epoch that was ever given out."""
         return self._epoch
 
     @property
-    def leases(self) -> Sequence[Lease]:
-        """All live leases (GRANTED, ACTIVE, REVOKING), oldest first."""
+    def leases(self) -> list[Lease]:
+        """Every live lease, oldest first."""
         return [entry.lease for entry in self._live.values()]
 
     def lease(self, lease_id: int) -> Lease | None:
-        """The lease as it stands, ended ones too until they are forgotten."""
+        """A lease that lives or ended not long ago, else None."""
         if (entry := self._live.get(lease_id)) is not None:
             return entry.lease
         if (ended := self._ended.get(lease_id)) is not None:
@@ -197,28 +198,86 @@ class LeaseBook:
         return None
 
     def remembers(self, session: int, request_id: int) -> bool:
-        """True while the same demand would get the same answer."""
+        """True if that demand would be answered from memory."""
         return (session, request_id) in self._answers
 
-    def session_leases(self, session: int) -> Sequence[Lease]:
-        """The live leases of one session, oldest first."""
+    def session_leases(self, session: int) -> list[Lease]:
+        """The session's live leases, oldest first."""
         return [self._live[lease_id].lease
                 for lease_id in self._by_session.get(session, ())]
 
     @property
     def nodes(self) -> Sequence[NodeView]:
         """Every node that has reported, by name: spare, lent and free cores."""
-        return [
-            NodeView(node=name, spare=node.report.spare,
-                     lent=tuple(sorted(node.held)), free=node.free,
-                     memory_bytes=node.report.memory_bytes,
-                     memory_free=node.memory_free)
-            for name, node in sorted(self._nodes.items())]
+        return self._nodes.views
+
+    @property
+    def unheard(self) -> list[str]:
+        """Nodes with leases of which nothing was heard since the book began."""
+        return sorted(node.name for node in self._nodes if node.held and node.report is None)
 
     def next_deadline(self) -> float | None:
         """When the next live lease expires; None: nothing to wait for."""
-        ends = (entry.deadline for entry in self._live.values())
-        return min((end for end in ends if end is not None), default=None)
+        deadlines = self._deadlines
+        while deadlines:
+            when, lease_id = deadlines[0]
+            entry = self._live.get(lease_id)
+            if entry is not None and entry.deadline == when:
+                return when
+            heappop(deadlines)
+        return None
+
+    # --- what outlives the book ---------------------------------------------
+
+    def changes(self) -> Changes:
+        """What changed since the last call; a lease that changed twice is there once."""
+        changed = self._changed
+        if changed is None:
+            raise ValueError("only a durable book keeps its changes: LeaseBook(durable=True)")
+        self._changed = _Changed()
+        return Changes(
+            epoch=self._epoch,
+            leases=tuple(changed.leases.values()), answers=tuple(changed.answers),
+            closed=tuple(changed.closed), drained=changed.drained)
+
+    def restore(self, kept: Kept, now: float) -> None:
+        """Begin with what an earlier book's changes add up to.
+
+        Every lease lives on; its node's first report says what became of it.
+        ValueError where a core is in two live leases: the records are damaged.
+        """
+        for lease in kept.leases:
+            node = self._nodes.known(lease.node)
+            if lease.incarnation > node.incarnation:
+                node.incarnation, node.clock_ns, node.fence_ns = lease.incarnation, 0, 0
+            if lease.incarnation == node.incarnation:
+                node.clock_ns = max(node.clock_ns, lease.seen_ns)
+            if not lease.state.live:
+                self._ended[lease.id] = (lease, now)
+                if lease.state is LeaseState.LOST:
+                    self._fence(node, lease)
+                continue
+            for core in lease.cores:
+                if (other := node.held.setdefault(core, lease.id)) != lease.id:
+                    raise ValueError(f"core {core} of node {lease.node} is in both lease "
+                                     f"{other} and lease {lease.id}")
+            node.memory_held += lease.memory_bytes
+            entry = self._live[lease.id] = _Entry(lease, None)
+            entry.stops = dict.fromkeys(lease.stopping, now if lease.stop_by is None else lease.stop_by)
+            self._expect(entry)
+            self._by_session.setdefault(lease.session, {})[lease.id] = None
+        for name in kept.drained:
+            self._nodes.known(name).drained = True
+        for answered in kept.answers:
+            demand, grant = answered.demand, answered.grant
+            key = (demand.session, demand.request_id)
+            answer = self._answers[key] = _Answer(demand, grant)
+            answer.live = sum(lease.id in self._live for lease in grant.leases)
+            if answer.live == 0:
+                self._settled[key] = now
+        self._closed_sessions.update(dict.fromkeys(kept.closed, now))
+        highest = max((max(lease.id, lease.epoch) for lease in kept.leases), default=0)
+        self._epoch = max(self._epoch, highest)
 
     # --- events -------------------------------------------------------------
 
@@ -246,8 +305,16 @@ class LeaseBook:
                 return self._session_ended(session, now)
             case WorkersStopped(lease_id, workers):
                 return self._stopped(lease_id, workers, now)
+            case AgentStarted(node, agent):
+                return self._agent_started(node, agent)
+            case NodeSilent(node):
+                return self._node_silent(node)
             case NodeLost(node):
                 return self._node_lost(node, now)
+            case NodeDrained(node, grace_s):
+                return self._node_drained(node, grace_s, now)
+            case NodeUndrained(node):
+                return self._node_undrained(node)
             case Tick():
                 return self._tick(now)
             case _:
@@ -257,7 +324,7 @@ class LeaseBook:
         _check_demand(demand)
         key = (demand.session, demand.request_id)
         if (answer := self._answers.get(key)) is not None:
-            if answer.demand == demand:
+            if _same(answer.demand, demand):
                 return [answer.action]
             return [_refusal(
                 demand, f"request {demand.request_id} of session {demand.session} "
@@ -266,11 +333,12 @@ class LeaseBook:
             return [_refusal(demand, f"session {demand.session} has ended; "
                              "open a new one")]
 
-        nodes = [(name, node) for name, node in sorted(self._nodes.items())
-                 if node.serves(demand, now)]
-        chosen = self._choose(demand, nodes)
+        chosen = self._nodes.choose(demand, now, self._pick)
         count = sum(len(workers) for _, workers in chosen)
-        reason = _shortfall(demand, count, [node for _, node in nodes])
+        if count < demand.workers_min and demand.waits:
+            return []
+        reason = "" if count >= demand.workers_max else _shortfall(
+            demand, count, self._nodes.for_user(demand.uid, now))
 
         action: Grant | Refuse
         actions: list[Action] = []
@@ -278,61 +346,50 @@ class LeaseBook:
             action = Refuse(session=demand.session, request_id=demand.request_id,
                             reason=reason, asked=demand.workers_min, available=count)
         else:
-            leases = tuple(self._grant(demand, name, workers, now)
-                           for name, workers in chosen)
-            if leases:
-                actions.append(Store(self._epoch))
+            leases = tuple(self._grant(demand, node, workers, now)
+                           for node, workers in chosen)
             action = Grant(session=demand.session, request_id=demand.request_id,
                            leases=leases, reason=reason)
+            if leases:
+                actions.append(Store(self._epoch))
+                if self._changed is not None:
+                    self._changed.answers.append(Answered(demand=demand, grant=action))
         self._answers[key] = answer = _Answer(demand, action)
         if answer.live == 0:
             self._settled[key] = now
         return [*actions, action]
 
-    def _choose(self, demand: Demand, nodes: list[tuple[str, _Node]],
-                ) -> list[tuple[str, list[tuple[int, ...]]]]:
-        """As few nodes as possible; if one is enough, the one with least left."""
-        options = [(name, node, node.pick(demand, demand.workers_max, self._pick))
-                   for name, node in nodes]
-        enough = [option for option in options
-                  if 0 < demand.workers_max <= len(option[2])]
-        if enough:
-            name, _, workers = min(enough, key=lambda o: (len(o[1].free), o[0]))
-            return [(name, workers)]
-
-        chosen = []
-        left = demand.workers_max
-        for name, node, workers in sorted(options, key=lambda o: (-len(o[2]), o[0])):
-            if len(workers) > left:
-                workers = node.pick(demand, left, self._pick)
-            if workers:
-                chosen.append((name, workers))
-                left -= len(workers)
-        return chosen
-
-    def _grant(self, demand: Demand, name: str, workers: list[tuple[int, ...]],
+    def _grant(self, demand: Demand, node: Node, workers: list[tuple[int, ...]],
                now: float) -> Lease:
-        node = self._nodes[name]
+        report = node.report
+        assert report is not None
         ends = [end for end in (
-            node.report.hard_end,
+            report.hard_end,
             None if demand.duration_s is None else now + demand.duration_s,
         ) if end is not None]
+        told_apart = report.incarnation > 0 and report.live is not None
+        within_s = self._activate_within_s
         self._epoch += 1
         lease = Lease(
             # One stored counter for both: ids stay unique over restarts.
             id=self._epoch, epoch=self._epoch,
-            node=name, session=demand.session, uid=demand.uid,
+            node=node.name, session=demand.session, uid=demand.uid,
             request_id=demand.request_id,
-            workers=tuple(GrantedWorker(number, cores)
-                          for number, cores in enumerate(workers)),
-            memory_per_worker=demand.memory_per_worker,
-            hard_end=min(ends, default=None))
-        self._live[lease.id] = _Entry(
-            lease, None if self._activate_within_s is None
-            else now + self._activate_within_s)
+            workers=tuple([GrantedWorker(number, cores)
+                           for number, cores in enumerate(workers)]),
+            memory_per_worker=node.share(demand, len(workers)),
+            hard_end=min(ends, default=None),
+            incarnation=report.incarnation,
+            not_after_ns=node.not_after_ns(now, within_s or BEGIN_WITHIN_S) if told_apart else 0)
+        # Else the agent's clock decides, and its reports tell.
+        entry = self._live[lease.id] = _Entry(
+            lease, None if within_s is None or told_apart else now + within_s)
+        self._expect(entry)
         self._by_session.setdefault(demand.session, {})[lease.id] = None
         node.held.update(dict.fromkeys(lease.cores, lease.id))
         node.memory_held += lease.memory_bytes
+        self._nodes.changed(node)
+        self._note(lease)
         return lease
 
     def _activated(self, lease_id: int) -> list[Action]:
@@ -341,63 +398,184 @@ class LeaseBook:
             self._change(entry, state=LeaseState.ACTIVE)
         return []
 
+    def _agent_started(self, name: str, agent: str) -> list[Action]:
+        known = self._admitted.get(name)
+        if known is not None and known[0] == agent:
+            return [Admit(node=name, agent=agent, incarnation=known[1])]
+        # From the stored counter: above every incarnation of earlier books.
+        self._epoch += 1
+        self._admitted[name] = (agent, self._epoch)
+        return [Store(self._epoch), Admit(node=name, agent=agent, incarnation=self._epoch)]
+
     def _report(self, report: NodeReport, now: float) -> list[Action]:
         _check_report(report)
-        node = self._nodes.get(report.node)
-        if node is None:
-            node = self._nodes[report.node] = _Node(report)
-        node.report = report
-        node.foreign = frozenset(core for core, lease_id in report.busy.items()
-                                 if node.held.get(core) != lease_id)
-
+        node = self._nodes.known(report.node)
+        if not node.is_news(report):
+            if report.incarnation < node.incarnation:
+                return [Superseded(node=report.node, incarnation=report.incarnation)]
+            return []
         actions: list[Action] = []
-        spare = set(report.spare)
-        wanted_back: dict[int, list[int]] = {}
-        for lease_id in dict.fromkeys(node.held.values()):
-            for worker in self._live[lease_id].lease.workers:
-                if not spare.issuperset(worker.cores):
-                    wanted_back.setdefault(lease_id, []).append(worker.number)
-        for lease_id, workers in wanted_back.items():
-            actions += self._stop(lease_id, workers, Cause.REVOKED,
-                                  report.grace_s, now)
+        live = {lease.lease_id: lease for lease in report.live or ()}
+        highest = max([report.incarnation,
+                       *(max(lease.lease_id, lease.epoch) for lease in live.values())])
+        if highest > self._epoch and report.lends_to_uid is None:
+            # This book's store was lost, or is an old one: never give these out
+            # again. (A user's own agent may say what it likes.)
+            self._epoch = highest
+            actions.append(Store(highest))
+        if report.incarnation > node.incarnation or report.clock_ns > node.fence_ns:
+            node.fence_ns = 0
+        node.report, node.received, node.silent = report, now, False
+        node.incarnation, node.clock_ns = report.incarnation, report.clock_ns
+
+        if report.live is not None:
+            for lease_id in dict.fromkeys(node.held.values()):
+                actions += self._reconcile(self._live[lease_id], report, live.get(lease_id), now)
+        busy = dict(report.busy)
+        for begun in live.values():
+            busy.update((core, begun.lease_id) for worker in begun.workers for core in worker.cores)
+        node.foreign = frozenset([core for core, lease_id in busy.items()
+                                  if node.held.get(core) != lease_id])
+        self._nodes.changed(node)
+
+        actions += self._take_back(node, report, now)
         # Leases that ended here without their agent hearing of it (it had been
         # declared dead). Those of an earlier book are left to their hard end.
-        for lease_id in dict.fromkeys(report.busy.values()):
+        for lease_id in dict.fromkeys(busy.values()):
             if (ended := self._ended.get(lease_id)) is not None:
                 actions.append(StopWorkers(
                     node=report.node, lease_id=lease_id, workers=(),
                     cause=ended[0].cause or Cause.RELEASED))
         return actions
 
+    def _take_back(self, node: Node, report: NodeReport, now: float) -> list[Action]:
+        """Revokes the workers whose cores aren't lent any more."""
+        actions: list[Action] = []
+        wanted_back: dict[int, list[int]] = {}
+        spare = set(report.spare)
+        for core in node.held.keys() - spare:
+            lease_id = node.held[core]
+            if lease_id in wanted_back:
+                continue
+            wanted_back[lease_id] = [worker.number for worker in self._live[lease_id].lease.workers
+                                     if not spare.issuperset(worker.cores)]
+        for lease_id, workers in sorted(wanted_back.items()):
+            actions += self._stop(lease_id, workers, Cause.REVOKED, report.grace_s, now)
+        return actions
+
+    def _reconcile(self, entry: _Entry, report: NodeReport, begun: LiveLease | None,
+                   now: float) -> list[Action]:
+        """What a report says about a lease: it has begun, some of it has ended, or all."""
+        lease = entry.lease
+        if begun is not None and begun.epoch == lease.epoch:
+            if not lease.seen_ns:
+                self._change(entry, seen_ns=report.clock_ns)
+            if lease.state is LeaseState.GRANTED:
+                self._change(entry, state=LeaseState.ACTIVE)
+                self._expect(entry)
+            there = {worker.number for worker in begun.workers}
+            if gone := [worker.number for worker in lease.workers if worker.number not in there]:
+                self._stopped(lease.id, gone, now)
+            # What told it to stop may have been lost.
+            return [StopWorkers(
+                node=lease.node, lease_id=lease.id, workers=(number,),
+                cause=entry.lease.cause or Cause.REVOKED, grace_s=max(0.0, until - now))
+                for number, until in entry.stops.items() if number in there]
+        if lease.incarnation != report.incarnation:
+            cause = Cause.NODE_LOST             # its agent is gone, and it with it
+        elif lease.seen_ns:
+            cause = Cause.RELEASED              # it was there and isn't any more
+        elif 0 < lease.not_after_ns < report.clock_ns:
+            cause = Cause.EXPIRED               # it never began and can't any more
+        else:
+            return []
+        actions: list[Action] = []
+        if lease.cause is None and cause in _NEWS:
+            actions.append(Notify(
+                session=lease.session, lease_id=lease.id,
+                workers=tuple(worker.number for worker in lease.workers), cause=cause))
+        self._end(entry, lease.cause or cause, now)
+        return actions
+
     def _session_ended(self, session: int, now: float) -> list[Action]:
         actions: list[Action] = []
         for lease_id in list(self._by_session.get(session, ())):
             actions += self._stop(lease_id, (), Cause.SESSION_ENDED, 0.0, now)
-        self._closed_sessions.setdefault(session, now)
+        if session not in self._closed_sessions:
+            self._closed_sessions[session] = now
+            if self._changed is not None:
+                self._changed.closed.append(session)
         return actions
 
+    def _node_silent(self, name: str) -> list[Action]:
+        node = self._nodes.get(name)
+        if node is not None and not node.silent:
+            node.silent = True
+            self._nodes.changed(node)
+        return []
+
     def _node_lost(self, name: str, now: float) -> list[Action]:
-        node = self._nodes.pop(name, None)
+        node = self._nodes.get(name)
         if node is None:
             return []
         actions: list[Action] = []
+        # Nothing is free here before it reports again.
+        node.report = None
         for lease_id in dict.fromkeys(node.held.values()):
             entry = self._live[lease_id]
             actions.append(Notify(
                 session=entry.lease.session, lease_id=lease_id,
                 workers=tuple(worker.number for worker in entry.lease.workers),
                 cause=Cause.NODE_LOST))
+            self._fence(node, entry.lease)
             self._end(entry, Cause.NODE_LOST, now)
+        self._nodes.changed(node)
         return actions
 
-    def _tick(self, now: float) -> list[Action]:
-        due = [lease_id for lease_id, entry in self._live.items()
-               if entry.deadline is not None and entry.deadline <= now]
+    def _fence(self, node: Node, lease: Lease) -> None:
+        """The grant may be on its way to the agent still: wait until it would refuse it."""
+        if lease.incarnation == node.incarnation and not lease.seen_ns:
+            node.fence_ns = max(node.fence_ns, lease.not_after_ns)
+
+    def _node_drained(self, name: str, grace_s: float, now: float) -> list[Action]:
+        node = self._nodes.known(name)
         actions: list[Action] = []
-        for lease_id in due:
+        self._set_drained(node, True)
+        for lease_id in list(dict.fromkeys(node.held.values())):
+            actions += self._stop(lease_id, (), Cause.REVOKED, grace_s, now)
+        return actions
+
+    def _node_undrained(self, name: str) -> list[Action]:
+        node = self._nodes.get(name)
+        if node is not None:
+            self._set_drained(node, False)
+        return []
+
+    def _set_drained(self, node: Node, drained: bool) -> None:
+        if node.drained != drained:
+            node.drained = drained
+            self._nodes.changed(node)
+            if self._changed is not None:
+                self._changed.drained[node.name] = drained
+
+    def _tick(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        while (due := self.next_deadline()) is not None and due <= now:
+            _, lease_id = heappop(self._deadlines)
             actions += self._stop(lease_id, (), Cause.EXPIRED, 0.0, now)
         self._forget(now - self._remember_s)
         return actions
+
+    def _expect(self, entry: _Entry) -> None:
+        """Puts the lease's deadline among the others."""
+        if (deadline := entry.deadline) is None:
+            return
+        heappush(self._deadlines, (deadline, entry.lease.id))
+        if len(self._deadlines) > 2 * len(self._live) + 64:
+            # Most of them are of leases that ended early.
+            self._deadlines = [(when, entry.lease.id) for entry in self._live.values()
+                               if (when := entry.deadline) is not None]
+            heapify(self._deadlines)
 
     # --- ending -------------------------------------------------------------
 
@@ -444,13 +622,14 @@ class LeaseBook:
             self._end(entry, lease.cause or Cause.RELEASED, now)
             return []
 
-        node = self._nodes[lease.node]
+        node = self._nodes.known(lease.node)
         for worker in lease.workers:
             if worker.number in gone:
                 entry.stops.pop(worker.number, None)
                 node.memory_held -= lease.memory_per_worker
                 for core in worker.cores:
                     del node.held[core]
+        self._nodes.changed(node)
         self._change(entry, workers=left)
         # Nothing else stops some workers of a lease and not the others.
         self._restate(entry, Cause.REVOKED)
@@ -463,27 +642,31 @@ class LeaseBook:
         """
         stopping = tuple(worker.number for worker in entry.lease.workers
                          if worker.number in entry.stops)
-        self._change(entry, stopping=stopping)
+        self._change(entry, stopping=stopping, stop_by=max(entry.stops.values(), default=None))
         if len(stopping) == len(entry.lease.workers) and entry.lease.cause is None:
             self._change(entry, state=LeaseState.REVOKING, cause=cause)
 
     def _end(self, entry: _Entry, cause: Cause, now: float) -> None:
         """Free what the lease holds and put it among the ended ones."""
         lease = entry.lease
-        node = self._nodes.get(lease.node)
-        if node is not None:
-            node.memory_held -= lease.memory_bytes
-            for core in lease.cores:
-                del node.held[core]
+        node = self._nodes.known(lease.node)
+        node.memory_held -= lease.memory_bytes
+        for core in lease.cores:
+            del node.held[core]
+        self._nodes.changed(node)
         del self._live[lease.id]
         of_session = self._by_session[lease.session]
         del of_session[lease.id]
         if not of_session:
             del self._by_session[lease.session]
-        self._ended[lease.id] = (msgspec.structs.replace(
-            lease, state=_END_OF[cause], cause=cause, workers=(), stopping=()), now)
+        ended = msgspec.structs.replace(lease, state=_END_OF[cause], cause=cause, workers=(),
+                                        stopping=(), stop_by=None)
+        self._ended[lease.id] = (ended, now)
+        self._note(ended)
         key = (lease.session, lease.request_id)
-        answer = self._answers[key]
+        answer = self._answers.get(key)
+        if answer is None:
+            return                    # restored without the answer that it belongs to
         answer.live -= 1
         if answer.live == 0:
             self._settled[key] = now
@@ -501,6 +684,11 @@ class LeaseBook:
 
     def _change(self, entry: _Entry, **fields: object) -> None:
         entry.lease = msgspec.structs.replace(entry.lease, **fields)
+        self._note(entry.lease)
+
+    def _note(self, lease: Lease) -> None:
+        if self._changed is not None:
+            self._changed.leases[lease.id] = lease
 
 
 def _older(items: Iterable[tuple[_K, _V]], when: Callable[[_V], float],
@@ -508,6 +696,11 @@ def _older(items: Iterable[tuple[_K, _V]], when: Callable[[_V], float],
     """The keys at the front of `items` (oldest first) from before that time."""
     return [key for key, value in
             takewhile(lambda item: when(item[1]) < before, items)]
+
+
+def _same(one: Demand, other: Demand) -> bool:
+    return one == other or (one.waits != other.waits
+                            and msgspec.structs.replace(one, waits=other.waits) == other)
 
 
 def _check_demand(demand: Demand) -> None:
@@ -518,7 +711,7 @@ def _check_demand(demand: Demand) -> None:
     if demand.cores_per_worker < 1:
         raise ValueError(f"cores_per_worker is {demand.cores_per_worker}; "
                          "a worker needs at least one core")
-    if demand.memory_per_worker < 0:
+    if demand.memory_per_worker is not None and demand.memory_per_worker < 0:
         raise ValueError(f"memory_per_worker is {demand.memory_per_worker}; "
                          "it can't be negative")
     if demand.duration_s is not None and not demand.duration_s > 0:
@@ -529,9 +722,26 @@ def _check_report(report: NodeReport) -> None:
     if len(set(report.spare)) != len(report.spare):
         raise ValueError(f"node {report.node} reports a spare core twice: "
                          f"{list(report.spare)}")
+    if min(report.spare, default=0) < 0:
+        raise ValueError(f"node {report.node} reports core {min(report.spare)}; "
+                         "cores count from 0")
     if report.memory_bytes < 0:
         raise ValueError(f"node {report.node} reports {report.memory_bytes} bytes "
                          "of memory; it can't be negative")
+    if not 0 <= report.incarnation < HIGHEST_EPOCH:
+        raise ValueError(f"node {report.node} reports incarnation {report.incarnation}; "
+                         f"it is below {HIGHEST_EPOCH}")
+    if report.live is not None:
+        if report.incarnation < 1 or report.clock_ns < 1:
+            raise ValueError(f"node {report.node} reports leases without an incarnation "
+                             "and a clock")
+        cores = [core for lease in report.live for worker in lease.workers for core in worker.cores]
+        if len(set(cores)) != len(cores):
+            raise ValueError(f"node {report.node} reports a core in two workers: {sorted(cores)}")
+        for lease in report.live:
+            if not 0 < max(lease.lease_id, lease.epoch) < HIGHEST_EPOCH:
+                raise ValueError(f"node {report.node} reports lease {lease.lease_id} with epoch "
+                                 f"{lease.epoch}; both are below {HIGHEST_EPOCH}")
 
 
 def _refusal(demand: Demand, reason: str) -> Refuse:
@@ -539,25 +749,23 @@ def _refusal(demand: Demand, reason: str) -> Refuse:
                   reason=reason, asked=demand.workers_min, available=0)
 
 
-def _shortfall(demand: Demand, count: int, nodes: list[_Node]) -> str:
-    """One line that says why `count` workers and not all; empty if it is all."""
-    if count >= demand.workers_max:
-        return ""
+def _shortfall(demand: Demand, count: int, nodes: list[Node]) -> str:
+    """One line that says why `count` workers and not all."""
     asked = (demand.workers_min if count < demand.workers_min
              else demand.workers_max)
     size = _count(demand.cores_per_worker, "core")
-    if demand.memory_per_worker > 0:
+    if demand.memory_per_worker:
         size += f" and {_gib(demand.memory_per_worker)}"
     each = "each " if asked != 1 else ""
     text = (f"asked for {_count(asked, 'worker')} with {each}{size}, "
             f"{count} available")
     if not nodes:
         return f"{text}: no node lends cores now"
-    spare = sum(len(node.report.spare) for node in nodes)
+    spare = sum(len(node.report.spare) for node in nodes if node.report)
     free = sum(len(node.free) for node in nodes)
     text += f": {free} of {_count(spare, 'spare core')} free"
-    if demand.memory_per_worker > 0:
-        total = sum(node.report.memory_bytes for node in nodes)
+    if demand.memory_per_worker:
+        total = sum(node.report.memory_bytes for node in nodes if node.report)
         left = sum(node.memory_free for node in nodes)
         text += f", {_gib(left)} of {_gib(total)} memory free"
     return text

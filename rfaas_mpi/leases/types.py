@@ -7,16 +7,18 @@ Times are seconds on the caller's monotonic clock.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import TypeAlias
 
 import msgspec
 
 __all__ = [
-    "Action", "Activated", "Cause", "Demand", "Event", "Grant", "GrantedWorker",
-    "Lease", "LeaseState", "NodeLost", "NodeReport", "NodeView", "Notify", "Refuse",
-    "Release", "Revoke", "SessionEnded", "StopWorkers", "Store", "Tick",
-    "WorkersStopped",
+    "Action", "Activated", "Admit", "AgentStarted", "Answered", "Cause", "Changes",
+    "Demand", "Event", "Grant", "GrantedWorker", "Kept", "Lease", "LeaseState",
+    "LiveLease", "NodeDrained", "NodeLost", "NodeReport", "NodeSilent", "NodeUndrained",
+    "NodeView", "Notify", "Refuse", "Release", "Revoke", "SessionEnded", "StopWorkers",
+    "Store", "Superseded", "Tick", "WorkersStopped",
 ]
 
 
@@ -49,19 +51,24 @@ class Cause(StrEnum):
 
 # --- facts ------------------------------------------------------------------
 
-class GrantedWorker(msgspec.Struct, frozen=True):
+class GrantedWorker(msgspec.Struct, frozen=True, gc=False):
     """One worker of a lease: its number (0, 1, … in the lease) and its cores."""
 
     number: int
     cores: tuple[int, ...]
 
 
-class Lease(msgspec.Struct, frozen=True):
+class Lease(msgspec.Struct, frozen=True, gc=False):
     """What was granted on one node, as it stands now.
 
     `id` is never used again, not even by a later book that starts from the
     stored epoch. `workers` are those that still hold cores; `stopping` are the
     numbers of those among them that were told to stop.
+
+    `incarnation` is the agent that the grant is for, 0 where agents aren't told
+    apart. The other two times are on that agent's clock: it must not begin the
+    lease after `not_after_ns`, and first reported it as begun at `seen_ns` (0: it
+    has not, as far as the book knows).
     """
 
     id: int
@@ -75,7 +82,11 @@ class Lease(msgspec.Struct, frozen=True):
     hard_end: float | None = None
     state: LeaseState = LeaseState.GRANTED
     stopping: tuple[int, ...] = ()
+    stop_by: float | None = None     # when the last of those has to be gone
     cause: Cause | None = None
+    incarnation: int = 0
+    not_after_ns: int = 0
+    seen_ns: int = 0
 
     @property
     def cores(self) -> tuple[int, ...]:
@@ -97,15 +108,32 @@ class NodeView(msgspec.Struct, frozen=True):
     free: tuple[int, ...]          # would be granted now, in this order
     memory_bytes: int              # lendable, as last reported
     memory_free: int
+    silent: bool = False           # nothing is granted there until it reports
+    drained: bool = False          # nor there, until it is undrained
+
+
+class LiveLease(msgspec.Struct, frozen=True, gc=False):
+    """A lease that an agent has begun: the workers whose cores are not free yet.
+
+    All of its workers from the moment in which the agent accepts the grant, and
+    each until nothing of it can run any more.
+    """
+
+    lease_id: int
+    epoch: int
+    workers: tuple[GrantedWorker, ...]
 
 
 # --- events -----------------------------------------------------------------
 
-class Demand(msgspec.Struct, frozen=True, tag=True):
+class Demand(msgspec.Struct, frozen=True, tag=True, gc=False):
     """A session asks for workers; answered by exactly one Grant or Refuse.
 
     `(session, request_id)` names the demand: the same one again gets the same
     answer. `duration_s` bounds the leases' life, None leaves it to the node.
+    `memory_per_worker` None is a fair share of what the node lends, by cores.
+    With `waits` a demand that can't be met has no answer yet (and none is kept):
+    hand it in again when something may have become free.
     """
 
     session: int
@@ -114,8 +142,19 @@ class Demand(msgspec.Struct, frozen=True, tag=True):
     workers_min: int
     workers_max: int
     cores_per_worker: int = 1
-    memory_per_worker: int = 0
+    memory_per_worker: int | None = 0
     duration_s: float | None = None
+    waits: bool = False
+
+
+class AgentStarted(msgspec.Struct, frozen=True, tag=True):
+    """An agent begins; answered by Admit. `agent` is a name that no other has had.
+
+    Changes nothing about the node: only the new agent's first report does.
+    """
+
+    node: str
+    agent: str
 
 
 class NodeReport(msgspec.Struct, frozen=True, tag=True):
@@ -127,6 +166,12 @@ class NodeReport(msgspec.Struct, frozen=True, tag=True):
     a later report leaves it out, and if the book ended that lease itself, it
     says again that its workers must stop. `hard_end` is the end of the node's
     idle window, for leases granted from now on.
+
+    Where reports may be lost, doubled or overtaken, they carry the `incarnation`
+    that Admit gave to the agent and its clock, which rises from one to the next:
+    an older report changes nothing. `live` then says which leases it has begun,
+    and stands for Activated and WorkersStopped: a lease that was there and isn't
+    any more has ended, and so have all of an earlier incarnation.
     """
 
     node: str
@@ -137,9 +182,12 @@ class NodeReport(msgspec.Struct, frozen=True, tag=True):
     hard_end: float | None = None
     grace_s: float = 0.0           # for workers whose cores are wanted back
     lends_to_uid: int | None = None  # the only user it lends to; None: to all
+    incarnation: int = 0
+    clock_ns: int = 0
+    live: tuple[LiveLease, ...] | None = None
 
 
-class Activated(msgspec.Struct, frozen=True, tag=True):
+class Activated(msgspec.Struct, frozen=True, tag=True, gc=False):
     """The lease's workers are up and its rank was told."""
 
     lease_id: int
@@ -153,7 +201,7 @@ class Revoke(msgspec.Struct, frozen=True, tag=True):
     grace_s: float = 0.0
 
 
-class Release(msgspec.Struct, frozen=True, tag=True):
+class Release(msgspec.Struct, frozen=True, tag=True, gc=False):
     """The session gives a lease back."""
 
     session: int
@@ -166,7 +214,7 @@ class SessionEnded(msgspec.Struct, frozen=True, tag=True):
     session: int
 
 
-class WorkersStopped(msgspec.Struct, frozen=True, tag=True):
+class WorkersStopped(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Nothing of these workers can run any more (all if `workers` is empty).
 
     Frees their cores. Also right for a worker that ended by itself and won't be
@@ -177,8 +225,27 @@ class WorkersStopped(msgspec.Struct, frozen=True, tag=True):
     workers: tuple[int, ...] = ()
 
 
+class NodeSilent(msgspec.Struct, frozen=True, tag=True):
+    """The agent missed its heartbeats: its leases live on, nothing more is granted."""
+
+    node: str
+
+
 class NodeLost(msgspec.Struct, frozen=True, tag=True):
     """The agent was declared dead; its node comes back with its next report."""
+
+    node: str
+
+
+class NodeDrained(msgspec.Struct, frozen=True, tag=True):
+    """Take back what is lent on a node, and lend nothing there until NodeUndrained."""
+
+    node: str
+    grace_s: float = 0.0
+
+
+class NodeUndrained(msgspec.Struct, frozen=True, tag=True):
+    """A drained node may lend again."""
 
     node: str
 
@@ -187,19 +254,20 @@ class Tick(msgspec.Struct, frozen=True, tag=True):
     """Time passed: look for leases whose end has come (see `next_deadline`)."""
 
 
-Event: TypeAlias = (Demand | NodeReport | Activated | Revoke | Release
-                    | SessionEnded | WorkersStopped | NodeLost | Tick)
+Event: TypeAlias = (Demand | AgentStarted | NodeReport | Activated | Revoke | Release
+                    | SessionEnded | WorkersStopped | NodeSilent | NodeLost
+                    | NodeDrained | NodeUndrained | Tick)
 
 
 # --- actions ----------------------------------------------------------------
 
-class Store(msgspec.Struct, frozen=True, tag=True):
+class Store(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Make `epoch` durable before doing any action behind this one."""
 
     epoch: int
 
 
-class Grant(msgspec.Struct, frozen=True, tag=True):
+class Grant(msgspec.Struct, frozen=True, tag=True, gc=False):
     """The answer to a demand: its leases, perhaps none where `workers_min` is 0.
 
     `reason` is empty where all of `workers_max` was granted, else it says in one
@@ -230,7 +298,7 @@ class Refuse(msgspec.Struct, frozen=True, tag=True):
     available: int
 
 
-class StopWorkers(msgspec.Struct, frozen=True, tag=True):
+class StopWorkers(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Agent: stop these workers (all if empty), at the latest `grace_s` from now.
 
     Answer with WorkersStopped once nothing of them can run any more: only that
@@ -244,7 +312,7 @@ class StopWorkers(msgspec.Struct, frozen=True, tag=True):
     grace_s: float = 0.0
 
 
-class Notify(msgspec.Struct, frozen=True, tag=True):
+class Notify(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Tell the session that these workers of a lease end, and why."""
 
     session: int
@@ -254,4 +322,57 @@ class Notify(msgspec.Struct, frozen=True, tag=True):
     grace_s: float = 0.0
 
 
-Action: TypeAlias = Store | Grant | Refuse | StopWorkers | Notify
+class Admit(msgspec.Struct, frozen=True, tag=True):
+    """The answer to AgentStarted: the number for its reports, above all before it."""
+
+    node: str
+    agent: str
+    incarnation: int
+
+
+class Superseded(msgspec.Struct, frozen=True, tag=True):
+    """The answer to a report of an agent after which another one took its node over."""
+
+    node: str
+    incarnation: int
+
+
+Action: TypeAlias = (Store | Grant | Refuse | StopWorkers | Notify | Admit
+                     | Superseded)
+
+
+# --- what outlives the book -------------------------------------------------
+
+class Answered(msgspec.Struct, frozen=True, gc=False):
+    """A demand and the grant that it got."""
+
+    demand: Demand
+    grant: Grant
+
+
+class Changes(msgspec.Struct, frozen=True):
+    """What became different since the last call of `LeaseBook.changes`, as it is now.
+
+    An answer that gave nothing is not among them: after a restart it is found anew.
+    """
+
+    epoch: int
+    leases: tuple[Lease, ...] = ()         # ended ones, too
+    answers: tuple[Answered, ...] = ()
+    closed: tuple[int, ...] = ()           # sessions that ended
+    drained: dict[str, bool] = {}          # node → it is
+
+    def __bool__(self) -> bool:
+        return bool(self.leases or self.answers or self.closed or self.drained)
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """What an earlier book's changes add up to.
+
+    `leases` are the live ones and those that ended not long ago.
+    """
+
+    leases: Sequence[Lease] = ()
+    answers: Sequence[Answered] = ()
+    closed: Sequence[int] = ()
+    drained: Sequence[str] = ()

@@ -159,7 +159,7 @@ class Manager:
         request = waiting.request
         demand = Demand(session=waiting.session, request_id=next(self._numbers), uid=waiting.uid,
                         workers_min=request.workers_min, workers_max=request.workers_max,
-                        cores_per_worker=request.cores_per_worker, memory_per_worker=self._memory(request))
+                        cores_per_worker=request.cores_per_worker, memory_per_worker=request.memory_per_worker)
         actions: list[Action] = []
         for action in self.book.handle(demand, now):
             match action:
@@ -171,17 +171,6 @@ class Manager:
                 case _:
                     actions.append(action)
         return actions
-
-    def _memory(self, request: LeaseRequest) -> int:
-        """What was asked for, else a fair share of what is lent, by cores."""
-        if request.memory_per_worker is not None:
-            return request.memory_per_worker
-        shares = [node.memory_bytes * request.cores_per_worker // len(node.spare)
-                  for node in self.book.nodes if node.spare]
-        fair = min(shares, default=0)
-        left = [node.memory_free // max(1, min(request.workers_max, len(node.free) // request.cores_per_worker))
-                for node in self.book.nodes if node.free]
-        return min(fair, *left) if left else fair
 
     def _handle(self, event: Event, now: float) -> list[Action]:
         return [action for action in self.book.handle(event, now) if not isinstance(action, (Grant, Refuse))]

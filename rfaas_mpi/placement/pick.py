@@ -32,30 +32,32 @@ def pick_cores(spare: Sequence[int], workers_min: int, workers_max: int,
     if wanted < workers_min:
         return []
 
+    if cores_per_worker == 1:
+        return [(core,) for core in spare[:wanted]]
+
     node_of = numa or {}
-    left = list(spare)
+    by_node = _by_node(spare, node_of)
     picked: list[tuple[int, ...]] = []
+    # The first cores that lie together, most preferred first. A NUMA node that has
+    # no room for one more worker never gets any, so one walk over them is enough.
+    taken: set[int] = set()
+    for core in spare:
+        if len(picked) == wanted:
+            return picked
+        there = by_node[node_of.get(core, 0)]
+        if core not in taken and len(there) >= cores_per_worker:
+            picked.append(tuple(there[:cores_per_worker]))
+            taken.update(picked[-1])
+            del there[:cores_per_worker]
+    left = [core for core in spare if core not in taken]
     while len(picked) < wanted:
-        cores = (_on_one_node(left, cores_per_worker, node_of)
-                 or _on_few_nodes(left, cores_per_worker, node_of))
-        picked.append(cores)
-        taken = set(cores)
+        picked.append(_on_few_nodes(left, cores_per_worker, node_of))
+        taken.update(picked[-1])
         left = [core for core in left if core not in taken]
     return picked
 
 
-def _on_one_node(left: list[int], count: int,
-                 node_of: Mapping[int, int]) -> tuple[int, ...] | None:
-    """The first `count` cores that lie on one NUMA node, most preferred first."""
-    by_node = _by_node(left, node_of)
-    for core in left:
-        there = by_node[node_of.get(core, 0)]
-        if len(there) >= count:
-            return tuple(there[:count])
-    return None
-
-
-def _on_few_nodes(left: list[int], count: int,
+def _on_few_nodes(left: Sequence[int], count: int,
                   node_of: Mapping[int, int]) -> tuple[int, ...]:
     """`count` cores of the fullest NUMA nodes; no single one has enough."""
     by_node = _by_node(left, node_of)
@@ -64,7 +66,7 @@ def _on_few_nodes(left: list[int], count: int,
     return tuple(cores[:count])
 
 
-def _by_node(left: list[int], node_of: Mapping[int, int]) -> dict[int, list[int]]:
+def _by_node(left: Sequence[int], node_of: Mapping[int, int]) -> dict[int, list[int]]:
     by_node: dict[int, list[int]] = {}
     for core in left:
         by_node.setdefault(node_of.get(core, 0), []).append(core)

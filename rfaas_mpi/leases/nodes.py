@@ -1,0 +1,228 @@
+"""The nodes of a lease book: what each lends, and which of them can fill a demand.
+
+A grant must not look at every node of a cluster, so nodes stand on shelves by how
+many cores they have free. A node that may lend nothing now stands on none.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from heapq import heappop, heappush
+from typing import TypeAlias
+
+from rfaas_mpi.leases.types import Demand, NodeReport, NodeView
+
+__all__ = ["Node", "Nodes", "Picker"]
+
+Picker: TypeAlias = Callable[
+    [Sequence[int], int, int, int, Mapping[int, int]], list[tuple[int, ...]]]
+"""Placement policy: (spare, workers_min, workers_max, cores_per_worker, numa) →
+the cores of each worker; `placement.pick_cores` is one."""
+
+
+class Node:
+    """A node's last report, and what the book has lent there.
+
+    `report` is None before the first one and once the agent was declared dead.
+    `incarnation` and `clock_ns` are those of the last report, or of what the book
+    before this one knew: anything older changes nothing. Until the agent's clock
+    has passed `fence_ns`, a grant that the book has given up may still begin there.
+    """
+
+    __slots__ = ("clock_ns", "drained", "fence_ns", "foreign", "free", "held",
+                 "incarnation", "memory_held", "name", "place", "received", "report",
+                 "silent")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.report: NodeReport | None = None
+        self.received = 0.0
+        self.incarnation = 0
+        self.clock_ns = 0
+        self.fence_ns = 0
+        self.silent = False
+        self.drained = False
+        self.held: dict[int, int] = {}              # core → lease id
+        self.memory_held = 0
+        self.foreign: frozenset[int] = frozenset()  # busy, but for no live lease
+        self.free: tuple[int, ...] = ()             # would be granted, in this order
+        self.place: tuple[int | None, int] | None = None  # the shelf it stands on
+
+    @property
+    def memory_free(self) -> int:
+        # A report may promise less than is lent: what is lent stays lent.
+        return max(0, (self.report.memory_bytes if self.report else 0) - self.memory_held)
+
+    @property
+    def view(self) -> NodeView:
+        """It as people see it; only for a node that has reported."""
+        report = self.report
+        assert report is not None
+        return NodeView(node=self.name, spare=report.spare, lent=tuple(sorted(self.held)),
+                        free=self.free, memory_bytes=report.memory_bytes,
+                        memory_free=self.memory_free, silent=self.silent,
+                        drained=self.drained)
+
+    def is_news(self, report: NodeReport) -> bool:
+        """False for a report that came before, or was overtaken by a later one."""
+        if report.incarnation != self.incarnation:
+            return report.incarnation > self.incarnation
+        return report.incarnation == 0 or report.clock_ns > self.clock_ns
+
+    def not_after_ns(self, now: float, within_s: float) -> int:
+        """`within_s` from now on the agent's clock, or earlier: reports take time to come."""
+        return self.clock_ns + int((now - self.received + within_s) * 1e9)
+
+    def serves(self, now: float) -> bool:
+        """True if leases granted now would have any time at all."""
+        report = self.report
+        return report is not None and (report.hard_end is None or report.hard_end > now)
+
+    def capacity(self, demand: Demand) -> int:
+        """How many of the demand's workers fit, whatever their number."""
+        most = len(self.free) // demand.cores_per_worker
+        if demand.memory_per_worker:
+            most = min(most, self.memory_free // demand.memory_per_worker)
+        return most
+
+    def share(self, demand: Demand, workers: int) -> int:
+        """Memory of each of so many workers: what is asked for, else a fair share by cores."""
+        if demand.memory_per_worker is not None:
+            return demand.memory_per_worker
+        report = self.report
+        assert report is not None
+        fair = report.memory_bytes * demand.cores_per_worker // max(1, len(report.spare))
+        return min(fair, self.memory_free // max(1, workers))
+
+
+class Nodes:
+    """Every node that the book knows, by name; call `changed` after touching one."""
+
+    def __init__(self) -> None:
+        self._all: dict[str, Node] = {}
+        # For the only user that its nodes lend to (None: for all): free cores →
+        # names in order, and those numbers of cores in order.
+        self._shelves: dict[int | None, dict[int, list[str]]] = {}
+        self._sizes: dict[int | None, list[int]] = {}
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._all.values())
+
+    def get(self, name: str) -> Node | None:
+        return self._all.get(name)
+
+    def known(self, name: str) -> Node:
+        """The node of that name, a new one if need be."""
+        node = self._all.get(name)
+        if node is None:
+            node = self._all[name] = Node(name)
+        return node
+
+    @property
+    def views(self) -> list[NodeView]:
+        """Those that have reported, by name."""
+        return [node.view for _, node in sorted(self._all.items()) if node.report is not None]
+
+    def changed(self, node: Node) -> None:
+        """Works out what is free there and puts it on the right shelf."""
+        report = node.report
+        place = None
+        if report is None or node.silent or node.drained or node.fence_ns:
+            node.free = ()
+        else:
+            held, foreign = node.held, node.foreign
+            node.free = tuple([core for core in report.spare
+                               if core not in held and core not in foreign])
+            if node.free:
+                place = (report.lends_to_uid, len(node.free))
+        if place == node.place:
+            return
+        if node.place is not None:
+            user, size = node.place
+            shelf = self._shelves[user][size]
+            del shelf[bisect_left(shelf, node.name)]
+            if not shelf:
+                del self._shelves[user][size]
+                sizes = self._sizes[user]
+                del sizes[bisect_left(sizes, size)]
+                if not sizes:
+                    del self._shelves[user], self._sizes[user]
+        if place is not None:
+            user, size = place
+            shelves = self._shelves.setdefault(user, {})
+            if size not in shelves:
+                shelves[size] = []
+                insort(self._sizes.setdefault(user, []), size)
+            insort(shelves[size], node.name)
+        node.place = place
+
+    def for_user(self, uid: int, now: float) -> list[Node]:
+        """All that this user's demands can be filled from, also where nothing is free."""
+        return [node for node in self._all.values()
+                if node.serves(now) and not node.silent and not node.drained and not node.fence_ns
+                and node.report is not None and node.report.lends_to_uid in (None, uid)]
+
+    def choose(self, demand: Demand, now: float, pick: Picker,
+               ) -> list[tuple[Node, list[tuple[int, ...]]]]:
+        """As few nodes as possible; whatever one can take goes where least is left.
+
+        Fewer than `workers_max` workers where no more fit.
+        """
+        chosen: list[tuple[Node, list[tuple[int, ...]]]] = []
+        taken: set[str] = set()
+        left = demand.workers_max
+        largest: Iterator[Node] | None = None
+        while left > 0:
+            node = self._tightest(demand, left, now, taken)
+            if node is None:
+                largest = largest or self._largest_first(demand, now)
+                node = next(largest, None)
+                if node is None:
+                    break
+            taken.add(node.name)
+            report = node.report
+            assert report is not None
+            workers = pick(node.free, 0, min(left, node.capacity(demand)),
+                           demand.cores_per_worker, report.numa)
+            if workers:
+                chosen.append((node, workers))
+                left -= len(workers)
+        return chosen
+
+    def _tightest(self, demand: Demand, workers: int, now: float, taken: set[str]) -> Node | None:
+        """The node with the fewest free cores that has room for all of these workers."""
+        found: Node | None = None
+        for user in (None, demand.uid):
+            sizes = self._sizes.get(user, ())
+            for position in range(bisect_left(sizes, workers * demand.cores_per_worker), len(sizes)):
+                size = sizes[position]
+                if found is not None and size > len(found.free):
+                    break
+                node = next((node for node in self._on(user, size, now)
+                             if node.name not in taken and node.capacity(demand) >= workers), None)
+                if node is not None:
+                    if found is None or (size, node.name) < (len(found.free), found.name):
+                        found = node
+                    break
+        return found
+
+    def _largest_first(self, demand: Demand, now: float) -> Iterator[Node]:
+        """Nodes with room for at least one worker, those with room for most first."""
+        waiting: list[tuple[int, str, Node]] = []
+        shelves = sorted(((size // demand.cores_per_worker, user, size)
+                          for user in (None, demand.uid) for size in self._sizes.get(user, ())),
+                         key=lambda shelf: -shelf[0])
+        for most, user, size in shelves:
+            # By memory, one from a shelf before may have no more room than these.
+            while waiting and -waiting[0][0] > most:
+                yield heappop(waiting)[2]
+            for node in self._on(user, size, now):
+                if (room := node.capacity(demand)) > 0:
+                    heappush(waiting, (-room, node.name, node))
+        while waiting:
+            yield heappop(waiting)[2]
+
+    def _on(self, user: int | None, size: int, now: float) -> Iterator[Node]:
+        return (node for name in self._shelves[user][size]
+                if (node := self._all[name]).serves(now))

@@ -1,0 +1,32 @@
+"""The benchmark of the control plane measures whole lives, and only right ones; no test here judges a time."""
+
+from __future__ import annotations
+
+import pytest
+
+from rfaas_mpi.bench import control
+from rfaas_mpi.bench.raw import BenchError
+from rfaas_mpi.bench.stage import Options
+
+
+def test_the_control_plane_s_figures_are_there_with_a_second_measurement_beside():
+    figures = control.measure_control(Options(runs=1, quick=True), nodes=10, live=60)
+    assert figures["book_grants_per_s"] > 0 and figures["book_grant_us"] > 0 and figures["book_reports_per_s"] > 0
+    assert figures["figures"]["book_grants_per_s"]["aa"]["count"] == figures["book_grants_per_s_count"]
+    assert figures["cluster"] == {"nodes": 10, "cores": control.CORES, "live_leases": 60}
+
+
+def test_a_life_ends_for_each_that_begins():
+    cluster = control.Cluster(nodes=4, live=20)
+    before = {lease.id for lease in cluster.book.leases}
+    cluster.lives(50)
+    cluster.check()
+    after = {lease.id for lease in cluster.book.leases}
+    assert len(after) == len(before) and not before & after
+
+
+def test_a_rate_of_wrong_grants_is_no_rate():
+    cluster = control.Cluster(nodes=1, live=1)
+    with pytest.raises(BenchError, match="was answered with"):
+        while True:
+            cluster.grant()

@@ -1,6 +1,6 @@
-"""Settings: an argument wins over the environment, the environment over the default.
+"""Settings: an argument wins over the environment, the environment over files, files over the default.
 
-The only module that reads environment variables.
+The only module that reads environment variables and configuration files.
 """
 
 from __future__ import annotations
@@ -8,19 +8,26 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Mapping
+import stat
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from rfaas_mpi.errors import ConfigError
 from rfaas_mpi.types import TcpOptions
 
 __all__ = [
-    "Places", "Settings", "core_list", "describe", "environment", "inside_worker", "places", "scrubbed", "slurm_job",
+    "Given", "Places", "Settings", "core_list", "describe", "environment", "files", "inside_worker", "places",
+    "scrubbed", "slurm_job",
 ]
 
 PREFIX = "RFAAS_"
 WORKER_MARK = "RFAAS_INSIDE_WORKER"
+CONFIG_VARIABLE = "RFAAS_CONFIG"          # files that are read instead of the usual ones, separated by colons
+SITE_FILE = Path("/etc/rfaas_mpi/config.toml")
+CONFIG_BYTES_MAX = 1 << 20
 DEVICE_VARIABLE = "RFAAS_DEVICE"          # read by the verbs transport where no argument names one
 
 # Every thread pool that numerical libraries size by an environment variable.
@@ -130,32 +137,33 @@ class Settings:
 
     @classmethod
     def load(cls, environment: Mapping[str, str] | None = None, **arguments: Any) -> Settings:
-        """Settings from `arguments` (None: not given), the environment and defaults.
+        """Settings from `arguments` (None: not given), the environment, `files()` and defaults.
 
-        Raises ConfigError that names the setting, its source and what it takes.
+        With an environment that isn't this process' own no file is read. Raises
+        ConfigError that names the setting, its source and what it takes.
         """
-        environment = os.environ if environment is None else environment
+        return cls(**{name: given.value for name, given in cls.given(environment, **arguments).items()})
+
+    @classmethod
+    def given(cls, environment: Mapping[str, str] | None = None, **arguments: Any) -> dict[str, Given]:
+        """What `load` would take from elsewhere than the defaults, and from where. Raises ConfigError as it does."""
+        own = os.environ if environment is None else environment
         known = {item.name: item for item in fields(cls)}
         for name in arguments:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                raise ConfigError(f"there is no setting {name!r}",
-                                  hint=f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}")
-        values: dict[str, Any] = {}
-        for name, item in known.items():
-            given = arguments.get(name)
-            variable = PREFIX + name.upper()
-            if given is not None:
-                source, text = f"argument {name}={given!r}", given
-            elif environment.get(variable, "") != "":
-                source, text = f"{variable}={environment[variable]!r}", environment[variable]
-            else:
-                continue
-            try:
-                values[name] = item.metadata["parse"](text if isinstance(text, str) else _as_text(text))
-            except (ValueError, TypeError) as error:
-                raise ConfigError(f"{source} is not possible: {error}", hint=item.metadata["what"]) from None
-        return cls(**values)
+                raise _unknown(name, f"there is no setting {name!r}")
+        found: dict[str, tuple[Any, str, str]] = {}
+        if environment is None:
+            for path, in_file in _read_files(own):
+                found |= {name: (value, str(path), f"{name} = {value!r} in {path}") for name, value in in_file.items()}
+        for name in known:
+            if (text := own.get(variable := PREFIX + name.upper(), "")) != "":
+                found[name] = text, variable, f"{variable}={text!r}"
+        for name, value in arguments.items():
+            if value is not None:
+                found[name] = value, "argument", f"argument {name}={value!r}"
+        return {name: Given(_parsed(known[name].metadata, value, source), origin)
+                for name, (value, origin, source) in found.items()}
 
     @property
     def tcp(self) -> TcpOptions:
@@ -165,6 +173,83 @@ class Settings:
     def with_(self, **changes: Any) -> Settings:
         """A copy with some fields changed; unchecked."""
         return replace(self, **changes)
+
+
+class Given(NamedTuple):
+    """A setting that is not left at its default; `origin` is "argument", a variable or a file."""
+
+    value: Any
+    origin: str
+
+
+def _unknown(name: str, said: str) -> ConfigError:
+    known = [item.name for item in fields(Settings)]
+    near = difflib.get_close_matches(name, known, 1)
+    return ConfigError(said, hint=f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}")
+
+
+def _parsed(metadata: Mapping[str, Any], value: Any, source: str) -> Any:
+    try:
+        return metadata["parse"](value if isinstance(value, str) else _as_text(value))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{source} is not possible: {error}", hint=metadata["what"]) from None
+
+
+# --- files --------------------------------------------------------------------
+
+def files(environment: Mapping[str, str] | None = None) -> tuple[Path, ...]:
+    """The files that settings are read from, the strongest last; those of `RFAAS_CONFIG` have to exist."""
+    env = os.environ if environment is None else environment
+    if named := env.get(CONFIG_VARIABLE):
+        return tuple(Path(piece) for piece in named.split(os.pathsep) if piece)
+    home = env.get("XDG_CONFIG_HOME") or (os.path.join(env["HOME"], ".config") if env.get("HOME") else "")
+    return (SITE_FILE, *([Path(home, "rfaas_mpi", "config.toml")] if os.path.isabs(home) else []))
+
+
+def _read_files(environment: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    must_exist = bool(environment.get(CONFIG_VARIABLE))
+    known = {item.name for item in fields(Settings)}
+    for path in files(environment):
+        if str(path) == os.devnull:
+            continue
+        try:
+            text = _trusted_text(path)
+        except (FileNotFoundError, NotADirectoryError):
+            if must_exist:
+                raise ConfigError(f"{CONFIG_VARIABLE} names {path}, which isn't there") from None
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the configuration file {path} can't be read: {error}") from None
+        try:
+            found = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path} is no TOML: {error}") from None
+        for name, value in found.items():
+            if name not in known:
+                raise _unknown(name, f"{path} sets {name!r}, and there is no such setting")
+            if isinstance(value, dict):
+                raise ConfigError(f"{name} in {path} is a table, and takes one value")
+        yield path, found
+
+
+def _trusted_text(path: Path) -> str:
+    """What the file holds. Raises OSError, and ConfigError where others could have written it."""
+    # not to wait for a FIFO
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigError(f"the configuration file {path} is no file")
+        if status.st_uid not in (0, os.getuid()) or status.st_mode & 0o022:
+            raise ConfigError(f"other users could have written {path}",
+                              hint=f"it has to belong to you or root: chown {os.getuid()} {path}; chmod go-w {path}")
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(CONFIG_BYTES_MAX + 1)
+    finally:
+        os.close(descriptor)
+    if len(data) > CONFIG_BYTES_MAX:
+        raise ConfigError(f"the configuration file {path} is longer than {CONFIG_BYTES_MAX} bytes")
+    return data.decode()
 
 
 def _as_text(value: Any) -> str:
@@ -181,8 +266,16 @@ def describe() -> list[tuple[str, str, str]]:
 
 
 def environment() -> dict[str, str]:
-    """A copy of this process' environment."""
-    return dict(os.environ)
+    """A copy of this process' environment, in which files' settings are variables.
+
+    Services and workers are started from it, on other nodes too: they need no file.
+    """
+    copy = dict(os.environ)
+    for name, given in Settings.given().items():
+        if given.origin != PREFIX + name.upper():
+            copy[PREFIX + name.upper()] = _as_text(given.value)
+    copy[CONFIG_VARIABLE] = os.devnull
+    return copy
 
 
 def inside_worker(environment: Mapping[str, str] | None = None) -> bool:

@@ -190,6 +190,28 @@ def doctor(out: Output, **which: Any) -> None:
         raise Finished(output.FAILED)
 
 
+# --- config --------------------------------------------------------------------
+
+@app.group("config", cls=Ordered, epilog=_examples("rfaas config show --origin"))
+def config_() -> None:
+    """What is set, and where.
+
+    An argument wins over RFAAS_… in the environment, that over the files
+    ~/.config/rfaas_mpi/config.toml and /etc/rfaas_mpi/config.toml (or those
+    that RFAAS_CONFIG names), and they over the defaults.
+    """
+
+
+@config_.command("show", epilog=_examples("rfaas config show --origin", "RFAAS_SPIN_US=0 rfaas config show --json"))
+@click.option("--origin", is_flag=True, help="Say where each value comes from.")
+@common
+@click.pass_obj
+def config_show(out: Output, origin: bool) -> None:
+    """Show every setting as an Executor made here would have it."""
+    from rfaas_mpi.cli import settings
+    out.answer(*settings.show(origin))
+
+
 # --- bench ---------------------------------------------------------------------
 
 @app.group(cls=Ordered, epilog=_examples(

@@ -1,5 +1,22 @@
-"""Which cores a demand gets: pure functions over facts."""
+"""Which nodes and cores a demand gets: pure functions over facts."""
 
+from rfaas_mpi.placement.facts import (
+    ClusterView,
+    Needs,
+    NodeFacts,
+    Placed,
+    Placement,
+    RankPlace,
+    Refusal,
+    Terms,
+    Verdict,
+)
 from rfaas_mpi.placement.pick import pick_cores
+from rfaas_mpi.placement.placer import Asked, Cohorts, Placer
+from rfaas_mpi.placement.policies import POLICIES, Policy, explain, place
+from rfaas_mpi.placement.score import Settings
+from rfaas_mpi.placement.survival import Learned, LogNormals, Survival, Window
 
-__all__ = ["pick_cores"]
+__all__ = ["POLICIES", "Asked", "ClusterView", "Cohorts", "Learned", "LogNormals", "Needs", "NodeFacts", "Placed",
+           "Placement", "Placer", "Policy", "RankPlace", "Refusal", "Settings", "Survival", "Terms", "Verdict",
+           "Window", "explain", "pick_cores", "place"]

@@ -1,0 +1,208 @@
+"""Placement as the lease book uses it: told of each node that changes, asked for each demand.
+
+The book knows what is free; what it doesn't know (topology, windows, what the detector found out) comes from the
+agents' reports by `tell`. Deterministic: the same calls give the same answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+from rfaas_mpi.placement.facts import ClusterView, Needs, NodeFacts, Placement, RankPlace, Refusal, Verdict
+from rfaas_mpi.placement.policies import POLICIES, explain, place
+from rfaas_mpi.placement.score import Settings
+
+__all__ = ["Asked", "Cohorts", "Placer"]
+
+_TOLD = frozenset(NodeFacts.__dataclass_fields__) - {"node", "spare", "lent", "memory_bytes", "numa", "hard_end",
+                                                     "lends_to_uid", "cohort", "cohort_size"}
+
+
+class Asked(Protocol):
+    """A demand as the lease book has it."""
+
+    @property
+    def request_id(self) -> int: ...
+    @property
+    def session(self) -> int: ...
+    @property
+    def uid(self) -> int: ...
+    @property
+    def workers_min(self) -> int: ...
+    @property
+    def workers_max(self) -> int: ...
+    @property
+    def cores_per_worker(self) -> int: ...
+    @property
+    def memory_per_worker(self) -> int | None: ...
+    @property
+    def duration_s(self) -> float | None: ...
+
+
+class Cohorts:
+    """Which nodes became spare together: of one partition, and no gap between two of them longer than `within_s`.
+
+    Ten seconds is the time between two looks in the traces that the numbers of score.py are from. A cohort's size is
+    that of its beginning: who has left it was freed with the others all the same.
+    """
+
+    def __init__(self, within_s: float = 10.0) -> None:
+        self.within_s = within_s
+        self._of: dict[str, _Cohort] = {}
+        self._open: dict[str, list[_Cohort]] = {}      # partition → those with members
+        self._changed: set[str] = set()
+
+    def window(self, node: str, partition: str, since: float | None) -> None:
+        """The node's window began then; None: it has none (any more)."""
+        mine = self._of.get(node)
+        if mine is not None:
+            if since is not None and partition == mine.partition and mine.members.get(node) == since:
+                return
+            del self._of[node], mine.members[node]
+            if not mine.members:
+                self._open[mine.partition].remove(mine)
+            self._changed.add(node)
+        if since is None:
+            return
+        cohorts = self._open.setdefault(partition, [])
+        fits = [cohort for cohort in cohorts
+                if cohort.first - self.within_s <= since <= cohort.last + self.within_s]
+        if fits:
+            cohort = min(fits, key=lambda cohort: cohort.first)
+        else:
+            cohort = _Cohort(partition, since)
+            cohorts.append(cohort)
+        cohort.join(node, since)
+        self._of[node] = cohort
+        self._changed.update(cohort.members)
+
+    def news(self) -> dict[str, tuple[str, int]]:
+        """Node → name and size of its cohort ("" and 1: none), for those of which they may have changed."""
+        changed, self._changed = self._changed, set()
+        return {node: (cohort.name, cohort.size) if (cohort := self._of.get(node)) is not None else ("", 1)
+                for node in sorted(changed)}
+
+
+class _Cohort:
+
+    def __init__(self, partition: str, since: float) -> None:
+        self.partition = partition
+        self.name = f"{partition}@{since!r}"
+        self.first = self.last = since
+        self.members: dict[str, float] = {}
+        self.size = 0
+
+    def join(self, node: str, since: float) -> None:
+        self.members[node] = since
+        self.first, self.last = min(self.first, since), max(self.last, since)
+        self.size += 1
+
+
+class Placer:
+    """Placement for one lease book; without `tell` and `ranks` it knows nothing that the book doesn't.
+
+    ValueError for a policy that isn't one of POLICIES.
+    """
+
+    def __init__(self, policy: str = "default", settings: Settings = Settings(), seed: int = 0) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"there is no placement policy {policy!r}; there are {', '.join(sorted(POLICIES))}")
+        self.policy = policy
+        self.settings = settings
+        self.seed = seed
+        self.paths: dict[str, tuple[str, ...]] = {}    # switches above nodes that lend nothing
+        self.waiting_cores = 0                 # wanted by demands that wait, for the fairness term
+        self._nodes: dict[str, NodeFacts] = {}
+        self._told: dict[str, dict[str, Any]] = {}
+        self._cohorts = Cohorts()
+        self._view: ClusterView | None = ClusterView.of(())
+
+    # ---- facts -----------------------------------------------------------------------------------
+
+    def changed(self, node: str, free: tuple[int, ...], memory_bytes: int, *, held: Iterable[int] = (),
+                numa: Mapping[int, int] | None = None, hard_end: float | None = None,
+                lends_to_uid: int | None = None) -> None:
+        """This is free on the node now, and this is held by leases. A node that may lend nothing has nothing free."""
+        known = self._nodes.get(node)
+        held = frozenset(held)
+        if known is None:
+            facts = NodeFacts(node=node, spare=free, memory_bytes=memory_bytes, lent=held, numa=numa or {},
+                              hard_end=hard_end, lends_to_uid=lends_to_uid, **self._told.get(node, {}))
+            self._cohorts.window(node, facts.partition, facts.since)
+        else:
+            facts = replace(known, spare=free, memory_bytes=memory_bytes, lent=held,
+                            numa=known.numa if numa is None else numa, hard_end=hard_end, lends_to_uid=lends_to_uid)
+        self._put(facts)
+
+    def tell(self, node: str, **facts: Any) -> None:
+        """Facts that the book hasn't got, by the names of NodeFacts; they stay until they are told anew.
+
+        ValueError for a name that isn't one of them, or is the book's to say.
+        """
+        if unknown := facts.keys() - _TOLD:
+            raise ValueError(f"{min(unknown)} can't be told of a node; what can is {', '.join(sorted(_TOLD))}")
+        told = self._told.setdefault(node, {})
+        told.update(facts)
+        if (known := self._nodes.get(node)) is not None:
+            facts_now = replace(known, **facts)
+            self._put(facts_now)
+            self._cohorts.window(node, facts_now.partition, facts_now.since)
+
+    def gone(self, node: str) -> None:
+        """The node isn't there any more, and what was told of it no longer holds."""
+        self._told.pop(node, None)
+        if self._nodes.pop(node, None) is not None:
+            self._cohorts.window(node, "", None)
+            self._view = None
+
+    # ---- questions -------------------------------------------------------------------------------
+
+    def choose(self, demand: Asked, now: float, *, ranks: tuple[RankPlace, ...] = (),
+               **more: Any) -> dict[str, list[tuple[int, ...]]]:
+        """Node → the cores of each worker there; fewer than `workers_min` in all where no more fit.
+
+        Placed for `workers_min` = 0, so that the book says what to do with too few. `more`: further fields of Needs.
+        """
+        answer = self.place(replace(self.needs(demand, ranks, **more), workers_min=0), demand, now)
+        return answer.by_node if isinstance(answer, Placement) else {}
+
+    def place(self, needs: Needs, demand: Asked, now: float) -> Placement | Refusal:
+        """The whole answer; `demand` is only what chance is seeded with."""
+        seed = hash((self.seed, demand.session, demand.request_id))
+        return place(needs, self.view(), self.policy, now=now, seed=seed, settings=self.settings)
+
+    def explain(self, demand: Asked, now: float, *, ranks: tuple[RankPlace, ...] = (),
+                **more: Any) -> tuple[Verdict, ...]:
+        """For each node: why not, or how many workers fit and what one costs."""
+        return explain(self.needs(demand, ranks, **more), self.view(), now=now, settings=self.settings)
+
+    def needs(self, demand: Asked, ranks: tuple[RankPlace, ...] = (), **more: Any) -> Needs:
+        """The demand as placement has it."""
+        return Needs(workers_min=demand.workers_min, workers_max=demand.workers_max,
+                     cores_per_worker=demand.cores_per_worker, memory_per_worker=demand.memory_per_worker or 0,
+                     uid=demand.uid, duration_s=demand.duration_s, ranks=ranks, **more)
+
+    def view(self) -> ClusterView:
+        """All nodes as they are known now."""
+        for name, (cohort, size) in self._cohorts.news().items():
+            facts = self._nodes.get(name)
+            if facts is not None and (facts.cohort, facts.cohort_size) != (cohort, size):
+                self._nodes[name] = replace(facts, cohort=cohort, cohort_size=size)
+                self._view = None
+        if self._view is None:
+            self._view = ClusterView.of(self._nodes.values())
+        if (self._view.waiting_cores, self._view.paths) != (self.waiting_cores, self.paths):
+            self._view = replace(self._view, waiting_cores=self.waiting_cores, paths=dict(self.paths))
+        return self._view
+
+    # ---- inside ----------------------------------------------------------------------------------
+
+    def _put(self, facts: NodeFacts) -> None:
+        before = self._nodes.get(facts.node)
+        self._nodes[facts.node] = facts
+        if before is None or before.switches != facts.switches:
+            self._view = None
+        elif self._view is not None:
+            self._view = self._view.with_node(facts)

@@ -1,0 +1,342 @@
+"""What a worker at one place costs, in seconds, and which nodes can't have one at all.
+
+    score = queueing + transfer + slowdown + eviction risk + fairness debt        (all in seconds of one worker's time)
+
+A `Room` is one node as a demand sees it: how many workers fit, what the next one costs, and which cores it gets. What
+the next one costs never falls while workers are placed: a policy may keep rooms in a heap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rfaas_mpi.placement.facts import ClusterView, Needs, NodeFacts, Placed, Terms
+from rfaas_mpi.placement.survival import PROMETHEUS_FIB, Survival
+
+__all__ = ["Room", "Scorer", "Settings", "refusals"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the site measures or decides. Each default says where it is from; docs/placement.md has the whole table."""
+
+    survival: Survival = PROMETHEUS_FIB
+    # Bytes per second between rank and worker: on one node, below one leaf switch, one switch higher, and so on; the
+    # last holds for everything farther, and for what isn't known. Assumed: 100 Gbit/s links, 2:1 at each level.
+    bandwidth: tuple[float, ...] = (10e9, 10e9, 5e9, 2.5e9)
+    far_numa: float = 1.5                      # so many times longer from another NUMA node's memory; assumed
+    # `rfaas bench cold` on two cores of a virtual machine: first lease of an environment, one with a warm zygote, and
+    # what each further worker adds, since they are attached one after the other.
+    cold_s: float = 0.18
+    warm_s: float = 0.009
+    next_s: float = 0.005
+    # Slowdown beside busy neighbours, fitted to runs of NAS benchmarks on 32 of a node's 36 cores (artifact of Copik
+    # et al., IPDPS 2024): EP keeps 85 % of its speed, CG 36 %.
+    contention: float = 0.2
+    memory_contention: float = 1.8
+    guessed_pressure: float = 0.3              # of a busy core whose bandwidth nobody measured; assumed
+    idle_class: float = 1.05                   # an owner may use up to a tenth of an idle core before it is taken back
+    # Two nodes of one cohort end together with p = 0.70, others with 0.12–0.19 (HPC-Whisk's traces, as in survival.py).
+    same_cohort: float = 0.70
+    other_cohort: float = 0.15
+    horizon_s: float = 60.0                    # for a demand that doesn't say how long
+    min_age_s: float = 0.0                     # younger windows aren't lent
+    silent_after_s: float = 30.0               # three heartbeats of ten seconds
+    exact_to: int = 64                         # clusters up to so many nodes are searched whole …
+    sample: int = 32                           # … larger ones by a sample, if that is enough
+
+    def __post_init__(self) -> None:
+        if not self.bandwidth or min(self.bandwidth) <= 0:
+            raise ValueError(f"bandwidth is {self.bandwidth}; it needs a rate above 0 for each level")
+
+
+def refusals(facts: NodeFacts, needs: Needs, settings: Settings, now: float) -> Iterator[str]:
+    """Each reason for which the node can't have even one worker of the demand, in words; none if it can."""
+    if facts.draining:
+        yield f"draining ({facts.draining})"
+    if facts.heard_at is not None and now - facts.heard_at > settings.silent_after_s:
+        yield f"not heard of for {_s(now - facts.heard_at)}, {_s(settings.silent_after_s)} are the most"
+    if facts.lends_to_uid is not None and facts.lends_to_uid != needs.uid:
+        yield f"another user's: it lends to user {facts.lends_to_uid} only"
+    if facts.node in needs.avoid:
+        yield "left out by the demand"
+    if needs.cpu_type and facts.cpu_type != needs.cpu_type:
+        yield f"its CPU is {facts.cpu_type or 'of no known type'}, {needs.cpu_type} wanted"
+    if settings.min_age_s > 0:
+        age = now - facts.since if facts.since is not None else 0.0
+        if age < settings.min_age_s:
+            yield f"window younger than {_s(settings.min_age_s)}: {_s(age)}"
+    if facts.hard_end is not None and facts.hard_end - now <= needs.least_s:
+        yield f"its window ends in {_s(max(0.0, facts.hard_end - now))}, {_s(needs.least_s)} wanted"
+    free = sum(map(len, facts.usable(needs.whole_cores, needs.classes).values()))
+    if free < needs.cores_per_worker:
+        yield f"{_cores(free)} free, {needs.cores_per_worker} wanted{_unusable(facts, needs)}"
+    if facts.memory_bytes < needs.memory_per_worker:
+        yield f"memory: {_gib(facts.memory_bytes)} free, {_gib(needs.memory_per_worker)} wanted"
+
+
+def _unusable(facts: NodeFacts, needs: Needs) -> str:
+    """Why spare cores aren't usable, in brackets; "" if all are."""
+    parts = []
+    if shared := len(facts.spare) - len(facts.unshared):
+        parts.append(f"{shared} beside another lease on a physical core")
+    of_class = [core for core in facts.unshared
+                if needs.classes is None or facts.classes.get(core, "free") in needs.classes]
+    if other := len(facts.unshared) - len(of_class):
+        parts.append(f"{other} of other classes")
+    if needs.whole_cores and (second := len(of_class) - len({facts.physical.get(core, core) for core in of_class})):
+        parts.append(f"{second} second thread{'s' if second != 1 else ''}")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+class Scorer:
+    """One search: the demand, the cluster and what has been placed so far."""
+
+    def __init__(self, needs: Needs, view: ClusterView, settings: Settings, now: float) -> None:
+        self.needs = needs
+        self.view = view
+        self.settings = settings
+        self.now = now
+        self.duration_s = needs.duration_s if needs.duration_s is not None else settings.horizon_s
+        self.bytes = (needs.transfer_bytes if needs.transfer_bytes is not None
+                      else needs.bytes_per_s * self.duration_s)
+        self.rate = self.bytes / self.duration_s
+        self.placed = 0
+        self.by_cohort: dict[str, int] = {}
+        self._paths = [(rank, view.path(rank.node), rank.count) for rank in needs.ranks if rank.count > 0]
+        self._ranks = sum(count for _, _, count in self._paths)
+        self._homes = {rank.node for rank, _, _ in self._paths}
+        self._per_byte: dict[tuple[str, ...], float] = {}
+        self._redo_s = needs.call_s / 2 + needs.constants_bytes / settings.bandwidth[-1]
+        self._together = max(1, needs.workers_min) if needs.gang else 1
+        self._others_wait = (min(1.0, view.waiting_cores / max(1, view.free_cores))
+                             if view.waiting_cores > 0 and needs.debt_s > 0 else 0.0)
+
+    # ---- transfer --------------------------------------------------------------------------------
+
+    def far_per_byte(self, facts: NodeFacts) -> float:
+        """Seconds for each byte that the ranks of other nodes exchange with a worker there, weighed by their number."""
+        if facts.node in self._homes or not self._paths:
+            return self._find_per_byte(facts)
+        # Nodes below one switch are equally far from everybody who isn't on one of them.
+        known = self._per_byte.get(facts.switches)
+        if known is None:
+            known = self._per_byte[facts.switches] = self._find_per_byte(facts)
+        return known
+
+    def _find_per_byte(self, facts: NodeFacts) -> float:
+        bandwidth = self.settings.bandwidth
+        if not self._paths:
+            return 1.0 / bandwidth[-1]
+        return sum(count / bandwidth[self._level(facts.switches, path)]
+                   for rank, path, count in self._paths if rank.node != facts.node) / self._ranks
+
+    def _level(self, one: tuple[str, ...], other: tuple[str, ...]) -> int:
+        last = len(self.settings.bandwidth) - 1
+        for height, switch in enumerate(one, 1):
+            if switch in other:
+                return min(max(height, 1 + other.index(switch)), last)
+        return last
+
+    def near(self, facts: NodeFacts) -> list[tuple[int | None, float]]:
+        """Ranks of the node itself: their NUMA node, and their share of all ranks."""
+        if facts.node not in self._homes:
+            return []
+        return [(rank.numa, count / self._ranks) for rank, _, count in self._paths if rank.node == facts.node]
+
+    # ---- risk ------------------------------------------------------------------------------------
+
+    def ends_within(self, facts: NodeFacts) -> float:
+        """The probability that the node's window ends while the demand lasts."""
+        if facts.hard_end is not None and facts.hard_end < self.now + self.duration_s:
+            return 1.0
+        age = self.now - facts.since if facts.since is not None else 0.0
+        return self.settings.survival.ends_within(age, self.duration_s, facts.cohort_size)
+
+    def eviction_s(self, facts: NodeFacts, risk: float, here: int) -> float:
+        """What the next worker's eviction is likely to cost.
+
+        risk · (half a call + the constants again + a cold start · (1 + those that are likely to be lost with it, since
+        replacements start one after the other)); all workers lose it where they wait for each other.
+        """
+        settings = self.settings
+        together = self.by_cohort.get(facts.cohort, 0) if facts.cohort else here
+        # The node's own workers are lost for sure if its window ends.
+        lost_too = here + settings.same_cohort * (together - here) + settings.other_cohort * (self.placed - together)
+        return risk * self._together * (self._redo_s + settings.cold_s * (1.0 + lost_too))
+
+    def fairness_s(self, facts: NodeFacts) -> float:
+        """What the others wait for this lease, weighed by how far its user is ahead.
+
+        duration · (share of the free cores that others wait for) · debt / (debt + duration). Nodes that lend to this
+        user only cost nobody anything.
+        """
+        if not self._others_wait or facts.lends_to_uid is not None:
+            return 0.0
+        debt = self.needs.debt_s
+        return self.duration_s * self._others_wait * debt / (debt + self.duration_s)
+
+
+class Room:
+    """One node as the demand sees it; None of its workers is placed yet."""
+
+    __slots__ = ("_domains", "_far", "_fixed_s", "_near", "_risk", "_seat", "_start_s", "_taken", "_used", "facts",
+                 "here", "left", "scorer")
+
+    def __init__(self, facts: NodeFacts, scorer: Scorer) -> None:
+        needs = scorer.needs
+        self.facts = facts
+        self.scorer = scorer
+        self._domains = facts.usable(needs.whole_cores, needs.classes)
+        self.left = sum(map(len, self._domains.values())) // needs.cores_per_worker
+        if needs.memory_per_worker > 0:
+            self.left = min(self.left, facts.memory_bytes // needs.memory_per_worker)
+        self.here = 0                          # workers of the demand that were placed here
+        self._used: dict[int, int] = {}        # NUMA node → how many of its usable cores are taken
+        self._seat: tuple[tuple[int, ...], float, float] | None = None
+        self._risk: float | None = None        # below: found when first asked for
+
+    @property
+    def cores_left(self) -> int:
+        """Usable cores that no worker has yet."""
+        return sum(map(len, self._domains.values())) - sum(self._used.values())
+
+    @property
+    def key(self) -> str:
+        return self.facts.node
+
+    def cost(self) -> Terms:
+        """What the next worker here costs. ValueError if none fits."""
+        _, transfer_s, slowdown_s = self._next_seat()
+        scorer, settings = self.scorer, self.scorer.settings
+        return Terms(
+            queueing_s=self._start_s + (self.facts.starting + self.here) * settings.next_s,
+            transfer_s=transfer_s, slowdown_s=slowdown_s,
+            eviction_s=scorer.eviction_s(self.facts, self._known_risk, self.here), fairness_s=self._fixed_s)
+
+    def total_s(self) -> float:
+        """The sum of `cost`, without the object."""
+        _, transfer_s, slowdown_s = self._next_seat()
+        return (self._start_s + (self.facts.starting + self.here) * self.scorer.settings.next_s + transfer_s
+                + slowdown_s + self.scorer.eviction_s(self.facts, self._known_risk, self.here) + self._fixed_s)
+
+    def take(self) -> Placed:
+        """Places the next worker. ValueError if none fits."""
+        terms = self.cost()
+        domains, _, _ = self._next_seat()
+        cores: list[int] = []
+        wanted = self.scorer.needs.cores_per_worker
+        for domain in domains:
+            used = self._used.get(domain, 0)
+            some = self._domains[domain][used:used + wanted - len(cores)]
+            self._used[domain] = used + len(some)
+            cores += some
+        self.left -= 1
+        self.here += 1
+        self._seat = None
+        scorer = self.scorer
+        scorer.placed += 1
+        if cohort := self.facts.cohort:
+            scorer.by_cohort[cohort] = scorer.by_cohort.get(cohort, 0) + 1
+        return Placed(self.facts.node, tuple(cores), terms)
+
+    # ---- inside ----------------------------------------------------------------------------------
+
+    @property
+    def _known_risk(self) -> float:
+        assert self._risk is not None          # _next_seat was called
+        return self._risk
+
+    def _prepare(self) -> None:
+        scorer, facts, settings = self.scorer, self.facts, self.scorer.settings
+        self._risk = scorer.ends_within(facts)
+        self._start_s = settings.warm_s if facts.warm else settings.cold_s
+        self._fixed_s = scorer.fairness_s(facts)
+        self._near = scorer.near(facts)
+        self._far = scorer.far_per_byte(facts)
+
+    def _next_seat(self) -> tuple[tuple[int, ...], float, float]:
+        """The NUMA nodes that the next worker is on (one, if any has room), its transfer and its slowdown."""
+        if self._seat is not None:
+            return self._seat
+        if self.left < 1:
+            raise ValueError(f"no further worker fits on {self.facts.node}")
+        if self._risk is None:
+            self._prepare()
+        wanted = self.scorer.needs.cores_per_worker
+        best: tuple[float, int, float, float] | None = None
+        for domain, cores in self._domains.items():
+            if len(cores) - self._used.get(domain, 0) >= wanted:
+                transfer_s, slowdown_s = self._transfer_s(domain), self._slowdown_s(domain)
+                offer = (transfer_s + slowdown_s, domain, transfer_s, slowdown_s)
+                if best is None or offer < best:
+                    best = offer
+        if best is not None:
+            self._seat = ((best[1],), best[2], best[3])
+        else:
+            self._seat = self._straddle()
+        return self._seat
+
+    def _straddle(self) -> tuple[tuple[int, ...], float, float]:
+        """No NUMA node has enough: the fullest ones together, as slow as the slowest of them and far from each."""
+        missing = self.scorer.needs.cores_per_worker
+        free = {domain: len(cores) - self._used.get(domain, 0) for domain, cores in self._domains.items()}
+        domains = []
+        for domain in sorted(free, key=lambda domain: (-free[domain], domain)):
+            domains.append(domain)
+            missing -= free[domain]
+            if missing <= 0:
+                break
+        # One seat less to choose from never makes the next one cheaper.
+        return (tuple(domains), max(self._transfer_s(domain, far=True) for domain in domains),
+                max(self._slowdown_s(domain) for domain in self._domains))
+
+    def _transfer_s(self, domain: int, far: bool = False) -> float:
+        scorer, facts, settings = self.scorer, self.facts, self.scorer.settings
+        if not scorer.bytes:
+            return 0.0
+        seconds = 0.0
+        for numa, share in self._near:
+            other = far or (numa is not None and numa != domain)
+            seconds += share / settings.bandwidth[0] * (settings.far_numa if other else 1.0)
+        if self._far:
+            other = far or (facts.nic_numa is not None and facts.nic_numa != domain)
+            link = settings.bandwidth[min(1, len(settings.bandwidth) - 1)]
+            load = min(0.95, facts.network_load + self.here * scorer.rate / link)
+            seconds += self._far * (settings.far_numa if other else 1.0) / (1.0 - load)
+        return scorer.bytes * seconds
+
+    def _slowdown_s(self, domain: int) -> float:
+        """How much longer its kernels take there, than on a quiet node's free core, over the whole duration."""
+        scorer, facts, settings = self.scorer, self.facts, self.scorer.settings
+        bound = scorer.needs.memory_bound
+        size = max(1, facts.domain_size.get(domain, 1))
+        ours = self._used.get(domain, 0) / size
+        others = facts.domain_busy.get(domain, 0) / size
+        pressure = settings.guessed_pressure * others
+        if facts.memory_pressure is not None:
+            pressure = facts.memory_pressure.get(domain, pressure)
+        factor = (1.0 + settings.contention * min(1.0, others + ours)
+                  + settings.memory_contention * bound * (pressure + bound * ours))
+        if facts.classes:
+            factor *= self._class_factor(domain)
+        return scorer.duration_s * (factor / facts.speed - 1.0)
+
+    def _class_factor(self, domain: int) -> float:
+        """Of the worst core of the next worker there: idle cores come last, so that it never falls."""
+        cores = self._domains[domain]
+        last = min(self._used.get(domain, 0) + self.scorer.needs.cores_per_worker, len(cores)) - 1
+        return self.scorer.settings.idle_class if self.facts.classes.get(cores[last]) == "idle" else 1.0
+
+
+def _s(seconds: float) -> str:
+    return f"{seconds:.3g} s"
+
+
+def _cores(count: int) -> str:
+    return f"{count} core{'s' if count != 1 else ''}"
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.3g} GiB"

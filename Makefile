@@ -16,7 +16,7 @@ help:  ## list the targets
 
 # --- set-up ------------------------------------------------------------------
 
-EXTENSION_SOURCES := setup.py $(wildcard csrc/*.[ch] csrc/verbs/*.[ch] csrc/verbs/null/*.[ch] csrc/verbs/bench/*.[ch]) \
+EXTENSION_SOURCES := setup.py $(wildcard csrc/*.[ch] csrc/agent/*.c csrc/verbs/*.[ch] csrc/verbs/null/*.[ch] csrc/verbs/bench/*.[ch]) \
     $(wildcard rfaas_mpi/fabric/*.pyx rfaas_mpi/fabric/*.pxi rfaas_mpi/fabric/*.pxd)
 
 setup: $(VENV)/.installed  ## system packages, .venv and the build; quick the second time
@@ -166,6 +166,6 @@ test-c: setup $(CHECKS)
 
 clean:  ## remove what was built (not .venv)
 	rm -rf build dist $(OUT) *.egg-info .pytest_cache .hypothesis
-	rm -f rfaas_mpi/_native_kernels.so rfaas_mpi/_verbs.so rfaas_mpi/bench/*.so rfaas_mpi/fabric/*.so rfaas_mpi/fabric/_fabric.c
+	rm -f rfaas_mpi/_native_kernels.so rfaas_mpi/_verbs.so rfaas_mpi/agent/*.so rfaas_mpi/bench/*.so rfaas_mpi/fabric/*.so rfaas_mpi/fabric/_fabric.c
 	rm -f $(VENV)/.built
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -111,6 +111,8 @@ setup(
         # -ffast-math: only then does glibc declare the vector forms of log and
         # exp. Never for the link: it would switch denormals off in the process.
         plain_library("rfaas_mpi._native_kernels", KERNELS, flags=("-ffast-math",)),
+        # What the node agent reads many times a second.
+        plain_library("rfaas_mpi.agent._reading", "csrc/agent/reading.c", flags=(HIDDEN,)),
         # What the data plane is compared with shares its wait loop and its kind of memory, nothing else.
         plain_library("rfaas_mpi.bench._bench", *BENCH, "csrc/pages.c", "csrc/poller.c", flags=(HIDDEN,)),
         plain_library(VERBS, *VERBS_SOURCES, flags=(HIDDEN,), libraries=("ibverbs",)),

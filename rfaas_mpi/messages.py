@@ -410,6 +410,8 @@ AnyToRank = (Welcome | Granted | Denied | Failed | Done | StatusAnswer | Listeni
 _encoder = msgspec.json.Encoder()
 _decode_request: msgspec.json.Decoder[AnyRequest] = msgspec.json.Decoder(AnyRequest)
 _decode_to_rank: msgspec.json.Decoder[AnyToRank] = msgspec.json.Decoder(AnyToRank)
+# What decoding raises for some bytes or other: not only errors of msgspec's own.
+_NO_MESSAGE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 def pack_message(message: msgspec.Struct) -> bytes:
@@ -421,7 +423,7 @@ def unpack_request(body: bytes) -> AnyRequest:
     """ServiceError if it is no request of this version."""
     try:
         return _decode_request.decode(body)
-    except msgspec.MsgspecError as error:
+    except _NO_MESSAGE as error:
         raise ServiceError(f"a message that is no request: {error}") from None
 
 
@@ -429,7 +431,7 @@ def unpack_to_rank(body: bytes) -> AnyToRank:
     """ServiceError if it is nothing a service of this version says."""
     try:
         return _decode_to_rank.decode(body)
-    except msgspec.MsgspecError as error:
+    except _NO_MESSAGE as error:
         raise ServiceError(f"a message that is no answer or event: {error}") from None
 
 

@@ -371,8 +371,11 @@ static uint64_t due(struct tcp_link *tcp, uint8_t **to_p)
         *to_p = (uint8_t *)&in->line + (in->got - sizeof(in->head));
         return sizeof(in->head) + sizeof(in->line) - in->got;
     case AT_DESCS:
-        *to_p = (uint8_t *)tcp->descs + in->got;
-        return in->head.n_regions * sizeof(*tcp->descs) - in->got;
+        size = in->head.n_regions * sizeof(*tcp->descs) - in->got;
+        if (size != 0) {        /* else there may be no memory for any */
+            *to_p = (uint8_t *)tcp->descs + in->got;
+        }
+        return size;
     case AT_PAYLOAD:
         *to_p = (tcp->rank ? reply_at(tcp, in->head.slot)
                            : request_at(tcp, in->head.slot)) +

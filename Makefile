@@ -12,7 +12,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check --quiet
 .PHONY: help setup demo test test-c test-python guest soak bench sdist clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z][a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@sed -n 's/^\([a-z][a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 # --- set-up ------------------------------------------------------------------
 
@@ -24,7 +24,7 @@ setup: $(VENV)/.installed  ## system packages, .venv and the build; quick the se
 
 # Tests need more than use does: a guest with RDMA devices. One apt at a time, and
 # headers before what is built if they are there.
-ifneq ($(filter test test-c test-python guest,$(MAKECMDGOALS)),)
+ifneq ($(filter test test-c test-python guest fuzz fuzz-cover,$(MAKECMDGOALS)),)
 setup $(VENV)/.created: | $(VENV)/.test-packages
 endif
 
@@ -162,7 +162,9 @@ endef
 $(foreach sanitizer,asan tsan,$(foreach transport,$(C_TRANSPORTS),$(eval $(call transported,$(sanitizer),$(transport)))))
 .SECONDARY:
 
-test-c: setup $(CHECKS)
+include csrc/fuzz/fuzz.mk
+
+test-c: setup $(CHECKS) $(FUZZ_TARGETS:%=check-fuzz-%)
 
 clean:  ## remove what was built (not .venv)
 	rm -rf build dist $(OUT) *.egg-info .pytest_cache .hypothesis

@@ -28,7 +28,7 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
 EOF
 "$python" -c 'import ensurepip, venv' 2>/dev/null || need python3-venv
 # The emulator, the tools that make and show verbs devices, headers and drivers,
-# and others' programs that ours are checked against.
+# others' programs that ours are checked against, and the compiler that fuzzes.
 if [ "$purpose" = tests ]; then
     program() { PATH=$PATH:/usr/sbin:/sbin command -v "$1" >/dev/null 2>&1 || need "$2"; }
     program qemu-system-x86_64 qemu-system-x86
@@ -36,6 +36,9 @@ if [ "$purpose" = tests ]; then
     program ibv_devices ibverbs-utils
     program rping rdmacm-utils
     program ib_write_lat perftest
+    program clang clang
+    program llvm-cov llvm
+    ls "$(clang -print-resource-dir 2>/dev/null)"/lib/*/libclang_rt.fuzzer*.a >/dev/null 2>&1 || need libclang-rt-dev
     program munged munge
     [ -e /usr/include/infiniband/verbs.h ] || need libibverbs-dev
     [ -e /usr/include/rdma/rdma_cma.h ] || need librdmacm-dev

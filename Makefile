@@ -67,8 +67,9 @@ guest: setup  ## run CMD='...' on a machine with two RDMA devices: rxe0 and rxe1
 	@$(PY) tests/rdma_guest.py $(GUEST_OPTIONS) -- sh -c "$$CMD"
 guest: export CMD ?= ibv_devinfo
 
-soak: setup  ## ten million invocations in all styles, a million under kills, a million lease operations
+soak: setup  ## ten million invocations in all styles, a million under kills, a million lease operations, a manager killed a thousand times
 	RFAAS_SOAK_LEASES=1000000 $(PY) -m pytest tests/test_lease_book.py tests/test_lease_network.py --timeout 3600
+	RFAAS_SOAK_KILLS=1000 $(PY) -m pytest tests/test_ledger.py --timeout 3600
 	RFAAS_SOAK_INVOCATIONS=10000000 $(PY) -m pytest tests/test_soak.py --timeout 3600
 	RFAAS_SOAK_FAULTS=1000000 $(PY) -m pytest tests/test_faults_soak.py --timeout 3600
 	RFM_TEST_SCALE=20 $(MAKE) --no-print-directory test-c C_TIMEOUT=3600

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "RFaaSError", "ConfigError", "AuthError", "VersionMismatch", "ServiceError",
-    "NoService", "ServiceLost", "LeaseDenied", "LeaseExpired", "LeaseRevoked", "WorkerLost",
+    "NoService", "ServiceLost", "StoreError", "LeaseDenied", "LeaseExpired", "LeaseRevoked", "WorkerLost",
     "KernelError", "KernelTimeout", "BadKernel", "KernelChanged", "InvalidBuffer",
     "Backpressure", "ClosedError", "TransportError", "ForkedError", "NestedError",
 ]
@@ -61,6 +61,10 @@ class NoService(ServiceError):
 
 class ServiceLost(ServiceError, ConnectionError):
     """The service ended while it was in use; a new Executor starts another."""
+
+
+class StoreError(ServiceError):
+    """The manager's store can't be opened, read or written."""
 
 
 class LeaseDenied(RFaaSError):

@@ -1,0 +1,305 @@
+"""What a cluster's manager must not forget: epochs, grants, their ends, and who used what. One SQLite file.
+
+    leases    one row for each, as it stands now; `ended_at` is NULL while it lives
+    answers   (session, request) → the demand and its grant
+    closed    sessions that ended        drained   nodes that lend nothing
+    usage     what a worker used, once   meta      epoch, clock, version
+
+Times in a lease are seconds on the manager's monotonic clock, which begins anew
+with each boot; `meta` says which boot it was, and what the wall clock showed then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from rfaas_mpi.errors import StoreError
+from rfaas_mpi.leases import Answered, Changes, Demand, Grant, Kept, Lease
+
+__all__ = ["Ledger", "Usage", "network_file_system"]
+
+log = logging.getLogger("rfaas_mpi.manager.ledger")
+
+VERSION = 1
+BUSY_S = 2.0                     # a manager that ends needs so long to let go
+PRUNE_EVERY = 1000               # groups
+KEEP_ENDED_S = 30 * 86400.0
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS leases (
+    id INTEGER PRIMARY KEY, session INTEGER NOT NULL, request INTEGER NOT NULL, uid INTEGER NOT NULL,
+    node TEXT NOT NULL, state TEXT NOT NULL, granted_at REAL NOT NULL, ended_at REAL, body TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS leases_ended ON leases (ended_at);
+CREATE TABLE IF NOT EXISTS answers (
+    session INTEGER NOT NULL, request INTEGER NOT NULL, last_lease INTEGER NOT NULL, body TEXT NOT NULL,
+    PRIMARY KEY (session, request)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS closed (session INTEGER PRIMARY KEY, at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS drained (node TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS usage (
+    node TEXT NOT NULL, incarnation INTEGER NOT NULL, number INTEGER NOT NULL,
+    at REAL NOT NULL, lease INTEGER NOT NULL, uid INTEGER NOT NULL, kernel TEXT NOT NULL, cores INTEGER NOT NULL,
+    memory_bytes INTEGER NOT NULL, held_s REAL NOT NULL, cpu_s REAL NOT NULL, exec_s REAL NOT NULL,
+    poll_s REAL NOT NULL, invocations INTEGER NOT NULL,
+    PRIMARY KEY (node, incarnation, number)) WITHOUT ROWID;
+"""
+
+# SQLite's write-ahead log needs memory that is shared with everybody who has the
+# file open, and locks that mean it.
+_NETWORK = {
+    0x6969: "nfs", 0x517B: "smb", 0xFE534D42: "smb2", 0xFF534D42: "cifs", 0x5346414F: "afs", 0x6B414653: "afs",
+    0x73757245: "coda", 0x564C: "ncp", 0x00C36400: "ceph", 0x0BD00BD0: "lustre", 0x47504653: "gpfs",
+    0x20030528: "orangefs", 0x19830326: "beegfs", 0x01021997: "9p", 0xAAD7AAEA: "panfs", 0x65735546: "fuse",
+    0x786F4256: "vboxsf",
+}
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """What one worker used. `(node, incarnation, number)` names the record: it counts once, however often it comes."""
+
+    node: str
+    incarnation: int
+    number: int
+    lease: int
+    uid: int
+    cores: int
+    memory_bytes: int
+    held_s: float
+    cpu_s: float
+    exec_s: float = 0.0
+    poll_s: float = 0.0
+    invocations: int = 0
+    kernel: str = ""
+
+
+_encode = msgspec.json.Encoder().encode
+_decode_lease = msgspec.json.Decoder(Lease).decode
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    demand: Demand
+    grant: Grant
+
+
+_decode_answer = msgspec.json.Decoder(_Answer).decode
+
+
+def file_system_magic(path: Path) -> int:
+    """The kernel's number of the file system that `path` is on. OSError if it can't be asked."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    buffer = ctypes.create_string_buffer(256)      # struct statfs; f_type comes first
+    if libc.statfs(os.fsencode(path), buffer) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(path))
+    return ctypes.c_long.from_buffer(buffer).value & 0xFFFFFFFF
+
+
+def network_file_system(magic: int) -> str:
+    """The name of the network file system (or one that may be) with that number, "" for a local one."""
+    return _NETWORK.get(magic, "")
+
+
+class Ledger:
+    """Owns the file; one manager at a time.
+
+    `write` returns once all of it would be there after a power cut. StoreError
+    names the file and the way out: another manager has it open, it lies on a
+    network file system, it is damaged, the disk is full. After a StoreError from
+    `write` nothing of that call is there, and it may be called again.
+
+    The first ledger in a place begins with a high epoch, since there may have been
+    another one before it, whose leases still run somewhere.
+    """
+
+    def __init__(self, path: Path, *, monotonic: Callable[[], float] = time.monotonic,
+                 wall: Callable[[], float] = time.time, keep_ended_s: float = KEEP_ENDED_S) -> None:
+        self.path = path
+        self._monotonic = monotonic
+        self._wall = wall
+        self._keep_ended_s = keep_ended_s
+        self._offset = float("nan")            # wall clock less monotonic clock, as written down
+        self._groups = 0
+        try:
+            if name := network_file_system(file_system_magic(path.parent)):
+                raise StoreError(f"{path} lies on a network file system ({name}), where a power cut or a second "
+                                 "manager would damage it", hint="name a file on a local disk")
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        except OSError as error:
+            raise StoreError(f"{path} can't be opened: {error.strerror}",
+                             hint="name a file in a directory of the manager's user") from None
+        self._db = sqlite3.connect(path, isolation_level=None, timeout=BUSY_S, check_same_thread=False)
+        try:
+            self._prepare()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _prepare(self) -> None:
+        try:
+            # Nobody else may read it while it is ours: then no second manager can be.
+            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("BEGIN IMMEDIATE")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version > VERSION:
+                raise StoreError(f"{self.path} was written by a later version (format {version}, this one knows "
+                                 f"{VERSION})", hint="start that version, or name another file")
+            for statement in _SCHEMA.split(";"):
+                self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version={VERSION}")
+            self._db.execute("INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (int(self._wall()),))
+            self._db.execute("COMMIT")
+            self.epoch = int(self._meta("epoch"))
+        except sqlite3.Error as error:
+            raise self._trouble(error) from error
+
+    def _meta(self, name: str) -> str | float:
+        row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return row[0] if row else ""
+
+    def _trouble(self, error: sqlite3.Error) -> StoreError:
+        match error.sqlite_errorname if hasattr(error, "sqlite_errorname") else "":
+            case "SQLITE_BUSY" | "SQLITE_LOCKED":
+                return StoreError(f"{self.path} is in use by another manager", hint="stop that one first")
+            case "SQLITE_FULL" | "SQLITE_IOERR_WRITE" | "SQLITE_IOERR_FSYNC" | "SQLITE_IOERR_TRUNCATE":
+                return StoreError(f"{self.path} can't be written ({error})",
+                                  hint="make room on that disk; nothing is granted before, and nothing is lost")
+            case "SQLITE_CORRUPT" | "SQLITE_NOTADB":
+                return self._damaged(str(error))
+            case _:
+                return StoreError(f"{self.path}: {error}")
+
+    def _damaged(self, why: str) -> StoreError:
+        return StoreError(
+            f"{self.path} is damaged ({why})",
+            hint=f"put a backup in its place, or begin anew with `mv {self.path} {self.path}.damaged` (and the same for "
+                 f"{self.path.name}-wal): leases that run are then left to their end, and their cores lent after it")
+
+    # --- reading -----------------------------------------------------------------------------------
+
+    def load(self, *, remember_s: float = 3600.0) -> Kept:
+        """What a new book begins with: live leases, those that ended less than `remember_s` ago, their answers."""
+        try:
+            return self._load(self._wall() - remember_s)
+        except sqlite3.Error as error:
+            raise self._trouble(error) from error
+        except msgspec.MsgspecError as error:
+            raise self._damaged(f"a record makes no sense: {error}") from error
+
+    def _load(self, since: float) -> Kept:
+        leases = [_decode_lease(body) for body, in self._db.execute(
+            "SELECT body FROM leases WHERE ended_at IS NULL OR ended_at > ? ORDER BY id", (since,))]
+        if shift := self._shift():
+            leases = [msgspec.structs.replace(
+                lease, hard_end=None if lease.hard_end is None else lease.hard_end + shift,
+                stop_by=None if lease.stop_by is None else lease.stop_by + shift) for lease in leases]
+        # An answer lives as long as its leases, of which the last was granted last.
+        recent = {(lease.session, lease.request_id) for lease in leases}
+        first = min((lease.id for lease in leases), default=0)
+        answers = []
+        for session, request, body in self._db.execute(
+                "SELECT session, request, body FROM answers WHERE last_lease >= ?", (first,)):
+            if (session, request) in recent:
+                found = _decode_answer(body)
+                answers.append(Answered(found.demand, found.grant))
+        return Kept(
+            leases=leases, answers=answers,
+            closed=[session for session, in self._db.execute("SELECT session FROM closed WHERE at > ?", (since,))],
+            drained=[node for node, in self._db.execute("SELECT node FROM drained ORDER BY node")])
+
+    def _shift(self) -> float:
+        """What to add to a time that an earlier manager wrote down; 0 if it used this same clock."""
+        boot, offset = self._meta("boot"), self._meta("offset")
+        if boot in ("", _boot_id()):
+            return 0.0
+        return float(offset) - (self._wall() - self._monotonic())
+
+    def usage(self, *, by: str = "uid") -> list[dict[str, int | float | str]]:
+        """Sums of everything that is kept, by `uid`, `node`, `kernel` or `lease`."""
+        if by not in ("uid", "node", "kernel", "lease"):
+            raise StoreError(f"usage is not kept by {by!r}", hint="ask by uid, node, kernel or lease")
+        rows = self._db.execute(
+            f"SELECT {by}, count(*), sum(held_s * cores), sum(held_s * memory_bytes), sum(cpu_s), sum(exec_s), "
+            f"sum(poll_s), sum(invocations) FROM usage GROUP BY {by} ORDER BY {by}")
+        names = (by, "workers", "core_s", "memory_byte_s", "cpu_s", "exec_s", "poll_s", "invocations")
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    # --- writing -----------------------------------------------------------------------------------
+
+    def write(self, changes: Sequence[Changes], usage: Iterable[Usage] = ()) -> None:
+        """Makes all of it durable, in this order, with one flush; all or nothing."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                for each in changes:
+                    self._write(each)
+                self._db.executemany(
+                    "INSERT OR IGNORE INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    [(one.node, one.incarnation, one.number, self._wall(), one.lease, one.uid, one.kernel, one.cores,
+                      one.memory_bytes, one.held_s, one.cpu_s, one.exec_s, one.poll_s, one.invocations)
+                     for one in usage])
+                self._write_clock()
+                self._groups += 1
+                if self._groups % PRUNE_EVERY == 0:
+                    self._prune()
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                self._offset = float("nan")
+                raise
+        except sqlite3.Error as error:
+            raise self._trouble(error) from error
+        self.epoch = max([self.epoch, *(each.epoch for each in changes)])
+
+    def _write(self, changes: Changes) -> None:
+        at, db = self._wall(), self._db
+        db.execute("UPDATE meta SET value = max(value, ?) WHERE name = 'epoch'", (changes.epoch,))
+        db.executemany(
+            "INSERT INTO leases VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
+            "state = excluded.state, ended_at = excluded.ended_at, body = excluded.body",
+            [(lease.id, lease.session, lease.request_id, lease.uid, lease.node, str(lease.state), at,
+              None if lease.state.live else at, _encode(lease).decode()) for lease in changes.leases])
+        db.executemany(
+            "INSERT INTO answers VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET last_lease = excluded.last_lease, "
+            "body = excluded.body",
+            [(answered.demand.session, answered.demand.request_id, answered.grant.leases[-1].id,
+              _encode(_Answer(answered.demand, answered.grant)).decode()) for answered in changes.answers])
+        db.executemany("INSERT OR IGNORE INTO closed VALUES (?, ?)", [(session, at) for session in changes.closed])
+        for node, drained in changes.drained.items():
+            if drained:
+                db.execute("INSERT OR IGNORE INTO drained VALUES (?, ?)", (node, at))
+            else:
+                db.execute("DELETE FROM drained WHERE node = ?", (node,))
+
+    def _write_clock(self) -> None:
+        offset = self._wall() - self._monotonic()
+        # Not "greater than": the first offset is no number.
+        if not abs(offset - self._offset) < 1.0:
+            self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)",
+                                 [("boot", _boot_id()), ("offset", offset)])
+            self._offset = offset
+
+    def _prune(self) -> None:
+        before = self._wall() - self._keep_ended_s
+        self._db.execute("DELETE FROM answers WHERE last_lease IN (SELECT id FROM leases WHERE ended_at < ?)", (before,))
+        self._db.execute("DELETE FROM leases WHERE ended_at < ?", (before,))
+        self._db.execute("DELETE FROM closed WHERE at < ?", (before,))
+        self._db.execute("DELETE FROM usage WHERE at < ?", (before,))
+
+    def close(self) -> None:
+        """Lets go of the file. Safe to call twice."""
+        self._db.close()
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

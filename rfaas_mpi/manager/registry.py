@@ -1,0 +1,113 @@
+"""A lease book that outlives its manager: an action is handed out once what it rests on is on disk.
+
+    events ──▶ book ──▶ actions wait ──▶ one flush for all of them ──▶ actions
+                └────── changes wait ──▶ ledger ──┘
+
+Killed at any point, the manager has said nothing that the next one doesn't know.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rfaas_mpi.errors import StoreError
+from rfaas_mpi.leases import Changes, Event, LeaseBook, Store
+from rfaas_mpi.leases.nodes import Picker
+from rfaas_mpi.manager.ledger import Ledger, Usage
+
+__all__ = ["Group", "Registry"]
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Half of a restart with 100 000 leases would go into looking for garbage among them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class Group:
+    """Actions that may be done once their changes are written down."""
+
+    def __init__(self) -> None:
+        self.actions: list[Any] = []
+        self.usage: list[Usage] = []
+        self.changes: list[Changes] = []
+        self.epoch = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.actions or self.usage or self.changes)
+
+
+class Registry:
+    """One book, one ledger. `handle` as often as events come; then `take`, `write` and do what it returns.
+
+    `write` may run in another thread while the book goes on: the events of that
+    time make the next group, so that many of them share one flush. Groups are
+    written in the order in which they were taken, one at a time.
+
+    A write that fails (the disk is full) keeps its group: nothing of it has been
+    said to anybody, and the next `write` begins with it.
+    """
+
+    def __init__(self, ledger: Ledger, pick: Picker, now: float, *, begin_within_s: float = 20.0,
+                 remember_s: float = 3600.0) -> None:
+        self._ledger = ledger
+        self._group = Group()
+        self._unwritten: list[Group] = []
+        self.book = LeaseBook(pick, epoch=ledger.epoch, activate_within_s=begin_within_s, remember_s=remember_s,
+                              durable=True)
+        with _no_collections():
+            kept = ledger.load(remember_s=remember_s)
+            try:
+                self.book.restore(kept, now)
+            except ValueError as error:
+                raise StoreError(f"{ledger.path} makes no sense: {error}",
+                                 hint="put a backup in its place") from error
+
+    def handle(self, event: Event, now: float) -> None:
+        """Takes an event. ValueError for one that makes no sense; nothing has changed then."""
+        self.add(self.book.handle(event, now))
+
+    def add(self, actions: Iterable[Any]) -> None:
+        """Takes what the book, or whoever decides with it, wants to have done."""
+        for action in actions:
+            if isinstance(action, Store):
+                self._group.epoch = action.epoch
+            else:
+                self._group.actions.append(action)
+
+    def used(self, usage: Iterable[Usage]) -> None:
+        """Takes what workers used, to be written down with the rest."""
+        self._group.usage += usage
+
+    def take(self) -> Group:
+        """Everything since the last call: false if there is nothing to write or do."""
+        group, self._group = self._group, Group()
+        changes = self.book.changes()
+        if changes or group.epoch:
+            group.changes.append(changes)
+        return group
+
+    def write(self, group: Group) -> list[Any]:
+        """Makes the group durable and returns what may be done now, in order. StoreError if it can't be written."""
+        if group:
+            self._unwritten.append(group)
+        waiting = self._unwritten
+        changes = [each for one in waiting for each in one.changes]
+        usage = [each for one in waiting for each in one.usage]
+        if changes or usage:
+            self._ledger.write(changes, usage)
+        self._unwritten = []
+        return [action for one in waiting for action in one.actions]
+
+    def flush(self) -> list[Any]:
+        """take and write in one."""
+        return self.write(self.take())

@@ -1,0 +1,389 @@
+"""What a manager keeps on disk: killed at any point it forgets no grant and repeats none."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from lease_manager import RemoteBook
+from test_lease_network import OPERATIONS, WITHIN_S, World
+
+from rfaas_mpi.errors import StoreError
+from rfaas_mpi.leases import (
+    Action,
+    Admit,
+    AgentStarted,
+    Answered,
+    Cause,
+    Changes,
+    Demand,
+    Event,
+    Grant,
+    GrantedWorker,
+    Kept,
+    Lease,
+    LeaseState,
+    NodeLost,
+    NodeReport,
+    Notify,
+)
+from rfaas_mpi.manager import ledger as ledger_module
+from rfaas_mpi.manager.ledger import KEEP_ENDED_S, Ledger, Usage, network_file_system
+from rfaas_mpi.manager.registry import Registry
+from rfaas_mpi.placement import pick_cores
+
+GIB = 1 << 30
+HERE = Path(__file__).parent
+
+
+class Clock:
+    """A monotonic clock and one on the wall, both of which can be set."""
+
+    def __init__(self) -> None:
+        self.monotonic, self.wall = 50.0, 1.8e9
+
+    def tick(self, seconds: float) -> None:
+        self.monotonic += seconds
+        self.wall += seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def opened(tmp_path, clock):
+    """opens the one ledger of the test, again and again; the one before is left as a kill leaves it."""
+    ledgers: list[Ledger] = []
+
+    def open_ledger(**more: float) -> Ledger:
+        for ledger in ledgers:
+            ledger.close()
+        ledgers.append(Ledger(tmp_path / "ledger.db", monotonic=lambda: clock.monotonic, wall=lambda: clock.wall,
+                              **more))
+        return ledgers[-1]
+
+    yield open_ledger
+    for ledger in ledgers:
+        ledger.close()
+
+
+def lease(number: int, **more: object) -> Lease:
+    return Lease(**{"id": number, "epoch": number, "node": "n0", "session": 7, "uid": 1000, "request_id": number,
+                    "workers": (GrantedWorker(0, (number,)),), "memory_per_worker": GIB, **more})
+
+
+def changes_of(*leases: Lease, **more: object) -> Changes:
+    answers = tuple(Answered(Demand(one.session, one.request_id, one.uid, 1, 1),
+                             Grant(one.session, one.request_id, (one,))) for one in leases if one.state.live)
+    return Changes(**{"epoch": max((one.epoch for one in leases), default=0), "leases": leases, "answers": answers,
+                      **more})
+
+
+# --- what is there again ----------------------------------------------------
+
+def test_everything_that_was_written_is_there_again(opened):
+    first, second = lease(2_000_000_000), lease(2_000_000_001, state=LeaseState.ACTIVE, seen_ns=5, incarnation=3)
+    ledger = opened()
+    ledger.write([changes_of(first, second, closed=(4, 5), drained={"n1": True, "n2": True})])
+    ledger.write([Changes(epoch=0, drained={"n2": False})])
+    kept = opened().load()
+    assert kept == Kept(leases=[first, second], answers=list(changes_of(first, second).answers), closed=[4, 5],
+                        drained=["n1"])
+    assert opened().epoch == 2_000_000_001
+
+
+def test_an_ended_lease_is_remembered_for_a_while_and_its_answer_with_it(opened, clock):
+    one = lease(1)
+    ended = msgspec.structs.replace(one, state=LeaseState.RELEASED, cause=Cause.RELEASED, workers=())
+    ledger = opened()
+    ledger.write([changes_of(one)])
+    ledger.write([Changes(epoch=1, leases=(ended,))])
+    kept = opened().load(remember_s=100.0)
+    assert list(kept.leases) == [ended] and [answered.grant.leases for answered in kept.answers] == [(one,)]
+    clock.tick(101.0)
+    assert opened().load(remember_s=100.0) == Kept(leases=[], answers=[], closed=[], drained=[])
+
+
+def test_what_ended_long_ago_is_removed_from_the_file(opened, clock, monkeypatch):
+    monkeypatch.setattr(ledger_module, "PRUNE_EVERY", 1)
+    ledger = opened()
+    one = lease(1)
+    ledger.write([changes_of(one, closed=(1,))], [used(1)])
+    ledger.write([changes_of(msgspec.structs.replace(one, state=LeaseState.RELEASED))])
+    ledger.write([changes_of(lease(2))])
+    clock.tick(KEEP_ENDED_S + 1)
+    ledger.write([])
+    assert {table: ledger._db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+            for table in ("leases", "answers", "closed", "usage")} == {"leases": 1, "answers": 1, "closed": 0, "usage": 0}
+
+
+def test_a_first_ledger_begins_above_what_one_before_it_may_have_given_out(opened, clock):
+    assert opened().epoch == int(clock.wall)
+    clock.tick(1000.0)
+    assert opened().epoch == int(clock.wall) - 1000
+
+
+def test_times_go_on_after_a_reboot(opened, clock, monkeypatch):
+    ledger = opened()
+    ledger.write([changes_of(lease(1, hard_end=clock.monotonic + 60.0, stopping=(0,), stop_by=clock.monotonic + 2.0))])
+    clock.tick(10.0)
+    assert opened().load().leases[0].hard_end == clock.monotonic + 50.0
+    # The machine starts again: its monotonic clock does, too.
+    clock.monotonic = 3.0
+    monkeypatch.setattr(ledger_module, "_boot_id", lambda: "another boot")
+    kept = opened().load().leases[0]
+    assert kept.hard_end == pytest.approx(53.0) and kept.stop_by == pytest.approx(-5.0)
+
+
+def test_a_wall_clock_that_jumps_changes_no_time_of_a_lease(opened, clock):
+    ledger = opened()
+    ledger.write([changes_of(lease(1, hard_end=clock.monotonic + 60.0))])
+    clock.wall += 86400.0
+    assert opened().load().leases[0].hard_end == clock.monotonic + 60.0
+
+
+def test_a_write_is_flushed_to_the_disk_before_it_returns(opened):
+    """No power cut here: what SQLite is told to do about one."""
+    ledger = opened()
+    assert ledger._db.execute("PRAGMA synchronous").fetchone() == (2,)         # FULL
+    assert ledger._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+# --- usage ------------------------------------------------------------------
+
+def used(number: int, **more: object) -> Usage:
+    return Usage(**{"node": "n0", "incarnation": 1, "number": number, "lease": 9, "uid": 1000, "cores": 2,
+                    "memory_bytes": GIB, "held_s": 3.0, "cpu_s": 1.5, "invocations": 4, **more})
+
+
+def test_usage_counts_once_however_often_it_is_told(opened):
+    ledger = opened()
+    for _ in range(3):
+        ledger.write([], [used(1), used(2, uid=1001)])
+    ledger.write([], [used(1, incarnation=2)])
+    assert [(row["uid"], row["workers"], row["core_s"], row["invocations"]) for row in opened().usage()] == [
+        (1000, 2, 12.0, 8), (1001, 1, 6.0, 4)]
+    assert [row["node"] for row in opened().usage(by="node")] == ["n0"]
+    with pytest.raises(StoreError, match="ask by uid"):
+        opened().usage(by="uid; DROP TABLE usage")
+
+
+# --- a file that is no good -------------------------------------------------
+
+def test_a_second_manager_is_refused(opened, tmp_path, monkeypatch):
+    opened()
+    monkeypatch.setattr(ledger_module, "BUSY_S", 0.0)
+    second = subprocess.run([sys.executable, "-c", (
+        "import sys\nfrom pathlib import Path\nfrom rfaas_mpi.manager import ledger\nledger.BUSY_S = 0.0\n"
+        "ledger.Ledger(Path(sys.argv[1]))"), str(tmp_path / "ledger.db")], capture_output=True, text=True)
+    assert second.returncode == 1 and "in use by another manager; stop that one first" in second.stderr
+
+
+def test_a_damaged_file_is_an_error_that_names_the_way_out(opened, tmp_path):
+    opened().write([changes_of(lease(1))])
+    opened().close()
+    (tmp_path / "ledger.db").write_bytes(os.urandom(16384))
+    with pytest.raises(StoreError, match=r"ledger.db is damaged .*put a backup.*mv .*ledger.db"):
+        opened()
+    assert (tmp_path / "ledger.db").stat().st_size == 16384, "what is damaged is left as it was"
+
+
+def test_pages_damaged_in_the_middle_are_an_error_that_names_the_way_out(opened, tmp_path):
+    opened().write([changes_of(*(lease(number) for number in range(1, 2000)))])
+    opened().close()
+    with open(tmp_path / "ledger.db", "r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        for page in range(8, size // 4096):
+            file.seek(page * 4096)
+            file.write(os.urandom(64))
+    with pytest.raises(StoreError, match="is damaged .*put a backup"):
+        opened().load()
+
+
+def test_a_record_that_makes_no_sense_is_an_error_that_names_the_way_out(opened):
+    ledger = opened()
+    ledger.write([changes_of(lease(1))])
+    ledger._db.execute("UPDATE leases SET body = '{}'")
+    with pytest.raises(StoreError, match="makes no sense.*put a backup"):
+        ledger.load()
+
+
+def test_two_live_leases_on_one_core_are_an_error_and_no_start(opened):
+    ledger = opened()
+    ledger.write([changes_of(lease(1), lease(2, workers=(GrantedWorker(0, (1,)),)))])
+    with pytest.raises(StoreError, match="core 1 of node n0 is in both"):
+        Registry(ledger, pick_cores, 0.0)
+
+
+def test_a_file_of_a_later_version_is_refused_untouched(opened, tmp_path):
+    ledger = opened()
+    ledger._db.execute("PRAGMA user_version=2")
+    with pytest.raises(StoreError, match="later version"):
+        opened()
+
+
+@pytest.mark.parametrize("trouble", ["no directory", "a directory", "a link"])
+def test_a_place_that_can_t_hold_it_is_named(tmp_path, trouble):
+    path = tmp_path / "sub" / "ledger.db"
+    if trouble != "no directory":
+        path.parent.mkdir()
+    if trouble == "a directory":
+        path.mkdir()
+    if trouble == "a link":
+        path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match=f"{path} can't be opened"):
+        Ledger(path)
+
+
+def test_a_network_file_system_is_refused_by_name(tmp_path, monkeypatch):
+    assert network_file_system(0x6969) == "nfs" and network_file_system(0x0BD00BD0) == "lustre"
+    # The kernel's word on a file system that everybody has.
+    assert ledger_module.file_system_magic(Path("/proc")) == 0x9FA0
+    assert network_file_system(0x9FA0) == ""
+    monkeypatch.setattr(ledger_module, "file_system_magic", lambda path: 0x6969)
+    with pytest.raises(StoreError, match=r"lies on a network file system \(nfs\).*local disk"):
+        Ledger(tmp_path / "ledger.db")
+    assert not (tmp_path / "ledger.db").exists()
+
+
+def test_nothing_of_a_write_that_fails_is_there(opened):
+    ledger = opened()
+    ledger.write([changes_of(lease(1))])
+    bad = changes_of(lease(2), closed=("no number",))        # a row that the file can't hold
+    with pytest.raises(StoreError):
+        ledger.write([changes_of(lease(3)), bad])
+    assert [one.id for one in opened().load().leases] == [1]
+    ledger = opened()
+    ledger.write([changes_of(lease(3))])
+    assert [one.id for one in opened().load().leases] == [1, 3]
+
+
+def test_groups_that_waited_are_written_in_the_order_in_which_they_were_taken(opened):
+    registry = Registry(opened(), pick_cores, 0.0)
+    registry.handle(report(1), 0.0)
+    registry.handle(Demand(session=7, request_id=1, uid=1000, workers_min=1, workers_max=1), 0.0)
+    first = registry.take()
+    registry.handle(NodeLost("n0"), 1.0)
+    second = registry.take()
+    # The first could not be written; the second brings it along.
+    registry._unwritten.append(first)
+    assert [type(action) for action in registry.write(second)] == [Grant, Notify]
+    assert [one.state for one in opened().load().leases] == [LeaseState.LOST]
+
+
+def test_an_agent_s_number_is_on_disk_before_it_is_told(opened):
+    registry = Registry(opened(), pick_cores, 0.0)
+    registry.handle(AgentStarted("n0", "a"), 0.0)
+    (admit,) = registry.flush()
+    assert isinstance(admit, Admit) and opened().epoch == admit.incarnation
+
+
+# --- a disk that is full ----------------------------------------------------
+
+def report(clock_ns: int, cores: int = 4) -> NodeReport:
+    return NodeReport(node="n0", spare=tuple(range(cores)), memory_bytes=8 * GIB, incarnation=1, clock_ns=clock_ns,
+                      live=())
+
+
+def test_a_full_disk_grants_nothing_and_loses_nothing(opened, tmp_path):
+    """The file may not grow any more; the file system's own limit is tried below."""
+    registry = Registry(opened(), pick_cores, 0.0)
+    registry.handle(report(1, cores=64), 0.0)
+    registry.flush()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    demands = [Demand(session=7, request_id=number, uid=1000, workers_min=1, workers_max=1) for number in range(30)]
+    said: list[Action] = []
+    failed = 0
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "ledger.db-wal").stat().st_size + 20_000, hard))
+    try:
+        for demand in demands:
+            registry.handle(demand, 1.0)
+            try:
+                said += registry.flush()
+            except StoreError as error:
+                assert "make room on that disk" in str(error)
+                failed += 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert failed > 0
+    # As many as were said are on disk, and the others are said once there is room.
+    written = {one.id for one in registry.book.leases}
+    said += registry.flush()
+    assert {one.id for grant in said if isinstance(grant, Grant) for one in grant.leases} == written
+    assert len(written) == len(demands)
+    assert {one.id for one in opened().load().leases} == written
+
+
+def test_a_manager_on_a_full_file_system_goes_on_when_there_is_room(tmp_path):
+    """On a tmpfs of its own, in a mount namespace of its own."""
+    script = f"mount -t tmpfs -o size=512k tmpfs {tmp_path} && exec {sys.executable} {HERE / 'full_disk.py'} {tmp_path}"
+    ran = subprocess.run(["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"]), "sh", "-c", script],
+                         capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == "every grant is there"
+
+
+# --- a manager that is killed -----------------------------------------------
+
+class KilledWorld(World):
+    """The same network, with a manager in a process of its own and a file on a real disk."""
+
+    def __init__(self, path: Path, choose: random.Random) -> None:
+        self.path = path
+        self.choose = choose
+        self.kills = 0
+        self.seen: dict[int, tuple[int, int]] = {}           # lease → whose it is
+        self.book: RemoteBook | None = None                  # type: ignore[assignment]
+        super().__init__()
+
+    def restart_manager(self) -> None:
+        if self.book is not None:
+            self.book.close()
+        self.book = RemoteBook(self.path, self.now, WITHIN_S)
+
+    def handle(self, events: list[Event], *, crash: str = "") -> None:
+        if crash:
+            self.kills += 1
+            actions = self.book.handle_and_die(events, self.now, self.choose.randrange(4), self.choose.randrange(400))
+            self.restart_manager()
+        else:
+            actions = self.book.handle(events, self.now)
+        for action in actions:
+            self.wire.append(action)
+            if isinstance(action, Grant):
+                self.grants += len(action.leases)
+                for one in action.leases:
+                    self.seen.setdefault(one.id, (action.session, action.request_id))
+                    assert self.seen[one.id] == (action.session, action.request_id), "a lease's number came twice"
+
+    def end(self) -> None:
+        super().end()
+        self.book.close()
+
+
+def test_a_manager_killed_at_any_point_forgets_no_grant_and_repeats_none(tmp_path):
+    """RFAAS_SOAK_KILLS sets how often."""
+    kills = int(os.environ.get("RFAAS_SOAK_KILLS", "20"))
+    choose = random.Random(kills)
+    world = KilledWorld(tmp_path / "ledger.db", choose)
+    often = {**OPERATIONS, World.manager_is_killed: 3}
+    try:
+        while world.kills < kills:
+            operation = choose.choices(list(often), list(often.values()))[0]
+            operation(world, choose)
+            world.check()
+        world.end()
+    finally:
+        world.book.close()
+    assert world.grants > kills, "the test exercises too little"
+    with contextlib.closing(Ledger(tmp_path / "ledger.db")) as ledger:
+        assert not any(one.state.live for one in ledger.load(remember_s=1e9).leases)

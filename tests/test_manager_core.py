@@ -82,6 +82,46 @@ def test_a_demand_does_not_pass_those_that_wait(manager):
     assert manager.demand(3, 0, ask(1, timeout_s=100), 2.0) == []
 
 
+def test_a_demand_that_could_never_be_met_holds_nobody_up(manager):
+    assert manager.demand(2, 0, ask(5, timeout_s=100), 0.0) == []
+    assert granted(manager.demand(3, 0, ask(1, timeout_s=100), 1.0)).leases
+    assert manager.waiting == 1
+    more = manager.report(report(*range(6)), 2.0)
+    assert granted(more).session == 2
+
+
+def test_a_request_that_comes_twice_waits_once_and_is_answered_the_same(manager):
+    first = ask(4)
+    grant = granted(manager.demand(1, 0, first, 0.0))
+    assert manager.demand(1, 0, first, 1.0) == [grant]
+    later = ask(2, timeout_s=100)
+    assert manager.demand(2, 0, later, 1.0) == manager.demand(2, 0, later, 2.0) == [] and manager.waiting == 1
+    give_back(manager, grant, 3.0)
+    served = granted(manager.report(report(0, 1, 2, 3), 3.0))
+    assert manager.demand(2, 0, later, 4.0) == [served]
+    other = LeaseRequest(later.id, 1, 1, 1)
+    assert "different demand" in manager.demand(2, 0, other, 4.0)[0].reason
+    refused = manager.demand(3, 0, wanted := ask(9), 5.0)
+    assert manager.demand(3, 0, wanted, 6.0) == refused
+
+
+def test_a_request_that_waits_is_not_replaced_by_another_of_its_name(manager):
+    waiting = ask(5, timeout_s=100)
+    manager.report(report(*range(8)), 0.0)
+    granted(manager.demand(1, 0, ask(8), 0.0))
+    manager.demand(2, 0, waiting, 0.0)
+    [refused] = manager.demand(2, 0, LeaseRequest(waiting.id, 1, 1, 1), 0.0)
+    assert isinstance(refused, Refused) and "different demand" in refused.reason and manager.waiting == 1
+
+
+def test_a_senseless_demand_is_refused_at_once_also_behind_others(manager):
+    granted(manager.demand(1, 0, ask(4), 0.0))
+    assert manager.demand(2, 0, ask(2, timeout_s=100), 0.0) == []
+    with pytest.raises(ValueError, match="min <= max"):
+        manager.demand(3, 0, ask((2, 1), timeout_s=100), 0.0)
+    assert manager.waiting == 1
+
+
 def test_a_session_that_ended_no_longer_waits(manager):
     manager.demand(1, 0, ask(5, timeout_s=100), 0.0)
     manager.session_ended(1, 1.0)

@@ -1,6 +1,6 @@
 """The lease state machine: events in, actions out; no clock, no socket."""
 
-from rfaas_mpi.leases.book import LeaseBook
+from rfaas_mpi.leases.book import LeaseBook, check_demand
 from rfaas_mpi.leases.types import (
     Action,
     Activated,
@@ -40,5 +40,5 @@ __all__ = [
     "Demand", "Event", "Grant", "GrantedWorker", "Kept", "Lease", "LeaseBook",
     "LeaseState", "LiveLease", "NodeDrained", "NodeLost", "NodeReport", "NodeSilent",
     "NodeUndrained", "NodeView", "Notify", "Refuse", "Release", "Revoke", "SessionEnded",
-    "StopWorkers", "Store", "Superseded", "Tick", "WorkersStopped",
+    "StopWorkers", "Store", "Superseded", "Tick", "WorkersStopped", "check_demand",
 ]

@@ -57,7 +57,7 @@ from rfaas_mpi.leases.types import (
     WorkersStopped,
 )
 
-__all__ = ["LeaseBook", "Picker"]
+__all__ = ["LeaseBook", "Picker", "check_demand"]
 
 _END_OF = {
     Cause.RELEASED: LeaseState.RELEASED,
@@ -216,6 +216,16 @@ class LeaseBook:
         """Nodes with leases of which nothing was heard since the book began."""
         return sorted(node.name for node in self._nodes if node.held and node.report is None)
 
+    def heard(self, node: str) -> tuple[int, int]:
+        """Incarnation and clock of the node's newest report, (0, 0) if there was none."""
+        found = self._nodes.get(node)
+        return (0, 0) if found is None else (found.incarnation, found.clock_ns)
+
+    def room(self, uid: int, cores_per_worker: int, now: float) -> int:
+        """How many workers this user's demands could get at most if nothing were lent."""
+        return sum(len(node.report.spare) // cores_per_worker
+                   for node in self._nodes.for_user(uid, now) if node.report is not None)
+
     def next_deadline(self) -> float | None:
         """When the next live lease expires; None: nothing to wait for."""
         deadlines = self._deadlines
@@ -321,7 +331,7 @@ class LeaseBook:
                 raise ValueError(f"{event!r} is no event of the lease book")
 
     def _demand(self, demand: Demand, now: float) -> list[Action]:
-        _check_demand(demand)
+        check_demand(demand)
         key = (demand.session, demand.request_id)
         if (answer := self._answers.get(key)) is not None:
             if _same(answer.demand, demand):
@@ -703,7 +713,8 @@ def _same(one: Demand, other: Demand) -> bool:
                             and msgspec.structs.replace(one, waits=other.waits) == other)
 
 
-def _check_demand(demand: Demand) -> None:
+def check_demand(demand: Demand) -> None:
+    """ValueError for a demand that makes no sense, whatever is free."""
     if not 0 <= demand.workers_min <= demand.workers_max:
         raise ValueError(
             f"workers are ({demand.workers_min}, {demand.workers_max}); "

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import count
 
 from rfaas_mpi.leases import (
     Activated,
+    Admit,
     Demand,
     Event,
     Grant,
@@ -21,12 +21,14 @@ from rfaas_mpi.leases import (
     SessionEnded,
     StopWorkers,
     Store,
+    Superseded,
     Tick,
     WorkersStopped,
+    check_demand,
 )
 from rfaas_mpi.messages import LeaseRequest
 
-__all__ = ["Action", "Granted", "Manager", "Notify", "Refused", "StopWorkers", "Store"]
+__all__ = ["Action", "Admit", "Granted", "Manager", "Notify", "Refused", "StopWorkers", "Store", "Superseded"]
 
 TICK_S = 60.0
 
@@ -50,7 +52,7 @@ class Refused:
     reason: str
 
 
-Action = Store | Granted | Refused | StopWorkers | Notify
+Action = Store | Granted | Refused | StopWorkers | Notify | Admit | Superseded
 
 
 @dataclass
@@ -66,13 +68,16 @@ class Manager:
 
     A demand that can't be met waits for its time-out; those that wait are
     served, in the order in which they came, by the next report: the shell makes
-    one when something may have become free. Actions are to be done in order.
+    one when something may have become free. One that could not be met if every
+    core were free holds nobody up. Actions are to be done in order.
+
+    A request may come twice: while it waits the second one is ignored, and later
+    it gets the same answer.
     """
 
     def __init__(self, book: LeaseBook) -> None:
         self.book = book
-        self._waiting: list[_Waiting] = []
-        self._numbers = count(1)
+        self._waiting: dict[tuple[int, int], _Waiting] = {}     # in the order in which they came
         self._next_tick = 0.0
 
     @property
@@ -82,52 +87,59 @@ class Manager:
 
     def report(self, report: NodeReport, now: float) -> list[Action]:
         """The node's spare cores are these now."""
-        return self._handle(report, now) + self._retry(now)
+        return self.handle(report, now) + self.retry(now)
 
     def demand(self, session: int, uid: int, request: LeaseRequest, now: float) -> list[Action]:
         """A session wants workers. ValueError for a demand that makes no sense."""
         waiting = _Waiting(session, uid, request, now + max(0.0, request.timeout_s))
-        # Not past those that already wait.
-        ahead = bool(self._waiting)
+        check_demand(self._demand(waiting, waits=True))
+        key = (session, request.id)
+        if (first := self._waiting.get(key)) is not None:
+            if (first.uid, first.request) == (uid, request):
+                return []
+            return [Refused(session, request.id, f"request {request.id} waits already and was a different demand; "
+                                                 "use a new request id")]
+        # Not past those that already wait, unless it was answered long ago.
+        ahead = (not self.book.remembers(session, request.id)
+                 and any(self._can_be_met(one, now) for one in self._waiting.values()))
         answer = [] if ahead else self._try(waiting, now)
         if answer:
             return answer
-        self._waiting.append(waiting)
+        self._waiting[key] = waiting
         return self.tick(now) if ahead and waiting.deadline <= now else []
 
     def activated(self, lease: int, now: float) -> list[Action]:
         """The lease's session was told."""
-        return self._handle(Activated(lease), now)
+        return self.handle(Activated(lease), now)
 
     def release(self, session: int, lease: int, now: float) -> list[Action]:
         """A session gives a lease back."""
-        return self._handle(Release(session, lease), now)
+        return self.handle(Release(session, lease), now)
 
     def revoke(self, lease: int, now: float) -> list[Action]:
         """A lease is taken back whole."""
-        return self._handle(Revoke(lease), now)
+        return self.handle(Revoke(lease), now)
 
     def session_ended(self, session: int, now: float) -> list[Action]:
         """Its connection ended: what it holds and what it waits for."""
-        self._waiting = [waiting for waiting in self._waiting if waiting.session != session]
-        return self._handle(SessionEnded(session), now)
+        self._waiting = {key: waiting for key, waiting in self._waiting.items() if waiting.session != session}
+        return self.handle(SessionEnded(session), now)
 
     def stopped(self, lease: int, seat: int, now: float) -> list[Action]:
         """Nothing of this worker can run any more."""
-        return self._handle(WorkersStopped(lease, (seat,)), now)
+        return self.handle(WorkersStopped(lease, (seat,)), now)
 
     def tick(self, now: float) -> list[Action]:
         """Ends what came to its end, refuses who waited long enough."""
         self._next_tick = now + TICK_S
-        actions = self._handle(Tick(), now)
-        for waiting in [w for w in self._waiting if w.deadline <= now]:
-            self._waiting.remove(waiting)
-            actions += self._try(waiting, now, last=True)
+        actions = self.handle(Tick(), now)
+        for key in [key for key, waiting in self._waiting.items() if waiting.deadline <= now]:
+            actions += self._try(self._waiting.pop(key), now)
         return actions
 
     def next_deadline(self) -> float:
         """When to call tick() at the latest."""
-        times = [waiting.deadline for waiting in self._waiting]
+        times = [waiting.deadline for waiting in self._waiting.values()]
         ends = self.book.next_deadline()
         if ends is not None:
             times.append(ends)
@@ -142,35 +154,46 @@ class Manager:
         found = self.book.lease(lease)
         return found is not None and found.state in (LeaseState.GRANTED, LeaseState.ACTIVE)
 
-    # ---- inside ----------------------------------------------------------------------------------
-
-    def _retry(self, now: float) -> list[Action]:
+    def retry(self, now: float) -> list[Action]:
+        """Something may have become free: serves those that wait."""
         actions: list[Action] = []
-        while self._waiting:
-            answer = self._try(self._waiting[0], now)
-            if not answer:
+        for key, waiting in list(self._waiting.items()):
+            if answer := self._try(waiting, now):
+                del self._waiting[key]
+                actions += answer
+            elif self._can_be_met(waiting, now):
                 break
-            self._waiting.pop(0)
-            actions += answer
         return actions
 
-    def _try(self, waiting: _Waiting, now: float, *, last: bool = False) -> list[Action]:
-        """The answer to a demand, [] if it has to wait."""
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Anything else that the book should know; demands have an answer of their own."""
+        return [action for action in self.book.handle(event, now) if not isinstance(action, (Grant, Refuse))]
+
+    # ---- inside ----------------------------------------------------------------------------------
+
+    def _can_be_met(self, waiting: _Waiting, now: float) -> bool:
+        """True if there are cores enough, lent ones included."""
         request = waiting.request
-        demand = Demand(session=waiting.session, request_id=next(self._numbers), uid=waiting.uid,
-                        workers_min=request.workers_min, workers_max=request.workers_max,
-                        cores_per_worker=request.cores_per_worker, memory_per_worker=request.memory_per_worker)
+        return self.book.room(waiting.uid, request.cores_per_worker, now) >= request.workers_min
+
+    def _demand(self, waiting: _Waiting, *, waits: bool) -> Demand:
+        request = waiting.request
+        return Demand(session=waiting.session, request_id=request.id, uid=waiting.uid,
+                      workers_min=request.workers_min, workers_max=request.workers_max,
+                      cores_per_worker=request.cores_per_worker, memory_per_worker=request.memory_per_worker,
+                      waits=waits)
+
+    def _try(self, waiting: _Waiting, now: float) -> list[Action]:
+        """The answer to a demand, [] if it has to wait; never that once its time is over."""
+        request = waiting.request
+        demand = self._demand(waiting, waits=waiting.deadline > now)
         actions: list[Action] = []
         for action in self.book.handle(demand, now):
             match action:
                 case Refuse(reason=reason):
-                    if last or waiting.deadline <= now:
-                        actions.append(Refused(waiting.session, request.id, reason))
+                    actions.append(Refused(waiting.session, request.id, reason))
                 case Grant(leases=leases, reason=reason):
                     actions.append(Granted(waiting.session, request.id, leases, reason))
                 case _:
                     actions.append(action)
         return actions
-
-    def _handle(self, event: Event, now: float) -> list[Action]:
-        return [action for action in self.book.handle(event, now) if not isinstance(action, (Grant, Refuse))]

@@ -23,7 +23,7 @@ __all__ = ["Group", "Registry"]
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """Half of a restart with 100 000 leases would go into looking for garbage among them."""
+    """Nothing that is read from a ledger is garbage: looking for it only costs time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

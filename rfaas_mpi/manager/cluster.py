@@ -1,0 +1,184 @@
+"""A cluster's manager, pure: who may do what, which agents are heard of, and what it all means for the leases.
+
+    caller (uid, proved) ──▶ Cluster ──▶ Manager ──▶ LeaseBook
+                               └── Agents: silent, dead
+
+Everything returns actions, to be done in order once they are durable (registry.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+
+import msgspec
+
+from rfaas_mpi.errors import AuthError, ServiceError
+from rfaas_mpi.leases import (
+    AgentStarted,
+    Lease,
+    LeaseBook,
+    NodeDrained,
+    NodeReport,
+    NodeUndrained,
+    NodeView,
+    Release,
+    Revoke,
+)
+from rfaas_mpi.manager.agents import Agents
+from rfaas_mpi.manager.core import Action, Manager
+from rfaas_mpi.messages import LeaseRequest
+
+__all__ = ["Cluster", "Policy", "session_number"]
+
+_NODE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?", re.ASCII)
+NAME_CHARS_MAX = 128
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Who may do what. `lenders` are the uids whose agents lend to everybody; any other lends to its own user only."""
+
+    lenders: frozenset[int] = frozenset((0,))
+    admins: frozenset[int] = frozenset((0,))
+
+
+def session_number(uid: int, session: str) -> int:
+    """The number under which leases of this user's session are kept; the same in every manager."""
+    return int.from_bytes(hashlib.blake2b(f"{uid}:{session}".encode(), digest_size=8).digest()) >> 1
+
+
+class Cluster:
+    """What the manager of a cluster decides; the shell proves who calls.
+
+    A user sees and touches nothing of another one: what belongs to somebody else
+    is not there (ServiceError), and what only administrators may do is an
+    AuthError. A user's own agent is a node of its own, `NODE/UID`: whatever it
+    says of itself, it can neither get another user's work nor speak for the
+    site's agent on that node.
+    """
+
+    def __init__(self, book: LeaseBook, now: float, *, policy: Policy = Policy(), agents: Agents | None = None) -> None:
+        self.policy = policy
+        self.manager = Manager(book)
+        self.agents = agents or Agents()
+        self.agents.expected(book.unheard, now)
+
+    @property
+    def book(self) -> LeaseBook:
+        return self.manager.book
+
+    # ---- agents ----------------------------------------------------------------------------------
+
+    def agent_started(self, uid: int, node: str, agent: str, now: float) -> list[Action]:
+        """An agent begins: answered by Admit, with the number for its reports."""
+        return self.manager.handle(AgentStarted(self._node(uid, node), _name("agent", agent)), now)
+
+    def report(self, uid: int, report: NodeReport, now: float) -> list[Action]:
+        """What an agent sees. ServiceError if it was never admitted, ValueError if it makes no sense."""
+        node = self._node(uid, report.node)
+        if report.incarnation < 1 or report.live is None:
+            raise ServiceError(f"the agent of {node} reports without its number", hint="register it first")
+        trusted = uid in self.policy.lenders
+        if report.incarnation > self.book.epoch and not trusted:
+            raise ServiceError(f"the agent of {node} was never admitted as {report.incarnation}",
+                               hint="register it again")
+        before = self.book.heard(node)
+        actions = self.manager.report(
+            msgspec.structs.replace(report, node=node, lends_to_uid=None if trusted else uid), now)
+        if self.book.heard(node) != before:
+            self.agents.heard(node, now)
+        return actions
+
+    def _node(self, uid: int, node: str) -> str:
+        if not _NODE.fullmatch(node):
+            raise ServiceError(f"{node[:NAME_CHARS_MAX]!r} is no name of a node",
+                               hint="it has letters, digits, '.', '_' and '-' only")
+        return node if uid in self.policy.lenders else f"{node}/{uid}"
+
+    # ---- ranks -----------------------------------------------------------------------------------
+
+    def ask(self, uid: int, session: str, request: LeaseRequest, now: float) -> list[Action]:
+        """A rank wants workers; the answer may come later. ValueError for a demand that makes no sense."""
+        return self.manager.demand(session_number(uid, _name("session", session)), uid, request, now)
+
+    def release(self, uid: int, lease_id: int, now: float) -> list[Action]:
+        """A user, or an administrator, gives a lease back; one that has ended already is no error."""
+        lease = self._lease(uid, lease_id)
+        return self.manager.handle(Release(lease.session, lease.id), now)
+
+    def end_session(self, uid: int, session: str, now: float) -> list[Action]:
+        """A rank ended: what it holds and what it waits for."""
+        return self.manager.session_ended(session_number(uid, _name("session", session)), now)
+
+    def leases(self, uid: int) -> list[Lease]:
+        """The user's live leases; an administrator's are all."""
+        return [lease for lease in self.book.leases if uid in (lease.uid, *self.policy.admins)]
+
+    def _lease(self, uid: int, lease_id: int) -> Lease:
+        lease = self.book.lease(lease_id)
+        if lease is None or (uid != lease.uid and uid not in self.policy.admins):
+            raise ServiceError(f"uid {uid} has no lease {lease_id}", hint="`rfaas lease ls` shows those it has")
+        return lease
+
+    # ---- administrators --------------------------------------------------------------------------
+
+    def revoke(self, uid: int, lease_id: int, grace_s: float, now: float) -> list[Action]:
+        """Takes a lease back. Its user may do that too."""
+        return self.manager.handle(Revoke(self._lease(uid, lease_id).id, grace_s=_grace(grace_s)), now)
+
+    def drain(self, uid: int, nodes: list[str], grace_s: float, now: float) -> list[Action]:
+        """Takes back what is lent on these nodes (all that are known if the list is empty), and lends nothing there.
+
+        ServiceError, and nothing is drained, if one of them isn't known.
+        """
+        self._admin(uid, "drains nodes")
+        known = [view.node for view in self.book.nodes]
+        if unknown := sorted(set(nodes) - set(known)):
+            raise ServiceError(f"no agent has reported from {', '.join(unknown)}", hint="`rfaas status` shows the nodes")
+        return [action for node in nodes or known
+                for action in self.manager.handle(NodeDrained(node, _grace(grace_s)), now)]
+
+    def undrain(self, uid: int, nodes: list[str], now: float) -> list[Action]:
+        """Lets these nodes lend again (all if the list is empty); those who wait may be served at once."""
+        self._admin(uid, "undrains nodes")
+        actions = [action for node in nodes or [view.node for view in self.book.nodes]
+                   for action in self.manager.handle(NodeUndrained(node), now)]
+        return actions + self.manager.retry(now)
+
+    def nodes(self, uid: int) -> list[NodeView]:
+        """The nodes that this user's demands can be filled from; an administrator's are all."""
+        own = f"/{uid}"
+        return [view for view in self.book.nodes
+                if uid in self.policy.admins or "/" not in view.node or view.node.endswith(own)]
+
+    def _admin(self, uid: int, what: str) -> None:
+        if uid not in self.policy.admins:
+            raise AuthError(f"only an administrator {what}, and uid {uid} is none")
+
+    # ---- time ------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> list[Action]:
+        """Who fell silent or died, what came to its end, who waited long enough."""
+        actions = [action for event in self.agents.tick(now) for action in self.manager.handle(event, now)]
+        return actions + self.manager.tick(now)
+
+    def next_deadline(self) -> float:
+        """When to call tick() at the latest."""
+        agents = self.agents.next_deadline()
+        own = self.manager.next_deadline()
+        return own if agents is None else min(agents, own)
+
+
+def _name(what: str, name: str) -> str:
+    if not 0 < len(name) <= NAME_CHARS_MAX or not name.isprintable():
+        raise ServiceError(f"{name[:NAME_CHARS_MAX]!r} is no name of a {what}",
+                           hint=f"it has 1 to {NAME_CHARS_MAX} printable characters")
+    return name
+
+
+def _grace(grace_s: float) -> float:
+    if not 0 <= grace_s <= 86400:
+        raise ValueError(f"grace_s is {grace_s}; it lies between 0 and 86400")
+    return grace_s

@@ -103,7 +103,7 @@ struct rfm_conn {
     uint64_t asked_for;         /* ticket + 1; main thread only */
     uint32_t n_taken;           /* control frames; main thread only */
     bool     dropped;           /* main thread only: told why, and shut down */
-    uint64_t late_since;        /* remote: what was said to come doesn't */
+    uint64_t late_since;        /* remote: what that ticket needs isn't there */
     struct rfm_link *link;      /* atomic: NULL until attached */
     uint64_t ticket;
     uint64_t last_id[RFM_MAX_SLOTS];
@@ -1653,11 +1653,11 @@ static bool heard_all(struct rfm_worker *w, struct rfm_conn *conn)
         uint64_t now;
 
         if (((ahead & 0xffffffu) == 0) || ((ahead & 0x800000u) != 0)) {
-            conn->late_since = 0;
             return true;
         }
         now = rfm_now_ns();
-        if (conn->late_since == 0) {
+        if (conn->asked_for != conn->ticket + 1) {
+            conn->asked_for  = conn->ticket + 1;
             conn->late_since = now;
         }
         return now - conn->late_since > LATE_NS;

@@ -193,15 +193,16 @@ static void rank_bind(uint32_t number, uint32_t kernel, uint16_t n_in,
     rank_frame(RFM_CTL_BIND, bytes, sizeof(body) + n);
 }
 
+static const struct rfm_wire_arg args[3] = {
+    { .place = RFM_BOUND, .arena = 1, .offset = 128, .size = 64 },
+    { .place = RFM_INLINE, .size = 200 },
+    { .place = RFM_BOUND, .arena = 1, .offset = ARENA - 64, .size = 64 },
+};
+
 /* Binding 7 echoes 64 bytes of arena 1 into another place of it; 200 more
  * travel in the slot. */
 static void rank_up(uint32_t flags)
 {
-    static const struct rfm_wire_arg args[3] = {
-        { .place = RFM_BOUND, .arena = 1, .offset = 128, .size = 64 },
-        { .place = RFM_INLINE, .size = 200 },
-        { .place = RFM_BOUND, .arena = 1, .offset = ARENA - 64, .size = 64 },
-    };
     struct rfm_tcp_parcel parcel = { .flags = flags };
     struct rfm_ctl_attach attach = good_attach();
 
@@ -899,6 +900,17 @@ static void frames_that_are_said_to_come_are_not_waited_for_for_ever(void)
     rank_reads(&answer);
     CHECK_EQ(answer.line.reply.status, RFM_ST_PROTOCOL);
     rank_is_served();
+    /* that one was late says nothing of others, which come in time */
+    m = a_request();
+    m.line.request.binding = 8;
+    m.line.request.flags   = (rank.frames + 1) << RFM_REQ_AFTER_SHIFT;
+    rank_send(&m);
+    for (int i = 0; i < 50; i++) {
+        the_others_are_served();
+    }
+    rank_bind(8, 0, 2, 1, args);
+    rank_reads(&answer);
+    CHECK_EQ(answer.line.reply.status, RFM_ST_OK);
     rank_down();
     down();
 }

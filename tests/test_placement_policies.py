@@ -144,7 +144,8 @@ def test_where_losses_are_independent_no_policy_is_cheaper_than_the_default(want
     # Workers that are lost together make a sum that no order of placing minimises; the rest is exact.
     settings = Settings(same_cohort=0.0, other_cohort=0.0)
     view = ClusterView.of([replace(facts, cohort=facts.node) for facts in nodes], waiting_cores=2)
-    want = replace(want, workers_max=want.workers_min)
+    # Nor does an order of placing minimise what a gang pays for each node that it depends on.
+    want = replace(want, workers_max=want.workers_min, gang=False)
     best, other = (place(want, view, name, now=NOW, seed=seed, settings=settings) for name in ("default", policy))
     assert isinstance(best, Placement) == isinstance(other, Placement)
     if isinstance(best, Placement) and isinstance(other, Placement):
@@ -154,7 +155,7 @@ def test_where_losses_are_independent_no_policy_is_cheaper_than_the_default(want
 @given(want=demands(), nodes=clusters(), seed=st.integers(0, 3))
 def test_one_more_worker_on_a_node_never_costs_less_than_the_one_before(want, nodes, seed):
     for facts in nodes:
-        answer = place(replace(want, workers_min=0), ClusterView.of([facts]), "first-fit", now=NOW, seed=seed)
+        answer = place(replace(want, workers_min=0, gang=False), ClusterView.of([facts]), "first-fit", now=NOW, seed=seed)
         assert isinstance(answer, Placement)
         costs = [worker.terms.total_s for worker in answer.workers]
         assert all(later >= earlier - 1e-9 * abs(earlier) for earlier, later in zip(costs, costs[1:], strict=False))
@@ -384,10 +385,22 @@ def test_workers_go_to_several_cohorts_since_members_end_together():
     assert {nodes["abc".index(worker.node)].cohort for worker in answer.workers} == {"x", "y"}
 
 
-def test_a_gang_pays_more_for_a_risk():
-    risky = [node("a", since=NOW)]
-    alone, gang = (placed(needs(4, gang=gang), risky).workers[0].terms for gang in (False, True))
-    assert gang.eviction_s == pytest.approx(4 * alone.eviction_s) and alone.eviction_s > 0
+def test_a_gang_pays_for_each_node_that_it_depends_on():
+    one = placed(needs(4, gang=True), [node("a")])
+    first, *others = [worker.terms.eviction_s for worker in one.workers]
+    assert first > 0 and others == [0, 0, 0]
+    four = placed(needs(4, gang=True), [node(name, 1) for name in "abcd"])
+    assert [worker.terms.eviction_s for worker in four.workers] == pytest.approx([4 * first] * 4)
+
+
+def test_a_gang_goes_to_few_nodes_and_these_of_one_cohort_where_a_loss_is_dear():
+    small = [node(f"a{number}", 2, cohort="x" if number % 2 else "y") for number in range(8)]
+    gang = {"gang": True, "call_s": 1000.0, "memory_bound": 0.0}
+    assert len(counts(placed(needs(4, **gang), [*small, node("large", 4)]))) == 1
+    found = counts(placed(needs(6, **gang), small))
+    assert len(found) == 3 and len({int(name[1]) % 2 for name in found}) == 1
+    # Where a loss costs next to nothing, it is the quiet that counts.
+    assert len(counts(placed(needs(4, call_s=0.0, memory_bound=1.0), [*small, node("large", 4)]))) == 4
 
 
 def test_idle_cores_come_last_and_cost_more():

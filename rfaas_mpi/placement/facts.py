@@ -6,6 +6,7 @@ CPU as the kernel numbers it; a *physical core* is the set of CPUs (SMT siblings
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -61,10 +62,9 @@ class NodeFacts:
     @cached_property
     def domain_size(self) -> Mapping[int, int]:
         """NUMA node → how many of its cores are known."""
-        sizes: dict[int, int] = {}
-        for core in {*self.numa, *self.spare, *self.busy, *self.lent}:
-            domain = self.numa.get(core, 0)
-            sizes[domain] = sizes.get(domain, 0) + 1
+        sizes: dict[int, int] = dict(Counter(self.numa.values()))
+        if missing := {*self.spare, *self.busy, *self.lent} - self.numa.keys():
+            sizes[0] = sizes.get(0, 0) + len(missing)
         return sizes
 
     @cached_property
@@ -104,13 +104,15 @@ class NodeFacts:
         first: list[int] = []
         second: list[int] = []
         seen: set[int] = set()
-        for core in self.unshared:
+        # The loop's result, where there is nothing to tell apart.
+        plain = not self.physical and classes is None
+        for core in () if plain else self.unshared:
             if classes is not None and self.classes.get(core, "free") not in classes:
                 continue
             physical = self.physical.get(core, core)
             (second if physical in seen else first).append(core)
             seen.add(physical)
-        chosen = first if whole_cores else [*first, *second]
+        chosen = list(self.spare) if plain else first if whole_cores else [*first, *second]
         if self.classes:
             # An owner may come back to an idle core at any time: those are the last resort, also within a NUMA node.
             chosen.sort(key=lambda core: self.classes.get(core) == "idle")

@@ -120,7 +120,7 @@ def least_cost(search: Search) -> Iterator[Room]:
     needs, scorer = search.needs, search.scorer
     rooms = search.rooms() if len(search.view.names) <= search.settings.exact_to else _sample(search)
     for some in (rooms, search.rooms()):
-        for room in _cheapest(some, lambda room: (room.total_s(),)):
+        for room in _cheapest(some, lambda room: (room.total_s(),), falls=needs.gang):
             if scorer.placed >= needs.workers_min and room.cost().lost_s >= scorer.duration_s:
                 break
             yield room
@@ -137,8 +137,11 @@ def _filled(rooms: Iterable[Room]) -> Iterator[Room]:
             yield room
 
 
-def _cheapest(rooms: Iterable[Room], cost: Callable[[Room], tuple]) -> Iterator[Room]:
-    """The cheapest room each time. Costs only rise while workers are placed, so that an old one is a bound."""
+def _cheapest(rooms: Iterable[Room], cost: Callable[[Room], tuple], falls: bool = False) -> Iterator[Room]:
+    """The cheapest room each time. Costs only rise while workers are placed, so that an old one is a bound.
+
+    `falls`: they may fall where a node gets its first worker; the room on top may fall in any case, and stays there.
+    """
     heap = [(cost(room), room.key, room) for room in rooms]
     heapq.heapify(heap)
     while heap:
@@ -148,7 +151,11 @@ def _cheapest(rooms: Iterable[Room], cost: Callable[[Room], tuple]) -> Iterator[
         elif (fresh := cost(room)) > old:
             heapq.heapreplace(heap, (fresh, key, room))
         else:
+            first = room.here == 0
             yield room
+            if falls and first:
+                heap = [(cost(room), room.key, room) for _, _, room in heap if room.left > 0]
+                heapq.heapify(heap)
 
 
 def _sample(search: Search) -> Iterator[Room]:

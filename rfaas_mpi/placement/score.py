@@ -3,7 +3,8 @@
     score = queueing + transfer + slowdown + eviction risk + fairness debt        (all in seconds of one worker's time)
 
 A `Room` is one node as a demand sees it: how many workers fit, what the next one costs, and which cores it gets. What
-the next one costs never falls while workers are placed: a policy may keep rooms in a heap.
+the next one costs never falls while workers are placed, so that a policy may keep rooms in a heap; only a gang's falls,
+where a node, or another of its cohort, gets the first worker.
 """
 
 from __future__ import annotations
@@ -109,7 +110,6 @@ class Scorer:
         self._homes = {rank.node for rank, _, _ in self._paths}
         self._per_byte: dict[tuple[str, ...], float] = {}
         self._redo_s = needs.call_s / 2 + needs.constants_bytes / settings.bandwidth[-1]
-        self._together = max(1, needs.workers_min) if needs.gang else 1
         self._others_wait = (min(1.0, view.waiting_cores / max(1, view.free_cores))
                              if view.waiting_cores > 0 and needs.debt_s > 0 else 0.0)
 
@@ -154,17 +154,27 @@ class Scorer:
         age = self.now - facts.since if facts.since is not None else 0.0
         return self.settings.survival.ends_within(age, self.duration_s, facts.cohort_size)
 
-    def eviction_s(self, facts: NodeFacts, risk: float, here: int) -> float:
+    def eviction_s(self, facts: NodeFacts, risk: float, here: int, left: int) -> float:
         """What the next worker's eviction is likely to cost.
 
         risk · (half a call + the constants again + a cold start · (1 + those that are likely to be lost with it, since
-        replacements start one after the other)); all workers lose it where they wait for each other.
+        replacements start one after the other)).
+
+        In a gang all wait for the lost ones, however many were lost at once: what costs is each further node that may
+        end. Its first worker pays, for as many as will come: risk · all workers · (the same) / workers that go there;
+        those of a cohort that the gang depends on already end apart from it with 1 − same_cohort only.
         """
         settings = self.settings
         together = self.by_cohort.get(facts.cohort, 0) if facts.cohort else here
+        if self.needs.gang:
+            if here > 0:
+                return 0.0
+            apart = 1.0 - settings.same_cohort if together > 0 else 1.0
+            most = self.needs.workers_max
+            return risk * apart * most * (self._redo_s + settings.cold_s) / max(1, min(left, most - self.placed))
         # The node's own workers are lost for sure if its window ends.
         lost_too = here + settings.same_cohort * (together - here) + settings.other_cohort * (self.placed - together)
-        return risk * self._together * (self._redo_s + settings.cold_s * (1.0 + lost_too))
+        return risk * (self._redo_s + settings.cold_s * (1.0 + lost_too))
 
     def fairness_s(self, facts: NodeFacts) -> float:
         """What the others wait for this lease, weighed by how far its user is ahead.
@@ -213,13 +223,13 @@ class Room:
         return Terms(
             queueing_s=self._start_s + (self.facts.starting + self.here) * settings.next_s,
             transfer_s=transfer_s, slowdown_s=slowdown_s,
-            eviction_s=scorer.eviction_s(self.facts, self._known_risk, self.here), fairness_s=self._fixed_s)
+            eviction_s=scorer.eviction_s(self.facts, self._known_risk, self.here, self.left), fairness_s=self._fixed_s)
 
     def total_s(self) -> float:
         """The sum of `cost`, without the object."""
         _, transfer_s, slowdown_s = self._next_seat()
         return (self._start_s + (self.facts.starting + self.here) * self.scorer.settings.next_s + transfer_s
-                + slowdown_s + self.scorer.eviction_s(self.facts, self._known_risk, self.here) + self._fixed_s)
+                + slowdown_s + self.scorer.eviction_s(self.facts, self._known_risk, self.here, self.left) + self._fixed_s)
 
     def take(self) -> Placed:
         """Places the next worker. ValueError if none fits."""

@@ -1427,7 +1427,9 @@ int rfm_wait(struct rfm_invoker *inv, struct rfm_request *const *reqs,
             turns = 0;
             continue;
         }
-        rfm_spin_pause();
+        if (rfm_load_relaxed(&inv->n_sides) == 0) {
+            rfm_spin_pause();   /* to look at a network takes longer */
+        }
         if ((++turns & 63u) != 0 && spin != 0) {
             continue;
         }

@@ -2065,7 +2065,9 @@ int rfm_worker_next(struct rfm_worker *w, bool wait, struct rfm_event *ev)
         if (!wait) {
             return RFM_ERR_AGAIN;
         }
-        rfm_spin_pause();
+        if (w->n_sides == 0) {
+            rfm_spin_pause();   /* to look at a network takes longer */
+        }
         if (((++turns & 31u) != 0) && (w->spin_ticks != 0)) {
             continue;
         }

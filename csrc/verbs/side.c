@@ -324,13 +324,23 @@ static void take_event(struct verbs_side *side, const struct ibv_async_event *ev
     }
 }
 
+static bool take_completion_event(struct verbs_side *side)
+{
+    struct ibv_cq *cq;
+    void *context;
+
+    if (ibv_get_cq_event(side->events, &cq, &context) != 0) {
+        return false;
+    }
+    ibv_ack_cq_events(cq, 1);
+    return true;
+}
+
 /* Takes what made it readable; true if there was something. */
 static bool take_wakeups(struct verbs_side *side)
 {
     struct epoll_event ready[3];
     struct ibv_async_event ev;
-    struct ibv_cq *cq;
-    void *context;
     uint64_t count;
     int n = epoll_wait(side->fd, ready, 3, 0);
 
@@ -342,8 +352,7 @@ static bool take_wakeups(struct verbs_side *side)
             continue;
         }
         if (ready[i].data.fd == side->events->fd) {
-            while (ibv_get_cq_event(side->events, &cq, &context) == 0) {
-                ibv_ack_cq_events(cq, 1);
+            while (take_completion_event(side)) {
             }
             continue;
         }
@@ -365,7 +374,9 @@ static bool take_wakeups(struct verbs_side *side)
 void rfm_verbs_side_woken(struct rfm_side *base)
 {
     struct verbs_side *side = (struct verbs_side *)base;
-    bool taken = take_wakeups(side);
+    /* Nearly always it is a completion; what else there is leaves the descriptor
+     * readable, for the next one who sleeps on it. */
+    bool taken = take_completion_event(side) || take_wakeups(side);
 
     verbs_take_lock(&side->lock);
     side->arms--;

@@ -129,6 +129,9 @@ def summary(data: dict) -> dict:
             median = statistics.median(values)
             found[goal.figure] = {"median": round(median, 3), "boots": values, "aa": ratios(data, goal, aa=True),
                                   "wanted": f"{'>=' if goal.at_least else '<='} {goal.limit}", "met": goal.met(median)}
+    bare = [one["latency"]["verbs_raw_pipelined_over_sequential"] for one in data["boots"] if "latency" in one]
+    if bare:
+        found["verbs_raw_pipelined_over_sequential"] = {"median": round(statistics.median(bare), 3), "boots": bare}
     if values := [round(value, 3) for value in perftest_ratios(data)]:
         found["verbs_latency_over_ib_write_lat"] = {"median": round(statistics.median(values), 3), "boots": values}
     return found

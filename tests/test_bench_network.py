@@ -119,6 +119,7 @@ def test_latency_over_tcp_has_its_figures_beside_the_bare_ones(tiny):
     data = suite.measure("latency", TINY)
     assert set(data["figures"]) == {
         "tcp_raw_us", "tcp_latency_us", "tcp_over_raw", "tcp_per_s", "tcp_pipelined_over_sequential",
+        "tcp_raw_pipelined_over_sequential",
         "tcp_warm_raw_us", "tcp_warm_us", "tcp_warm_over_raw"}
     assert is_whole(data)
     assert data["tcp_aa"] == data["figures"]["tcp_over_raw"]["aa"]["p50"]

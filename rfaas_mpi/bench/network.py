@@ -139,7 +139,7 @@ def measure_network_latency(options: Options) -> dict:
     check_quiet(options.progress)
     name = options.transport
     with stage(options) as (here, pair):
-        figures = {**_hot(name, here, pair), **_pipelined(name, here)}
+        figures = {**_hot(name, here, pair), **_pipelined(name, here, pair)}
         pinning = here.facts()
     with stage(options, spin_us=0) as (here, pair):
         figures |= _asleep(name, here, pair)
@@ -176,8 +176,9 @@ def _asleep(name: str, here: Stage, pair: BarePair) -> dict:
             f"{name}_warm_over_raw": measure.ratio(runs, "product", "raw", "raw_again")}
 
 
-def _pipelined(name: str, here: Stage) -> dict:
-    """IN_FLIGHT requests, each started again as soon as it has ended, beside one after another."""
+def _pipelined(name: str, here: Stage, pair: BarePair) -> dict:
+    """IN_FLIGHT requests, each started again as soon as it has ended, beside one after another; and what bare processes
+    gain when they send IN_FLIGHT messages before they wait for the last answer."""
     requests = [_small_request(here) for _ in range(IN_FLIGHT)]
     inner = [request._raw for request in requests]
 
@@ -187,13 +188,16 @@ def _pipelined(name: str, here: Stage) -> dict:
 
     runs = here.runs(f"{name}, {IN_FLIGHT} in flight", [
         stream("pipelined"), _invocations("sequential", requests[0], singles=False), stream("pipelined_again"),
-    ], cycles=here.options.cycles(CYCLES // 4), block=PIPELINED_BLOCK)
+        _stream("raw_pipelined", pair, Exchange(burst=IN_FLIGHT)), _bare("raw", pair, Exchange(), singles=False),
+    ], cycles=here.options.cycles(CYCLES // 4), block=PIPELINED_BLOCK - PIPELINED_BLOCK % IN_FLIGHT)
     for request in requests:
         request.Free()
     again = measure.rate_figure(runs, "pipelined_again")
     return {f"{name}_per_s": {**measure.rate_figure(runs, "pipelined"), "aa": again},
             f"{name}_pipelined_over_sequential": _times_as_fast(runs, "pipelined", "sequential", "pipelined",
-                                                                "pipelined_again")}
+                                                                "pipelined_again"),
+            f"{name}_raw_pipelined_over_sequential": {key: value for key, value in measure.ratio(
+                runs, "raw", "raw_pipelined", "raw_pipelined").items() if key != "aa"}}
 
 
 def _times_as_fast(runs: list[measure.Run], fast: str, slow: str, base: str, again: str) -> dict:

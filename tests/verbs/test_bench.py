@@ -27,6 +27,7 @@ def test_latency_over_verbs_has_its_figures_beside_the_bare_ones(tiny, nodes):
     data = suite.measure("latency", tiny)
     assert set(data["figures"]) == {
         "verbs_raw_us", "verbs_latency_us", "verbs_over_raw", "verbs_per_s", "verbs_pipelined_over_sequential",
+        "verbs_raw_pipelined_over_sequential",
         "verbs_warm_raw_us", "verbs_warm_us", "verbs_warm_over_raw"}
     assert is_whole(data)
     assert data["verbs_aa"] == data["figures"]["verbs_over_raw"]["aa"]["p50"]

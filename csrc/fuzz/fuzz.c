@@ -28,15 +28,6 @@
 #define MAX_THREADS 4u
 #define SLEEP_NS    20000000ull     /* so long is every sleep at least */
 
-int fuzz_thread(pthread_t *id, const pthread_attr_t *attr,
-                void *(*main)(void *), void *arg);
-int fuzz_join(pthread_t id, void **result);
-int fuzz_epoll(int fd, struct epoll_event *events, int n, int timeout_ms);
-int fuzz_poll(struct pollfd *p, nfds_t n, int timeout_ms);
-int fuzz_sleep(const struct timespec *ts, struct timespec *left);
-int fuzz_clock(clockid_t id, struct timespec *ts);
-long fuzz_syscall(long number, ...);
-
 static struct thread {
     void *(*main)(void *);      /* NULL: a free place */
     void *arg;
@@ -45,7 +36,7 @@ static bool turning;            /* a thread's turn is it */
 static jmp_buf asleep;
 static uint64_t now_ns = 1000000000ull;
 
-/* --- threads and time --------------------------------------------------------- */
+/* --- threads and time ----------------------------------------------------- */
 
 int fuzz_thread(pthread_t *id, const pthread_attr_t *attr,
                 void *(*main)(void *), void *arg)
@@ -144,7 +135,7 @@ void fuzz_pass_ms(uint64_t ms)
     now_ns += ms * 1000000ull;
 }
 
-/* --- processes ------------------------------------------------------------------ */
+/* --- processes ------------------------------------------------------------ */
 
 int fuzz_victim(void)
 {
@@ -154,7 +145,7 @@ int fuzz_victim(void)
     return fd;
 }
 
-/* What else can be written to like that, a worker may not send as its process. */
+/* What else can be written to, a worker may not send as its process. */
 static long kill_victim(int fd, int signal)
 {
     char path[32];
@@ -192,14 +183,15 @@ long fuzz_syscall(long number, ...)
     return rc;
 }
 
-/* --- sockets -------------------------------------------------------------------- */
+/* --- sockets -------------------------------------------------------------- */
 
 void fuzz_check_fds(int lowest)
 {
     int fd = fuzz_lowest_fd();
 
     if (fd != lowest) {
-        fprintf(stderr, "the lowest free descriptor was %d, is %d\n", lowest, fd);
+        fprintf(stderr, "the lowest free descriptor was %d, is %d\n", lowest,
+                fd);
         (void)!system("ls -l /proc/$PPID/fd >&2");
         abort();
     }
@@ -331,7 +323,7 @@ uint8_t fuzz_read(const void *at, uint64_t n)
     return sum;
 }
 
-/* --- what has to be reached ------------------------------------------------------- */
+/* --- what has to be reached ----------------------------------------------- */
 
 static struct fuzz_goal *all_goals;
 static size_t n_goals;

@@ -31,13 +31,13 @@ enum fuzz_fd { FUZZ_FD_MEMORY, FUZZ_FD_DOOR, FUZZ_FD_EVENT, FUZZ_FD_OTHER };
 
 /* fuzz_worker: a rank's acts */
 enum fuzz_by_rank {
-    RANK_FRAME,                 /* a: type; the head says so; see FUZZ_FDS     */
-    RANK_CONTROL,               /* bytes of the control connection             */
-    RANK_DATA,                  /* bytes of the data connection                */
-    RANK_MESSAGE,               /* the same, with FUZZ_CRC and FUZZ_FIT in a   */
-    RANK_SLOT,                  /* shm, slot a: line, payload                  */
-    RANK_CLAIM,                 /* shm, slot a: takes it back                  */
-    RANK_PAUSE,                 /* until nothing moves at the worker           */
+    RANK_FRAME,                 /* a: type; the head says so; see FUZZ_FDS */
+    RANK_CONTROL,               /* bytes of the control connection */
+    RANK_DATA,                  /* bytes of the data connection */
+    RANK_MESSAGE,               /* the same, with FUZZ_CRC and FUZZ_FIT in a */
+    RANK_SLOT,                  /* shm, slot a: line, payload */
+    RANK_CLAIM,                 /* shm, slot a: takes it back */
+    RANK_PAUSE,                 /* until nothing moves at the worker */
     RANK_ACTS,
 };
 #define FUZZ_CRC     1u         /* a right crc follows */
@@ -51,24 +51,24 @@ enum fuzz_by_worker {
     WORKER_FRAME,               /* as above */
     WORKER_CONTROL,
     WORKER_DATA,
-    WORKER_MESSAGE,             /* the line's id is added to that of call c     */
-    WORKER_REPLY,               /* shm, slot a, the same; line, payload        */
-    WORKER_CALLED,              /* the rank makes call a                       */
-    WORKER_FETCHED,             /* the rank fetches a result that is kept      */
-    WORKER_TIME,                /* so many ms pass                             */
+    WORKER_MESSAGE,             /* the line's id is added to that of call c */
+    WORKER_REPLY,               /* shm, slot a, the same; line, payload */
+    WORKER_CALLED,              /* the rank makes call a */
+    WORKER_FETCHED,             /* the rank fetches a result that is kept */
+    WORKER_TIME,                /* so many ms pass */
     WORKER_ACTS,
 };
 
 /* fuzz_verbs: a: 1 if it is the worker's side that does it */
 enum fuzz_by_queue_pair {
-    QP_PARCEL,                  /* first: what its parcel says is changed so   */
-    QP_WRITE,                   /* struct fuzz_write, bytes                    */
-    QP_SLOT,                    /* b: slot, as it should be; line, payload     */
-    QP_ASK,                     /* b: slot; honestly: the rank asks            */
-    QP_ANSWER,                  /* b: slot; the worker answers what is there   */
-    QP_ARENA,                   /* struct fuzz_arena, what is said of it       */
-    QP_DROP,                    /* the arena b is dropped                      */
-    QP_PORT,                    /* goes down                                   */
+    QP_PARCEL,                  /* first: what its parcel says is changed so */
+    QP_WRITE,                   /* struct fuzz_write, bytes */
+    QP_SLOT,                    /* b: slot, as it should be; line, payload */
+    QP_ASK,                     /* b: slot; honestly: the rank asks */
+    QP_ANSWER,                  /* b: slot; the worker answers what is there */
+    QP_ARENA,                   /* struct fuzz_arena, what is said of it */
+    QP_DROP,                    /* the arena b is dropped */
+    QP_PORT,                    /* goes down */
     QP_ACTS,
 };
 

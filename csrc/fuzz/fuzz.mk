@@ -25,7 +25,7 @@ FUZZ_RUN_rank    := -detect_leaks=0
 FUZZ_RUN_verbs   := -detect_leaks=0
 
 FUZZ_SAN_run   := -fsanitize=address,undefined -fno-sanitize-recover=all
-FUZZ_SAN_cover := -fprofile-instr-generate -fcoverage-mapping
+FUZZ_SAN_cover := -fsanitize=address -fprofile-instr-generate -fcoverage-mapping
 
 # $(1): run or cover
 define fuzz_variant

@@ -64,7 +64,7 @@ static struct fuzz_goal goals[GOALS] = {
     { "a result by tcp", 0 },
 };
 
-/* --- the rank ------------------------------------------------------------------- */
+/* --- the rank ------------------------------------------------------------- */
 
 static void guard(const struct rfm_block *block, bool check)
 {
@@ -277,7 +277,7 @@ static void destroy_rank(void)
     rfm_invoker_destroy(inv);
 }
 
-/* --- the worker ------------------------------------------------------------------ */
+/* --- the worker ----------------------------------------------------------- */
 
 static int make_fd(uint32_t kind)
 {
@@ -462,7 +462,7 @@ static void act_as_worker(const struct fuzz_act *act, const uint8_t *bytes)
     }
 }
 
-/* --- an input ------------------------------------------------------------------------ */
+/* --- an input ------------------------------------------------------------- */
 
 int LLVMFuzzerInitialize(int *argc, char ***argv)
 {

@@ -45,7 +45,7 @@ static struct verbs_link *end(uint32_t side)
     return (struct verbs_link *)links[side];
 }
 
-/* --- up and down ------------------------------------------------------------------ */
+/* --- up and down ---------------------------------------------------------- */
 
 int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
@@ -142,7 +142,7 @@ static void down(void)
     }
 }
 
-/* --- what honest sides do ------------------------------------------------------------ */
+/* --- what honest sides do ------------------------------------------------- */
 
 static void look_as_worker(uint32_t slot)
 {
@@ -232,7 +232,7 @@ static void answer(const struct fuzz_act *act)
     ops->worker_reply(links[1], slot, &line, 100, &region, act->c & 1u);
 }
 
-/* --- what a liar does ------------------------------------------------------------------ */
+/* --- what a liar does ----------------------------------------------------- */
 
 static void post(uint32_t side, const struct ibv_send_wr *given, uint32_t length)
 {
@@ -364,7 +364,7 @@ static void act_as_peer(const struct fuzz_act *act, const uint8_t *bytes)
     }
 }
 
-/* --- an input ------------------------------------------------------------------------- */
+/* --- an input ------------------------------------------------------------- */
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {

@@ -44,7 +44,7 @@ static struct fuzz_goal goals[GOALS] = {
     { "a request that made no sense", 0 },
 };
 
-/* --- memory that was granted --------------------------------------------------- */
+/* --- memory that was granted ---------------------------------------------- */
 
 static struct {
     uint8_t *base;
@@ -147,7 +147,7 @@ static bool is_granted(struct rfm_conn *conn, const void *at, uint64_t n)
             (__asan_region_is_poisoned((void *)(uintptr_t)at, n) == NULL));
 }
 
-/* --- kernels -------------------------------------------------------------------- */
+/* --- kernels -------------------------------------------------------------- */
 
 static uint8_t use(struct rfm_conn *conn, const struct rfm_buf *bufs,
                    uint32_t n_in, uint32_t n_out)
@@ -301,7 +301,7 @@ static void on_event(struct rfm_event *ev)
     }
 }
 
-/* --- the rank ---------------------------------------------------------------------- */
+/* --- the rank ------------------------------------------------------------- */
 
 /* What the worker answers is not of interest, except how many refused what. */
 static void hear(void)
@@ -481,7 +481,7 @@ static void act_as_rank(const struct fuzz_act *act, const uint8_t *bytes)
     }
 }
 
-/* --- an input ------------------------------------------------------------------------ */
+/* --- an input ------------------------------------------------------------- */
 
 int LLVMFuzzerInitialize(int *argc, char ***argv)
 {

@@ -23,7 +23,7 @@ static const char *root;
 static uint8_t input[1u << 16];
 static size_t n_input;
 
-/* --- writing -------------------------------------------------------------------- */
+/* --- writing -------------------------------------------------------------- */
 
 static void begin(uint8_t how)
 {
@@ -63,7 +63,7 @@ static void save(const char *target, const char *name)
     FUZZ_CHECK(fclose(file) == 0);
 }
 
-/* --- bodies of frames -------------------------------------------------------------- */
+/* --- bodies of frames ----------------------------------------------------- */
 
 static uint8_t body[4096];
 static size_t n_body;
@@ -113,7 +113,7 @@ static uint64_t segment_bytes(void)
     return (n + 4095u) & ~4095ull;
 }
 
-/* --- to a worker --------------------------------------------------------------------- */
+/* --- to a worker ---------------------------------------------------------- */
 
 static bool over_tcp;
 static bool with_crc;
@@ -380,7 +380,7 @@ static void seeds_for_workers(void)
     }
 }
 
-/* --- to a rank ------------------------------------------------------------------------ */
+/* --- to a rank ------------------------------------------------------------ */
 
 static void worker_says(uint8_t type, uint8_t n_fds, uint8_t kinds)
 {
@@ -558,7 +558,7 @@ static void seeds_for_ranks(void)
     }
 }
 
-/* --- to a queue pair ---------------------------------------------------------------------- */
+/* --- to a queue pair ------------------------------------------------------ */
 
 static void qp_act(uint8_t what, uint8_t a, uint8_t b, uint8_t c)
 {

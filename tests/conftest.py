@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import shutil
@@ -76,24 +75,11 @@ def _wait_until() -> Callable[..., object]:
 
 # --- every transport --------------------------------------------------------------
 
-@contextlib.contextmanager
-def executor_over(transport: str, **settings: object) -> Iterator[object]:
-    """An executor with one worker over this transport, or "inline"; for tcp this node's service listens on TCP."""
-    from rfaas_mpi import Executor
-    from rfaas_mpi.config import Settings
-    from rfaas_mpi.session import Session
-    with contextlib.ExitStack() as stack:
-        if transport == "tcp":
-            # Held, so that the service does not leave before the executor comes.
-            session = stack.enter_context(Session.open(Settings.load()))
-            session.open_door(["127.0.0.1:0"])
-        yield stack.enter_context(Executor(workers=1, transport=transport, **settings))
-
-
 @pytest.fixture(name="executor_over", scope="session")
 def _executor_over() -> Callable[..., object]:
     """executor_over(transport): a context manager, for tests that hold on every transport."""
-    return executor_over
+    import transports
+    return transports.executor_over
 
 
 def processes_of_this_run() -> dict[int, str]:

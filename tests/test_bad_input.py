@@ -12,6 +12,7 @@ from collections.abc import Callable
 import kernels_for_tests as k
 import numpy as np
 import pytest
+import transports
 
 import rfaas_mpi
 from rfaas_mpi import (
@@ -25,13 +26,13 @@ from rfaas_mpi import (
 )
 
 
-@pytest.fixture(params=["inline", "shm", "tcp"])
+@pytest.fixture(params=["inline", *transports.OVER])
 def ex(request, executor_over):
     with executor_over(request.param) as executor:
         yield executor
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture(params=transports.OVER)
 def worker(request, executor_over):
     """An executor whose one worker is another process."""
     with executor_over(request.param) as executor:

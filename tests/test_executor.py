@@ -6,6 +6,7 @@ import concurrent.futures
 import gc
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import kernels_for_tests as k
 import numpy as np
 import pytest
+import transports
 
 from rfaas_mpi import (
     CancelledError,
@@ -28,20 +30,23 @@ from rfaas_mpi import (
     LeaseRevoked,
     RFaaSError,
     ServiceLost,
+    VersionMismatch,
     Waitall,
     WorkerLost,
+    __version__,
 )
+from rfaas_mpi import messages as msg
 
 TESTS = Path(__file__).parent
 
 
-@pytest.fixture(params=["inline", "shm", "tcp"])
+@pytest.fixture(params=["inline", *transports.OVER])
 def ex(request, executor_over):
     with executor_over(request.param) as executor:
         yield executor
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture(params=transports.OVER)
 def worker(request, executor_over):
     """An executor whose one worker is another process."""
     with executor_over(request.param) as executor:
@@ -62,6 +67,19 @@ def end_worker(executor: Executor, reason: str) -> None:
     for lease in lending.grant.leases:
         for number in lending.workers:
             assert lending.session.kill(lease, number, reason)
+
+
+def test_another_version_on_the_other_side_is_told_with_both_whatever_the_transport(worker, monkeypatch):
+    """Before anything else is: who dials a worker says hello to its service first."""
+    settings = worker._settings
+    monkeypatch.setattr(msg, "version_number", lambda version="9.9.9": 9 << 16 | 9 << 8 | 9)
+    monkeypatch.setattr("rfaas_mpi.session.__version__", "9.9.9")
+    lending = worker._crew.lending
+    lease, = lending.grant.leases
+    for knock in (lambda: Executor(workers=1, transport=worker._crew.transport, device=settings.device),
+                  lambda: lending.session.reach(lease, lease.workers[0].number, worker._crew.transport)):
+        with pytest.raises(VersionMismatch, match=rf"version {re.escape(__version__)}, this rank 9\.9\.9"):
+            knock()
 
 
 # --- calls -------------------------------------------------------------------------------

@@ -11,17 +11,18 @@ from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION, 
 import kernels_for_tests as k
 import numpy as np
 import pytest
+import transports
 
 from rfaas_mpi import Executor, KernelError
 
 
-@pytest.fixture(params=["inline", "shm", "tcp"])
+@pytest.fixture(params=["inline", *transports.OVER])
 def ex(request, executor_over):
     with executor_over(request.param) as executor:
         yield executor
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture(params=transports.OVER)
 def worker(request, executor_over):
     """An executor whose one worker is another process."""
     with executor_over(request.param) as executor:

@@ -8,6 +8,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 import kernels_for_tests as k
 import numpy as np
 import pytest
+import transports
 
 from rfaas_mpi import (
     UNDEFINED,
@@ -31,13 +32,13 @@ from rfaas_mpi import (
 Testall.__test__ = Testany.__test__ = Testsome.__test__ = False
 
 
-@pytest.fixture(params=["inline", "shm", "tcp"])
+@pytest.fixture(params=["inline", *transports.OVER])
 def ex(request, executor_over):
     with executor_over(request.param) as executor:
         yield executor
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture(params=transports.OVER)
 def worker(request, executor_over):
     """An executor whose one worker is another process."""
     with executor_over(request.param) as executor:

@@ -44,6 +44,7 @@ _VERDICT_S = 5.0
 # often, and acted upon if the worker's own end is not told meanwhile.
 _CHECK_S = 0.25
 _BROKEN_S = 0.5
+_FENCED_S = 5.0
 
 # So often a worker is dialled again that could not be reached.
 _AGAIN_S = 1.0
@@ -178,14 +179,17 @@ class Lending:
         """
         lease, worker = self._home(raw), raw.worker
         try:
-            ended = self.session.verdict(lease, worker, _VERDICT_S)
-            if ended.reason == "link":
-                return msgspec.structs.replace(ended, message=self._broke(lease, worker))
-            return ended
+            return self._explained(self.session.verdict(lease, worker, _VERDICT_S))
         except TimeoutError:
             return WorkerEnded(lease, worker, "infrastructure", "link", message=self._broke(lease, worker))
         except (ServiceLost, ClosedError) as error:
             return WorkerEnded(lease, worker, "infrastructure", "service", message=str(error))
+
+    def _explained(self, ended: WorkerEnded) -> WorkerEnded:
+        """The same, with what broke the connection where that was why we had the worker ended."""
+        if ended.reason != "link":
+            return ended
+        return msgspec.structs.replace(ended, message=self._broke(ended.lease, ended.worker))
 
     def _broke(self, lease: int, worker: int) -> str:
         with self._lock:
@@ -256,7 +260,9 @@ class Lending:
                 return
             self._broken = {key: self._broken.get(key, now) for key, channel in self._channels.items()
                             if not channel.alive and key[0] in self._leases}
-            overdue = [key for key, since in self._broken.items() if now - since >= _BROKEN_S]
+            # Once it is fenced it is known what broke it, which is soon.
+            overdue = [key for key, since in self._broken.items()
+                       if now - since >= (_BROKEN_S if self._channels[key].fenced else _FENCED_S)]
             for key in overdue:
                 self._broken[key] = now
                 self._whys[key] = self._channels[key].why
@@ -279,7 +285,9 @@ class Lending:
         try:
             self._attach(grant, worker, self._reach(grant, worker))
         except RFaaSError as error:
-            self._bury(WorkerEnded(lease, worker, "infrastructure", "link", message=str(error)))
+            with self._lock:
+                self._whys[lease, worker] = str(error)
+            self._bury(WorkerEnded(lease, worker, "infrastructure", "link"))
         self._look()
 
     def _handle(self, event: msg.AnyEvent) -> None:
@@ -337,6 +345,7 @@ class Lending:
         self._look()
 
     def _bury(self, event: WorkerEnded) -> None:
+        event = self._explained(event)
         with self._lock:
             channel = self._channels.pop((event.lease, event.worker), None)
             self._unreached.pop((event.lease, event.worker), None)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
 
 import pytest
 
 from batch_world import LAYOUTS, Run
+from rdma_guest import Guest
 from rfaas_mpi.agent.detector import CoreClass
 
 EVENTS = int(os.environ.get("RFAAS_SOAK_DETECTOR_EVENTS", "6000"))
@@ -33,3 +39,48 @@ def test_no_core_is_lent_outside_the_rule_of_its_class(layout, tmp_path):
             lent[which] += count
     # Else the test would pass a detector that lends nothing.
     assert all(lent[which] > 0 for which in CoreClass if which is not CoreClass.OWNED), lent
+
+
+# --- real processes in real cgroups -------------------------------------------
+
+SECONDS = float(os.environ.get("RFAAS_SOAK_DETECTOR_SECONDS", "10"))
+OWNERS = Path(__file__).with_name("owners.py")
+
+
+def verdict(text: str) -> dict:
+    found = json.loads(text.splitlines()[-1])
+    print(found)
+    return found
+
+
+def of_owners(*arguments: str) -> dict:
+    done = subprocess.run([sys.executable, OWNERS, *arguments], capture_output=True, text=True,
+                          timeout=12 * SECONDS + 100)
+    assert done.returncode == 0, done.stderr
+    return verdict(done.stdout)
+
+
+@pytest.mark.timeout(13 * SECONDS + 100)
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes cgroups: needs root")
+def test_a_watcher_of_proc_finds_no_owner_on_a_core_that_is_lent():
+    found = of_owners("--seconds", str(SECONDS), "--least", "5", "--seed", str(os.getpid()))
+    assert found["violations"] == [] and min(found["judged"]["free"], found["judged"]["unused"]) >= 5, found
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes cgroups: needs root")
+@pytest.mark.timeout(200)
+def test_the_watcher_notices_a_detector_that_misreads_masks():
+    assert of_owners("--seconds", "5", "--least", "100000", "--blind")["violations_count"] > 0
+
+
+@pytest.mark.timeout(400)
+def test_the_same_holds_where_cgroups_are_of_version_2():
+    out, errors = BytesIO(), BytesIO()
+    # A cpuset of two CPUs rarely leaves one free and one unused; a few will do.
+    with Guest([sys.executable, str(OWNERS), "--seconds", "25", "--least", "3"], nodes=1, timeout_s=350, stdout=out,
+               stderr=errors, environment={**os.environ, "RFAAS_OWNERS_PACE": "4"}) as guest:
+        status = guest.wait()
+    assert status == 0, errors.getvalue().decode()
+    found = verdict(out.getvalue().decode())
+    assert found["cgroups"] == "v2" and found["violations"] == [], found
+    assert min(found["judged"]["free"], found["judged"]["unused"]) >= 3, found

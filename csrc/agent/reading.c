@@ -144,3 +144,41 @@ int64_t rfm_read_ticks(const char *text, int64_t *cpus, int64_t *busy,
     }
     return (int64_t)found;
 }
+
+/*
+ * One sample of the rule of idle cores, for `count` CPUs: what it says of each
+ * lies in `ready` (the number of the sample after which it may be idle), `used`
+ * (ticks since it was last loud), `murmured` (more than a little in the last
+ * sample) and `idle`. `owner` are the ticks of this sample that its owner used.
+ * Writes 1 to `news` where an idle CPU is so no longer, 2 where one may become
+ * so, else 0; returns how many aren't 0.
+ */
+__attribute__((visibility("default")))
+int64_t rfm_quiet_sample(const double *owner, size_t count, double loud,
+                         double murmur, int64_t number, int64_t wait,
+                         int64_t *ready, double *used, uint8_t *murmured,
+                         const uint8_t *idle, uint8_t *news)
+{
+    int64_t found = 0;
+    bool murmurs, is_loud;
+    size_t i;
+
+    for (i = 0; i < count; i++) {
+        murmurs     = (owner[i] > murmur);
+        is_loud     = (owner[i] > loud) || (murmurs && murmured[i]);
+        murmured[i] = murmurs;
+        news[i]     = 0;
+        if (is_loud) {
+            used[i]  = 0;
+            ready[i] = number + wait;
+            news[i]  = idle[i];
+        } else {
+            used[i] += owner[i];
+            if (ready[i] <= number) {
+                news[i] = 2;
+            }
+        }
+        found += (news[i] != 0);
+    }
+    return found;
+}

@@ -24,6 +24,7 @@ import msgspec
 import numpy as np
 
 from rfaas_mpi.agent.kernel_files import Topology
+from rfaas_mpi.agent.reading import reading
 
 __all__ = ["Core", "CoreClass", "Detector", "Job", "Load", "Observed", "Policy", "Report", "Told"]
 
@@ -146,7 +147,7 @@ class Report(msgspec.Struct, frozen=True):
 class _Quiet:
     """How quiet the CPUs have been: the rule of `idle`. One number of each array for each of `cpus`.
 
-    Ten times a second for each CPU of a large node: few operations on arrays, and loops only over what changes.
+    Ten times a second for each CPU of a large node: the loop over them is in C, and here what follows from it.
     """
 
     def __init__(self) -> None:
@@ -171,37 +172,26 @@ class _Quiet:
             return True
         self._number += 1
         took = (load.at - last.at) / TICK_S
-        owner = load.busy_ticks - last.busy_ticks
-        if load.ours_s:
-            owner = owner.astype(float)
-            for cpu, ours_s in load.ours_s.items():
-                # Less than before: a worker there has ended.
-                if (place := self._place.get(cpu)) is not None and ours_s >= (before := last.ours_s.get(cpu, 0.0)):
-                    owner[place] -= (ours_s - before) / TICK_S
+        owner = np.subtract(load.busy_ticks, last.busy_ticks, dtype=float)
+        for cpu, ours_s in load.ours_s.items():
+            # Less than before: a worker there has ended.
+            if (place := self._place.get(cpu)) is not None and ours_s >= (before := last.ours_s.get(cpu, 0.0)):
+                owner[place] -= (ours_s - before) / TICK_S
         # A tick is a whole sample's tenth: less than two are not "more than a tenth".
-        loud = owner > LOUD * took + 0.5
-        murmur = owner > MURMUR * took
-        if np.count_nonzero(murmur) or self._murmurs:
-            loud |= murmur & self._murmured
-            self._murmured = murmur
-            self._murmurs = np.count_nonzero(murmur)
-        self._used += owner
-        self._used[loud] = 0
-        self._ready[loud] = self._number + QUIET_SAMPLES
+        if not reading.rfm_quiet_sample(owner.ctypes.data, len(owner), LOUD * took + 0.5, MURMUR * took, self._number,
+                                        QUIET_SAMPLES, *self._arrays):
+            return False
         changed = False
-        ends = loud & self._idle
-        if np.count_nonzero(ends):
-            changed = True
-            for place in np.flatnonzero(ends):
-                if load.at - self._idle_since[place] >= BACK_OFF_MOST_S:
-                    self._back_off_s[place] = BACK_OFF_S
-                self._not_before[place] = load.at + self._back_off_s[place]
-                self._back_off_s[place] = min(BACK_OFF_MOST_S, 2 * self._back_off_s[place])
-            self._idle &= ~ends
-        begins = self._ready <= self._number
-        if np.count_nonzero(begins):
-            for place in np.flatnonzero(begins):
+        for place in np.flatnonzero(self._news):
+            if self._news[place] == 2:
                 changed |= self._begin(place, load.at)
+                continue
+            changed = True
+            self._idle[place] = False
+            if load.at - self._idle_since[place] >= BACK_OFF_MOST_S:
+                self._back_off_s[place] = BACK_OFF_S
+            self._not_before[place] = load.at + self._back_off_s[place]
+            self._back_off_s[place] = min(BACK_OFF_MOST_S, 2 * self._back_off_s[place])
         return changed
 
     def _begin(self, place: int, now: float) -> bool:
@@ -224,9 +214,11 @@ class _Quiet:
         count = len(cpus)
         self._ready = np.full(count, self._number + QUIET_SAMPLES)   # the sample after which it may be idle
         self._used = np.zeros(count)                   # ticks since the last loud sample, or the last judgement
-        self._murmured = np.zeros(count, bool)         # had a tick in the last sample
-        self._murmurs = 0                              # how many of those
-        self._idle = np.zeros(count, bool)
+        self._murmured = np.zeros(count, np.uint8)     # used more than a little of the last sample
+        self._idle = np.zeros(count, np.uint8)
+        self._news = np.zeros(count, np.uint8)
+        self._arrays = tuple(array.ctypes.data for array in (self._ready, self._used, self._murmured, self._idle,
+                                                             self._news))
         self._idle_since = np.zeros(count)
         self._back_off_s = np.full(count, BACK_OFF_S)
         self._not_before = np.full(count, -math.inf)

@@ -36,6 +36,7 @@ from rfaas_mpi.agent.kernel_files import (
     read_text,
     read_topology,
 )
+from rfaas_mpi.agent.reading import reading
 
 __all__ = ["MASKS_S", "Inotify", "LoadReader", "NodeWatch", "Observer", "cpus_of_mask", "own_step", "task_mask"]
 
@@ -55,12 +56,6 @@ _TASKS = {"tasks", "cgroup.procs", "cgroup.threads", "cgroup.events"}
 # --- the kernel's calls ------------------------------------------------------
 
 _libc = ctypes.CDLL(None, use_errno=True)
-# What is read many times a second is read in C: see csrc/agent/reading.c.
-_reading = ctypes.CDLL(str(Path(__file__).with_name("_reading.so")))
-_reading.rfm_read_masks.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t)
-_reading.rfm_read_masks.restype = ctypes.c_int64
-_reading.rfm_read_ticks.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_reading.rfm_read_ticks.restype = ctypes.c_int64
 _MASK_WORDS = 128                    # 8192 CPUs
 _mask_buffer = (ctypes.c_char * 128)()         # grows with the kernel's own
 
@@ -91,7 +86,7 @@ def cpus_of_mask(mask: int, every: Collection[int]) -> frozenset[int]:
 def _union_of_masks(files: Sequence[str]) -> tuple[int, int]:
     """The masks of all tasks that the files list, and how many tasks those are."""
     words = (ctypes.c_uint64 * _MASK_WORDS)()
-    count = _reading.rfm_read_masks("\0".join([*files, ""]).encode(errors="surrogateescape"), words, _MASK_WORDS)
+    count = reading.rfm_read_masks("\0".join([*files, ""]).encode(errors="surrogateescape"), words, _MASK_WORDS)
     if count < 0:
         raise OSError(-count, f"{files[0]} and others can't be read: {os.strerror(-count)}")
     return int.from_bytes(bytes(words), "little"), count
@@ -163,8 +158,8 @@ class LoadReader:
         self._make_room(256)
 
     def _make_room(self, cpus: int) -> None:
-        self._text = bytearray(cpus * 128)
-        self._text_at = (ctypes.c_char * len(self._text)).from_buffer(self._text)
+        self._text = bytearray(cpus * 256)
+        self._text_at = ctypes.addressof((ctypes.c_char * len(self._text)).from_buffer(self._text))
         self._cpus, self._ticks = np.empty(cpus, np.int64), np.empty(cpus, np.int64)
         self._tables_at = self._cpus.ctypes.data, self._ticks.ctypes.data
 
@@ -175,7 +170,7 @@ class LoadReader:
             # What follows the CPUs in it is long, and of no interest.
             size = os.preadv(self._fd, [self._text], 0)
             self._text[size - 1] = 0
-            count = _reading.rfm_read_ticks(self._text_at, *self._tables_at, most)
+            count = reading.rfm_read_ticks(self._text_at, *self._tables_at, most)
             if count < most:
                 return Load(now, self._cpus[:count].copy(), self._ticks[:count].copy(), ours_s or {})
             self._make_room(2 * most)

@@ -38,6 +38,13 @@ def test_the_books_reports_and_demands_are_all_it_needs():
     assert placer.choose(demand(1), now=0.0) == {}
 
 
+def test_the_least_is_placed_however_dear_it_is():
+    placer = Placer()
+    report(placer, NodeReport(node="a", spare=(0, 1, 2, 3), memory_bytes=GIB))
+    # A cold start takes longer than these workers are wanted.
+    assert placer.choose(demand(2, 4, duration_s=0.01), now=0.0) == {"a": [(0,), (1,)]}
+
+
 def test_a_fair_share_of_memory_is_no_filter():
     placer = Placer()
     report(placer, NodeReport(node="a", spare=(0,), memory_bytes=0))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -155,7 +157,8 @@ def test_where_losses_are_independent_no_policy_is_cheaper_than_the_default(want
 @given(want=demands(), nodes=clusters(), seed=st.integers(0, 3))
 def test_one_more_worker_on_a_node_never_costs_less_than_the_one_before(want, nodes, seed):
     for facts in nodes:
-        answer = place(replace(want, workers_min=0, gang=False), ClusterView.of([facts]), "first-fit", now=NOW, seed=seed)
+        alone = replace(want, workers_min=0, gang=False)
+        answer = place(alone, ClusterView.of([facts]), "first-fit", now=NOW, seed=seed)
         assert isinstance(answer, Placement)
         costs = [worker.terms.total_s for worker in answer.workers]
         assert all(later >= earlier - 1e-9 * abs(earlier) for earlier, later in zip(costs, costs[1:], strict=False))
@@ -246,6 +249,14 @@ def test_senseless_facts_are_refused_by_name():
         place(needs(), ClusterView.of([]), "best", now=NOW)
     with pytest.raises(ValueError, match="a rate above 0"):
         Settings(bandwidth=())
+
+
+def test_the_pages_example_prints_what_the_page_says(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "placement.md").read_text()
+    found = re.search(r"```python\n(.*?)```\n\n((?:    [^\n]*\n)+)", page, re.DOTALL)
+    assert found is not None
+    exec(compile(found[1], "docs/placement.md", "exec"), {})
+    assert capsys.readouterr().out == found[2].replace("    ", "")
 
 
 # --- policies -----------------------------------------------------------------

@@ -1,8 +1,8 @@
 """`python -m rfaas_mpi.bench.placement`: placement's policies side by side, and how long a decision takes.
 
-`compare` replays one synthetic trace (idle windows and demands, from a seed) with each policy, through the same code that
-places leases. What it reports of evictions and waits is what happened in the replay; transfer and slowdown are what the
-model of placement/score.py says of the places that were chosen, since no bytes move here.
+`compare` replays one synthetic trace (idle windows and demands, from a seed) with each policy, through the same code
+that places leases. What it reports of evictions and waits is what happened in the replay; transfer and slowdown are
+what the model of placement/score.py says of the places that were chosen, since no bytes move here.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from rfaas_mpi.placement import (
     Placement,
     RankPlace,
     Settings,
+    fill,
     place,
 )
 from rfaas_mpi.placement.survival import DAINT, PROMETHEUS_FIB, cohort_stretch
@@ -255,9 +256,7 @@ def replay(scenario: Scenario, data: Trace, policy: str, settings: Settings, *, 
 
     def answer(demand: _Demand) -> bool:
         nonlocal view
-        # Far from the least possible: what placement would explain of a refusal isn't wanted here.
-        found = place(replace(demand.needs, workers_min=0), view, policy, now=now, seed=demand.seed, settings=settings)
-        assert isinstance(found, Placement)
+        found = Placement(tuple(fill(demand.needs, view, policy, now=now, seed=demand.seed, settings=settings)))
         if len(found.workers) < demand.needs.workers_min:
             return False
         lease = next(order)

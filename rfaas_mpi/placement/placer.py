@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
-from rfaas_mpi.placement.facts import ClusterView, Needs, NodeFacts, Placement, RankPlace, Refusal, Verdict
-from rfaas_mpi.placement.policies import POLICIES, explain, place
+from rfaas_mpi.placement.facts import ClusterView, Needs, NodeFacts, RankPlace, Verdict
+from rfaas_mpi.placement.policies import POLICIES, explain, fill
 from rfaas_mpi.placement.score import Settings
 
 __all__ = ["Asked", "Cohorts", "Placer"]
@@ -161,17 +161,16 @@ class Placer:
 
     def choose(self, demand: Asked, now: float, *, ranks: tuple[RankPlace, ...] = (),
                **more: Any) -> dict[str, list[tuple[int, ...]]]:
-        """Node → the cores of each worker there; fewer than `workers_min` in all where no more fit.
+        """Node → the cores of each worker there; fewer than `workers_min` in all where no more fit: to refuse is the
+        book's.
 
-        Placed for `workers_min` = 0, so that the book says what to do with too few. `more`: further fields of Needs.
+        `more`: further fields of Needs.
         """
-        answer = self.place(replace(self.needs(demand, ranks, **more), workers_min=0), demand, now)
-        return answer.by_node if isinstance(answer, Placement) else {}
-
-    def place(self, needs: Needs, demand: Asked, now: float) -> Placement | Refusal:
-        """The whole answer; `demand` is only what chance is seeded with."""
-        seed = hash((self.seed, demand.session, demand.request_id))
-        return place(needs, self.view(), self.policy, now=now, seed=seed, settings=self.settings)
+        found: dict[str, list[tuple[int, ...]]] = {}
+        for worker in fill(self.needs(demand, ranks, **more), self.view(), self.policy, now=now,
+                           seed=hash((self.seed, demand.session, demand.request_id)), settings=self.settings):
+            found.setdefault(worker.node, []).append(worker.cores)
+        return found
 
     def explain(self, demand: Asked, now: float, *, ranks: tuple[RankPlace, ...] = (),
                 **more: Any) -> tuple[Verdict, ...]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import TypeAlias
 
 from rfaas_mpi.placement.facts import ClusterView, Needs, Placed, Placement, Refusal, Verdict
 from rfaas_mpi.placement.score import Room, Scorer, Settings, refusals
 
-__all__ = ["POLICIES", "Policy", "Search", "explain", "least_cost", "place"]
+__all__ = ["POLICIES", "Policy", "Search", "explain", "fill", "least_cost", "place"]
 
 # So many draws of a node may meet none that has room before all of them are looked at.
 _DRAWS = 8
@@ -184,6 +185,21 @@ def _sample(search: Search) -> Iterator[Room]:
 
 # --- the answer ---------------------------------------------------------------
 
+def fill(needs: Needs, view: ClusterView, policy: str | Policy = "default", *, now: float, seed: int = 0,
+         settings: Settings = Settings()) -> list[Placed]:
+    """The workers that can be placed, perhaps fewer than `workers_min`: `place` without what it says of them.
+
+    ValueError for a policy that isn't one of POLICIES.
+    """
+    return _fill(Search(needs, view, settings, now, seed), policy)
+
+
+def _fill(search: Search, policy: str | Policy) -> list[Placed]:
+    rooms = _policy(policy)(search)
+    most = search.needs.workers_max
+    return [room.take() for room in islice(rooms, most)] if most > 0 else []
+
+
 def place(needs: Needs, view: ClusterView, policy: str | Policy = "default", *, now: float, seed: int = 0,
           settings: Settings = Settings()) -> Placement | Refusal:
     """Up to `workers_max` workers and the cores of each, at least `workers_min`; else a Refusal.
@@ -192,17 +208,12 @@ def place(needs: Needs, view: ClusterView, policy: str | Policy = "default", *, 
     POLICIES.
     """
     search = Search(needs, view, settings, now, seed)
-    workers: list[Placed] = []
-    if needs.workers_max > 0:
-        for room in _policy(policy)(search):
-            workers.append(room.take())
-            if len(workers) == needs.workers_max:
-                return Placement(tuple(workers))
+    workers = _fill(search, policy)
     if len(workers) < needs.workers_min:
         nodes = explain(needs, view, now=now, settings=settings)
         return Refusal(needs.workers_min, len(workers), _shortfall(needs, len(workers), nodes), nodes)
     if len(workers) == needs.workers_max:
-        return Placement(())
+        return Placement(tuple(workers))
     # What was offered and not taken was too dear, see least_cost; else there is nothing left.
     dear = next((True for room in search.rooms()), False)
     reason = (f"{len(workers)} of {needs.workers_max} workers: a further one would lose more time than it has"

@@ -228,8 +228,9 @@ class Room:
     def total_s(self) -> float:
         """The sum of `cost`, without the object."""
         _, transfer_s, slowdown_s = self._next_seat()
-        return (self._start_s + (self.facts.starting + self.here) * self.scorer.settings.next_s + transfer_s
-                + slowdown_s + self.scorer.eviction_s(self.facts, self._known_risk, self.here, self.left) + self._fixed_s)
+        queueing_s = self._start_s + (self.facts.starting + self.here) * self.scorer.settings.next_s
+        eviction_s = self.scorer.eviction_s(self.facts, self._known_risk, self.here, self.left)
+        return queueing_s + transfer_s + slowdown_s + eviction_s + self._fixed_s
 
     def take(self) -> Placed:
         """Places the next worker. ValueError if none fits."""

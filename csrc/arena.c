@@ -33,6 +33,7 @@ struct rfm_arena {
     uint32_t id;
     int      fd;
     bool     own;                       /* made for one block */
+    bool     refused;                   /* a worker has no room for it */
 };
 
 struct rfm_heap {
@@ -274,7 +275,7 @@ static int arena_create(struct rfm_heap *heap, uint64_t bytes, bool own,
         struct rfm_arena_info info = { arena->id, arena->fd, bytes,
                                        arena->base };
 
-        heap->hooks.made(heap->hooks.ctx, &info);
+        arena->refused = !heap->hooks.made(heap->hooks.ctx, &info);
     }
     pthread_mutex_lock(&heap->list);
     heap->bytes += bytes;
@@ -290,6 +291,57 @@ err_free_span:
     free(arena->free);
 err_free:
     free(arena);
+    return rc;
+}
+
+static void unlink_arena(struct rfm_heap *heap, struct rfm_arena *arena)
+{
+    struct rfm_arena **at = &heap->arenas;
+
+    pthread_mutex_lock(&heap->list);
+    while (*at != arena) {
+        at = &(*at)->next;
+    }
+    *at = arena->next;
+    heap->bytes -= arena->bytes;
+    pthread_mutex_unlock(&heap->list);
+}
+
+/* nothing is carved from it any more */
+static void drop_arena(struct rfm_heap *heap, struct rfm_arena *arena)
+{
+    unlink_arena(heap, arena);
+    if (heap->hooks.dropped != NULL) {
+        heap->hooks.dropped(heap->hooks.ctx, arena->id);
+    }
+    arena_destroy(arena);
+}
+
+/* For several blocks, or, where that is too much for somebody, for this one. */
+static int make_room(struct rfm_heap *heap, uint64_t span,
+                     struct rfm_arena **arena_p)
+{
+    int rc;
+
+    if (span > LARGEST_ARENA / 4) {
+        return arena_create(heap, span, true, arena_p);
+    }
+    while ((heap->next_size < span) && (heap->next_size < LARGEST_ARENA)) {
+        heap->next_size *= 2;
+    }
+    rc = arena_create(heap, heap->next_size, false, arena_p);
+    if ((rc == RFM_OK) && (*arena_p)->refused) {
+        drop_arena(heap, *arena_p);
+        if (heap->next_size > FIRST_ARENA) {
+            heap->next_size /= 2;
+        }
+        rc = RFM_ERR_TOO_LARGE;
+    } else if ((rc == RFM_OK) && (heap->next_size < LARGEST_ARENA)) {
+        heap->next_size *= 2;
+    }
+    if (rc == RFM_ERR_TOO_LARGE) {
+        rc = arena_create(heap, span, true, arena_p);
+    }
     return rc;
 }
 
@@ -338,19 +390,7 @@ int rfm_heap_alloc(struct rfm_heap *heap, uint64_t size, struct rfm_block *b)
             goto found;
         }
     }
-    if (span > LARGEST_ARENA / 4) {
-        rc = arena_create(heap, span, true, &arena);
-    } else {
-        while ((heap->next_size < span) && (heap->next_size < LARGEST_ARENA)) {
-            heap->next_size *= 2;
-        }
-        rc = arena_create(heap, heap->next_size, false, &arena);
-        if (rc == RFM_ERR_TOO_LARGE) {
-            rc = arena_create(heap, span, true, &arena);
-        } else if ((rc == RFM_OK) && (heap->next_size < LARGEST_ARENA)) {
-            heap->next_size *= 2;
-        }
-    }
+    rc = make_room(heap, span, &arena);
     if (rc < 0) {
         goto out;
     }
@@ -415,19 +455,6 @@ static void heap_destroy(struct rfm_heap *heap)
     free(heap);
 }
 
-static void unlink_arena(struct rfm_heap *heap, struct rfm_arena *arena)
-{
-    struct rfm_arena **at = &heap->arenas;
-
-    pthread_mutex_lock(&heap->list);
-    while (*at != arena) {
-        at = &(*at)->next;
-    }
-    *at = arena->next;
-    heap->bytes -= arena->bytes;
-    pthread_mutex_unlock(&heap->list);
-}
-
 void rfm_heap_free(struct rfm_block *b)
 {
     struct rfm_arena *arena = b->arena;
@@ -450,11 +477,7 @@ void rfm_heap_free(struct rfm_block *b)
     give_back(arena, b->offset, b->span);
     arena->blocks--;
     if ((arena->blocks == 0) && (arena->own || heap->closed)) {
-        unlink_arena(heap, arena);
-        if (heap->hooks.dropped != NULL) {
-            heap->hooks.dropped(heap->hooks.ctx, arena->id);
-        }
-        arena_destroy(arena);
+        drop_arena(heap, arena);
         last = heap->closed && (heap->arenas == NULL);
     }
     rfm_heap_unlock(heap);

@@ -17,7 +17,8 @@ struct rfm_arena_info {
  * memory goes; never with the heap's lock held by the caller's own thread only.
  * Announcing happens in order of ids. */
 struct rfm_heap_hooks {
-    void (*made)(void *ctx, const struct rfm_arena_info *arena);
+    /* false: somebody has no room for it, and something smaller may do */
+    bool (*made)(void *ctx, const struct rfm_arena_info *arena);
     void (*dropped)(void *ctx, uint32_t arena);
     void *ctx;
 };

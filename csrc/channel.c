@@ -135,7 +135,74 @@ static void sent(struct rfm_channel *chan, int rc)
 
 static void send_arena(void *ctx, const struct rfm_arena_info *arena)
 {
-    rfm_channel_send_arena(ctx, arena);
+    (void)rfm_channel_send_arena(ctx, arena);
+}
+
+/* --- arenas that the worker has no mirror of ------------------------------- */
+
+/* with the lock held */
+static const struct rfm_lack *find_lack(const struct rfm_channel *chan,
+                                        uint32_t arena)
+{
+    for (uint32_t i = 0; i < chan->n_lacks; i++) {
+        if (chan->lacks[i].arena == arena) {
+            return &chan->lacks[i];
+        }
+    }
+    return NULL;
+}
+
+/* Why it has none of this one; what it says of others is not asked for. */
+static int note_lack(struct rfm_channel *chan, uint32_t arena,
+                     const struct rfm_parcel *said)
+{
+    struct rfm_lack *more;
+    int rc = RFM_OK;
+
+    if (arena + 1 != rfm_load_acquire(&chan->arena_asked)) {
+        return RFM_ERR_PROTOCOL;
+    }
+    pthread_mutex_lock(&chan->lack_lock);
+    if (find_lack(chan, arena) != NULL) {
+        rc = RFM_ERR_PROTOCOL;
+        goto out;
+    }
+    more = realloc(chan->lacks, (chan->n_lacks + 1) * sizeof(*more));
+    if (more == NULL) {
+        rc = RFM_ERR_NO_MEMORY;
+        goto out;
+    }
+    chan->lacks = more;
+    more += chan->n_lacks;
+    more->arena = arena;
+    take_text(more->why, sizeof(more->why), said->bytes, said->n_bytes);
+    rfm_store_release(&chan->n_lacks, chan->n_lacks + 1);
+out:
+    pthread_mutex_unlock(&chan->lack_lock);
+    return rc;
+}
+
+void rfm_channel_forget_arena(struct rfm_channel *chan, uint32_t arena)
+{
+    pthread_mutex_lock(&chan->lack_lock);
+    for (uint32_t i = 0; i < chan->n_lacks; i++) {
+        if (chan->lacks[i].arena == arena) {
+            chan->lacks[i] = chan->lacks[chan->n_lacks - 1];
+            rfm_store_release(&chan->n_lacks, chan->n_lacks - 1);
+            break;
+        }
+    }
+    pthread_mutex_unlock(&chan->lack_lock);
+}
+
+static bool is_lacked(struct rfm_channel *chan, uint32_t arena)
+{
+    bool lacked;
+
+    pthread_mutex_lock(&chan->lack_lock);
+    lacked = find_lack(chan, arena) != NULL;
+    pthread_mutex_unlock(&chan->lack_lock);
+    return lacked;
 }
 
 /* Before it is registered nobody else reads its connection. */
@@ -166,13 +233,9 @@ static void await_mirror(struct rfm_channel *chan, uint32_t arena)
             return;
         }
     }
-    if (chan->arena_status < 0) {
-        rfm_channel_sever(chan, "the worker has no memory for a mirror of our "
-                                "arenas");
-    }
 }
 
-void rfm_channel_send_arena(struct rfm_channel *chan,
+bool rfm_channel_send_arena(struct rfm_channel *chan,
                             const struct rfm_arena_info *arena)
 {
     struct rfm_ctl_arena body = { .arena = arena->id, .bytes = arena->bytes };
@@ -190,6 +253,7 @@ void rfm_channel_send_arena(struct rfm_channel *chan,
 
             iov[1].iov_len = parcel.n_bytes;
             if (rc == RFM_OK) {
+                rfm_store_release(&chan->arena_asked, arena->id + 1);
                 rc = send_frame(chan, RFM_CTL_ARENA, 0, iov, 2, NULL, 0);
             }
             if ((rc < 0) && (rc != RFM_ERR_PEER)) {
@@ -210,6 +274,8 @@ void rfm_channel_send_arena(struct rfm_channel *chan,
     if (wait) {
         await_mirror(chan, arena->id);
     }
+    return (rfm_load_acquire(&chan->n_lacks) == 0) ||
+           !is_lacked(chan, arena->id);
 }
 
 int rfm_channel_heard(struct rfm_channel *chan)
@@ -229,13 +295,10 @@ int rfm_channel_heard(struct rfm_channel *chan)
             memcpy(&body, chan->rx.body, sizeof(body));
             parcel.n_bytes = n - (uint32_t)sizeof(body);
             memcpy(parcel.bytes, chan->rx.body + sizeof(body), parcel.n_bytes);
-            chan->arena_status = body.status;
-            if (body.status == RFM_OK) {
-                rc = chan->remote_link->ops->rank_arena(chan->remote_link,
-                                                        body.arena, &parcel);
-            } else {
-                take_reason(chan, parcel.bytes, parcel.n_bytes);
-            }
+            rc = (body.status == RFM_OK)
+                     ? chan->remote_link->ops->rank_arena(chan->remote_link,
+                                                          body.arena, &parcel)
+                     : note_lack(chan, body.arena, &parcel);
             rfm_store_release(&chan->arena_ready, body.arena + 1);
         }
     } else if (chan->rx.head.type == RFM_CTL_REFUSED) {
@@ -413,6 +476,7 @@ int rfm_channel_create(struct rfm_invoker *inv,
     chan->bound = calloc(RFM_MAX_BINDINGS, 1);
     pthread_mutex_init(&chan->control, NULL);
     pthread_mutex_init(&chan->pid_lock, NULL);
+    pthread_mutex_init(&chan->lack_lock, NULL);
     rfm_rx_init(&chan->rx, 4096);
     if (chan->remote) {
         /* pages that nobody touches cost nothing */
@@ -459,6 +523,8 @@ void rfm_channel_destroy(struct rfm_channel *chan)
     rfm_rx_fini(&chan->rx);
     pthread_mutex_destroy(&chan->control);
     pthread_mutex_destroy(&chan->pid_lock);
+    pthread_mutex_destroy(&chan->lack_lock);
+    free(chan->lacks);
     for (uint32_t i = 0; i < RFM_MAX_SLOTS; i++) {
         free(chan->regions[i]);
     }
@@ -751,6 +817,57 @@ static bool gather_object(struct rfm_channel *chan, const struct rfm_request *re
     return true;
 }
 
+/* The arena that a request needs first of those that its worker lacks; 0: none
+ * of them, for arenas are counted from 1. */
+static uint32_t lacked_by(struct rfm_channel *chan, const struct rfm_request *req)
+{
+    const struct rfm_binding *binding = req->binding;
+    struct rfm_object head;
+    struct rfm_desc desc;
+    const uint8_t *from = req->payload;
+    uint64_t n = req->payload_bytes;
+    uint64_t at;
+
+    if ((req->wire_flags & RFM_REQ_FETCH) != 0) {
+        return is_lacked(chan, req->into.arena) ? req->into.arena : 0;
+    }
+    if ((req->wire_flags & RFM_REQ_OBJECT) == 0) {
+        for (uint32_t i = 0; i < (uint32_t)binding->n_in + binding->n_out; i++) {
+            const struct rfm_arg *arg = &binding->args[i];
+            uint32_t arena = (arg->place == RFM_BOUND)
+                                 ? arg->arena
+                                 : req->args[i].desc.arena;
+
+            if ((arg->place != RFM_INLINE) && is_lacked(chan, arena)) {
+                return arena;
+            }
+        }
+        return 0;
+    }
+    if ((req->wire_flags & RFM_REQ_STAGED) != 0) {
+        memcpy(&desc, from, sizeof(desc));
+        if (is_lacked(chan, desc.arena)) {
+            return desc.arena;
+        }
+        from = rfm_heap_address(chan->inv->heap, desc.arena, desc.offset,
+                                desc.size);
+        n    = desc.size;
+    }
+    if ((from == NULL) || (n < sizeof(head))) {
+        return 0;
+    }
+    memcpy(&head, from, sizeof(head));
+    at = sizeof(head) + head.n_parts * sizeof(uint64_t);
+    for (uint32_t i = 0; (i < head.n_refs) && (at + sizeof(desc) <= n); i++) {
+        memcpy(&desc, from + at, sizeof(desc));
+        if (is_lacked(chan, desc.arena)) {
+            return desc.arena;
+        }
+        at += sizeof(desc);
+    }
+    return 0;
+}
+
 static bool gather(struct rfm_channel *chan, const struct rfm_request *req,
                    uint32_t slot)
 {
@@ -870,6 +987,27 @@ static bool may_refill(struct rfm_channel *chan, const struct rfm_request *req,
     return chan->refilling;
 }
 
+static void keep_bytes(struct rfm_request *req, const uint8_t *from, uint64_t n);
+
+/* false, and why in its result, if the worker lacks what it needs */
+static bool fits(struct rfm_channel *chan, struct rfm_request *req)
+{
+    uint32_t arena = lacked_by(chan, req);
+    const struct rfm_lack *lack;
+
+    if (arena == 0) {
+        return true;
+    }
+    pthread_mutex_lock(&chan->lack_lock);
+    lack = find_lack(chan, arena);
+    if (lack != NULL) {
+        keep_bytes(req, (const uint8_t *)lack->why, strlen(lack->why));
+        req->worker = chan->worker;
+    }
+    pthread_mutex_unlock(&chan->lack_lock);
+    return lack == NULL;
+}
+
 int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
 {
     uint64_t head = rfm_load_acquire(&chan->head);
@@ -878,6 +1016,10 @@ int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
     bool known = true;
     uint32_t slot;
 
+    if (__builtin_expect(rfm_load_acquire(&chan->n_lacks) != 0, 0) &&
+        ((head & RFM_HEAD_CLOSED) == 0) && !fits(chan, req)) {
+        return RFM_ERR_TOO_LARGE;
+    }
     do {
         uint64_t out;
 

@@ -45,18 +45,20 @@ const char *rfm_status_text(int status)
 
 /* --- making and ending ---------------------------------------------------- */
 
-static void arena_made(void *ctx, const struct rfm_arena_info *arena)
+static bool arena_made(void *ctx, const struct rfm_arena_info *arena)
 {
     struct rfm_invoker *inv = ctx;
     uint32_t n = rfm_load_acquire(&inv->n_channels);
+    bool fits = true;
 
     for (uint32_t i = 0; i < n; i++) {
         struct rfm_channel *chan = rfm_channel_at(inv, i);
 
         if (rfm_load_acquire(&chan->state) != RFM_CH_DEAD) {
-            rfm_channel_send_arena(chan, arena);
+            fits = rfm_channel_send_arena(chan, arena) && fits;
         }
     }
+    return fits;
 }
 
 static void send_number(struct rfm_invoker *inv, uint16_t type, uint32_t number)
@@ -76,7 +78,12 @@ static void arena_dropped(void *ctx, uint32_t arena)
 {
     struct rfm_invoker *inv = ctx;
 
+    uint32_t n = rfm_load_acquire(&inv->n_channels);
+
     send_number(inv, RFM_CTL_ARENA_DROP, arena);
+    for (uint32_t i = 0; i < n; i++) {
+        rfm_channel_forget_arena(rfm_channel_at(inv, i), arena);
+    }
     for (uint32_t i = 0; i < RFM_TRANSPORTS; i++) {
         struct rfm_side *side = rfm_load_acquire(&inv->sides[i]);
 
@@ -719,7 +726,26 @@ static struct rfm_channel *pick(struct rfm_invoker *inv,
 }
 
 /* Afterwards req is its owner's, unless it was refused. */
-enum posting { REFUSED, POSTED, OVER };
+enum posting { REFUSED, POSTED, OVER, NO_ROOM };
+
+/* What one worker has no room for, another may have. */
+static enum posting try_others(struct rfm_invoker *inv, struct rfm_request *req)
+{
+    uint32_t n = rfm_load_acquire(&inv->n_channels);
+    enum posting posting = NO_ROOM;
+
+    for (uint32_t i = 0; i < n; i++) {
+        int rc = rfm_channel_post(rfm_channel_at(inv, i), req);
+
+        if (rc == RFM_OK) {
+            return POSTED;
+        }
+        if (rc == RFM_ERR_NO_RESOURCE) {
+            posting = REFUSED;
+        }
+    }
+    return posting;
+}
 
 static enum posting try_post(struct rfm_invoker *inv, struct rfm_request *req)
 {
@@ -734,6 +760,14 @@ static enum posting try_post(struct rfm_invoker *inv, struct rfm_request *req)
         /* what it wants is gone with its worker */
         end_unlisted(req, RFM_LOST);
         return OVER;
+    }
+    if (__builtin_expect(rc == RFM_ERR_TOO_LARGE, 0)) {
+        if (req->pin == NULL) {
+            return try_others(inv, req);
+        }
+        /* what it kept for us is of no use any more */
+        rfm_channel_send_number(chan, RFM_CTL_DISCARD, 0, req->id);
+        return NO_ROOM;
     }
     return (rc == RFM_OK) ? POSTED : REFUSED;
 }
@@ -801,7 +835,11 @@ static bool post_queued(struct rfm_invoker *inv)
             }
         } else {
             (void)__atomic_fetch_sub(&inv->queued, 1, __ATOMIC_SEQ_CST);
-            ended |= posting == OVER;
+            if (posting == NO_ROOM) {
+                forget_deadline(req);
+                end_unlisted(req, RFM_NO_ROOM);
+            }
+            ended |= posting != POSTED;
         }
         req = next;
     }
@@ -1021,7 +1059,10 @@ static void submit(struct rfm_request *req)
     if (rfm_load_relaxed(&inv->queued) == 0) {
         enum posting posting = try_post(inv, req);
 
-        if (posting == OVER) {
+        if (posting == NO_ROOM) {
+            rfm_request_end(req, RFM_NO_ROOM);
+        }
+        if ((posting == OVER) || (posting == NO_ROOM)) {
             rfm_invoker_knock(inv);
         }
         if (posting != REFUSED) {

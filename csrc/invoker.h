@@ -27,6 +27,12 @@ enum rfm_channel_state {
     RFM_CH_DEAD,        /* fenced: unmapped, all of its requests ended     */
 };
 
+/* An arena of ours that the worker of a channel has no mirror of. */
+struct rfm_lack {
+    uint32_t arena;
+    char     why[RFM_MAX_PARCEL + 1];
+};
+
 struct rfm_inflight {
     uint64_t id;                /* atomic; 0: not posted yet */
     struct rfm_request *req;
@@ -86,7 +92,11 @@ struct rfm_channel {
     uint32_t shipped_size;
     uint32_t n_frames;          /* atomic: sent on the control connection */
     uint32_t arena_ready;       /* atomic: number of the last mirror + 1 */
-    int32_t  arena_status;
+    int32_t  arena_status;      /* of one that we could not announce */
+    uint32_t arena_asked;       /* atomic: number of the last one + 1 */
+    pthread_mutex_t lack_lock;
+    struct rfm_lack *lacks;     /* remote */
+    uint32_t n_lacks;           /* atomic */
     struct rfm_rx rx;
 };
 
@@ -148,7 +158,9 @@ int  rfm_channel_create(struct rfm_invoker *inv,
                         const struct rfm_transport *ops,
                         struct rfm_channel **chan_p);
 void rfm_channel_destroy(struct rfm_channel *chan);
-/* RFM_ERR_NO_RESOURCE: full; RFM_ERR_CLOSED: takes none */
+/* RFM_ERR_NO_RESOURCE: full; RFM_ERR_CLOSED: takes none; RFM_ERR_TOO_LARGE: its
+ * worker has no mirror of an arena that the request needs, which says so in its
+ * result */
 int  rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req);
 /* What was posted batched is on its way afterwards. No lock may be held. */
 void rfm_channel_push(struct rfm_channel *chan);
@@ -166,10 +178,12 @@ struct rfm_request *rfm_channel_take_back_at(struct rfm_channel *chan,
 int  rfm_channel_arm(struct rfm_channel *chan);
 /* Its worker can't write any more: ends what was in flight, unmaps. */
 void rfm_channel_dead(struct rfm_channel *chan);
-/* On remote channels it waits until the mirror is there; what goes wrong ends
- * the channel. */
-void rfm_channel_send_arena(struct rfm_channel *chan,
+/* On remote channels it waits until the mirror is there. False: the worker has
+ * no room for it; what else goes wrong ends the channel. */
+bool rfm_channel_send_arena(struct rfm_channel *chan,
                             const struct rfm_arena_info *arena);
+/* It is dropped: nobody lacks it any more. */
+void rfm_channel_forget_arena(struct rfm_channel *chan, uint32_t arena);
 /* For rfm_attach_why(); NULL: nothing is known. */
 void rfm_attach_said(const char *text);
 /* Fences it and has the service thread end it, from any thread (remote). */

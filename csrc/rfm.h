@@ -140,6 +140,7 @@ enum rfm_outcome {
     RFM_CANCELLED    = 7,
     RFM_NO_WORKER    = 8,
     RFM_BUSY         = 9,
+    RFM_NO_ROOM      = 10,      /* no worker has memory for one of its arenas */
 };
 
 #define RFM_RESULT_INLINE 192u

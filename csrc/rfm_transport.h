@@ -78,6 +78,8 @@ struct rfm_link {
     bool     remote;            /* as ops->remote: read on the hot path */
     bool     more;              /* worker: the reply to the next request, which
                                  * is there, follows this one in no time */
+    bool     robbed;            /* worker, before `failed`: something in this
+                                 * process closed its descriptors */
     int32_t  failed;            /* atomic: RFM_ERR_*, once it can't go on */
     const char *why;            /* atomic: a static text, set before `failed` */
 };

@@ -191,6 +191,20 @@ static int fail(struct tcp_link *tcp, int status, const char *why)
     return status;
 }
 
+static int broke(struct tcp_link *tcp, int error)
+{
+    switch (error) {
+    case EBADF:
+    case ENOTSOCK:
+        rfm_store_relaxed(&tcp->link.robbed, true);
+        return fail(tcp, RFM_ERR_SYSTEM, "something here closed our socket");
+    case ETIMEDOUT:
+        return fail(tcp, RFM_ERR_PEER, "the connection timed out");
+    default:
+        return fail(tcp, RFM_ERR_PEER, "the connection broke");
+    }
+}
+
 /* --- receiving: with the side's lock held --------------------------------- */
 
 static const struct mirror *find_mirror(struct tcp_link *tcp, uint32_t arena)
@@ -342,9 +356,7 @@ static ssize_t receive(struct tcp_link *tcp, uint8_t *to, uint64_t want)
         if ((errno == EAGAIN) || (errno == EWOULDBLOCK) || (errno == EINTR)) {
             return 0;
         }
-        return fail(tcp, RFM_ERR_PEER, (errno == ETIMEDOUT)
-                                           ? "the connection timed out"
-                                           : "the connection broke");
+        return broke(tcp, errno);
     }
     if (got == 0) {
         return fail(tcp, RFM_ERR_PEER, "the other side closed the connection");
@@ -613,9 +625,7 @@ static int send_some(struct tcp_link *tcp, struct outgoing *out, bool more)
             if ((errno == EAGAIN) || (errno == EWOULDBLOCK)) {
                 return RFM_ERR_AGAIN;
             }
-            return fail(tcp, RFM_ERR_PEER, (errno == ETIMEDOUT)
-                                               ? "the connection timed out"
-                                               : "the connection broke");
+            return broke(tcp, errno);
         }
         tcp->sent += (uint64_t)sent;
         for (;;) {
@@ -646,9 +656,7 @@ static bool send_rest(struct tcp_link *tcp)
         if (sent < 0) {
             if ((errno != EAGAIN) && (errno != EWOULDBLOCK) &&
                 (errno != EINTR)) {
-                (void)fail(tcp, RFM_ERR_PEER, (errno == ETIMEDOUT)
-                                                  ? "the connection timed out"
-                                                  : "the connection broke");
+                (void)broke(tcp, errno);
             }
             return false;
         }

@@ -18,6 +18,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -34,6 +35,9 @@
 /* Kernels longer than this are worth it that the service thread receives what
  * comes meanwhile. */
 #define BACKGROUND_NS 20000ull
+
+/* A kernel closed our descriptors: we end as it would have by exit(). */
+#define EXIT_CLOSED 74          /* EX_IOERR */
 
 /* As long as it takes to send a reply; and so many calls say what a kernel takes. */
 #define BRIEF_NS 3000u
@@ -241,6 +245,45 @@ static void say_why(const struct rfm_transport *ops, struct rfm_parcel *out)
     memcpy(out->bytes, (why != NULL) ? why : "", out->n_bytes);
 }
 
+/* private memory that counts against the limit; 0: not known */
+static uint64_t data_bytes(void)
+{
+    unsigned long long kib = 0;
+    FILE *file = fopen("/proc/self/status", "re");
+    char line[128];
+
+    while ((file != NULL) && (fgets(line, sizeof(line), file) != NULL)) {
+        if (sscanf(line, "VmData: %llu", &kib) == 1) {
+            break;
+        }
+    }
+    if (file != NULL) {
+        fclose(file);
+    }
+    return kib << 10;
+}
+
+/* For people: what was asked for, what there is. */
+static void say_no_room(uint64_t bytes, struct rfm_parcel *out)
+{
+    char *text = (char *)out->bytes;
+    struct rlimit limit = { RLIM_INFINITY, RLIM_INFINITY };
+
+    (void)getrlimit(RLIMIT_DATA, &limit);
+    if (limit.rlim_cur == RLIM_INFINITY) {
+        snprintf(text, sizeof(out->bytes),
+                 "the worker's node has no %llu bytes of memory for it",
+                 (unsigned long long)bytes);
+    } else {
+        snprintf(text, sizeof(out->bytes),
+                 "it needs %llu bytes at the worker, whose limit is %llu with "
+                 "what it needs itself, and which has %llu already",
+                 (unsigned long long)bytes, (unsigned long long)limit.rlim_cur,
+                 (unsigned long long)data_bytes());
+    }
+    out->n_bytes = (uint32_t)strlen(text);
+}
+
 /*
  * A remote rank waits until its arena is mirrored here, also while a kernel
  * runs. The main thread hears of it first: what the rank sends next may use it.
@@ -273,6 +316,8 @@ static bool make_mirror(struct rfm_worker *w, struct rfm_conn *conn,
             rfm_memfd_unmap(base, body.bytes);
             base = NULL;
         }
+    } else {
+        say_no_room(body.bytes, &out);
     }
     node->mirror = base;
     hand_over(w, node);
@@ -1348,8 +1393,25 @@ static uint64_t end_call(struct rfm_worker *w, uint64_t start)
     return exec_ns;
 }
 
-static void publish_with(struct rfm_conn *conn, uint32_t slot,
-                         struct rfm_reply_line *reply, uint64_t payload_bytes,
+static bool is_robbed(const struct rfm_conn *conn)
+{
+    return conn->link->remote &&
+           (rfm_load_acquire(&conn->link->failed) != 0) &&
+           rfm_load_relaxed(&conn->link->robbed);
+}
+
+/* The kernel that did it has just returned. */
+static void die_in(struct rfm_worker *w, const struct rfm_conn *conn, uint64_t id)
+{
+    rfm_store_relaxed(&w->page->conn, conn->number);
+    rfm_store_relaxed(&w->page->state, RFM_PAGE_RUNNING);
+    rfm_store_release(&w->page->id, id);
+    _exit(EXIT_CLOSED);
+}
+
+static void publish_with(struct rfm_worker *w, struct rfm_conn *conn,
+                         uint32_t slot, struct rfm_reply_line *reply,
+                         uint64_t payload_bytes,
                          const struct rfm_region *regions, uint32_t n)
 {
     const struct rfm_transport *ops = conn->link->ops;
@@ -1357,32 +1419,35 @@ static void publish_with(struct rfm_conn *conn, uint32_t slot,
     conn->last_id[slot] = reply->id;
     conn->ticket++;
     ops->worker_reply(conn->link, slot, reply, payload_bytes, regions, n);
+    if (__builtin_expect(is_robbed(conn), 0)) {
+        die_in(w, conn, reply->id);
+    }
     if (ops->worker_knock != NULL) {
         ops->worker_knock(conn->link, conn->ticket);
     }
 }
 
 /* a reply of out_bytes in the line or behind it */
-static void publish(struct rfm_conn *conn, uint32_t slot,
+static void publish(struct rfm_worker *w, struct rfm_conn *conn, uint32_t slot,
                     struct rfm_reply_line *reply)
 {
     bool behind = (reply->out_bytes > RFM_INLINE_BYTES) &&
                   ((reply->flags & RFM_REP_KEPT) == 0);
 
-    publish_with(conn, slot, reply, behind ? reply->out_bytes : 0, NULL, 0);
+    publish_with(w, conn, slot, reply, behind ? reply->out_bytes : 0, NULL, 0);
 }
 
 /* the outputs that lie in mirrors go along */
-static void publish_outputs(struct rfm_conn *conn, struct bound *b,
-                            uint32_t slot, struct rfm_reply_line *reply,
-                            const uint64_t *sizes)
+static void publish_outputs(struct rfm_worker *w, struct rfm_conn *conn,
+                            struct bound *b, uint32_t slot,
+                            struct rfm_reply_line *reply, const uint64_t *sizes)
 {
     struct rfm_region regions[RFM_MAX_ARGS];
     uint64_t behind = b->layout.out_in_line ? 0 : b->layout.out_bytes;
     uint32_t n = 0;
 
     if (__builtin_expect(!conn->link->remote, 1)) {
-        publish_with(conn, slot, reply, behind, NULL, 0);
+        publish_with(w, conn, slot, reply, behind, NULL, 0);
         return;
     }
     for (uint32_t i = 0; i < b->n_out; i++) {
@@ -1397,7 +1462,7 @@ static void publish_outputs(struct rfm_conn *conn, struct bound *b,
             };
         }
     }
-    publish_with(conn, slot, reply, behind, regions, n);
+    publish_with(w, conn, slot, reply, behind, regions, n);
 }
 
 static void set_bytes(struct rfm_conn *conn, uint32_t slot,
@@ -1421,7 +1486,7 @@ static void refuse(struct rfm_worker *w, struct rfm_conn *conn, uint32_t slot,
     struct rfm_reply_line reply = { .id = w->line.id, .status = status };
 
     set_bytes(conn, slot, &reply, text, n);
-    publish(conn, slot, &reply);
+    publish(w, conn, slot, &reply);
 }
 
 /* pointers of this call; false if a descriptor lies */
@@ -1621,11 +1686,11 @@ static void run_native(struct rfm_worker *w, struct rfm_conn *conn,
                    b->layout.out_bytes);
         }
         set_sizes(w, conn, b, slot, &reply, sizes);
-        publish_outputs(conn, b, slot, &reply, sizes);
+        publish_outputs(w, conn, b, slot, &reply, sizes);
         conn->link->more = false;
         return;
     }
-    publish(conn, slot, &reply);
+    publish(w, conn, slot, &reply);
     conn->link->more = false;
 }
 
@@ -1858,7 +1923,7 @@ void rfm_worker_reply(struct rfm_worker *w, struct rfm_event *ev,
             }
             set_sizes(w, conn, b, ev->slot, &reply, sizes);
             ev->type = RFM_EV_NONE;
-            publish_outputs(conn, b, ev->slot, &reply, sizes);
+            publish_outputs(w, conn, b, ev->slot, &reply, sizes);
             return;
         }
     } else if ((ev->type == RFM_EV_FETCH) && (status == RFM_ST_OK) &&
@@ -1871,11 +1936,11 @@ void rfm_worker_reply(struct rfm_worker *w, struct rfm_event *ev,
         };
 
         ev->type = RFM_EV_NONE;
-        publish_with(conn, ev->slot, &reply, 0, &region, 1);
+        publish_with(w, conn, ev->slot, &reply, 0, &region, 1);
         return;
     }
     ev->type = RFM_EV_NONE;
-    publish(conn, ev->slot, &reply);
+    publish(w, conn, ev->slot, &reply);
 }
 
 void rfm_worker_reply_bytes(struct rfm_worker *w, struct rfm_event *ev,
@@ -1889,7 +1954,7 @@ void rfm_worker_reply_bytes(struct rfm_worker *w, struct rfm_event *ev,
     }
     set_bytes(conn, ev->slot, &reply, bytes, n);
     ev->type = RFM_EV_NONE;
-    publish(conn, ev->slot, &reply);
+    publish(w, conn, ev->slot, &reply);
 }
 
 /* --- the loop ------------------------------------------------------------- */
@@ -1912,6 +1977,9 @@ static bool is_to_be_dropped(const struct rfm_conn *conn)
 static void drop_failed(struct rfm_conn *conn)
 {
     if (is_to_be_dropped(conn)) {
+        if (is_robbed(conn)) {
+            _exit(EXIT_CLOSED);     /* by a thread that a kernel left behind */
+        }
         drop_conn(conn, conn->link->why);
     }
 }

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import os
 import signal
 import threading
 import time
@@ -18,7 +19,16 @@ from typing import TYPE_CHECKING, Any
 from rfaas_mpi import codec, local, policy
 from rfaas_mpi.arrays import Memory, Spans
 from rfaas_mpi.config import Settings
-from rfaas_mpi.errors import ClosedError, ConfigError, ForkedError, KernelError, KernelTimeout, RFaaSError, WorkerLost
+from rfaas_mpi.errors import (
+    ClosedError,
+    ConfigError,
+    ForkedError,
+    InvalidBuffer,
+    KernelError,
+    KernelTimeout,
+    RFaaSError,
+    WorkerLost,
+)
 from rfaas_mpi.inline import InlineInvoker
 from rfaas_mpi.lending import Lending, describe, lost_error
 from rfaas_mpi.types import Action, Outcome
@@ -333,6 +343,11 @@ class Crew:
                 return worker_error(verdict, timeout=action is Action.FAIL_TIMEOUT)
             case Action.FAIL_KERNEL | Action.FAIL_BAD_KERNEL:
                 return self._kernel_failed(outcome, raw.detail, objects=objects)
+            case Action.FAIL_NO_ROOM:
+                return InvalidBuffer(
+                    f"an array of this call has no room at worker {raw.worker}, which was granted {self.memory.limit} "
+                    f"bytes: {raw.detail.decode(errors='replace')}",
+                    hint="ask for more with Executor(memory_per_worker=...), or use smaller arrays, or fewer at once")
             case Action.FAIL_LOST:
                 if verdict is not None:
                     return lost_error(verdict)
@@ -443,6 +458,8 @@ def worker_error(ended: WorkerEnded, *, timeout: bool = False) -> KernelError:
         text += f" with signal {ended.signal} ({_signal_name(ended.signal)})"
     elif ended.exit_code is not None and not timeout:
         text += f" with exit code {ended.exit_code}"
+        if ended.exit_code == os.EX_IOERR:
+            text += ", as one ends whose connection to the rank was closed by its own kernel"
     if ended.last_lines:
         text += "; its last lines were:\n" + "\n".join(f"  {line}" for line in ended.last_lines)
     error = kind(text)

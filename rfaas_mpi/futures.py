@@ -96,8 +96,9 @@ class Future(concurrent.futures.Future[T]):
     def cancel(self, force: bool = False) -> bool:
         """True if the result will not be delivered.
 
-        Without `force` that is possible only while no worker has it. With it,
-        the worker that runs it is killed; what else it was given runs elsewhere.
+        Without `force` that is possible only until a worker begins it; over a
+        network (tcp, verbs) only until it is sent. With it, the worker that runs
+        it, now or later, is killed; what else it was given runs elsewhere.
         """
         if self._over is not None:
             return self._over is _CANCELLED

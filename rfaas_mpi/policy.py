@@ -65,6 +65,8 @@ def decide(end: End) -> Action:
             return _last_resort(end)
         case Outcome.BUSY:
             return _again(end)
+        case Outcome.NO_ROOM:
+            return Action.FAIL_NO_ROOM
         case Outcome.LOST:
             return _lost(end)
     raise ValueError(f"an invocation with outcome {end.outcome!r} has not ended")

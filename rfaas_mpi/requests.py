@@ -96,8 +96,9 @@ class Request:
     def Cancel(self, force: bool = False) -> bool:
         """True if the invocation will not deliver: Wait then raises CancelledError.
 
-        Without `force` only what still waits for a slot can be cancelled. With
-        it the worker that runs it is killed; its other invocations run elsewhere.
+        Without `force` only what no worker has begun can be cancelled; over a
+        network (tcp, verbs) only what still waits for a slot. With it the worker
+        that runs it, now or later, is killed; its other invocations run elsewhere.
         """
         if not self._active:
             return False

@@ -710,8 +710,10 @@ class Service:
         except OSError:
             data = b""
         if not data:
-            # It is ending; its zygote says how.
+            # It is ending, and its zygote says how; unless a kernel has closed all that there was.
             self._unregister(handle.agent)
+            if not handle.ending():
+                self._act(self.agent.cut_off(handle.number))
             return
         now = time.monotonic()
         try:

@@ -27,6 +27,7 @@ class Outcome(enum.IntEnum):
     CANCELLED = 7
     NO_WORKER = 8
     BUSY = 9
+    NO_ROOM = 10
 
 
 class Action(enum.Enum):
@@ -38,6 +39,7 @@ class Action(enum.Enum):
     RUN_ON_RANK = "run on rank"
     FAIL_KERNEL = "fail kernel"
     FAIL_BAD_KERNEL = "fail bad kernel"
+    FAIL_NO_ROOM = "fail no room"
     FAIL_TIMEOUT = "fail timeout"
     FAIL_LOST = "fail lost"
     CANCEL = "cancel"

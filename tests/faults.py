@@ -47,6 +47,11 @@ def _close_all() -> None:
     os.closerange(0, 1024)
 
 
+def _close_all_and_stay() -> None:
+    _close_all()
+    time.sleep(600)
+
+
 def _deaf() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
     os.chdir("/")
@@ -78,6 +83,7 @@ DEEDS = {
     "be deaf": _deaf,
     "shout": _shout,
     "close all": _close_all,
+    "close all and stay": _close_all_and_stay,
 }
 
 

@@ -125,6 +125,26 @@ def test_what_a_kernel_leaves_behind_harms_nobody(ex, api, deed, wait_until):
     wait_until(lambda: not any(faults.alive(pid) for pid in pids.values()), "the workers have gone")
 
 
+@pytest.mark.parametrize("api", ["submit", "Invoke"])
+@pytest.mark.parametrize("deed", ["close all", "close all and stay"])
+def test_a_kernel_that_closes_all_descriptors_fails_alone_over_tcp(executor_over, api, deed, wait_until):
+    """Its result can't be sent, so that it ends with its worker; over shared memory it arrives (above)."""
+    with executor_over("tcp", fallback=False) as ex:
+        (worker, pid), = faults.worker_pids(ex).items()
+        assert ex.submit(faults.plus_one, 1).result() == 2
+        result = call(ex, api, deed)
+        behind = [ex.submit(faults.plus_one, n) for n in range(20)]
+        with pytest.raises(KernelError) as caught:
+            result()
+        assert [future.result() for future in behind] == list(range(1, 21))
+        assert f"now: {deed}" in caught.value.last_lines
+        if deed == "close all":
+            assert caught.value.exit_code == os.EX_IOERR
+            assert "closed by its own kernel" in str(caught.value)
+        wait_until(lambda: not faults.alive(pid), "its worker has ended")
+        assert worker not in ex.workers
+
+
 def test_a_child_that_a_kernel_leaves_ends_with_the_executor(wait_until):
     with Executor(workers=1) as executor:
         child = executor.submit(_fork_child).result()

@@ -24,6 +24,7 @@ def lost(cause: str, **facts) -> Action:
     (Outcome.TIMEOUT, Action.FAIL_TIMEOUT),
     (Outcome.CANCELLED, Action.CANCEL),
     (Outcome.NO_WORKER, Action.RUN_ON_RANK),
+    (Outcome.NO_ROOM, Action.FAIL_NO_ROOM),
 ])
 def test_an_end_without_a_lost_worker_speaks_for_itself(outcome, action):
     assert decide(End(outcome)) is action

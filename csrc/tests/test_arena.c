@@ -222,15 +222,17 @@ struct seen {
     uint32_t made;
     uint32_t dropped;
     uint32_t last_id;
+    uint64_t room;              /* for an arena of so many bytes */
 };
 
-static void on_made(void *ctx, const struct rfm_arena_info *arena)
+static bool on_made(void *ctx, const struct rfm_arena_info *arena)
 {
     struct seen *seen = ctx;
 
     seen->made++;
     CHECK(arena->id > seen->last_id);
     seen->last_id = arena->id;
+    return arena->bytes <= seen->room;
 }
 
 static void on_dropped(void *ctx, uint32_t arena)
@@ -243,7 +245,7 @@ static void on_dropped(void *ctx, uint32_t arena)
 
 static void every_arena_is_announced_once_and_large_ones_leave_at_once(void)
 {
-    struct seen seen = { 0, 0, 0 };
+    struct seen seen = { .room = UINT64_MAX };
     struct rfm_heap_hooks hooks = { on_made, on_dropped, &seen };
     struct rfm_heap *heap;
     struct rfm_block small;
@@ -260,6 +262,35 @@ static void every_arena_is_announced_once_and_large_ones_leave_at_once(void)
     }
     rfm_heap_free(&small);
     CHECK_EQ(seen.dropped, 5);      /* kept for the next ones */
+    rfm_heap_close(heap);
+}
+
+static void an_arena_that_somebody_has_no_room_for_gives_way_to_a_smaller_one(void)
+{
+    struct seen seen = { .room = 1u << 20 };
+    struct rfm_heap_hooks hooks = { on_made, on_dropped, &seen };
+    struct rfm_heap *heap;
+    struct rfm_block blocks[6];
+
+    CHECK_OK(rfm_heap_create(0, &heap));
+    rfm_heap_set_hooks(heap, &hooks);
+    for (uint32_t i = 0; i < 3; i++) {
+        CHECK_OK(rfm_heap_alloc(heap, 100000, &blocks[i]));
+        CHECK_EQ(seen.made, 2 * (i + 1));
+        CHECK_EQ(seen.dropped, i + 1);
+    }
+    CHECK(rfm_heap_bytes(heap) < 3u << 20);
+    /* what is too large whatever we do is there none the less */
+    CHECK_OK(rfm_heap_alloc(heap, 2u << 20, &blocks[3]));
+    memset(blocks[3].address, 1, 2u << 20);
+    /* and with more room, they share one again */
+    seen.room = UINT64_MAX;
+    CHECK_OK(rfm_heap_alloc(heap, 100000, &blocks[4]));
+    CHECK_OK(rfm_heap_alloc(heap, 100000, &blocks[5]));
+    CHECK_EQ(blocks[4].arena_id, blocks[5].arena_id);
+    for (int i = 0; i < 6; i++) {
+        rfm_heap_free(&blocks[i]);
+    }
     rfm_heap_close(heap);
 }
 
@@ -315,6 +346,7 @@ int main(int argc, char **argv)
     RUN(more_than_the_limit_is_refused_and_less_still_fits);
     RUN(what_lies_in_an_arena_is_found_there);
     RUN(every_arena_is_announced_once_and_large_ones_leave_at_once);
+    RUN(an_arena_that_somebody_has_no_room_for_gives_way_to_a_smaller_one);
     RUN(threads_share_a_heap);
     return t_finish();
 }

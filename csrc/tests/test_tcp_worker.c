@@ -710,34 +710,98 @@ static void attaches_that_make_no_sense_are_errors_and_leave_nothing(void)
     end();
 }
 
-static void mirrors_that_can_not_be_made_end_the_channel(void)
+/* All but the first, until the rank lets go. */
+static void *refuse_arenas(void *arg)
 {
+    static uint8_t body[65536];
+    struct rfm_frame head;
+
+    while (s_receive(liar.fd, &head, sizeof(head))) {
+        struct rfm_ctl_arena_ready ready = { .status = RFM_ERR_NO_MEMORY };
+
+        CHECK(head.length <= sizeof(body));
+        CHECK(s_receive(liar.fd, body, head.length));
+        memcpy(&ready.arena, body, sizeof(ready.arena));
+        if ((head.type == RFM_CTL_ARENA) && (ready.arena != 1)) {
+            say(liar.fd, RFM_CTL_ARENA_READY, &ready, sizeof(ready));
+        }
+    }
+    return arg;
+}
+
+static void mirrors_that_can_not_be_made_fail_what_needs_them_alone(void)
+{
+    static const char text[] = "needs 4194304 bytes, and 17 are left";
+    struct {
+        struct rfm_ctl_arena_ready ready;
+        char why[sizeof(text)];
+    } no = { .ready = { .arena = 1 } };
+    uint64_t bytes = sizeof(no.ready) + sizeof(text) - 1;
     struct rfm_tcp_parcel parcel = { 0 };
 
+    memcpy(no.why, text, sizeof(text));
     begin();
     for (int32_t status = -12; status < 0; status++) {
-        struct rfm_ctl_arena_ready ready = { .arena = 1, .status = status };
         struct rfm_attach_attr attr = dial(0);
-        struct rfm_channel *none;
+        struct t_call small;
 
+        no.ready.status = status;
         say_attached(liar.fd, RFM_OK, &parcel, sizeof(parcel));
-        say(liar.fd, RFM_CTL_ARENA_READY, &ready, sizeof(ready));
-        CHECK_EQ(rfm_invoker_attach_over(inv, &attr, &none), status);
+        say(liar.fd, RFM_CTL_ARENA_READY, &no, bytes);
+        chan = t_attach(inv, &attr);
+        CHECK_EQ(t_invoke(&call), RFM_NO_ROOM);
+        CHECK(strcmp(t_text(&call), text) == 0);
+        /* again, and with a time limit */
+        CHECK_OK(rfm_request_start(&call.req, T_FOREVER));
+        CHECK_EQ(t_wait(&call), RFM_NO_ROOM);
+        /* what lies in none is sent as ever */
+        t_call_inline(&small, inv, "echo", 8, 8);
+        t_start(&small);
+        take();
+        CHECK_EQ(liar.request.n_descs, 0);
+        rfm_channel_close(chan);
+        down();
+        CHECK_EQ(t_wait(&small), RFM_LOST);
+        until_fenced();
+        t_call_end(&small);
+    }
+    /* for those that come later: the first one serves as before */
+    up(0);
+    {
+        uint32_t places[2] = { RFM_BOUND, RFM_BOUND };
+        uint64_t sizes[2] = { 8u << 20, 8 };
+        struct t_call large;
+        pthread_t thread;
+
+        CHECK_EQ(pthread_create(&thread, NULL, refuse_arenas, NULL), 0);
+        t_call_make(&large, inv, "echo", 1, 1, places, sizes);
+        CHECK_EQ(t_invoke(&large), RFM_NO_ROOM);
+        is_served();
+        t_call_end(&large);
+        is_served();
+        rfm_channel_close(chan);        /* its end is the thread's */
+        pthread_join(thread, NULL);
         down();
     }
-    /* for one that comes later: the memory is there, the channel is not */
-    {
-        struct rfm_ctl_arena_ready ready = { .arena = 2,
-                                             .status = RFM_ERR_NO_MEMORY };
-        struct rfm_block block;
+    until_fenced();
+    end();
+}
 
+static void a_refusal_of_what_was_not_asked_ends_the_channel(void)
+{
+    static const struct rfm_ctl_arena_ready lies[] = {
+        { .arena = 2, .status = -1 },
+        { .arena = 0, .status = -1 },
+        { .arena = UINT32_MAX, .status = -1 },
+    };
+
+    begin();
+    for (size_t i = 0; i < sizeof(lies) / sizeof(lies[0]); i++) {
         up(0);
-        say(liar.fd, RFM_CTL_ARENA_READY, &ready, sizeof(ready));
-        CHECK_OK(rfm_heap_alloc(rfm_invoker_heap(inv), 8u << 20, &block));
-        until_fenced();
-        CHECK(strstr(rfm_channel_why(chan), "no memory") != NULL);
-        rfm_heap_free(&block);
-        down();
+        t_start(&call);
+        take();
+        say(liar.fd, RFM_CTL_ARENA_READY, &lies[i], sizeof(lies[i]));
+        is_refused("its control connection failed");
     }
     end();
 }
@@ -971,7 +1035,8 @@ int main(int argc, char **argv)
     RUN(bytes_that_come_one_by_one_are_taken);
     RUN(after_its_time_limit_not_one_byte_of_an_answer_is_written);
     RUN(attaches_that_make_no_sense_are_errors_and_leave_nothing);
-    RUN(mirrors_that_can_not_be_made_end_the_channel);
+    RUN(mirrors_that_can_not_be_made_fail_what_needs_them_alone);
+    RUN(a_refusal_of_what_was_not_asked_ends_the_channel);
     RUN(nonsense_on_the_control_connection_ends_the_channel);
     RUN(its_last_words_are_a_text_whatever_it_says);
     RUN(why_it_hung_up_is_known_whichever_connection_ends_first);

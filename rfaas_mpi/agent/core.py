@@ -179,7 +179,10 @@ def classify(ended: Exit, page: Page, *, killed: str, kill_invocation: int) -> t
     that it was for.
     """
     ran = page.invocation != 0
-    if killed and (ended.signal == signal.SIGKILL or ended.lost or killed not in ("deadline", "cancel")):
+    if killed == "closed" and ran and ended.signal == signal.SIGKILL:
+        # What runs there now need not be what did it.
+        return "unknown", killed
+    if killed and (ended.signal == signal.SIGKILL or ended.lost or killed not in ("deadline", "cancel", "closed")):
         if killed == "deadline" and ran and page.invocation == kill_invocation:
             return "kernel", "deadline"
         # Also a deadline's or a cancel's kill that met the next invocation.
@@ -306,6 +309,11 @@ class AgentCore:
         if invocation and page.invocation != invocation:
             return False, []
         return True, self._kill(worker, reason, invocation or page.invocation)
+
+    def cut_off(self, number: int) -> list[Action]:
+        """It lives, and its end of the agent socket is closed: a kernel took what is not its own. It is killed."""
+        worker = self.workers.get(number)
+        return self._kill(worker, "closed", 0) if worker is not None else []
 
     # ---- time limits -----------------------------------------------------------------------------
 

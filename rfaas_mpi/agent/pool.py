@@ -28,6 +28,7 @@ __all__ = ["CoreLocks", "Lines", "Taking", "WorkerHandle", "ZygoteHandle", "Zygo
 log = logging.getLogger("rfaas_mpi.agent")
 
 PAGE_BYTES = 4096
+_PF_EXITING = 0x4                    # of the flags in /proc/PID/stat
 _LINE_BYTES = 8192                   # longer lines are cut into pieces
 _BURST_BYTES = 8 << 20               # of output that a worker may print at once …
 _BYTES_PER_S = 4 << 20               # … and what it may print on and on
@@ -294,6 +295,16 @@ class WorkerHandle:
         poller = select.poll()
         poller.register(self.pidfd, select.POLLIN)
         return bool(poller.poll(0))
+
+    def ending(self) -> bool:
+        """True once its process has begun to end: the kernel closes its descriptors then."""
+        if self.gone():
+            return True
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        return bool(int(stat.rpartition(")")[2].split()[6]) & _PF_EXITING)
 
     def read_output(self, most: int = 1 << 18) -> tuple[bytes, bool]:
         """What it printed, and whether that was all of it for ever."""

@@ -14,6 +14,7 @@ TIMEOUT: int          # 6: deadline passed while still queued (never ran)
 CANCELLED: int        # 7: cancelled while queued
 NO_WORKER: int        # 8: no channel left and none expected (set by Invoker.abandon())
 BUSY: int             # 9: worker is draining: try elsewhere
+NO_ROOM: int          # 10: an argument lies in memory that no worker has room for; `detail` says why
 
 # Kinds of kernel (Invoker.kernel, WorkerHandlers.load_kernel)
 KIND_PYTHON: int      # 1 blob is made by kernels.py

@@ -28,7 +28,7 @@ from rfaas_mpi import errors
 __all__ = [
     "BAD_KERNEL", "BUSY", "Block", "CANCELLED", "Channel", "Invoker", "KERNEL_ERROR",
     "KIND_NATIVE", "KIND_NUMBA", "KIND_OBJECT", "KIND_PLAIN", "KIND_PYTHON", "KernelRef",
-    "LARGE", "LOST", "NO_WORKER", "OK", "PENDING", "Request", "TIMEOUT", "Worker",
+    "LARGE", "LOST", "NO_ROOM", "NO_WORKER", "OK", "PENDING", "Request", "TIMEOUT", "Worker",
     "bench_roundtrips", "bench_throughput", "load_verbs", "monotonic_ns", "start_all", "transports",
     "verbs_report", "wait_all", "wait_any",
 ]
@@ -43,6 +43,7 @@ TIMEOUT = c.RFM_TIMED_OUT
 CANCELLED = c.RFM_CANCELLED
 NO_WORKER = c.RFM_NO_WORKER
 BUSY = c.RFM_BUSY
+NO_ROOM = c.RFM_NO_ROOM
 
 KIND_PYTHON = 1
 KIND_NATIVE = 2

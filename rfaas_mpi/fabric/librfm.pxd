@@ -100,6 +100,7 @@ cdef extern from "rfm.h" nogil:
         RFM_CANCELLED
         RFM_NO_WORKER
         RFM_BUSY
+        RFM_NO_ROOM
 
     struct rfm_desc:
         uint32_t arena

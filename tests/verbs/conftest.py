@@ -33,7 +33,7 @@ REPOSITORY = HERE.parent.parent
 PROGRAMS = REPOSITORY / "build" / "verbs"
 # The data plane's own tests, in C; what they promise holds over every transport.
 SUITE = ("test_invoke", "test_ranks", "test_wake", "test_threads", "test_faults", "test_mixed", "test_remote",
-         "test_verbs")
+         "test_many", "test_verbs")
 REPORTS = "RFAAS_GUEST_REPORTS"  # set in the guest: the file that reports go to
 IN_GUEST = "RFAAS_GUEST_NODES" in os.environ
 GUEST_TIMEOUT_S = float(os.environ.get("RFAAS_GUEST_TIMEOUT_S", "900"))

@@ -401,6 +401,7 @@ static void a_worker_killed_while_a_kernel_is_shipped_loses_the_invocation(void)
     uint8_t *blob = calloc(1, n);
     struct rfm_binding *small;
     struct rfm_binding *large;
+    struct rfm_channel_info info;
     struct rfm_kernel *kernel;
     struct shipping shipping;
     struct t_call call;
@@ -417,6 +418,10 @@ static void a_worker_killed_while_a_kernel_is_shipped_loses_the_invocation(void)
     call.req.binding = large;
     shipping.call    = &call;
     CHECK_EQ(pthread_create(&shipping.thread, NULL, ship, &shipping), 0);
+    do {                        /* else nobody would ever end it */
+        rfm_channel_info(chan, &info);
+        sched_yield();
+    } while (info.in_flight == 0);
     for (int i = 0; i < 2000; i++) {
         sched_yield();
     }

@@ -933,12 +933,17 @@ static bool gather(struct rfm_channel *chan, const struct rfm_request *req,
     return true;
 }
 
-/* nobody may be looking when it comes, and it won't fit the socket's buffer */
-static void watch_if_alone(struct rfm_channel *chan)
+/* Nobody may be looking when it comes, and it won't fit the socket's buffer: the
+ * worker would wait. What we have not sent yet goes on at once. */
+static void watch_if_alone(struct rfm_channel *chan, bool gone)
 {
     if ((rfm_load_relaxed(&chan->bulky) != 0) &&
         (rfm_load_acquire(&chan->inv->pollers) == 0)) {
-        rfm_service_watch(chan->inv);
+        if (gone) {
+            rfm_service_mind(chan->inv);
+        } else {
+            rfm_service_watch(chan->inv);
+        }
     }
 }
 
@@ -965,7 +970,7 @@ static void post_remote(struct rfm_channel *chan, uint32_t slot,
             rfm_service_kick(chan->inv);    /* who sleeps won't hear of it */
         }
     }
-    watch_if_alone(chan);
+    watch_if_alone(chan, gone);
 }
 
 /* Where sending costs more than the kernel does, what is queued goes half a
@@ -1333,7 +1338,7 @@ void rfm_channel_push(struct rfm_channel *chan)
     unlock_reap(chan);
     if (!gone) {
         rfm_store_relaxed(&chan->bulky, 1);
-        watch_if_alone(chan);
+        watch_if_alone(chan, false);
     }
 }
 

@@ -1434,7 +1434,7 @@ static void watch_bulky(struct rfm_invoker *inv)
 
         if ((rfm_load_relaxed(&chan->bulky) != 0) &&
             (rfm_channel_in_flight(chan) != 0)) {
-            rfm_service_watch(inv);
+            rfm_service_mind(inv);
             return;
         }
     }
@@ -1511,6 +1511,7 @@ int rfm_wait(struct rfm_invoker *inv, struct rfm_request *const *reqs,
             rfm_invoker_pump(inv);
         }
         if (rfm_load_acquire(&inv->n_sides) != 0) {
+            (void)__atomic_fetch_add(&inv->waited, 1, __ATOMIC_RELAXED);
             watch_bulky(inv);
         }
     }

@@ -116,6 +116,8 @@ struct rfm_invoker {
     uint32_t n_sides;
     uint32_t n_local;           /* channels that ever were on shared memory */
     uint32_t watching[RFM_TRANSPORTS];  /* atomic: the service thread looks at sides */
+    uint32_t ticking;           /* atomic: it looks whether it has to, often */
+    uint32_t waited;            /* atomic: how often somebody has waited */
     /* The one sleeper that waits on the sides themselves; others sleep on the
      * door, which it rings. */
     uint32_t leader;
@@ -229,6 +231,9 @@ static inline void rfm_invoker_knock(struct rfm_invoker *inv)
 /* service.c */
 /* The service thread looks at the sides once, when something comes. */
 void rfm_service_watch(struct rfm_invoker *inv);
+/* Something large is to come, and nobody waits for it: if that stays so for a
+ * while, the service thread takes it. Cheap if that was said just before. */
+void rfm_service_mind(struct rfm_invoker *inv);
 int  rfm_service_start(struct rfm_invoker *inv);
 void rfm_service_stop(struct rfm_invoker *inv);
 void rfm_service_kick(struct rfm_invoker *inv);

@@ -54,6 +54,7 @@ struct rfm_traffic {
 struct rfm_side_attr {
     bool        rank;
     const char *device;         /* NULL or empty: the transport chooses */
+    uint32_t    spin_us;        /* worker: look so long before you sleep */
 };
 
 struct rfm_side {
@@ -198,7 +199,7 @@ const struct rfm_transport *rfm_transport_find(uint32_t number);
  * its own. It has no undefined symbol of ours: it gets what it needs in one
  * table, checks the version, and answers with its ops. It is never unloaded.
  */
-#define RFM_PLUGIN_VERSION 1u
+#define RFM_PLUGIN_VERSION 2u
 #define RFM_PLUGIN_ENTRY   "rfm_plugin_open"
 
 struct rfm_core {

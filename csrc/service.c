@@ -18,6 +18,8 @@
 #include <unistd.h>
 
 #define LET_GO_NS 2000000000ull
+#define TICK_MS   1
+#define QUIET     20            /* ticks with nothing to mind, then no more */
 
 enum tag { TAG_EVENT = 0, TAG_CONTROL = 1, TAG_PID = 2, TAG_SIDE = 3 };
 
@@ -71,8 +73,49 @@ void rfm_service_watch(struct rfm_invoker *inv)
     }
 }
 
-/* true while somebody depends on what comes over the sides and doesn't look */
-static bool needs_watch(struct rfm_invoker *inv)
+void rfm_service_mind(struct rfm_invoker *inv)
+{
+    rfm_fence();        /* what is to come, and then whether it is minded */
+    if ((rfm_load_relaxed(&inv->ticking) == 0) &&
+        (__atomic_exchange_n(&inv->ticking, 1, __ATOMIC_ACQ_REL) == 0)) {
+        rfm_service_kick(inv);
+    }
+}
+
+static bool expects_bulk(struct rfm_invoker *inv)
+{
+    uint32_t n = rfm_load_acquire(&inv->n_channels);
+
+    for (uint32_t i = 0; i < n; i++) {
+        struct rfm_channel *chan = rfm_channel_at(inv, i);
+
+        if ((rfm_load_relaxed(&chan->bulky) != 0) &&
+            (rfm_channel_in_flight(chan) != 0)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* To be woken when it comes would cost those who wait for it: they are on the
+ * same core. So it is looked at now and then, until there is nothing for long. */
+static void stop_ticking(struct rfm_invoker *inv, uint32_t *quiet)
+{
+    if (expects_bulk(inv)) {
+        *quiet = 0;
+    } else if (++*quiet >= QUIET) {
+        *quiet = 0;
+        rfm_store_release(&inv->ticking, 0);
+        rfm_fence();
+        if (expects_bulk(inv)) {
+            rfm_store_release(&inv->ticking, 1);
+        }
+    }
+}
+
+/* true while somebody depends on what comes over the sides and doesn't look;
+ * `idle`: nobody has waited for a while */
+static bool needs_watch(struct rfm_invoker *inv, bool idle)
 {
     uint32_t n = rfm_load_acquire(&inv->n_channels);
     bool looks = rfm_load_acquire(&inv->pollers) != 0;
@@ -86,7 +129,8 @@ static bool needs_watch(struct rfm_invoker *inv)
         struct rfm_channel *chan = rfm_channel_at(inv, i);
 
         if (chan->remote && (rfm_channel_in_flight(chan) != 0) &&
-            (all || looks || (rfm_load_relaxed(&chan->bulky) != 0))) {
+            (all || looks ||
+             (idle && (rfm_load_relaxed(&chan->bulky) != 0)))) {
             return true;
         }
     }
@@ -261,13 +305,17 @@ static void *service_main(void *arg)
 {
     struct rfm_invoker *inv = arg;
     struct epoll_event events[32];
+    uint32_t waited = 0;
+    uint32_t quiet = 0;
 
     pthread_setname_np(pthread_self(), "rfaas-service");
     while (rfm_load_acquire(&inv->stop) == 0) {
         uint64_t now = rfm_now_ns();
         uint64_t next = tend_channels(inv, now);
         uint64_t deadline = rfm_invoker_expire(inv, now);
-        int timeout = -1;
+        bool ticking = rfm_load_acquire(&inv->ticking) != 0;
+        int timeout = ticking ? TICK_MS : -1;
+        bool idle;
         int n;
 
         if (deadline < next) {
@@ -276,7 +324,9 @@ static void *service_main(void *arg)
         if (next != UINT64_MAX) {
             uint64_t ms = (next <= now) ? 0 : (next - now) / 1000000ull + 1;
 
-            timeout = (ms < 60000) ? (int)ms : 60000;
+            if ((timeout < 0) || (ms < (uint64_t)timeout)) {
+                timeout = (ms < 60000) ? (int)ms : 60000;
+            }
         }
         n = epoll_wait(inv->epoll_fd, events, 32, timeout);
         for (int i = 0; i < n; i++) {
@@ -286,7 +336,12 @@ static void *service_main(void *arg)
         if (rfm_load_acquire(&inv->queued) != 0) {
             rfm_invoker_pump(inv);
         }
-        if ((rfm_load_acquire(&inv->n_sides) != 0) && needs_watch(inv)) {
+        if (ticking && (n == 0)) {
+            stop_ticking(inv, &quiet);
+        }
+        idle   = rfm_load_relaxed(&inv->waited) == waited;
+        waited = rfm_load_relaxed(&inv->waited);
+        if ((rfm_load_acquire(&inv->n_sides) != 0) && needs_watch(inv, idle)) {
             rfm_service_watch(inv);
             /* A looker may have taken a completion before that, and have left
              * it because somebody, perhaps we, was reaping just then. */

@@ -769,7 +769,7 @@ void rfm_worker_destroy(struct rfm_worker *w)
 
 static int open_side(struct rfm_worker *w, const struct rfm_transport *ops)
 {
-    struct rfm_side_attr attr = { .rank = false };
+    struct rfm_side_attr attr = { .rank = false, .spin_us = w->attr.spin_us };
     struct rfm_side *side;
     int rc;
 

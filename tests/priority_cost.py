@@ -1,0 +1,143 @@
+"""What an owner loses to a worker that spins on the owner's own core, in another session and another cgroup.
+
+    python tests/priority_cost.py [--rounds N]
+
+Prints one JSON object: the owner's fixed work, as a multiple of the same work alone, in each way of having low
+priority, alternating. Needs root; the owner and the worker share the last CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+from rfaas_mpi.agent.priority import lower_session, make_group  # noqa: E402
+
+CPU = max(os.sched_getaffinity(0))
+WORK = 1_500_000
+
+
+def work() -> float:
+    begin = time.perf_counter()
+    value = 0
+    for number in range(WORK):
+        value ^= number * 3
+    return time.perf_counter() - begin
+
+
+def start(body) -> int:
+    """A process in a session of its own, on the CPU; it has begun when this returns."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()
+            os.sched_setaffinity(0, {CPU})
+            body(lambda: os.write(writing, b"x"))
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.read(reading, 1)
+    os.close(reading)
+    return pid
+
+
+def spin(begun) -> None:
+    begun()
+    while True:
+        pass
+
+
+def owner_s(cgroup: Path | None) -> float:
+    """The owner's work, in a session and, if named, a cgroup of its own."""
+    reading, writing = os.pipe()
+
+    def body(begun) -> None:
+        if cgroup is not None:
+            (cgroup / "cgroup.procs").write_text("0")
+        begun()
+        os.write(writing, repr(work()).encode())
+
+    pid = start(body)
+    os.waitpid(pid, 0)
+    took = float(os.read(reading, 100))
+    os.close(reading)
+    os.close(writing)
+    return took
+
+
+def measure(rounds: int) -> dict:
+    name = f"rfaas-priority-{os.getpid()}"
+    low = make_group(f"{name}-low")
+    assert low is not None, "no group can be made here; be root"
+    top = low.directory.parent
+    plain, nested_in, theirs = (top / f"{name}-{part}" for part in ("plain", "parent", "owner"))
+    for directory in (plain, nested_in, theirs):
+        directory.mkdir()
+    if (top / "cgroup.subtree_control").exists():
+        (nested_in / "cgroup.subtree_control").write_text("+cpu")
+    nested = make_group("low", parent=nested_in)
+    assert nested is not None
+
+    def idle_thread(group: Path | None):
+        def body(begun) -> None:
+            if group is not None:
+                (group / "cgroup.procs").write_text("0")
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+            spin(begun)
+        return body
+
+    def entering(group):
+        return lambda begun: (group.enter(), spin(begun))
+
+    def session(begun) -> None:
+        assert lower_session()
+        spin(begun)
+
+    # worker's way → (what the worker does, the owner's cgroup)
+    ways = {
+        "alone": (None, theirs),
+        "SCHED_IDLE thread, another session": (idle_thread(None), None),
+        "SCHED_IDLE thread, another cgroup": (idle_thread(plain), theirs),
+        f"group with {low.means}": (entering(low), theirs),
+        f"group with {low.means}, owner in no cgroup": (entering(low), None),
+        f"group with {low.means} below an ordinary one": (entering(nested), theirs),
+        "autogroup 19, owner in no cgroup": (session, None),
+        "autogroup 19, owner in a cgroup": (session, theirs),
+    }
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    try:
+        for _ in range(rounds):
+            for way, (body, cgroup) in ways.items():
+                pid = start(body) if body is not None else 0
+                try:
+                    times[way].append(owner_s(cgroup))
+                finally:
+                    if pid:
+                        os.kill(pid, signal.SIGKILL)
+                        os.waitpid(pid, 0)
+    finally:
+        nested.close()
+        low.close()
+        for directory in (plain, nested_in, theirs):
+            directory.rmdir()
+    alone = statistics.median(times["alone"])
+    return {"bench": "priority", "command": ["python", *sys.argv], "kernel": platform.release(), "rounds": rounds,
+            "alone_ms": round(1000 * alone, 2), "stat": "median over rounds; least over rounds",
+            "slowdown": {way: round(statistics.median(took) / alone, 3) for way, took in times.items()},
+            "slowdown_least": {way: round(min(took) / min(times["alone"]), 3) for way, took in times.items()}}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    print(json.dumps(measure(parser.parse_args().rounds), indent=2))

@@ -1,0 +1,72 @@
+"""Low priority is that of a worker's scheduling group, and is there before it runs anything."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+
+import pytest
+
+from rfaas_mpi.agent.priority import Means, lower_session, make_group, session_can_be_lowered
+
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="makes cgroups: needs root")
+
+
+@root_only
+def test_a_process_that_enters_a_group_is_in_it_with_all_that_it_starts():
+    group = make_group(f"rfaas-test-{uuid.uuid4().hex[:8]}")
+    assert group is not None
+    try:
+        assert (group.directory / group.means).read_text().strip() == ("2" if group.means is Means.SHARES else "1")
+        code = "import os, sys; open(sys.argv[1], 'w').write('0'); os.execvp('cat', ['cat', '/proc/self/cgroup'])"
+        done = subprocess.run([sys.executable, "-c", code, group.directory / "cgroup.procs"], capture_output=True,
+                              text=True, timeout=60, check=True)
+        assert f"/{group.directory.name}\n" in done.stdout
+    finally:
+        group.close()
+        group.close()
+    assert not group.directory.exists()
+
+
+def fake(root, controllers: str, *files: str):
+    """A hierarchy where groups have these files, as mkdir there makes them."""
+    (root / "proc/self").mkdir(parents=True)
+    point = root / "sys/fs/cgroup"
+    (point / "low").mkdir(parents=True)
+    kind = f"cgroup cgroup rw,{controllers}" if controllers else "cgroup2 cgroup2 rw"
+    (root / "proc/self/mountinfo").write_text(f"30 1 0:30 / /sys/fs/cgroup rw - {kind}\n")
+    return point
+
+
+def test_where_groups_have_no_weight_none_is_made_and_nothing_is_left(tmp_path):
+    point = fake(tmp_path, "cpu,cpuacct")
+    assert make_group("x", tmp_path) is None
+    assert not (point / "x").exists()
+
+
+def test_without_the_cpu_controller_there_is_no_group(tmp_path):
+    point = fake(tmp_path, "")
+    (point / "cgroup.subtree_control").write_text("memory pids\n")
+    assert make_group("x", tmp_path) is None
+
+
+@pytest.mark.parametrize("groups, enabled, can", [
+    ("1:cpu,cpuacct:/\n0::/\n", "1", True), ("1:cpu:/slurm/job_1\n0::/\n", "1", False), ("0::/\n", "1", True),
+    ("0::/user.slice\n", "1", False), ("0::/\n", "0", False)])
+def test_a_session_is_a_group_only_outside_of_all_cgroups(groups, enabled, can, tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/sys/kernel").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    (tmp_path / "proc/sys/kernel/sched_autogroup_enabled").write_text(f"{enabled}\n")
+    assert session_can_be_lowered(tmp_path) is can
+
+
+def test_whoever_leads_no_session_is_not_lowered_since_others_would_be_too():
+    if os.getsid(0) != os.getpid():
+        assert not lower_session()
+    code = "import os; from rfaas_mpi.agent.priority import lower_session; print(lower_session())"
+    forked = ["setsid", "--fork", "--wait", sys.executable, "-c", code]
+    said = subprocess.run(forked, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+    assert said == str(session_can_be_lowered())

@@ -41,12 +41,12 @@ enum fuzz_by_rank {
     RANK_ACTS,
 };
 #define FUZZ_CRC     1u         /* a right crc follows */
-#define FUZZ_FIT     2u         /* with as many bytes as its head says, if few */
+#define FUZZ_FIT     2u         /* with the bytes that its head says, if few */
 #define FUZZ_SHM     0u         /* an input's first byte */
 #define FUZZ_TCP     1u
 #define FUZZ_TCP_CRC 3u
 
-/* fuzz_rank: a worker's acts; until one that is no frame the rank is not there */
+/* fuzz_rank: a worker's acts; the rank comes with the first that is no frame */
 enum fuzz_by_worker {
     WORKER_FRAME,               /* as above */
     WORKER_CONTROL,

@@ -70,5 +70,6 @@ fuzz-cover: setup $(FUZZ_TARGETS:%=$(FUZZ_BUILD)/cover/fuzz_%) $(FUZZ_BUILD)/see
 	        >cover/$$target.log 2>&1 || { cat cover/$$target.log; exit 1; }; \
 	done
 	@cd $(FUZZ_BUILD) && llvm-profdata merge -o cover/all.profile $(FUZZ_TARGETS:%=cover/%.raw) \
-	    && llvm-cov report -instr-profile=cover/all.profile $(FUZZ_TARGETS:%=-object cover/fuzz_%) $(CURDIR)/csrc/*.c \
-	        $(CURDIR)/csrc/verbs/*.c
+	    && llvm-cov report -instr-profile=cover/all.profile cover/fuzz_worker \
+	        $(patsubst %,-object cover/fuzz_%,$(filter-out worker,$(FUZZ_TARGETS))) \
+	        $(CURDIR)/csrc/*.c $(CURDIR)/csrc/verbs/*.c

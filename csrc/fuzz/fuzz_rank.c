@@ -1,7 +1,8 @@
 /*
- * A rank, and a worker that says anything: the answer to ATTACH, control frames,
- * a tcp stream, reply slots in shared memory. Every input is a worker, whose calls
- * all have to end, and beside what it may write, memory has to stay what it is.
+ * A rank, and a worker that says anything: the answer to ATTACH, control
+ * frames, a tcp stream, reply slots in shared memory. Every input is a worker,
+ * whose calls all have to end, and beside what it may write, memory has to stay
+ * what it is.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -113,8 +114,8 @@ static void make_call(uint32_t k, uint32_t flags, uint16_t n_in, uint16_t n_out,
     }
     FUZZ_CHECK(rfm_invoker_kernel(inv, 2, digest, "echo", 4, &kernel) ==
                RFM_OK);
-    FUZZ_CHECK(rfm_binding_create(inv, kernel, flags, n_in, n_out, args, NULL, 0,
-                                  &call->binding) == RFM_OK);
+    FUZZ_CHECK(rfm_binding_create(inv, kernel, flags, n_in, n_out, args, NULL,
+                                  0, &call->binding) == RFM_OK);
 }
 
 static void init_call(struct call *call)
@@ -134,7 +135,8 @@ static void open_side(void)
     int control[2];
     int data[2];
 
-    FUZZ_CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, control) == 0);
+    FUZZ_CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, control) ==
+               0);
     FUZZ_CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, data) == 0);
     close(control[1]);
     close(data[1]);
@@ -509,7 +511,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     }
     rank_begins();
     worker.victim = -1;
-    FUZZ_CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, control) == 0);
+    FUZZ_CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, control) ==
+               0);
     if ((data[0] & 1u) != 0) {
         FUZZ_CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, stream) ==
                    0);

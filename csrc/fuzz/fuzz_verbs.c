@@ -1,7 +1,7 @@
 /*
- * The verbs transport, over a device that is none, and a peer that posts anything
- * to its queue pair: parcels, immediates, lengths, lines, keys, what is said of
- * arenas. Each input is a connection, and either side of it may be the liar.
+ * The verbs transport, over a device that is none, and a peer that posts
+ * anything to its queue pair: parcels, immediates, lengths, lines, keys, what
+ * is said of arenas. Each input is a connection; either side may be the liar.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -107,8 +107,8 @@ static void share_arena(void)
 
     FUZZ_CHECK(ops->side_arena(sides[0], ARENA, arenas[0], ARENA_BYTES,
                                &there) == RFM_OK);
-    FUZZ_CHECK(ops->worker_arena(links[1], ARENA, arenas[1], ARENA_BYTES, &there,
-                                 &back) == RFM_OK);
+    FUZZ_CHECK(ops->worker_arena(links[1], ARENA, arenas[1], ARENA_BYTES,
+                                 &there, &back) == RFM_OK);
     FUZZ_CHECK(ops->rank_arena(links[0], ARENA, &back) == RFM_OK);
 }
 
@@ -234,7 +234,8 @@ static void answer(const struct fuzz_act *act)
 
 /* --- what a liar does ----------------------------------------------------- */
 
-static void post(uint32_t side, const struct ibv_send_wr *given, uint32_t length)
+static void post(uint32_t side, const struct ibv_send_wr *given,
+                 uint32_t length)
 {
     struct verbs_link *v = end(side);
     struct ibv_send_wr wr = *given;
@@ -278,7 +279,8 @@ static void stray(const struct fuzz_act *act, const uint8_t *bytes)
     post(act->a & 1u, &wr, how.length % (MAX_WRITE + 1u));
 }
 
-static void slot_as_it_should_be(const struct fuzz_act *act, const uint8_t *bytes)
+static void slot_as_it_should_be(const struct fuzz_act *act,
+                                 const uint8_t *bytes)
 {
     uint32_t slot = act->b % SLOTS;
     struct verbs_link *v = end(act->a & 1u);

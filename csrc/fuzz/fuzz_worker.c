@@ -1,8 +1,8 @@
 /*
  * A worker, and a rank that says anything: control frames, a tcp stream, slots
- * in shared memory. The worker is one for all inputs; each input is a connection,
- * which has to leave nothing behind. Kernels look at every byte that they are
- * given, and none of it may lie outside of what was granted.
+ * in shared memory. The worker is one for all inputs; each input is a
+ * connection, which has to leave nothing behind. Kernels look at every byte
+ * that they are given, and none of it may lie outside of what was granted.
  */
 #include "../worker.c"
 
@@ -52,10 +52,12 @@ static struct {
 } mapped[MAX_MAPPED];
 static uint32_t n_mapped;
 
-int __real_rfm_memfd_map(int fd, uint64_t bytes, bool inherit, uint8_t **base_p);
+int __real_rfm_memfd_map(int fd, uint64_t bytes, bool inherit,
+                         uint8_t **base_p);
 int __real_rfm_mirror_map(uint64_t bytes, uint8_t **base_p);
 void __real_rfm_memfd_unmap(uint8_t *base, uint64_t bytes);
-int __wrap_rfm_memfd_map(int fd, uint64_t bytes, bool inherit, uint8_t **base_p);
+int __wrap_rfm_memfd_map(int fd, uint64_t bytes, bool inherit,
+                         uint8_t **base_p);
 int __wrap_rfm_mirror_map(uint64_t bytes, uint8_t **base_p);
 void __wrap_rfm_memfd_unmap(uint8_t *base, uint64_t bytes);
 
@@ -66,7 +68,8 @@ static void remember(uint8_t *base, uint64_t bytes)
     mapped[n_mapped++].bytes = bytes;
 }
 
-int __wrap_rfm_memfd_map(int fd, uint64_t bytes, bool inherit, uint8_t **base_p)
+int __wrap_rfm_memfd_map(int fd, uint64_t bytes, bool inherit,
+                         uint8_t **base_p)
 {
     int rc = __real_rfm_memfd_map(fd, bytes, inherit, base_p);
 
@@ -241,7 +244,8 @@ static void on_call(struct rfm_event *ev)
     if (sum % 16 == 3) {
         rfm_worker_reply_bytes(worker, ev, RFM_ST_KERNEL, "it failed", 9);
     } else {
-        rfm_worker_reply(worker, ev, RFM_ST_OK, 0, 0, (sum & 1u) ? sizes : NULL);
+        rfm_worker_reply(worker, ev, RFM_ST_OK, 0, 0,
+                         (sum & 1u) ? sizes : NULL);
     }
 }
 
@@ -352,7 +356,7 @@ static void end_segment(void)
     }
 }
 
-/* What an attach or an arena says of its memory is at the same place in both. */
+/* What an attach and an arena say of their memory is at the same place. */
 static int make_memory(const struct fuzz_act *act, const uint8_t *bytes)
 {
     struct rfm_ctl_attach body = { 0 };
@@ -513,7 +517,8 @@ static void adopt_rank(bool with_data)
     int data[2] = { -1, -1 };
     int theirs[2];
 
-    FUZZ_CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, control) == 0);
+    FUZZ_CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, control) ==
+               0);
     if (with_data) {
         FUZZ_CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, data) ==
                    0);

@@ -227,8 +227,8 @@ static const struct rfm_wire_arg large_args[2] = {
 static const struct rfm_wire_arg bound_args[3] = {
     { .place = RFM_BOUND, .arena = ARENA, .offset = 0, .size = 64 },
     { .place = RFM_INLINE, .size = 40 },
-    { .place = RFM_BOUND, .flags = RFM_ARG_CANARY, .arena = ARENA, .offset = 128,
-      .size = 64 },
+    { .place = RFM_BOUND, .flags = RFM_ARG_CANARY, .arena = ARENA,
+      .offset = 128, .size = 64 },
 };
 static const struct rfm_wire_arg call_args[2] = {
     { .place = RFM_CALL, .size = 64 },
@@ -293,7 +293,8 @@ static void objects_and_kept_results(void)
     rank_binds(1, 2, RFM_BIND_OBJECT, 0, 0, NULL);
     for (uint8_t i = 0; i < 3; i++) {
         object.part[0] = i;
-        rank_asks(1, RFM_REQ_OBJECT | RFM_REQ_CLAIM, &object, sizeof(object), 1);
+        rank_asks(1, RFM_REQ_OBJECT | RFM_REQ_CLAIM, &object, sizeof(object),
+                  1);
         rank_pauses();
     }
     rank_asks(1, RFM_REQ_OBJECT | RFM_REQ_STAGED, &staged, sizeof(staged), 1);

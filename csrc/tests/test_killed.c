@@ -1,7 +1,9 @@
 /*
  * Either side is killed after any byte of a conversation that has everything in
- * it: attach, arenas, kernels, bindings, data, replies, a kept result, the goodbye.
- * What is left ends it in order and goes on with others. Run over every transport.
+ * it: attach, arenas, kernels, bindings, data, replies, a kept result, the
+ * goodbye. What is left ends it in order and goes on with others.
+ *
+ * Run over every transport.
  */
 #define _GNU_SOURCE
 #include "harness.h"
@@ -197,7 +199,7 @@ static void end_between(void)
 
 /* --- a conversation ------------------------------------------------------- */
 
-static uint64_t ask[2] = { 3000, 5 };   /* an object: so many bytes, of this seed */
+static uint64_t ask[2] = { 3000, 5 };   /* an object: bytes, seed */
 static struct rfm_block result;
 
 static void make_calls(void)
@@ -502,8 +504,8 @@ static void a_worker_stopped_while_it_writes_changes_not_one_byte_later(void)
         t_call_end(&call);
         t_invoker_end(inv);
     }
-    printf("  %u calls expired, %u of them with half of their result\n", expired,
-           torn);
+    printf("  %u calls expired, %u of them with half of their result\n",
+           expired, torn);
 }
 
 int main(int argc, char **argv)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,7 +44,6 @@ class TheJob:
     born: float
     cpus: frozenset[int] | None = None          # its cpuset
     memory: int | None = None
-    steps: set[str] = field(default_factory=set)
     tasks: dict[int, Task] = field(default_factory=dict)
 
 
@@ -70,6 +70,7 @@ class World:
         self.told: dict[str, Told] = {}
         self.events: Counter[str] = Counter()
         self.lent: Counter[CoreClass] = Counter()
+        self.on_tick: Callable[[], None] = lambda: None
         self._write_machine()
 
     # ---- files -----------------------------------------------------------------------------------
@@ -161,9 +162,7 @@ class World:
                 # Long enough now and then for idle cores and settled masks.
                 for _ in range(self.random.choice((1, 1, 3, 25))):
                     self.tick()
-                    yield_ = self.on_tick
-                    if yield_ is not None:
-                        yield_()
+                    self.on_tick()
             case "job":
                 self._new_job()
             case "policy":
@@ -172,14 +171,10 @@ class World:
                 self.busy[self.random.choice(self.cpus)] = self.random.choice((0, 0, 1, 2, 5, 10))
             case "specialised":
                 self.specialised = self.some(self.cpus, 0)
-                if not self.layout.startswith("v2"):
-                    system = self.root / "sys/fs/cgroup/cpuset/slurm/system"
-                    system.mkdir(parents=True, exist_ok=True)
-                    (system / "cpuset.cpus").write_text(ranges(self.specialised) + "\n")
-                else:
-                    system = self.root / "sys/fs/cgroup/system.slice/slurmstepd.scope/system"
-                    system.mkdir(parents=True, exist_ok=True)
-                    (system / "cpuset.cpus").write_text(ranges(self.specialised) + "\n")
+                inside = ("system.slice/slurmstepd.scope" if self.layout.startswith("v2") else "cpuset/slurm")
+                system = self.root / "sys/fs/cgroup" / inside / "system"
+                system.mkdir(parents=True, exist_ok=True)
+                (system / "cpuset.cpus").write_text(ranges(self.specialised) + "\n")
             case "task" if job is not None:
                 self._new_task(job)
             case "end_task" if job is not None and job.tasks:
@@ -208,8 +203,6 @@ class World:
                     shutil.rmtree(top)
         self.events[what] += 1
         return what
-
-    on_tick = None
 
     def tick(self) -> None:
         """A tenth of a second passes."""
@@ -299,7 +292,8 @@ class World:
                             if self.core_of[thread] == self.core_of[cpu]:
                                 self._is_settled(thread, masks_at)
                     case "masked" | "unused":
-                        assert which is CoreClass.IDLE, f"{cpu} may be run on by {[job.name for job in owners]}: {which}"
+                        names = [job.name for job in owners]
+                        assert which is CoreClass.IDLE, f"{cpu} may be run on by {names}: {which}"
                         allowed = [CoreClass.IDLE, *([CoreClass.UNUSED] if kind == "unused" else [])]
                         assert any(self._leave(owners, one) for one in allowed), f"{cpu}: no leave for idle"
             if which is CoreClass.IDLE:

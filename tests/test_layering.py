@@ -186,7 +186,7 @@ def test_only_mpi_and_the_apps_import_mpi4py():
 
 
 # Parts that only the daemons of a cluster import, and the extra that they need.
-EXTRAS = {"rfaas_mpi/leases/grants.py": "cluster"}
+EXTRAS = {"rfaas_mpi/leases/grants.py": "cluster", "rfaas_mpi/manager/server.py": "cluster"}
 
 
 def names_of(requirements: list[str]) -> set[str]:

@@ -487,10 +487,14 @@ class LeaseBook:
             if gone := [worker.number for worker in lease.workers if worker.number not in there]:
                 self._stopped(lease.id, gone, now)
             # What told it to stop may have been lost.
+            again: dict[float, list[int]] = {}
+            for number, until in entry.stops.items():
+                if number in there:
+                    again.setdefault(until, []).append(number)
             return [StopWorkers(
-                node=lease.node, lease_id=lease.id, workers=(number,),
+                node=lease.node, lease_id=lease.id, workers=tuple(numbers),
                 cause=entry.lease.cause or Cause.REVOKED, grace_s=max(0.0, until - now))
-                for number, until in entry.stops.items() if number in there]
+                for until, numbers in again.items()]
         if lease.incarnation != report.incarnation:
             cause = Cause.NODE_LOST             # its agent is gone, and it with it
         elif lease.seen_ns:

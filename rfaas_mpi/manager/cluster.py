@@ -73,11 +73,11 @@ class Cluster:
 
     def agent_started(self, uid: int, node: str, agent: str, now: float) -> list[Action]:
         """An agent begins: answered by Admit, with the number for its reports."""
-        return self.manager.handle(AgentStarted(self._node(uid, node), _name("agent", agent)), now)
+        return self.manager.handle(AgentStarted(self.node_name(uid, node), _name("agent", agent)), now)
 
     def report(self, uid: int, report: NodeReport, now: float) -> list[Action]:
         """What an agent sees. ServiceError if it was never admitted, ValueError if it makes no sense."""
-        node = self._node(uid, report.node)
+        node = self.node_name(uid, report.node)
         if report.incarnation < 1 or report.live is None:
             raise ServiceError(f"the agent of {node} reports without its number", hint="register it first")
         trusted = uid in self.policy.lenders
@@ -91,7 +91,8 @@ class Cluster:
             self.agents.heard(node, now)
         return actions
 
-    def _node(self, uid: int, node: str) -> str:
+    def node_name(self, uid: int, node: str) -> str:
+        """What the book calls the node of this caller's agent. ServiceError for what is no name."""
         if not _NODE.fullmatch(node):
             raise ServiceError(f"{node[:NAME_CHARS_MAX]!r} is no name of a node",
                                hint="it has letters, digits, '.', '_' and '-' only")
@@ -133,7 +134,7 @@ class Cluster:
 
         ServiceError, and nothing is drained, if one of them isn't known.
         """
-        self._admin(uid, "drains nodes")
+        self.administrator(uid, "drains nodes")
         known = [view.node for view in self.book.nodes]
         if unknown := sorted(set(nodes) - set(known)):
             raise ServiceError(f"no agent has reported from {', '.join(unknown)}", hint="`rfaas status` shows the nodes")
@@ -142,7 +143,7 @@ class Cluster:
 
     def undrain(self, uid: int, nodes: list[str], now: float) -> list[Action]:
         """Lets these nodes lend again (all if the list is empty); those who wait may be served at once."""
-        self._admin(uid, "undrains nodes")
+        self.administrator(uid, "undrains nodes")
         actions = [action for node in nodes or [view.node for view in self.book.nodes]
                    for action in self.manager.handle(NodeUndrained(node), now)]
         return actions + self.manager.retry(now)
@@ -153,7 +154,8 @@ class Cluster:
         return [view for view in self.book.nodes
                 if uid in self.policy.admins or "/" not in view.node or view.node.endswith(own)]
 
-    def _admin(self, uid: int, what: str) -> None:
+    def administrator(self, uid: int, what: str) -> None:
+        """AuthError unless the caller is one."""
         if uid not in self.policy.admins:
             raise AuthError(f"only an administrator {what}, and uid {uid} is none")
 

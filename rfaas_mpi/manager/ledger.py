@@ -15,6 +15,7 @@ import ctypes
 import logging
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -127,6 +128,7 @@ class Ledger:
         self._keep_ended_s = keep_ended_s
         self._offset = float("nan")            # wall clock less monotonic clock, as written down
         self._groups = 0
+        self._lock = threading.Lock()          # one connection: who reads must not see half a group
         try:
             if name := network_file_system(file_system_magic(path.parent)):
                 raise StoreError(f"{path} lies on a network file system ({name}), where a power cut or a second "
@@ -227,9 +229,10 @@ class Ledger:
         """Sums of everything that is kept, by `uid`, `node`, `kernel` or `lease`."""
         if by not in ("uid", "node", "kernel", "lease"):
             raise StoreError(f"usage is not kept by {by!r}", hint="ask by uid, node, kernel or lease")
-        rows = self._db.execute(
-            f"SELECT {by}, count(*), sum(held_s * cores), sum(held_s * memory_bytes), sum(cpu_s), sum(exec_s), "
-            f"sum(poll_s), sum(invocations) FROM usage GROUP BY {by} ORDER BY {by}")
+        with self._lock:
+            rows = self._db.execute(
+                f"SELECT {by}, count(*), sum(held_s * cores), sum(held_s * memory_bytes), sum(cpu_s), sum(exec_s), "
+                f"sum(poll_s), sum(invocations) FROM usage GROUP BY {by} ORDER BY {by}").fetchall()
         names = (by, "workers", "core_s", "memory_byte_s", "cpu_s", "exec_s", "poll_s", "invocations")
         return [dict(zip(names, row, strict=True)) for row in rows]
 
@@ -237,6 +240,10 @@ class Ledger:
 
     def write(self, changes: Sequence[Changes], usage: Iterable[Usage] = ()) -> None:
         """Makes all of it durable, in this order, with one flush; all or nothing."""
+        with self._lock:
+            self._write_all(changes, usage)
+
+    def _write_all(self, changes: Sequence[Changes], usage: Iterable[Usage]) -> None:
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:

@@ -1,0 +1,246 @@
+"""What the manager's HTTP interface takes and says: types, routes, and the OpenAPI page made of them.
+
+Bodies are JSON. An error is a Problem: 400 names the field that is wrong, 401 and
+403 say who may, 404 and 409 what is not there or not now, 503 that nothing can be
+written down at the moment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from rfaas_mpi._version import __version__
+from rfaas_mpi.leases import Cause, Lease, LiveLease, NodeView
+
+__all__ = ["ROUTES", "Route", "openapi"]
+
+CORES_MAX = 4096
+WORKERS_MAX = 100_000
+
+Core = Annotated[int, Meta(ge=0, lt=1 << 20)]
+Size = Annotated[int, Meta(ge=0, lt=1 << 60)]
+Number = Annotated[int, Meta(ge=1, lt=1 << 62)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Grace = Annotated[float, Meta(ge=0, le=86400)]
+Name = Annotated[str, Meta(min_length=1, max_length=128)]
+Node = Annotated[str, Meta(min_length=1, max_length=254, pattern="^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
+# Those of a user's own agents end with his uid.
+KnownNode = Annotated[str, Meta(min_length=1, max_length=270)]
+
+
+class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of what callers send: an unknown field is an error."""
+
+
+# --- agents -------------------------------------------------------------------
+
+class StartAgent(Body, frozen=True):
+    """An agent begins; `agent` is a name that no other has had."""
+
+    node: Node
+    agent: Name
+
+
+class Admitted(msgspec.Struct, frozen=True):
+    """The number for this agent's reports."""
+
+    node: str
+    incarnation: int
+
+
+class UsedLine(Body, frozen=True):
+    """What one worker used; `number` names the line within the agent's incarnation."""
+
+    number: Number
+    lease: Number
+    cores: Annotated[int, Meta(ge=1, le=CORES_MAX)]
+    memory_bytes: Size
+    held_s: Seconds
+    cpu_s: Seconds
+    exec_s: Seconds = 0.0
+    poll_s: Seconds = 0.0
+    invocations: Size = 0
+    kernel: Annotated[str, Meta(max_length=256)] = ""
+
+
+class Report(Body, frozen=True):
+    """All that an agent lends and runs now. Times: `clock_ns` is its own clock, `ends_in_s` from now."""
+
+    incarnation: Number
+    clock_ns: Number
+    spare: Annotated[tuple[Core, ...], Meta(max_length=CORES_MAX)]
+    memory_bytes: Size
+    live: Annotated[tuple[LiveLease, ...], Meta(max_length=CORES_MAX)]
+    numa: dict[Core, Annotated[int, Meta(ge=0, lt=4096)]] = {}
+    ends_in_s: Seconds | None = None
+    grace_s: Grace = 0.0
+    used: Annotated[tuple[UsedLine, ...], Meta(max_length=10_000)] = ()
+
+
+class StopOrder(msgspec.Struct, frozen=True):
+    """Stop these workers of a lease (all if empty), at the latest `grace_s` from now."""
+
+    lease_id: int
+    workers: tuple[int, ...]
+    cause: Cause
+    grace_s: float
+
+
+class Orders(msgspec.Struct, frozen=True):
+    """What the agent has to do. `superseded`: another agent took the node over; end."""
+
+    stop: tuple[StopOrder, ...] = ()
+    superseded: bool = False
+
+
+# --- ranks --------------------------------------------------------------------
+
+class AskLease(Body, frozen=True):
+    """A rank wants workers; `(session, request_id)` names the request, which may be repeated."""
+
+    session: Name
+    request_id: Annotated[int, Meta(ge=0, lt=1 << 62)]
+    workers_min: Annotated[int, Meta(ge=0, le=WORKERS_MAX)]
+    workers_max: Annotated[int, Meta(ge=0, le=WORKERS_MAX)]
+    cores_per_worker: Annotated[int, Meta(ge=1, le=CORES_MAX)] = 1
+    memory_per_worker: Size | None = None
+    timeout_s: Annotated[float, Meta(ge=0, le=86400)] = 0.0
+
+
+class LeaseGrant(msgspec.Struct, frozen=True):
+    """What was granted; `reason` says why not all of `workers_max`."""
+
+    leases: tuple[Lease, ...]
+    reason: str = ""
+
+
+class RevokeLease(Body, frozen=True):
+    grace_s: Grace = 0.0
+
+
+class Leases(msgspec.Struct, frozen=True):
+    leases: tuple[Lease, ...]
+
+
+class Done(msgspec.Struct, frozen=True):
+    """It is on disk, and under way."""
+
+    done: bool = True
+
+
+# --- everybody and administrators -----------------------------------------------
+
+class Nodes(msgspec.Struct, frozen=True):
+    nodes: tuple[NodeView, ...]
+
+
+class DrainNodes(Body, frozen=True):
+    """No node named: all."""
+
+    nodes: Annotated[tuple[KnownNode, ...], Meta(max_length=100_000)] = ()
+    grace_s: Grace = 0.0
+
+
+class UndrainNodes(Body, frozen=True):
+    nodes: Annotated[tuple[KnownNode, ...], Meta(max_length=100_000)] = ()
+
+
+class UsageSums(msgspec.Struct, frozen=True):
+    by: str
+    rows: tuple[dict[str, Any], ...]
+
+
+class PolicyView(msgspec.Struct, frozen=True):
+    lenders: tuple[int, ...]
+    admins: tuple[int, ...]
+
+
+class Event(msgspec.Struct, frozen=True):
+    """Workers of a lease end, and why; `number` rises."""
+
+    number: int
+    lease_id: int
+    workers: tuple[int, ...]
+    cause: Cause
+    grace_s: float
+
+
+class Events(msgspec.Struct, frozen=True):
+    """The caller's events after `after`. Those before `first` are not kept any more."""
+
+    first: int
+    events: tuple[Event, ...]
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """Why not, and what to do about it."""
+
+    error: str
+    hint: str = ""
+
+
+# --- routes -------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Route:
+    """One operation: `name` is the method of the server that does it."""
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    body: type[msgspec.Struct] | None
+    answer: type[msgspec.Struct]
+    query: tuple[tuple[str, Any], ...] = ()
+
+
+ROUTES = (
+    Route("POST", "/v1/agents", "start_agent", "An agent begins on a node", StartAgent, Admitted),
+    Route("POST", "/v1/agents/{node}/reports", "report", "What an agent lends and runs", Report, Orders),
+    Route("POST", "/v1/leases", "ask", "Ask for workers; answered when they are there or the time is over", AskLease,
+          LeaseGrant),
+    Route("GET", "/v1/leases", "leases", "The caller's live leases; an administrator's are all", None, Leases),
+    Route("DELETE", "/v1/leases/{lease}", "release", "Give a lease back", None, Done),
+    Route("POST", "/v1/leases/{lease}/revoke", "revoke", "Take a lease back", RevokeLease, Done),
+    Route("DELETE", "/v1/sessions/{session}", "end_session", "A rank ended, and with it all that it holds", None, Done),
+    Route("GET", "/v1/nodes", "nodes", "Nodes that lend to the caller", None, Nodes),
+    Route("POST", "/v1/drain", "drain", "Take back what is lent on nodes, and lend nothing there", DrainNodes, Done),
+    Route("POST", "/v1/undrain", "undrain", "Let drained nodes lend again", UndrainNodes, Done),
+    Route("GET", "/v1/usage", "usage", "Who used what; for administrators", None, UsageSums,
+          (("by", {"type": "string", "enum": ["uid", "node", "kernel", "lease"], "default": "uid"}),)),
+    Route("GET", "/v1/policy", "policy", "Who may lend to all, and who administers", None, PolicyView),
+    Route("GET", "/v1/events", "events", "What became of the caller's leases", None, Events,
+          (("after", {"type": "integer", "minimum": 0, "default": 0}),)),
+)
+
+_PARAMETERS = {"node": {"type": "string"}, "lease": {"type": "integer", "minimum": 1}, "session": {"type": "string"}}
+
+
+def openapi() -> dict[str, Any]:
+    """The whole interface as an OpenAPI 3.1 document."""
+    types = [kind for route in ROUTES for kind in (route.body, route.answer) if kind is not None]
+    (*schemas, problem), components = msgspec.json.schema_components(
+        [*types, Problem], ref_template="#/components/schemas/{name}")
+    of = dict(zip(types, schemas, strict=True))
+    paths: dict[str, dict[str, Any]] = {}
+    for route in ROUTES:
+        operation: dict[str, Any] = {
+            "operationId": route.name, "summary": route.summary,
+            "parameters": [
+                *({"name": name, "in": "path", "required": True, "schema": schema}
+                  for name, schema in _PARAMETERS.items() if f"{{{name}}}" in route.path),
+                *({"name": name, "in": "query", "schema": schema} for name, schema in route.query)],
+            "responses": {"200": _content("Done", of[route.answer]), "default": _content("Why not", problem)}}
+        if route.body is not None:
+            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": of[route.body]}}}
+        paths.setdefault(route.path, {})[route.method.lower()] = operation
+    return {"openapi": "3.1.0", "info": {"title": "rfaas_mpi resource manager", "version": __version__},
+            "paths": paths, "components": {"schemas": components}}
+
+
+def _content(what: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": what, "content": {"application/json": {"schema": schema}}}

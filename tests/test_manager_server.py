@@ -1,0 +1,330 @@
+"""The manager's HTTP interface: a real server on a real socket and a real file."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+
+from rfaas_mpi.manager import api, server
+from rfaas_mpi.manager.cluster import Policy
+from rfaas_mpi.manager.ledger import Ledger
+from rfaas_mpi.manager.server import ManagerServer
+
+GUARD_S = 60.0
+GIB = 1 << 30
+ME = os.geteuid()
+_ids = itertools.count(1)
+_clock = itertools.count(10**12, 10**6)
+
+
+class Caller:
+    """This user, over the socket."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self.session = session
+
+    async def __call__(self, method: str, path: str, body: Any = None, *, status: int = 200) -> Any:
+        async with self.session.request(method, f"http://manager{path}", json=body) as answer:
+            text = await answer.text()
+            assert answer.status == status, text
+            return json.loads(text)
+
+    async def start(self, node: str) -> int:
+        return (await self("POST", "/v1/agents", {"node": node, "agent": f"agent {next(_ids)}"}))["incarnation"]
+
+    async def report(self, node: str, incarnation: int, *live: dict, cores: int = 4, **more: Any) -> dict:
+        return await self("POST", f"/v1/agents/{node}/reports", report(incarnation, *live, cores=cores, **more))
+
+    async def ask(self, workers: int = 1, *, status: int = 200, **more: Any) -> dict:
+        return await self("POST", "/v1/leases", {"session": "s", "request_id": next(_ids), "workers_min": workers,
+                                                 "workers_max": workers, **more}, status=status)
+
+
+def report(incarnation: int, *live: dict, cores: int = 4, **more: Any) -> dict:
+    return {"incarnation": incarnation, "clock_ns": next(_clock), "spare": list(range(cores)), "memory_bytes": 8 * GIB,
+            "live": [{"lease_id": one["id"], "epoch": one["epoch"], "workers": one["workers"]} for one in live], **more}
+
+
+@contextlib.asynccontextmanager
+async def serving(directory: Path, **options: Any) -> AsyncIterator[Caller]:
+    ledger = Ledger(directory / "ledger.db")
+    policy = Policy(lenders=frozenset((ME,)), admins=frozenset((ME,)))
+    async with ManagerServer(ledger, **{"policy": policy, **options}) as manager:
+        await manager.listen_unix(directory / "socket")
+        async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(directory / "socket"))) as session:
+            yield Caller(session)
+
+
+@pytest.fixture
+def play(tmp_path) -> Callable[..., None]:
+    """Runs a scenario with a caller of a manager of its own."""
+    def run(scenario: Callable[[Caller], Awaitable[None]], **options: Any) -> None:
+        async def whole() -> None:
+            async with asyncio.timeout(GUARD_S), serving(tmp_path, **options) as caller:
+                await scenario(caller)
+        asyncio.run(whole())
+    return run
+
+
+def test_a_lease_s_whole_life(play):
+    async def scenario(call: Caller) -> None:
+        number = await call.start("nid1")
+        await call.report("nid1", number)
+        [lease] = (await call.ask(2))["leases"]
+        assert lease["node"] == "nid1" and lease["uid"] == ME and len(lease["workers"]) == 2
+        await call.report("nid1", number, lease)
+        [now] = (await call("GET", "/v1/leases"))["leases"]
+        assert now["state"] == "active"
+        await call("DELETE", f"/v1/leases/{lease['id']}")
+        [order] = (await call.report("nid1", number, lease))["stop"]
+        assert order["lease_id"] == lease["id"] and order["cause"] == "released"
+        await call.report("nid1", number, used=[{
+            "number": 1, "lease": lease["id"], "cores": 2, "memory_bytes": GIB, "held_s": 2.0, "cpu_s": 1.0}])
+        assert (await call("GET", "/v1/leases"))["leases"] == []
+        [row] = (await call("GET", "/v1/usage?by=uid"))["rows"]
+        assert (row["uid"], row["core_s"], row["workers"]) == (ME, 4.0, 1)
+    play(scenario)
+
+
+def test_a_request_may_be_repeated_and_a_manager_restarted_in_between(tmp_path):
+    body = {"session": "s", "request_id": 7, "workers_min": 1, "workers_max": 2}
+
+    async def whole() -> None:
+        async with serving(tmp_path) as call:
+            await call.report("nid1", await call.start("nid1"))
+            first = await call("POST", "/v1/leases", body)
+            assert await call("POST", "/v1/leases", body) == first
+        async with serving(tmp_path) as call:
+            assert await call("POST", "/v1/leases", body) == first
+            assert [one["id"] for one in (await call("GET", "/v1/leases"))["leases"]] == [first["leases"][0]["id"]]
+            await call("POST", "/v1/leases", {**body, "workers_max": 1}, status=409)
+
+    asyncio.run(asyncio.wait_for(whole(), GUARD_S))
+
+
+def test_who_waits_is_answered_when_cores_are_there_and_refused_when_not(play):
+    async def scenario(call: Caller) -> None:
+        number = await call.start("nid1")
+        await call.report("nid1", number, cores=1)
+        waiting = asyncio.create_task(call.ask(3, timeout_s=GUARD_S))
+        refused = await call.ask(9, timeout_s=0.01, status=409)
+        assert "9 workers" in refused["error"] and refused["hint"]
+        await call.report("nid1", number, cores=3)
+        assert len((await waiting)["leases"][0]["workers"]) == 3
+    play(scenario)
+
+
+def test_orders_travel_on_the_agent_s_channel_at_once(play):
+    async def scenario(call: Caller) -> None:
+        number = await call.start("nid1")
+        async with call.session.ws_connect("http://manager/v1/agents/nid1/channel") as channel:
+            await channel.send_json(report(number))
+            assert await channel.receive_json() == {"stop": [], "superseded": False}
+            [lease] = (await call.ask(1))["leases"]
+            await channel.send_json(report(number, lease))
+            await channel.receive_json()
+            await call("POST", "/v1/drain", {"nodes": ["nid1"], "grace_s": 1.5})
+            [order] = (await channel.receive_json())["stop"]
+            assert order["lease_id"] == lease["id"] and order["grace_s"] == 1.5
+            await channel.send_json({"incarnation": 0})
+            assert "incarnation" in (await channel.receive_json())["error"]
+        [event] = (await call("GET", "/v1/events"))["events"]
+        assert (event["lease_id"], event["cause"]) == (lease["id"], "revoked")
+        assert (await call("GET", f"/v1/events?after={event['number']}"))["events"] == []
+        assert (await call("GET", "/v1/nodes"))["nodes"][0]["drained"]
+        await call("POST", "/v1/undrain", {})
+        assert not (await call("GET", "/v1/nodes"))["nodes"][0]["drained"]
+    play(scenario)
+
+
+def test_an_agent_that_was_replaced_is_told(play):
+    async def scenario(call: Caller) -> None:
+        old, new = await call.start("nid1"), await call.start("nid1")
+        await call.report("nid1", new)
+        assert (await call.report("nid1", old))["superseded"]
+    play(scenario)
+
+
+def test_the_end_of_a_session_answers_what_it_waits_for(play):
+    async def scenario(call: Caller) -> None:
+        await call.report("nid1", await call.start("nid1"))
+        waiting = asyncio.create_task(call.ask(9, timeout_s=GUARD_S, status=409))
+        await call.ask(1)                      # the other request has arrived by then
+        await call("DELETE", "/v1/sessions/s")
+        assert "ended" in (await waiting)["error"]
+    play(scenario)
+
+
+# --- who calls ----------------------------------------------------------------
+
+OTHER = 12345
+ASK_AS_OTHER = """
+import json, os, socket, sys
+os.setresuid(OTHER, OTHER, OTHER)
+for method, path, body in json.load(sys.stdin):
+    with socket.socket(socket.AF_UNIX) as s:
+        s.connect(sys.argv[1])
+        data = json.dumps(body).encode() if body is not None else b""
+        s.sendall(f"{method} {path} HTTP/1.1\\r\\nHost: m\\r\\nConnection: close\\r\\nContent-Length: {len(data)}\\r\\n\\r\\n"
+                  .encode() + data)
+        answer = b""
+        while part := s.recv(65536):
+            answer += part
+    head, _, rest = answer.partition(b"\\r\\n\\r\\n")
+    print(json.dumps([int(head.split()[1]), json.loads(rest)]), flush=True)
+""".replace("OTHER", str(OTHER))
+
+
+@pytest.mark.skipif(ME != 0, reason="only root can call as somebody else")
+def test_one_user_s_leases_usage_and_nodes_are_closed_to_another(play, tmp_path):
+    os.chmod(tmp_path, 0o755)
+    for parent in tmp_path.parents:
+        if parent.stat().st_uid == ME and not parent.stat().st_mode & 0o001:
+            parent.chmod(parent.stat().st_mode | 0o011)
+
+    async def scenario(call: Caller) -> None:
+        number = await call.start("nid1")
+        await call.report("nid1", number)
+        [lease] = (await call.ask(1))["leases"]
+        asked = [["GET", "/v1/leases", None], ["DELETE", f"/v1/leases/{lease['id']}", None],
+                 ["POST", f"/v1/leases/{lease['id']}/revoke", {}], ["DELETE", "/v1/sessions/s", None],
+                 ["GET", "/v1/usage", None], ["POST", "/v1/drain", {}], ["GET", "/v1/events", None],
+                 ["POST", "/v1/agents/nid1/reports", report(2**60, cores=128)],
+                 ["POST", "/v1/agents", {"node": "nid1", "agent": "fake"}]]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", ASK_AS_OTHER, str(tmp_path / "socket"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        out, _ = await process.communicate(json.dumps(asked).encode())
+        answers = [json.loads(line) for line in out.splitlines()]
+        assert [status for status, _ in answers] == [200, 404, 404, 200, 403, 403, 200, 409, 200]
+        assert answers[0][1] == {"leases": []} and answers[6][1]["events"] == []
+        assert answers[1][1]["error"] == f"uid {OTHER} has no lease {lease['id']}"
+        # Nothing of it touched anything.
+        [still] = (await call("GET", "/v1/leases"))["leases"]
+        assert still["state"] == "granted" and (await call.report("nid1", number)) == {"stop": [], "superseded": False}
+    play(scenario)
+
+
+def test_over_a_network_nobody_is_believed(tmp_path):
+    async def whole() -> None:
+        async with ManagerServer(Ledger(tmp_path / "ledger.db")) as manager:
+            site = aiohttp.web.TCPSite(manager._runner, "127.0.0.1", 0)
+            await site.start()
+            port = site._server.sockets[0].getsockname()[1]
+            async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/v1/leases") as answer:
+                assert answer.status == 403 and "prove who he is" in (await answer.json())["error"]
+    asyncio.run(asyncio.wait_for(whole(), GUARD_S))
+
+
+# --- bad input ------------------------------------------------------------------
+
+GOOD: dict[str, tuple[str, str, dict]] = {
+    "start_agent": ("POST", "/v1/agents", {"node": "nid1", "agent": "a"}),
+    "report": ("POST", "/v1/agents/nid1/reports", {
+        "incarnation": 1, "clock_ns": 1, "spare": [0, 1], "memory_bytes": 1, "live": [], "numa": {"0": 0}, "ends_in_s": 1.0,
+        "grace_s": 0.0, "used": []}),
+    "ask": ("POST", "/v1/leases", {
+        "session": "s", "request_id": 1, "workers_min": 1, "workers_max": 1, "cores_per_worker": 1, "memory_per_worker": 1,
+        "timeout_s": 0.0}),
+    "revoke": ("POST", "/v1/leases/1/revoke", {"grace_s": 0.0}),
+    "drain": ("POST", "/v1/drain", {"nodes": ["nid1"], "grace_s": 0.0}),
+    "undrain": ("POST", "/v1/undrain", {"nodes": ["nid1"]}),
+}
+WRONG = (None, True, -1, 2**63, 2**64, 1e308, -0.5, "", "x" * 300, "\x00", "../..", [], [None], [-1], [2**70], {}, {"a": 1})
+
+
+def test_there_is_a_good_body_for_every_operation_that_takes_one():
+    assert set(GOOD) == {route.name for route in api.ROUTES if route.body}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_every_field_missing_unknown_wrong_or_huge_is_a_4xx_that_names_it(play, name):
+    method, path, good = GOOD[name]
+
+    async def scenario(call: Caller) -> None:
+        required = {field.name for field in msgspec.structs.fields(
+            next(route.body for route in api.ROUTES if route.name == name)) if field.required}
+        for field in good:
+            bodies = [{**good, field: wrong} for wrong in WRONG]
+            if field in required:
+                bodies.append({key: value for key, value in good.items() if key != field})
+            for body in bodies:
+                async with call.session.request(method, f"http://manager{path}", json=body) as answer:
+                    text = await answer.text()
+                    assert answer.status < 500, (body, text)
+                    if answer.status == 400 and text.startswith('{"error":"the body is no'):
+                        assert f"`$.{field}" in text or f"field `{field}`" in text, (body, text)
+        problem = await call(method, path, {**good, "surprise": 1}, status=400)
+        assert "surprise" in problem["error"]
+        for raw in (b"", b"{", b"[]", b"null", b"\xff\xfe", b"{" * 5000):
+            async with call.session.request(method, f"http://manager{path}", data=raw) as answer:
+                assert answer.status == 400, raw[:10]
+        assert (await call("GET", "/v1/leases"))["leases"] == [], "something was granted"
+    play(scenario)
+
+
+@pytest.mark.parametrize("method, path, status", [
+    ("DELETE", "/v1/leases/0x10", 400), ("DELETE", "/v1/leases/99999999999999999999999", 400),
+    ("DELETE", "/v1/leases/5", 404), ("GET", "/v1/usage?by=password", 400), ("GET", "/v1/events?after=-1", 400),
+    ("DELETE", "/v1/sessions/%00", 409)])
+def test_a_wrong_parameter_is_a_4xx_that_names_it(play, method, path, status):
+    async def scenario(call: Caller) -> None:
+        assert (await call(method, path, status=status))["error"]
+    play(scenario)
+
+
+def test_a_body_without_end_is_refused(play):
+    async def scenario(call: Caller) -> None:
+        async with call.session.post("http://manager/v1/drain", data=io.BytesIO(b"x" * (server.BODY_BYTES_MAX + 1))) as answer:
+            assert answer.status == 413
+    play(scenario)
+
+
+# --- a full disk ----------------------------------------------------------------
+
+def test_on_a_full_disk_nothing_is_granted_and_it_goes_on_by_itself(play, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "WRITE_WAIT_S", 0.05)
+    monkeypatch.setattr(server, "WRITE_RETRY_S", 0.01)
+
+    async def scenario(call: Caller) -> None:
+        await call.report("nid1", await call.start("nid1"), cores=64)
+        body = {"session": "s", "request_id": 1, "workers_min": 1, "workers_max": 1}
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "ledger.db-wal").stat().st_size, hard))
+        try:
+            problem = await call("POST", "/v1/leases", body, status=503)
+            assert "can't write to its disk" in problem["error"]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        monkeypatch.setattr(server, "WRITE_WAIT_S", GUARD_S)
+        granted = await call("POST", "/v1/leases", body)
+        assert [one["id"] for one in (await call("GET", "/v1/leases"))["leases"]] == [granted["leases"][0]["id"]]
+    play(scenario)
+
+
+# --- the page ---------------------------------------------------------------------
+
+def test_the_openapi_page_tells_of_every_operation_and_type(play):
+    async def scenario(call: Caller) -> None:
+        page = await call("GET", "/openapi.json")
+        assert page["openapi"].startswith("3.1")
+        told = {(method.upper(), path) for path, operations in page["paths"].items() for method in operations}
+        assert told == {(route.method, route.path) for route in api.ROUTES}
+        names = set(page["components"]["schemas"])
+        text = json.dumps(page)
+        assert {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]} == names
+        assert page["components"]["schemas"]["AskLease"]["properties"]["workers_max"]["maximum"] == api.WORKERS_MAX
+    play(scenario)

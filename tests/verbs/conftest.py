@@ -36,7 +36,7 @@ SUITE = ("test_invoke", "test_ranks", "test_wake", "test_threads", "test_faults"
          "test_many", "test_verbs")
 REPORTS = "RFAAS_GUEST_REPORTS"  # set in the guest: the file that reports go to
 IN_GUEST = "RFAAS_GUEST_NODES" in os.environ
-GUEST_TIMEOUT_S = float(os.environ.get("RFAAS_GUEST_TIMEOUT_S", "900"))
+GUEST_TIMEOUT_S = float(os.environ.get("RFAAS_GUEST_TIMEOUT_S", "1800"))
 # The first item also waits for the kernel's download.
 ITEM_TIMEOUT_S = GUEST_TIMEOUT_S + 300
 

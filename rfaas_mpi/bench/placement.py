@@ -299,7 +299,10 @@ def replay(scenario: Scenario, data: Trace, policy: str, settings: Settings, *, 
 # --- the comparison -----------------------------------------------------------
 
 def compare(scenario: Scenario, seeds: Sequence[int], progress: Callable[[str], None] = lambda line: None) -> dict:
-    """Row → figure → mean over the seeds, and half of its 95 % interval; all rows see the same traces."""
+    """Row → figure → mean over the seeds, and 1.96 standard errors of it; all rows see the same traces.
+
+    With few seeds that is less than a 95 % interval: 2.36 of them would be one for eight.
+    """
     right = Settings(survival=scenario.windows)
     if not scenario.neighbours:
         right = replace(right, contention=0.0, memory_contention=0.0)

@@ -167,18 +167,18 @@ class _Quiet:
         if last is not None and load.at - last.at < SAMPLE_S / 2:
             return False             # too short to mean anything: with the next one
         self._load = load
-        if last is None or len(last.cpus) != len(load.cpus) or (last.cpus != load.cpus).any():
+        if last is None or not (last.cpus is load.cpus or np.array_equal(last.cpus, load.cpus)):
             self._resize(load.cpus)
             return True
         self._number += 1
         took = (load.at - last.at) / TICK_S
-        owner = np.subtract(load.busy_ticks, last.busy_ticks, dtype=float)
+        owner = np.subtract(load.busy_ticks, last.busy_ticks, out=self._owner)
         for cpu, ours_s in load.ours_s.items():
             # Less than before: a worker there has ended.
             if (place := self._place.get(cpu)) is not None and ours_s >= (before := last.ours_s.get(cpu, 0.0)):
                 owner[place] -= (ours_s - before) / TICK_S
         # A tick is a whole sample's tenth: less than two are not "more than a tenth".
-        if not reading.rfm_quiet_sample(owner.ctypes.data, len(owner), LOUD * took + 0.5, MURMUR * took, self._number,
+        if not reading.rfm_quiet_sample(self._owner_at, len(owner), LOUD * took + 0.5, MURMUR * took, self._number,
                                         QUIET_SAMPLES, *self._arrays):
             return False
         changed = False
@@ -217,6 +217,9 @@ class _Quiet:
         self._murmured = np.zeros(count, np.uint8)     # used more than a little of the last sample
         self._idle = np.zeros(count, np.uint8)
         self._news = np.zeros(count, np.uint8)
+        self._owner = np.zeros(count)                  # ticks of the last sample that were the owner's
+        # Asking an array for its address takes longer than the loop over it.
+        self._owner_at = self._owner.ctypes.data
         self._arrays = tuple(array.ctypes.data for array in (self._ready, self._used, self._murmured, self._idle,
                                                              self._news))
         self._idle_since = np.zeros(count)

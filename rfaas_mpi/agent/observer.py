@@ -155,6 +155,7 @@ class LoadReader:
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._fd = os.open(root / "proc/stat", os.O_RDONLY | os.O_CLOEXEC)
+        self._names, self._known = b"", np.empty(0, np.int64)     # the CPUs as they were the last time
         self._make_room(256)
 
     def _make_room(self, cpus: int) -> None:
@@ -172,7 +173,9 @@ class LoadReader:
             self._text[size - 1] = 0
             count = reading.rfm_read_ticks(self._text_at, *self._tables_at, most)
             if count < most:
-                return Load(now, self._cpus[:count].copy(), self._ticks[:count].copy(), ours_s or {})
+                if (names := self._cpus[:count].tobytes()) != self._names:
+                    self._names, self._known = names, self._cpus[:count].copy()
+                return Load(now, self._known, self._ticks[:count].copy(), ours_s or {})
             self._make_room(2 * most)
 
     def close(self) -> None:

@@ -86,10 +86,7 @@ def _cpu_root(root: Path) -> Path | None:
 
 
 def session_can_be_lowered(root: Path = Path("/")) -> bool:
-    """Whether a session of its own would have a scheduling group of its own: it is in no cgroup of the cpu controller.
-
-    It counts only against owners who are in none either.
-    """
+    """Whether a session of its own would have a scheduling group of its own: it is in no cgroup of the cpu controller."""
     if read_text(root / "proc/sys/kernel/sched_autogroup_enabled").strip() != "1":
         return False
     for line in read_text(root / "proc/self/cgroup").splitlines():

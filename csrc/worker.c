@@ -107,6 +107,7 @@ struct rfm_conn {
     uint64_t asked_for;         /* ticket + 1; main thread only */
     uint32_t n_taken;           /* control frames; main thread only */
     bool     dropped;           /* main thread only: told why, and shut down */
+    uint32_t n_refused;         /* atomic: what came and made no sense */
     uint64_t late_since;        /* remote: what that ticket needs isn't there */
     struct rfm_link *link;      /* atomic: NULL until attached */
     uint64_t ticket;
@@ -336,6 +337,11 @@ static void control_free(struct control *node);
 
 static const char bad_frame[] = "a control frame that made no sense";
 
+static void count_refused(struct rfm_conn *conn)
+{
+    (void)__atomic_fetch_add(&conn->n_refused, 1, __ATOMIC_RELAXED);
+}
+
 /* its last word to the rank */
 static void say_refused(struct rfm_conn *conn, const char *why)
 {
@@ -367,6 +373,7 @@ static bool read_conn(struct rfm_worker *w, struct rfm_conn *conn)
         }
         if (node == NULL) {
             if (rc != RFM_ERR_PEER) {
+                count_refused(conn);
                 say_refused(conn, bad_frame);
             }
             conn_ended(w, conn);
@@ -1316,6 +1323,7 @@ static int take_control(struct rfm_worker *w, struct rfm_event *ev)
         break;                  /* a later version's: not for us */
     }
     if (event < 0) {
+        count_refused(node->conn);
         drop_conn(node->conn, bad_frame);
     }
     if (event != 1) {
@@ -1330,7 +1338,9 @@ void rfm_worker_release(struct rfm_worker *w, struct rfm_event *ev)
     struct control *node = ev->frame;
 
     if (ev->type == RFM_EV_GONE) {
-        struct iovec iov = { &ev->conn_number, sizeof(ev->conn_number) };
+        uint32_t gone[2] = { ev->conn_number,
+                             rfm_load_relaxed(&ev->conn->n_refused) };
+        struct iovec iov = { gone, sizeof(gone) };
 
         conn_destroy(ev->conn);
         (void)rfm_frame_send(w->attr.agent_fd, RFM_AGENT_GONE, 0, &iov, 1, NULL,
@@ -1744,6 +1754,7 @@ static int refuse_nonsense(struct rfm_worker *w, struct rfm_conn *conn,
     if (!heard_all(w, conn)) {
         return -1;
     }
+    count_refused(conn);
     refuse(w, conn, slot, RFM_ST_PROTOCOL, text, n);
     return 0;
 }
@@ -1979,6 +1990,9 @@ static void drop_failed(struct rfm_conn *conn)
     if (is_to_be_dropped(conn)) {
         if (is_robbed(conn)) {
             _exit(EXIT_CLOSED);     /* by a thread that a kernel left behind */
+        }
+        if (rfm_load_acquire(&conn->link->failed) == RFM_ERR_PROTOCOL) {
+            count_refused(conn);
         }
         drop_conn(conn, conn->link->why);
     }

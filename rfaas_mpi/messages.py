@@ -56,7 +56,7 @@ FRAME_GONE = 50
 FRAME_JSON = 64
 
 ADOPT_BODY = struct.Struct("<QII")
-GONE_BODY = struct.Struct("<I")
+GONE_BODY = struct.Struct("<II")
 
 
 def version_number(version: str = __version__) -> int:

@@ -133,6 +133,7 @@ class Service:
         self._life = FileLock(directory / "life.lock")
         self._door = Door(self._selector, self)
         self._key = b""
+        self._refused = 0                    # what ranks sent to workers and made no sense
         self._key_file = directory / "key"
         self._for_others = msg.ListenRequest(0, ())
         self._around = node_cores.SlurmFacts()       # whoever opened the door
@@ -724,7 +725,12 @@ class Service:
                     case msg.FRAME_LIMITS:
                         self.agent.limits(handle.number, now)
                     case msg.FRAME_GONE if len(frame.body) >= msg.GONE_BODY.size:
-                        self.agent.gone(handle.number, msg.GONE_BODY.unpack_from(frame.body)[0])
+                        connection, refused = msg.GONE_BODY.unpack_from(frame.body)
+                        self.agent.gone(handle.number, connection)
+                        if refused:
+                            self._refused += refused
+                            log.warning("worker=%d connection=%d refused=%d: what made no sense",
+                                        handle.number, connection, refused)
                     case _:
                         raise ServiceError(f"a frame of type {frame.type}")
         except ServiceError as error:
@@ -873,6 +879,7 @@ class Service:
                          for session in self._sessions.values() if session.holds],
             "host": socket.gethostname(), "listen": [str(address) for address in self._door.addresses],
             "key_file": str(self._key_file) if self._key else "", "door": dict(self._door.counts),
+            "refused": self._refused,
             "waiting": self.manager.waiting,
             "usage": self._store.usage(),
         }

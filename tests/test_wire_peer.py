@@ -23,24 +23,37 @@ OVER_TCP = [name for name in peer.CHECKS if not name.startswith("verbs_")]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Iterator[peer.Place]:
-    """A service that listens on TCP, for all of these tests."""
+def session() -> Iterator[Session]:
+    """With a service that stays for all of these tests."""
     # Its only ranks are the peers, which come one after the other.
     home = Settings.load(runtime_dir=str(Path(os.environ["RFAAS_RUNTIME_DIR"]) / "peer"), cores=(0, 1), linger_s=60.0)
-    with Session.open(home, observer=True) as session:
-        said = session.open_door(["127.0.0.1:0"])
-        address = Address.parse(said.addresses[0])
+    with Session.open(home, observer=True) as opened:
         try:
-            yield peer.Place(address.host, address.port, os.fsdecode(said.key_file), messages.version_number(),
-                             str(PACKAGE), str(PACKAGE / "_native_kernels.so"), sys.executable,
-                             [os.path.abspath(entry) for entry in sys.path])
+            yield opened
         finally:
-            session.down()
+            opened.down()
+
+
+@pytest.fixture(scope="module")
+def place(session) -> peer.Place:
+    """Where that service listens on TCP, and what its peers have to know."""
+    said = session.open_door(["127.0.0.1:0"])
+    address = Address.parse(said.addresses[0])
+    return peer.Place(address.host, address.port, os.fsdecode(said.key_file), messages.version_number(),
+                      str(PACKAGE), str(PACKAGE / "_native_kernels.so"), sys.executable,
+                      [os.path.abspath(entry) for entry in sys.path])
 
 
 @pytest.mark.parametrize("check", OVER_TCP)
 def test_the_peer_of_the_page_over_tcp(place, check):
     peer.CHECKS[check](place, argparse.Namespace(device=""))
+
+
+@pytest.mark.parametrize("check, least", [("tcp_region_outside", 3), ("tcp_crc", 2)])
+def test_what_makes_no_sense_is_counted_where_an_administrator_looks(place, session, wait_until, check, least):
+    before = session.status()["refused"]
+    peer.CHECKS[check](place, argparse.Namespace(device=""))
+    wait_until(lambda: session.status()["refused"] >= before + least, f"{least} more are counted")
 
 
 def test_the_peer_imports_nothing_of_ours():

@@ -841,6 +841,10 @@ uint32_t t_worker_expect(struct t_worker *w, uint16_t type)
             if (rx.head.length >= sizeof(value)) {
                 memcpy(&value, rx.body, sizeof(value));
             }
+            if (type == RFM_AGENT_GONE) {
+                CHECK_EQ(rx.head.length, 8);
+                memcpy(&w->n_refused, rx.body + 4, 4);
+            }
             rfm_rx_fini(&rx);
             return value;
         }

@@ -102,6 +102,7 @@ struct t_worker {
     struct rfm_page *page;
     uint32_t  next_conn;
     uint32_t  next_gate;
+    uint32_t  n_refused;        /* of the connection that was gone last */
     uint32_t  spin_us;
     int       thread_fds[2];
 };

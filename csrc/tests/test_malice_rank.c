@@ -226,6 +226,9 @@ static uint32_t next_slot(void)
 }
 
 /* Posts the line with the next id and waits for the answer's status. */
+/* how many answers were "that made no sense" */
+static uint32_t told_so;
+
 static uint32_t ask(struct rfm_request_line line)
 {
     uint32_t slot = next_slot();
@@ -240,6 +243,7 @@ static uint32_t ask(struct rfm_request_line line)
         sched_yield();
     }
     CHECK(reply_line(slot)->status <= RFM_ST_LAST);
+    told_so += reply_line(slot)->status == RFM_ST_PROTOCOL;
     return reply_line(slot)->status;
 }
 
@@ -420,6 +424,7 @@ static void half_a_frame_and_the_end_is_an_end(void)
     CHECK_EQ(send(liar.fd, &head, sizeof(head), MSG_NOSIGNAL), sizeof(head));
     it_hung_up();
     drop_things();
+    CHECK_EQ(worker.n_refused, 1);
     down();
 }
 
@@ -619,6 +624,7 @@ static void requests_that_make_no_sense_are_answered_so(void)
 
     up();
     attach();
+    told_so = 0;
     send_arena(1);
     send_kernel(0, "mix");
     send_kernel(1, "pattern");
@@ -683,6 +689,8 @@ static void requests_that_make_no_sense_are_answered_so(void)
         line.in_bytes = 32;
     }
     drop_things();
+    /* none of them is forgotten */
+    CHECK_EQ(worker.n_refused, told_so);
     down();
 }
 

@@ -14,7 +14,8 @@ from rfaas_mpi.placement import pick_cores
 directory = Path(sys.argv[1])
 ledger = Ledger(directory / "ledger.db")
 registry = Registry(ledger, pick_cores, 0.0)
-registry.handle(NodeReport(node="n0", spare=tuple(range(4096)), memory_bytes=0, incarnation=1, clock_ns=1, live=()), 0.0)
+registry.handle(NodeReport(node="n0", spare=tuple(range(4096)), memory_bytes=0, incarnation=1, clock_ns=1,
+                           live=()), 0.0)
 registry.flush()
 
 told: set[int] = set()

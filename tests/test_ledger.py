@@ -123,7 +123,8 @@ def test_what_ended_long_ago_is_removed_from_the_file(opened, clock, monkeypatch
     clock.tick(KEEP_ENDED_S + 1)
     ledger.write([])
     assert {table: ledger._db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
-            for table in ("leases", "answers", "closed", "usage")} == {"leases": 1, "answers": 1, "closed": 0, "usage": 0}
+            for table in ("leases", "answers", "closed", "usage")} == {
+                "leases": 1, "answers": 1, "closed": 0, "usage": 0}
 
 
 def test_a_first_ledger_begins_above_what_one_before_it_may_have_given_out(opened, clock):
@@ -326,8 +327,8 @@ def test_a_full_disk_grants_nothing_and_loses_nothing(opened, tmp_path):
 def test_a_manager_on_a_full_file_system_goes_on_when_there_is_room(tmp_path):
     """On a tmpfs of its own, in a mount namespace of its own."""
     script = f"mount -t tmpfs -o size=512k tmpfs {tmp_path} && exec {sys.executable} {HERE / 'full_disk.py'} {tmp_path}"
-    ran = subprocess.run(["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"]), "sh", "-c", script],
-                         capture_output=True, text=True)
+    as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
+    ran = subprocess.run(["unshare", "--mount", *as_root, "sh", "-c", script], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines()[-1] == "every grant is there"
 

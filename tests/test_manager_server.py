@@ -179,8 +179,8 @@ for method, path, body in json.load(sys.stdin):
     with socket.socket(socket.AF_UNIX) as s:
         s.connect(sys.argv[1])
         data = json.dumps(body).encode() if body is not None else b""
-        s.sendall(f"{method} {path} HTTP/1.1\\r\\nHost: m\\r\\nConnection: close\\r\\nContent-Length: {len(data)}\\r\\n\\r\\n"
-                  .encode() + data)
+        head = f"{method} {path} HTTP/1.1\\r\\nHost: m\\r\\nConnection: close\\r\\nContent-Length: {len(data)}"
+        s.sendall(head.encode() + b"\\r\\n\\r\\n" + data)
         answer = b""
         while part := s.recv(65536):
             answer += part
@@ -234,16 +234,17 @@ def test_over_a_network_nobody_is_believed(tmp_path):
 GOOD: dict[str, tuple[str, str, dict]] = {
     "start_agent": ("POST", "/v1/agents", {"node": "nid1", "agent": "a"}),
     "report": ("POST", "/v1/agents/nid1/reports", {
-        "incarnation": 1, "clock_ns": 1, "spare": [0, 1], "memory_bytes": 1, "live": [], "numa": {"0": 0}, "ends_in_s": 1.0,
-        "grace_s": 0.0, "used": []}),
+        "incarnation": 1, "clock_ns": 1, "spare": [0, 1], "memory_bytes": 1, "live": [], "numa": {"0": 0},
+        "ends_in_s": 1.0, "grace_s": 0.0, "used": []}),
     "ask": ("POST", "/v1/leases", {
-        "session": "s", "request_id": 1, "workers_min": 1, "workers_max": 1, "cores_per_worker": 1, "memory_per_worker": 1,
-        "timeout_s": 0.0}),
+        "session": "s", "request_id": 1, "workers_min": 1, "workers_max": 1, "cores_per_worker": 1,
+        "memory_per_worker": 1, "timeout_s": 0.0}),
     "revoke": ("POST", "/v1/leases/1/revoke", {"grace_s": 0.0}),
     "drain": ("POST", "/v1/drain", {"nodes": ["nid1"], "grace_s": 0.0}),
     "undrain": ("POST", "/v1/undrain", {"nodes": ["nid1"]}),
 }
-WRONG = (None, True, -1, 2**63, 2**64, 1e308, -0.5, "", "x" * 300, "\x00", "../..", [], [None], [-1], [2**70], {}, {"a": 1})
+WRONG = (None, True, -1, 2**63, 2**64, 1e308, -0.5, "", "x" * 300, "\x00", "../..", [], [None], [-1], [2**70], {},
+         {"a": 1})
 
 
 def test_there_is_a_good_body_for_every_operation_that_takes_one():
@@ -288,7 +289,8 @@ def test_a_wrong_parameter_is_a_4xx_that_names_it(play, method, path, status):
 
 def test_a_body_without_end_is_refused(play):
     async def scenario(call: Caller) -> None:
-        async with call.session.post("http://manager/v1/drain", data=io.BytesIO(b"x" * (server.BODY_BYTES_MAX + 1))) as answer:
+        body = io.BytesIO(b"x" * (server.BODY_BYTES_MAX + 1))
+        async with call.session.post("http://manager/v1/drain", data=body) as answer:
             assert answer.status == 413
     play(scenario)
 

@@ -137,7 +137,8 @@ class Cluster:
         self.administrator(uid, "drains nodes")
         known = [view.node for view in self.book.nodes]
         if unknown := sorted(set(nodes) - set(known)):
-            raise ServiceError(f"no agent has reported from {', '.join(unknown)}", hint="`rfaas status` shows the nodes")
+            raise ServiceError(f"no agent has reported from {', '.join(unknown)}",
+                               hint="`rfaas status` shows the nodes")
         return [action for node in nodes or known
                 for action in self.manager.handle(NodeDrained(node, _grace(grace_s)), now)]
 

@@ -183,8 +183,9 @@ class Ledger:
     def _damaged(self, why: str) -> StoreError:
         return StoreError(
             f"{self.path} is damaged ({why})",
-            hint=f"put a backup in its place, or begin anew with `mv {self.path} {self.path}.damaged` (and the same for "
-                 f"{self.path.name}-wal): leases that run are then left to their end, and their cores lent after it")
+            hint=f"put a backup in its place, or begin anew with `mv {self.path} {self.path}.damaged` (and the same "
+                 f"for {self.path.name}-wal): leases that run are then left to their end, and their cores lent after "
+                 "it")
 
     # --- reading -----------------------------------------------------------------------------------
 
@@ -298,7 +299,8 @@ class Ledger:
 
     def _prune(self) -> None:
         before = self._wall() - self._keep_ended_s
-        self._db.execute("DELETE FROM answers WHERE last_lease IN (SELECT id FROM leases WHERE ended_at < ?)", (before,))
+        self._db.execute("DELETE FROM answers WHERE last_lease IN (SELECT id FROM leases WHERE ended_at < ?)",
+                         (before,))
         self._db.execute("DELETE FROM leases WHERE ended_at < ?", (before,))
         self._db.execute("DELETE FROM closed WHERE at < ?", (before,))
         self._db.execute("DELETE FROM usage WHERE at < ?", (before,))

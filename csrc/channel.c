@@ -154,7 +154,7 @@ static const struct rfm_lack *find_lack(const struct rfm_channel *chan,
 
 /* Why it has none of this one; what it says of others is not asked for. */
 static int note_lack(struct rfm_channel *chan, uint32_t arena,
-                     const struct rfm_parcel *said)
+                     const uint8_t *why, size_t n_bytes)
 {
     struct rfm_lack *more;
     int rc = RFM_OK;
@@ -175,7 +175,7 @@ static int note_lack(struct rfm_channel *chan, uint32_t arena,
     chan->lacks = more;
     more += chan->n_lacks;
     more->arena = arena;
-    take_text(more->why, sizeof(more->why), said->bytes, said->n_bytes);
+    take_text(more->why, sizeof(more->why), why, n_bytes);
     rfm_store_release(&chan->n_lacks, chan->n_lacks + 1);
 out:
     pthread_mutex_unlock(&chan->lack_lock);
@@ -203,6 +203,27 @@ static bool is_lacked(struct rfm_channel *chan, uint32_t arena)
     lacked = find_lack(chan, arena) != NULL;
     pthread_mutex_unlock(&chan->lack_lock);
     return lacked;
+}
+
+/* We could not announce it: what needs it can't be done here, all else can. */
+static int note_own_lack(struct rfm_channel *chan, uint32_t arena)
+{
+    const char *words = words_of(chan->side->ops);
+    const char *why = (words != NULL) ? words : "it could not be announced";
+
+    rfm_store_release(&chan->arena_asked, arena + 1);
+    return note_lack(chan, arena, (const uint8_t *)why, strlen(why));
+}
+
+static void sever_without_arena(struct rfm_channel *chan, int status)
+{
+    const char *words = words_of(chan->side->ops);
+
+    chan->arena_status = status;
+    if (words != NULL) {
+        take_reason(chan, (const uint8_t *)words, strlen(words));
+    }
+    rfm_channel_sever(chan, "an arena could not be announced");
 }
 
 /* Before it is registered nobody else reads its connection. */
@@ -256,16 +277,13 @@ bool rfm_channel_send_arena(struct rfm_channel *chan,
                 rfm_store_release(&chan->arena_asked, arena->id + 1);
                 rc = send_frame(chan, RFM_CTL_ARENA, 0, iov, 2, NULL, 0);
             }
-            if ((rc < 0) && (rc != RFM_ERR_PEER)) {
-                const char *words = words_of(chan->side->ops);
-
-                chan->arena_status = rc;
-                if (words != NULL) {
-                    take_reason(chan, (const uint8_t *)words, strlen(words));
-                }
-                rfm_channel_sever(chan, "an arena could not be announced");
+            if (rc == RFM_ERR_NO_MEMORY) {
+                rc = note_own_lack(chan, arena->id);
             }
-            wait = rc == RFM_OK;
+            if ((rc < 0) && (rc != RFM_ERR_PEER)) {
+                sever_without_arena(chan, rc);
+            }
+            wait = (rc == RFM_OK) && !is_lacked(chan, arena->id);
         } else {
             sent(chan, send_frame(chan, RFM_CTL_ARENA, 0, iov, 1, &fd, 1));
         }
@@ -298,7 +316,8 @@ int rfm_channel_heard(struct rfm_channel *chan)
             rc = (body.status == RFM_OK)
                      ? chan->remote_link->ops->rank_arena(chan->remote_link,
                                                           body.arena, &parcel)
-                     : note_lack(chan, body.arena, &parcel);
+                     : note_lack(chan, body.arena, parcel.bytes,
+                                 parcel.n_bytes);
             rfm_store_release(&chan->arena_ready, body.arena + 1);
         }
     } else if (chan->rx.head.type == RFM_CTL_REFUSED) {

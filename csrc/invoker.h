@@ -30,7 +30,7 @@ enum rfm_channel_state {
 /* An arena of ours that the worker of a channel has no mirror of. */
 struct rfm_lack {
     uint32_t arena;
-    char     why[RFM_MAX_PARCEL + 1];
+    char     why[2 * RFM_MAX_PARCEL];
 };
 
 struct rfm_inflight {

@@ -1091,7 +1091,7 @@ static void a_peer_that_vanished_is_noticed_by_the_next_write(void)
     down(&p);
 }
 
-/* Whichever of the six it is that fails: both rings and stages, arena, mirror. */
+/* Whichever of the four it is that fails: both rings and stages. */
 static void memory_that_can_not_be_registered_is_explained(void)
 {
     static struct t_worker worker;
@@ -1099,14 +1099,12 @@ static void memory_that_can_not_be_registered_is_explained(void)
     if (!is_null()) {
         return;                 /* root may lock all that there is */
     }
-    for (int skip = 0; skip < 6; skip++) {
+    for (int skip = 0; skip < 4; skip++) {
         struct rfm_invoker *inv = t_invoker(SLOTS, SLOT_BYTES, 20);
         struct rfm_attach_attr attr;
         struct rfm_channel *chan;
-        struct rfm_block block;
 
         t_worker_start(&worker, true, 20);
-        CHECK_OK(rfm_heap_alloc(rfm_invoker_heap(inv), 100, &block));
         attr = t_dial(&worker, RFM_TRANSPORT_VERBS);
         fail_registration(skip);
         CHECK_EQ(rfm_invoker_attach_over(inv, &attr, &chan), RFM_ERR_NO_MEMORY);
@@ -1117,36 +1115,55 @@ static void memory_that_can_not_be_registered_is_explained(void)
         attr = t_dial(&worker, RFM_TRANSPORT_VERBS);
         CHECK_OK(rfm_invoker_attach_over(inv, &attr, &chan));
         CHECK(rfm_attach_why() == NULL);
-        rfm_heap_free(&block);
         t_invoker_end(inv);
         t_worker_end(&worker);
     }
 }
 
-/* ... and later: the channel ends, and says why. */
-static void an_arena_that_can_not_be_registered_ends_its_channels(void)
+/* what needs it fails and says why, all else is served */
+static void lacks_it(struct rfm_invoker *inv, struct t_call *large)
 {
+    struct t_call small;
+
+    CHECK_EQ(t_invoke(large), RFM_NO_ROOM);
+    CHECK(strstr(t_text(large), "limit of locked memory") != NULL);
+    t_call_inline(&small, inv, "echo", 8, 8);
+    CHECK_EQ(t_invoke(&small), RFM_DONE);
+    CHECK_EQ(t_invoke(large), RFM_NO_ROOM);
+    t_call_end(&small);
+    t_call_end(large);
+    t_call_inline(&small, inv, "echo", 8, 8);
+    CHECK_EQ(t_invoke(&small), RFM_DONE);
+    t_call_end(&small);
+}
+
+/* Here or there, before its worker came or after: the channel goes on. */
+static void an_arena_that_can_not_be_registered_fails_what_needs_it_alone(void)
+{
+    static const uint32_t places[2] = { RFM_BOUND, RFM_BOUND };
+    static const uint64_t sizes[2] = { 64u << 20, 8 };
     static struct t_worker worker;
 
     if (!is_null()) {
         return;
     }
-    for (int skip = 0; skip < 2; skip++) {
+    for (int i = 0; i < 4; i++) {
         struct rfm_invoker *inv = t_invoker(SLOTS, SLOT_BYTES, 20);
-        struct rfm_channel *chan;
-        struct rfm_channel_info info;
-        struct rfm_block block;
+        struct t_call large;
+        int there = i % 2;
+        bool later = i >= 2;
 
         t_worker_start(&worker, true, 20);
-        chan = t_worker_attach(&worker, inv);
-        fail_registration(skip);
-        CHECK_OK(rfm_heap_alloc(rfm_invoker_heap(inv), 100, &block));
-        do {
-            rfm_channel_info(chan, &info);
-            sched_yield();
-        } while (info.fenced == 0);
-        CHECK(strstr(rfm_channel_why(chan), "limit of locked memory") != NULL);
-        rfm_heap_free(&block);
+        if (later) {
+            (void)t_worker_attach(&worker, inv);
+            fail_registration(there);
+            t_call_make(&large, inv, "echo", 1, 1, places, sizes);
+        } else {
+            t_call_make(&large, inv, "echo", 1, 1, places, sizes);
+            fail_registration(4 + there);
+            (void)t_worker_attach(&worker, inv);
+        }
+        lacks_it(inv, &large);
         t_invoker_end(inv);
         t_worker_end(&worker);
     }
@@ -1220,7 +1237,7 @@ int main(int argc, char **argv)
     RUN(a_port_that_goes_down_ends_what_is_in_flight_and_says_so);
     RUN(a_peer_that_vanished_is_noticed_by_the_next_write);
     RUN(memory_that_can_not_be_registered_is_explained);
-    RUN(an_arena_that_can_not_be_registered_ends_its_channels);
+    RUN(an_arena_that_can_not_be_registered_fails_what_needs_it_alone);
     RUN(one_side_has_many_links_that_come_and_go);
     return t_finish();
 }

@@ -23,7 +23,7 @@ SCRIPT = """
 import sys
 import numpy as np
 import faults
-from rfaas_mpi import Executor, TransportError, WorkerLost
+from rfaas_mpi import Executor, InvalidBuffer, TransportError
 
 def tell(error):
     print(f"{type(error).__name__}: {error}", flush=True)
@@ -35,8 +35,10 @@ try:
         try:
             x, out = ex.full(1_000_000, 1.0), ex.zeros(1_000_000)
             ex.Invoke(faults.adds_one, x, out)
-        except WorkerLost as error:
+        except InvalidBuffer as error:
             tell(error)
+        assert ex.submit(faults.plus_one, 2).result() == 3
+        print("small: still right", flush=True)
 except TransportError as error:
     tell(error)
 """
@@ -58,10 +60,11 @@ def test_a_failed_registration_names_limit_need_and_way_out_when_a_worker_is_con
     assert all(line in done.stdout for line in WAYS_OUT)
 
 
-def test_a_failed_registration_names_limit_need_and_way_out_when_an_array_is_large(nodes):
+def test_an_array_that_cannot_be_registered_fails_its_own_call_with_limit_need_and_way_out(nodes):
     done = limited(4096)
     assert done.returncode == 0, done.stderr
-    assert re.match(r"small: right\nWorkerLost: .*: [0-9]+ KiB could not be registered", done.stdout)
+    assert re.match(r"small: right\nInvalidBuffer: .*: [0-9]+ KiB could not be registered", done.stdout), done.stdout
+    assert done.stdout.endswith("small: still right\n")
     assert "the limit of locked memory is 4096 KiB" in done.stdout
     assert all(line in done.stdout for line in WAYS_OUT)
 

@@ -424,13 +424,15 @@ static bool read_side(struct rfm_worker *w, uint64_t tag)
             side->ops->side_woken(side);
             rfm_store_release(&w->watching[i], 0);
             rfm_fence();
-            (void)side->ops->side_progress(side);
-            /* Also where nothing came: a link may have failed, and the main
-             * thread, asleep on the same descriptor, would not hear of it. */
-            knock(w);
             if (rfm_load_acquire(&w->busy) != 0) {
                 watch_sides(w);
             }
+            (void)side->ops->side_progress(side);
+            /* The main thread looks once more after the side was armed: it may
+             * have seen that we watch it, and nothing there, just before. Also
+             * where nothing came: a link may have failed, and the main thread,
+             * asleep on the same descriptor, would not hear of it. */
+            knock(w);
             return true;
         }
     }

@@ -61,7 +61,7 @@ class Tiny:
                         exec(rest, globals(), {"tiny": self})
             if self.data is not None:
                 self.data.close()
-            self.send(GONE, struct.pack("<I", self.connection))
+            self.send(GONE, struct.pack("<II", self.connection, 0))
 
 
 def main(agent_fd, page_fd, cores):

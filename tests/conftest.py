@@ -21,6 +21,7 @@ RUN_ID = uuid.uuid4().hex
 # starts, however detached: it is how we find them again.
 os.environ["RFAAS_RUNTIME_DIR"] = str(RUNTIME_DIR)
 os.environ["RFAAS_TEST_RUN"] = RUN_ID
+os.environ["RFAAS_CONFIG"] = os.devnull  # nobody's own settings
 # Started in the background of a shell, we would hand an ignored Ctrl-C on to
 # every rank that a test starts and then interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -16,9 +16,14 @@ from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import ConfigError
 
 
+# By which conftest finds, and ends, what a test leaves behind.
+OF_THIS_RUN = {name: os.environ[name] for name in ("RFAAS_RUNTIME_DIR", "RFAAS_TEST_RUN")}
+
+
 @pytest.fixture
 def user_file(tmp_path, monkeypatch) -> Path:
-    """A user's own configuration file, which every test fills itself; no other is read but a site's."""
+    """A user's own configuration file, which every test fills itself; there is no site's, nor a variable."""
+    monkeypatch.setattr(config, "SITE_FILE", tmp_path / "site.toml")
     for name in [name for name in os.environ if name.startswith("RFAAS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
@@ -45,6 +50,12 @@ def test_every_type_can_be_written_in_toml(user_file):
     settings = Settings.load()
     assert (settings.cores, settings.linger_s, settings.fallback, settings.memory_per_worker, settings.memory_reserve,
             settings.transport) == ((2, 3, 8), 0.5, False, 2 << 30, 4096, "tcp")
+
+
+def test_a_user_s_file_wins_over_the_site_s(user_file):
+    config.SITE_FILE.write_text("slots = 4\nspin_us = 5")
+    user_file.write_text("spin_us = 7")
+    assert Settings.given() == {"slots": (4, str(config.SITE_FILE)), "spin_us": (7, str(user_file))}
 
 
 @pytest.mark.parametrize("text, said", [
@@ -128,6 +139,8 @@ def test_who_is_started_gets_the_files_settings_as_variables(user_file, monkeypa
 
 
 def test_a_worker_has_the_rank_s_settings(user_file, monkeypatch):
+    for name, value in OF_THIS_RUN.items():
+        monkeypatch.setenv(name, value)
     user_file.write_text('sandbox = "off"\nspin_us = 77')
     with rf.Executor(workers=1) as ex:
         assert ex.submit(os.getenv, "RFAAS_SPIN_US").result() == "77"

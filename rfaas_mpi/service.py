@@ -52,6 +52,7 @@ CORE_RETRY_S = 0.1                   # another service of ours may give up a cor
 REPORT_S = 5.0                       # the node is looked at again while leases live
 FORGET_S = 7 * 86400.0               # files of a service that last started so long ago are removed
 LOG_BYTES = 1 << 20                  # a longer log is begun anew
+ENDS_S = 5.0                         # killed workers are waited for, at our own end
 LIFE_LOCK_S = 5.0                    # the service before may need so long to end
 NODE = "local"
 
@@ -267,7 +268,12 @@ class Service:
             worker.kill()
         for key in list(self._zygotes):
             self._close_zygote(key)
+        # A killed process lives on until the kernel has freed its memory. Who sent us
+        # down hears of it by the end of his session, which is closed below.
+        deadline = time.monotonic() + ENDS_S
         for worker in self._workers.values():
+            if not worker.gone(deadline - time.monotonic()):
+                log.warning("worker=%d pid=%d was killed and has not ended", worker.number, worker.pid)
             worker.close()
         self._door.close()
         for session in self._sessions.values():

@@ -288,13 +288,13 @@ class WorkerHandle:
             except ProcessLookupError:
                 return                # gone and reaped already
 
-    def gone(self) -> bool:
-        """True once its process has ended; true too if it was never forked."""
+    def gone(self, wait_s: float = 0.0) -> bool:
+        """True once its process has ended, for which it waits so long; true too if it was never forked."""
         if self.pidfd < 0:
             return True
         poller = select.poll()
         poller.register(self.pidfd, select.POLLIN)
-        return bool(poller.poll(0))
+        return bool(poller.poll(max(0.0, wait_s) * 1000))
 
     def ending(self) -> bool:
         """True once its process has begun to end: the kernel closes its descriptors then."""

@@ -1424,22 +1424,6 @@ static void sleep_on_door(struct rfm_invoker *inv, struct waiter *w,
     rfm_door_disarm(inv->door);
 }
 
-/* Large replies need a reader, or their workers wait for us. */
-static void watch_bulky(struct rfm_invoker *inv)
-{
-    uint32_t n = rfm_load_acquire(&inv->n_channels);
-
-    for (uint32_t i = 0; i < n; i++) {
-        struct rfm_channel *chan = rfm_channel_at(inv, i);
-
-        if ((rfm_load_relaxed(&chan->bulky) != 0) &&
-            (rfm_channel_in_flight(chan) != 0)) {
-            rfm_service_mind(inv);
-            return;
-        }
-    }
-}
-
 int rfm_wait(struct rfm_invoker *inv, struct rfm_request *const *reqs,
              uint32_t n, enum rfm_wait_mode mode, uint64_t deadline_ns,
              uint64_t slice_ns, bool may_spin, uint32_t *first_p)
@@ -1512,7 +1496,7 @@ int rfm_wait(struct rfm_invoker *inv, struct rfm_request *const *reqs,
         }
         if (rfm_load_acquire(&inv->n_sides) != 0) {
             (void)__atomic_fetch_add(&inv->waited, 1, __ATOMIC_RELAXED);
-            watch_bulky(inv);
+            rfm_service_expect(inv);
         }
     }
 over:

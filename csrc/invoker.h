@@ -234,6 +234,8 @@ void rfm_service_watch(struct rfm_invoker *inv);
 /* Something large is to come, and nobody waits for it: if that stays so for a
  * while, the service thread takes it. Cheap if that was said just before. */
 void rfm_service_mind(struct rfm_invoker *inv);
+/* The same, for large replies: without a reader their workers wait for us. */
+void rfm_service_expect(struct rfm_invoker *inv);
 int  rfm_service_start(struct rfm_invoker *inv);
 void rfm_service_stop(struct rfm_invoker *inv);
 void rfm_service_kick(struct rfm_invoker *inv);

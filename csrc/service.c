@@ -97,6 +97,13 @@ static bool expects_bulk(struct rfm_invoker *inv)
     return false;
 }
 
+void rfm_service_expect(struct rfm_invoker *inv)
+{
+    if (expects_bulk(inv)) {
+        rfm_service_mind(inv);
+    }
+}
+
 /* To be woken when it comes would cost those who wait for it: they are on the
  * same core. So it is looked at now and then, until there is nothing for long. */
 static void stop_ticking(struct rfm_invoker *inv, uint32_t *quiet)

@@ -28,7 +28,7 @@ struct rfm_pair;
 
 /*
  * Forks the partner, with room for data_bytes each way. The caller must not
- * have opened a device before. device: as RFAAS_VERBS_DEVICE, which holds if it
+ * have opened a device before. device: as RFAAS_DEVICE, which holds if it
  * is NULL or empty. cpu < 0 leaves the partner's affinity as it is. Results of
  * all of these are those of rfm_bench.h, orders those of rfm_net_arm().
  */

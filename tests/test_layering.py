@@ -27,10 +27,12 @@ STEPS = (
     ("crew",),
     ("manager", "agent"),
     ("planner", "worker", "lending", "local"),
-    ("arrays",),
+    ("cluster",),
+    ("client",),
+    ("arrays", "api"),
     ("fabric", "placement", "leases", "slurm", "kernels", "session", "inline"),
     ("codec", "config", "messages", "policy", "native", "calling", "remote",
-     "sealing", "munge"),
+     "sealing", "munge", "identity"),
     ("errors", "types", "_version", "_include"),
 )
 STEP_OF = {name: step for step, names in enumerate(STEPS) for name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import io
 import itertools
@@ -19,7 +20,8 @@ import aiohttp
 import msgspec
 import pytest
 
-from rfaas_mpi.manager import api, server
+from rfaas_mpi import api
+from rfaas_mpi.manager import server
 from rfaas_mpi.manager.cluster import Policy
 from rfaas_mpi.manager.ledger import Ledger
 from rfaas_mpi.manager.server import ManagerServer
@@ -44,7 +46,7 @@ class Caller:
             return json.loads(text)
 
     async def start(self, node: str) -> int:
-        return (await self("POST", "/v1/agents", {"node": node, "agent": f"agent {next(_ids)}"}))["incarnation"]
+        return (await self("POST", "/v1/agents", agent(node)))["incarnation"]
 
     async def report(self, node: str, incarnation: int, *live: dict, cores: int = 4, **more: Any) -> dict:
         return await self("POST", f"/v1/agents/{node}/reports", report(incarnation, *live, cores=cores, **more))
@@ -52,6 +54,11 @@ class Caller:
     async def ask(self, workers: int = 1, *, status: int = 200, **more: Any) -> dict:
         return await self("POST", "/v1/leases", {"session": "s", "request_id": next(_ids), "workers_min": workers,
                                                  "workers_max": workers, **more}, status=status)
+
+
+def agent(node: str, name: str = "") -> dict:
+    return {"node": node, "agent": name or f"agent {next(_ids)}", "boot_id": "boot",
+            "key": base64.b64encode(bytes(range(32))).decode(), "addresses": [f"tcp://{node}:4711"], "host": node}
 
 
 def report(incarnation: int, *live: dict, cores: int = 4, **more: Any) -> dict:
@@ -133,7 +140,8 @@ def test_orders_travel_on_the_agent_s_channel_at_once(play):
         number = await call.start("nid1")
         async with call.session.ws_connect("http://manager/v1/agents/nid1/channel") as channel:
             await channel.send_json(report(number))
-            assert await channel.receive_json() == {"stop": [], "superseded": False}
+            orders = await channel.receive_json()
+            assert orders["stop"] == [] and not orders["superseded"] and not orders["register"]
             [lease] = (await call.ask(1))["leases"]
             await channel.send_json(report(number, lease))
             await channel.receive_json()
@@ -204,7 +212,7 @@ def test_one_user_s_leases_usage_and_nodes_are_closed_to_another(play, tmp_path)
                  ["POST", f"/v1/leases/{lease['id']}/revoke", {}], ["DELETE", "/v1/sessions/s", None],
                  ["GET", "/v1/usage", None], ["POST", "/v1/drain", {}], ["GET", "/v1/events", None],
                  ["POST", "/v1/agents/nid1/reports", report(2**60, cores=128)],
-                 ["POST", "/v1/agents", {"node": "nid1", "agent": "fake"}]]
+                 ["POST", "/v1/agents", agent("nid1", "fake")]]
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", ASK_AS_OTHER, str(tmp_path / "socket"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         out, _ = await process.communicate(json.dumps(asked).encode())
@@ -214,7 +222,8 @@ def test_one_user_s_leases_usage_and_nodes_are_closed_to_another(play, tmp_path)
         assert answers[1][1]["error"] == f"uid {OTHER} has no lease {lease['id']}"
         # Nothing of it touched anything.
         [still] = (await call("GET", "/v1/leases"))["leases"]
-        assert still["state"] == "granted" and (await call.report("nid1", number)) == {"stop": [], "superseded": False}
+        orders = await call.report("nid1", number)
+        assert still["state"] == "granted" and orders["stop"] == [] and not orders["superseded"]
     play(scenario)
 
 
@@ -232,13 +241,13 @@ def test_over_a_network_nobody_is_believed(tmp_path):
 # --- bad input ------------------------------------------------------------------
 
 GOOD: dict[str, tuple[str, str, dict]] = {
-    "start_agent": ("POST", "/v1/agents", {"node": "nid1", "agent": "a"}),
+    "start_agent": ("POST", "/v1/agents", agent("nid1", "a")),
     "report": ("POST", "/v1/agents/nid1/reports", {
         "incarnation": 1, "clock_ns": 1, "spare": [0, 1], "memory_bytes": 1, "live": [], "numa": {"0": 0},
         "ends_in_s": 1.0, "grace_s": 0.0, "used": []}),
     "ask": ("POST", "/v1/leases", {
         "session": "s", "request_id": 1, "workers_min": 1, "workers_max": 1, "cores_per_worker": 1,
-        "memory_per_worker": 1, "timeout_s": 0.0}),
+        "memory_per_worker": 1, "timeout_s": 0.0, "duration_s": 60.0}),
     "revoke": ("POST", "/v1/leases/1/revoke", {"grace_s": 0.0}),
     "drain": ("POST", "/v1/drain", {"nodes": ["nid1"], "grace_s": 0.0}),
     "undrain": ("POST", "/v1/undrain", {"nodes": ["nid1"]}),

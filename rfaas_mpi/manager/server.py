@@ -21,9 +21,9 @@ from typing import Any
 import msgspec
 from aiohttp import WSMsgType, web
 
+from rfaas_mpi import api
 from rfaas_mpi.errors import AuthError, RFaaSError, ServiceError, StoreError
-from rfaas_mpi.leases import LeaseBook, NodeReport
-from rfaas_mpi.manager import api
+from rfaas_mpi.leases import Lease, LeaseBook, NodeReport
 from rfaas_mpi.manager.cluster import Cluster, Policy, session_number
 from rfaas_mpi.manager.core import Action, Admit, Granted, Notify, Refused, StopWorkers, Superseded
 from rfaas_mpi.manager.ledger import Ledger, Usage
@@ -302,7 +302,7 @@ class ManagerServer:
                 await self._durable(written)
             match await answer:
                 case Granted(leases=leases, reason=reason):
-                    return api.LeaseGrant(leases, reason)
+                    return api.LeaseGrant(tuple(self._lent(lease) for lease in leases), reason)
                 case Refused(reason=reason):
                     raise _Refusal(409, reason, "ask for fewer workers, or wait longer for them")
         finally:
@@ -311,6 +311,14 @@ class ManagerServer:
                 waiting.remove(answer)
                 if not waiting:
                     del self._asking[key]
+
+    def _lent(self, lease: Lease) -> api.LentLease:
+        now = self._clock()
+        return api.LentLease(
+            id=lease.id, epoch=lease.epoch, node=lease.node, host=lease.node, workers=lease.workers,
+            memory_per_worker=lease.memory_per_worker,
+            hard_end_in_s=None if lease.hard_end is None else max(0.0, lease.hard_end - now),
+            grant=b"", secret=b"", addresses=())
 
     async def _leases(self, uid: int, _request: web.Request) -> api.Leases:
         return api.Leases(tuple(self.cluster.leases(uid)))

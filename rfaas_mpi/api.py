@@ -14,12 +14,13 @@ import msgspec
 from msgspec import Meta
 
 from rfaas_mpi._version import __version__
-from rfaas_mpi.leases import Cause, Lease, LiveLease, NodeView
+from rfaas_mpi.leases import Cause, GrantedWorker, Lease, LiveLease, NodeView
 
 __all__ = ["ROUTES", "Route", "openapi"]
 
 CORES_MAX = 4096
 WORKERS_MAX = 100_000
+KEY_BYTES = 32
 
 Core = Annotated[int, Meta(ge=0, lt=1 << 20)]
 Size = Annotated[int, Meta(ge=0, lt=1 << 60)]
@@ -30,6 +31,9 @@ Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Node = Annotated[str, Meta(min_length=1, max_length=254, pattern="^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
 # Those of a user's own agents end with his uid.
 KnownNode = Annotated[str, Meta(min_length=1, max_length=270)]
+BootId = Annotated[str, Meta(min_length=1, max_length=64, pattern="^[A-Za-z0-9-]+$")]
+Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+Address = Annotated[str, Meta(max_length=280, pattern="^(tcp://[^/ ]+:[0-9]{1,5}|unix:/[^ ]+)$")]
 
 
 class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,17 +43,26 @@ class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # --- agents -------------------------------------------------------------------
 
 class StartAgent(Body, frozen=True):
-    """An agent begins; `agent` is a name that no other has had."""
+    """An agent begins; `agent` is a name that no other has had. The same one again gets the same number.
+
+    `key` is its public key (X25519) to which leases' secrets are sealed, `addresses` are
+    where ranks dial it ("tcp://HOST:PORT", "unix:/path"), `host` is its host's name.
+    """
 
     node: Node
     agent: Name
+    boot_id: BootId
+    key: Key
+    addresses: Annotated[tuple[Address, ...], Meta(min_length=1, max_length=16)]
+    host: Node
 
 
 class Admitted(msgspec.Struct, frozen=True):
-    """The number for this agent's reports."""
+    """The number for this agent's reports, and the public keys (one or two) whose grants it believes."""
 
     node: str
     incarnation: int
+    keys: tuple[bytes, ...] = ()
 
 
 class UsedLine(Body, frozen=True):
@@ -91,16 +104,27 @@ class StopOrder(msgspec.Struct, frozen=True):
 
 
 class Orders(msgspec.Struct, frozen=True):
-    """What the agent has to do. `superseded`: another agent took the node over; end."""
+    """What the agent has to do.
+
+    `superseded`: another agent took the node over; end. `keys`: believe grants of these
+    public keys from now on, and of no others (none: as before). `register`: this manager
+    doesn't know the agent; register again, under the same name.
+    """
 
     stop: tuple[StopOrder, ...] = ()
     superseded: bool = False
+    keys: tuple[bytes, ...] = ()
+    register: bool = False
 
 
 # --- ranks --------------------------------------------------------------------
 
 class AskLease(Body, frozen=True):
-    """A rank wants workers; `(session, request_id)` names the request, which may be repeated."""
+    """A rank wants workers; `(session, request_id)` names the request, which may be repeated.
+
+    It waits for `timeout_s` at most, and no longer than its caller does: a request that is
+    given up is taken back. `duration_s` bounds the leases' life.
+    """
 
     session: Name
     request_id: Annotated[int, Meta(ge=0, lt=1 << 62)]
@@ -109,12 +133,32 @@ class AskLease(Body, frozen=True):
     cores_per_worker: Annotated[int, Meta(ge=1, le=CORES_MAX)] = 1
     memory_per_worker: Size | None = None
     timeout_s: Annotated[float, Meta(ge=0, le=86400)] = 0.0
+    duration_s: Annotated[float, Meta(gt=0, le=1e9)] | None = None
+
+
+class LentLease(msgspec.Struct, frozen=True):
+    """A lease as its rank needs it.
+
+    `grant` is signed for the agent on `host`, which listens at `addresses`; `secret` is what
+    rank and agent prove to each other. `hard_end_in_s` counts from this answer.
+    """
+
+    id: int
+    epoch: int
+    node: str
+    host: str
+    workers: tuple[GrantedWorker, ...]
+    memory_per_worker: int
+    hard_end_in_s: float | None
+    grant: bytes
+    secret: bytes
+    addresses: tuple[str, ...]
 
 
 class LeaseGrant(msgspec.Struct, frozen=True):
-    """What was granted; `reason` says why not all of `workers_max`."""
+    """What was granted; `reason` says why not all of `workers_max`. The same request again gets the same leases."""
 
-    leases: tuple[Lease, ...]
+    leases: tuple[LentLease, ...]
     reason: str = ""
 
 

@@ -521,6 +521,10 @@ class Session:
         """The service, for messages."""
         return f"the service at {self.home}" if self.remote else f"the service (pid {self.service_pid})"
 
+    def at(self, lease: GrantLease) -> Session:
+        """The session with the service that a lease is of: this one."""
+        return self
+
     @property
     def way_out(self) -> str:
         """What to do when the service is gone."""

@@ -74,7 +74,7 @@ soak: setup  ## ten million invocations in all styles, a million under kills, a 
 	RFAAS_SOAK_INVOCATIONS=10000000 $(PY) -m pytest tests/test_soak.py --timeout 3600
 	RFAAS_SOAK_FAULTS=1000000 $(PY) -m pytest tests/test_faults_soak.py --timeout 3600
 	RFM_TEST_SCALE=20 $(MAKE) --no-print-directory test-c C_TIMEOUT=3600
-	RFM_TEST_SCALE=100 $(MAKE) --no-print-directory $(C_TRANSPORTS:%=check-asan-%-test_many) C_TIMEOUT=3600
+	RFM_TEST_SCALE=100 $(MAKE) --no-print-directory check-asan-test_many $(C_TRANSPORTS:%=check-asan-%-test_many) C_TIMEOUT=3600
 
 bench: setup  ## the figures of docs/benchmarks.md, as JSON under out/
 	@mkdir -p $(OUT)

@@ -100,6 +100,12 @@ def _lend(text: str) -> str:
     return text if text == "auto" else "yes" if _flag(text) else "no"
 
 
+def _manager(text: str) -> str:
+    if not re.fullmatch(r"unix:/.+|https?://[^/@?#\s]+", text):
+        raise ValueError("it looks like unix:/PATH, http://HOST:PORT or https://HOST:PORT")
+    return text
+
+
 def _setting(default: Any, parse: Callable[[str], Any], what: str) -> Any:
     return field(default=default, metadata={"parse": parse, "what": what})
 
@@ -111,6 +117,13 @@ class Settings:
     runtime_dir: str | None = _setting(None, str, "where sockets and locks of services live")
     service: str | None = _setting(None, str, "a service on another node, like tcp://HOST:PORT; default: this node's")
     key_file: str | None = _setting(None, str, "the key that a service on another node shares with its ranks")
+    manager: str | None = _setting(None, _manager, "a cluster's manager: unix:/PATH, http(s)://HOST:PORT")
+    auth: str = _setting("auto", _choice("auto", "munge", "key"),
+                         "how to prove to a manager who calls; auto: a key if there is one, else munge")
+    manager_key_file: str | None = _setting(None, str, "the key that stands for you at a cluster's manager")
+    manager_user: str = _setting("root", str, "the user as whom the manager runs, by name or uid")
+    munge_socket: str | None = _setting(None, str, "where munged listens; default: where libmunge looks")
+    ca_file: str | None = _setting(None, str, "who certifies the manager, for https; default: whom the system trusts")
     transport: str = _setting("auto", _choice("auto", "shm", "tcp", "verbs", "inline"),
                               "how invocations travel; auto: shm on one node, else verbs or tcp; inline: run in the rank")
     lend: str = _setting("auto", _lend, "whether to lend cores: auto, yes (even on a login node) or no")

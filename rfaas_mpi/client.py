@@ -1,0 +1,239 @@
+"""How ranks, agents and people call a cluster's manager: one HTTP request a call, its answer as the interface's type.
+
+Needs nothing beyond the standard library where the manager is called on its Unix
+socket: the kernel says who calls there, and to the caller who answers.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import pwd
+import re
+import socket
+import struct
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from urllib.parse import quote, urlencode
+
+import msgspec
+
+from rfaas_mpi import api
+from rfaas_mpi.config import Settings
+from rfaas_mpi.errors import AuthError, ClosedError, ConfigError, LeaseDenied, RFaaSError, ServiceError, ServiceLost
+
+__all__ = ["ManagerAddress", "ManagerClient", "ManagerRefused"]
+
+WAIT_S = 60.0                    # for an answer; a demand may wait longer at the manager, and says so
+ANSWER_BYTES_MAX = 1 << 28       # all leases of a large cluster, for an administrator
+UNIX_HOST = "manager"            # HTTP wants a host's name; a socket has none
+
+_ROUTES = {route.name: route for route in api.ROUTES}
+_DECODERS = {route.name: msgspec.json.Decoder(route.answer) for route in api.ROUTES}
+_PROBLEM = msgspec.json.Decoder(api.Problem)
+
+
+class ManagerRefused(ServiceError):
+    """The manager said no; `status` is HTTP's (404: not there, 409: not now, 503: nothing can be written down)."""
+
+    status: int = 0
+
+
+class ManagerAddress(NamedTuple):
+    """Where a manager listens: `unix:/PATH`, or `http://HOST:PORT` and `https://HOST:PORT`."""
+
+    scheme: str
+    path: str = ""
+    host: str = ""
+    port: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> ManagerAddress:
+        """The address in `text`. ConfigError if it is none."""
+        scheme, _, rest = text.strip().partition(":")
+        if scheme == "unix" and rest.startswith("/"):
+            return cls("unix", path=rest)
+        found = re.fullmatch(r"//(?:\[([0-9A-Fa-f:.]+)\]|([^/:@\[\]?#\s]+)):([0-9]{1,5})/?", rest, re.ASCII)
+        if scheme not in ("http", "https") or found is None or not 1 <= int(found[3]) <= 65535:
+            raise ConfigError(f"{text!r} is no address of a manager",
+                              hint="it looks like unix:/PATH, http://HOST:PORT or https://HOST:PORT")
+        return cls(scheme, host=(found[1] or found[2]).lower(), port=int(found[3]))
+
+    @property
+    def authority(self) -> str:
+        """What stands before the path in a URL: host and port; a name of ours for a socket."""
+        if self.scheme == "unix":
+            return UNIX_HOST
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}" if self.scheme == "unix" else f"{self.scheme}://{self.authority}"
+
+
+class ManagerClient:
+    """Calls the manager that `settings.manager` names; any thread may, each call has a connection of its own.
+
+    ConfigError where none is named, or its name makes no sense.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        if settings.manager is None:
+            raise ConfigError("no manager is named", hint="set RFAAS_MANAGER, like unix:/run/rfaas/manager.sock")
+        self.address = ManagerAddress.parse(settings.manager)
+        if self.address.scheme != "unix":
+            raise ConfigError(f"{self.address} lies behind a network, and only Unix sockets can be called so far")
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._live: set[socket.socket] = set()
+        self._closed = False
+
+    def __enter__(self) -> ManagerClient:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the calls under way in other threads (ClosedError there) and takes no more. Safe to call twice."""
+        with self._lock:
+            self._closed = True
+            for connection in self._live:
+                try:
+                    connection.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    # It has ended by itself.
+                    continue
+
+    def call(self, name: str, body: msgspec.Struct | None = None, *, wait_s: float | None = None,
+             **parameters: object) -> Any:
+        """The answer to the operation `name` of api.ROUTES, as its type; `parameters` are those of path and query.
+
+        Waits up to `wait_s` for it (None: a minute, and as long as a demand may
+        wait besides). Raises AuthError for who may not, LeaseDenied for a demand
+        that can't be met, ManagerRefused for any other refusal, ServiceLost where
+        the manager can't be reached or its answer doesn't come: the same request
+        may be made again then.
+        """
+        route = _ROUTES[name]
+        if wait_s is None:
+            wait_s = WAIT_S + (body.timeout_s if isinstance(body, api.AskLease) else 0.0)
+        data = b"" if body is None else msgspec.json.encode(body)
+        status, answer = self._exchange(route.method, target(route, parameters), data, wait_s)
+        if status != 200:
+            raise refusal(name, status, answer)
+        try:
+            return _DECODERS[name].decode(answer)
+        except msgspec.MsgspecError as error:
+            raise ServiceError(f"the manager at {self.address} answers what this version doesn't understand: {error}",
+                               hint="run the same version everywhere") from None
+
+    # ---- one request ---------------------------------------------------------------------------------
+
+    def _exchange(self, method: str, where: str, data: bytes, wait_s: float) -> tuple[int, bytes]:
+        with self._connected(wait_s) as connection:
+            return self._request(connection, method, where, data)
+
+    def _request(self, connection: http.client.HTTPConnection, method: str, where: str, data: bytes,
+                 headers: Mapping[str, str] = {}) -> tuple[int, bytes]:
+        connection.request(method, where, body=data or None, headers={"Content-Type": "application/json", **headers})
+        with connection.getresponse() as response:
+            # A read of so many bytes would take the connection's early end for the answer's.
+            if response.length is None or response.length > ANSWER_BYTES_MAX:
+                said = "says not how long its answer is" if response.length is None else (
+                    f"answers {response.length} bytes, and at most {ANSWER_BYTES_MAX} are read")
+                raise ServiceError(f"the manager at {self.address} {said}", hint="is it one?")
+            return response.status, response.read()
+
+    @contextmanager
+    def _connected(self, wait_s: float) -> Iterator[http.client.HTTPConnection]:
+        connection = http.client.HTTPConnection(self.address.authority)
+        connection.auto_open = 0         # what it would open is never a Unix socket
+        try:
+            connection.sock = dialled = self._dial()
+        except RFaaSError:
+            raise
+        except OSError as error:
+            raise self._lost(f"can't be reached: {error.strerror or error}") from None
+        try:
+            with self._lock:
+                if self._closed:
+                    raise ClosedError("this client of the manager is closed")
+                self._live.add(dialled)
+            dialled.settimeout(max(0.001, wait_s))
+            yield connection
+        except RFaaSError:
+            raise
+        except TimeoutError:
+            raise self._lost(f"has not answered for {wait_s:g} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            if self._closed:
+                raise ClosedError("this client of the manager was closed during the call") from None
+            raise self._lost(f"broke the connection: {error or type(error).__name__}") from None
+        finally:
+            with self._lock:
+                self._live.discard(dialled)
+            connection.close()
+
+    def _dial(self) -> socket.socket:
+        dialled = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            dialled.settimeout(self._settings.start_timeout_s)
+            dialled.connect(self.address.path)
+            self._check_owner(dialled)
+        except BaseException:
+            dialled.close()
+            raise
+        return dialled
+
+    def _check_owner(self, dialled: socket.socket) -> None:
+        # What it grants is where our code and data will go.
+        credentials = dialled.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        uid = struct.unpack("3i", credentials)[1]
+        if uid not in (0, os.geteuid()) and uid != user_id(self._settings.manager_user):
+            raise AuthError(f"the manager at {self.address} runs as uid {uid}",
+                            hint=f"if that is right, set RFAAS_MANAGER_USER={uid}")
+
+    def _lost(self, what: str) -> ServiceLost:
+        return ServiceLost(f"the manager at {self.address} {what}",
+                           hint="leases that run are not affected; is `rfaas manager` running there?")
+
+
+# ---- pure ----------------------------------------------------------------------------------------
+
+def target(route: api.Route, parameters: Mapping[str, object]) -> str:
+    """Path and query of a request. TypeError for a parameter that is missing, or that the operation hasn't got."""
+    in_path = set(re.findall(r"{(\w+)}", route.path))
+    in_query = {name for name, _ in route.query}
+    if in_path - set(parameters) or set(parameters) - in_path - in_query:
+        raise TypeError(f"{route.name} takes {sorted(in_path | in_query)}, not {sorted(parameters)}")
+    path = re.sub(r"{(\w+)}", lambda found: quote(str(parameters[found[1]]), safe=""), route.path)
+    query = urlencode({name: str(parameters[name]) for name, _ in route.query if name in parameters})
+    return f"{path}?{query}" if query else path
+
+
+def refusal(name: str, status: int, answer: bytes) -> RFaaSError:
+    """The error that an answer other than 200 stands for, with the manager's text and way out."""
+    try:
+        problem = _PROBLEM.decode(answer)
+    except msgspec.MsgspecError:
+        problem = api.Problem(f"the manager answered {name} with HTTP status {status}")
+    if status in (401, 403):
+        return AuthError(problem.error, hint=problem.hint)
+    if status == 409 and name == "ask":
+        return LeaseDenied(problem.error, hint=problem.hint)
+    refused = ManagerRefused(problem.error, hint=problem.hint)
+    refused.status = status
+    return refused
+
+
+def user_id(user: str) -> int:
+    """The uid of a user given by name or number. ConfigError for one that this node doesn't know."""
+    if user.isascii() and user.isdigit():
+        return int(user)
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except (KeyError, ValueError):
+        raise ConfigError(f"this node knows no user {user!r}",
+                          hint="RFAAS_MANAGER_USER is a user's name or uid: the one as whom the manager runs") from None

@@ -25,11 +25,14 @@ FRAME = struct.Struct("<IHHQ")
 MAX_BODY = 64 << 20
 PROOF_BYTES = 32
 PROOF_ANSWER = struct.Struct("<i32s")
+GRANT_LENGTH = struct.Struct("<I")
+GRANT_BYTES_MAX = 64 << 10           # nobody has proved anything yet when it is read
 
 KIND_SESSION = 1
 KIND_WORKER = 2
 KIND_DATA = 3
-KINDS = (KIND_SESSION, KIND_WORKER, KIND_DATA)
+KIND_LEASE = 4
+KINDS = (KIND_SESSION, KIND_WORKER, KIND_DATA, KIND_LEASE)
 
 HELLO_OK = 0
 HELLO_BAD_MAGIC = -1
@@ -125,6 +128,8 @@ ROLE_SESSION_RANK = b"session rank"
 ROLE_SESSION_SERVICE = b"session service"
 ROLE_DATA_RANK = b"data rank"
 ROLE_DATA_WORKER = b"data worker"
+ROLE_LEASE_RANK = b"lease rank"
+ROLE_LEASE_AGENT = b"lease agent"
 
 
 def proof(secret: bytes, role: bytes, rank_nonce: bytes, service_nonce: bytes, lease: int, worker: int) -> bytes:
@@ -141,6 +146,12 @@ def lease_secret(key: bytes, lease: int, epoch: int, rank_nonce: bytes, service_
     """The secret of a lease that a session over TCP was granted: each side makes it, so that it never travels."""
     text = b"lease" + struct.pack("<QQ", lease, epoch) + rank_nonce + service_nonce
     return hmac.new(key, text, hashlib.sha256).digest()
+
+
+def lease_roles(grant: bytes) -> tuple[bytes, bytes]:
+    """The roles of rank and agent at the begin of a lease's session: proofs are good for this grant only."""
+    digest = hashlib.sha256(grant).digest()
+    return ROLE_LEASE_RANK + digest, ROLE_LEASE_AGENT + digest
 
 
 class Frame(NamedTuple):
@@ -196,7 +207,7 @@ class GrantLease(msgspec.Struct, frozen=True):
     workers: tuple[WorkerInfo, ...]
     memory_bytes: int                # of the whole lease
     hard_end: float | None = None    # CLOCK_MONOTONIC seconds of the lease's node; None: no end known
-    endpoint: str = ""               # where its workers are dialled; "": at the session's service
+    endpoint: str = ""               # where its workers are dialled: tcp:// or unix:; "": at the session's service
 
     @property
     def memory_per_worker(self) -> int:
@@ -250,6 +261,10 @@ class LeaseRequest(RankRequest, frozen=True, tag="lease"):
     timeout_s: float = 0.0
 
 
+class Use(RankRequest, frozen=True, tag="use"):
+    """Begins the lease that this session is about; in one that has begun already: says how it stands."""
+
+
 class KillRequest(RankRequest, frozen=True, tag="kill"):
     lease: int
     worker: int
@@ -284,7 +299,7 @@ class DownRequest(RankRequest, frozen=True, tag="down"):
     pass
 
 
-AnyRequest = (Join | LeaseRequest | KillRequest | ReleaseRequest | StatusRequest | StayRequest | ListenRequest
+AnyRequest = (Join | LeaseRequest | Use | KillRequest | ReleaseRequest | StatusRequest | StayRequest | ListenRequest
               | DownRequest)
 
 
@@ -361,6 +376,18 @@ def log_text(event: Log) -> str:
     return "".join(f"[rfaas worker {event.worker}] {line}\n" for line in event.lines)
 
 
+class Revoking(Event, frozen=True, tag="revoking"):
+    """The cores of these workers are wanted back: they take no more invocations, and end after their grace.
+
+    reason: revoked · expired. Each one's end is told when it has come, and whom it hit.
+    """
+
+    lease: int
+    workers: tuple[int, ...]
+    reason: str
+    grace_s: float = 0.0
+
+
 class WorkerReady(Event, frozen=True, tag="ready"):
     """A replacement can be dialled. `replaces` is the number of the worker that ended."""
 
@@ -403,9 +430,9 @@ class ServiceEnded(Event, frozen=True, tag="service_ended"):
     message: str = ""
 
 
-AnyEvent = Log | WorkerReady | WorkerEnded | LeaseEnded | ServiceEnded
-AnyToRank = (Welcome | Granted | Denied | Failed | Done | StatusAnswer | Listening | Log | WorkerReady | WorkerEnded
-             | LeaseEnded | ServiceEnded)
+AnyEvent = Log | Revoking | WorkerReady | WorkerEnded | LeaseEnded | ServiceEnded
+AnyToRank = (Welcome | Granted | Denied | Failed | Done | StatusAnswer | Listening | Log | Revoking | WorkerReady
+             | WorkerEnded | LeaseEnded | ServiceEnded)
 
 _encoder = msgspec.json.Encoder()
 _decode_request: msgspec.json.Decoder[AnyRequest] = msgspec.json.Decoder(AnyRequest)

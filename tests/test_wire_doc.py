@@ -118,9 +118,9 @@ def test_the_page_has_every_number_that_matters_to_a_peer():
 
 def test_the_numbers_that_python_has_are_pythons():
     in_python = {name: NUMBERS[name] for name in NUMBERS.keys() - IN_C}
-    assert {"HELLO_OK", "KIND_OBJECT"} <= in_python.keys()
+    assert {"HELLO_OK", "KIND_OBJECT", "KIND_LEASE", "GRANT_BYTES_MAX"} <= in_python.keys()
     for name, number in in_python.items():
-        owner = messages if name.startswith("HELLO_") else kernels
+        owner = messages if hasattr(messages, name) else kernels
         assert getattr(owner, name) == number, name
     assert {name for name in vars(messages) if re.match(r"HELLO_(?!TEXT)", name)} <= in_python.keys()
 
@@ -150,7 +150,7 @@ def test_the_messages_of_a_session_have_the_fields_of_the_page():
 
 
 def test_the_roles_and_limits_of_the_page_are_those_of_messages():
-    roles = {role for row in rows(PAGE_TEXT) if len(row) == 4 and row[0] in ("session", "worker", "data")
+    roles = {role for row in rows(PAGE_TEXT) if len(row) == 4 and row[0] in ("session", "worker", "data", "lease")
              for role in re.findall(r"`([^`]+)`", row[2] + row[3])}
     assert roles == {getattr(messages, name).decode() for name in vars(messages) if name.startswith("ROLE_")}
     assert NUMBERS["RFM_MAX_FRAME"] == messages.MAX_BODY

@@ -7,38 +7,55 @@ prefix, the version, the key id and the body, and nothing of the body is decoded
 before it was verified. Times in it are the agent's: the manager echoes the clock
 of the agent's last report and says until when of that clock the grant may be
 shown, so that no two clocks are ever compared.
+
+ sealed secret = ephemeral X25519 key (32) · enciphered secret (32) · tag (16)
+
+The lease's secret travels in the body, readable by one agent only: the rank has it
+from the manager, the agent from the grant that the rank shows.
 """
 
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Collection, Iterable
+from typing import Annotated
 
 import msgspec
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from msgspec import Meta
 
 from rfaas_mpi.errors import AuthError, ConfigError, LeaseDenied
 from rfaas_mpi.leases.types import GrantedWorker
+from rfaas_mpi.messages import GRANT_BYTES_MAX
 
-__all__ = ["AgentClock", "Admission", "GrantBody", "GrantRefused", "GrantSigner", "LIFE_MAX_NS", "key_id"]
+__all__ = ["AgentClock", "AgentKey", "Admission", "GrantBody", "GrantRefused", "GrantSigner", "LIFE_MAX_NS",
+           "SECRET_BYTES", "key_id", "seal_secret"]
 
 VERSION = 1
 KEY_BYTES = 32
 KEY_ID_BYTES = 8
 SIGNATURE_BYTES = 64
+SECRET_BYTES = 32                    # of a lease
 KEYS_MAX = 2                         # the key in use and the one before or after it
-GRANT_BYTES_MAX = 1 << 20
 LIFE_MAX_NS = 600 * 10**9            # how far ahead `not_after_ns` may lie: seen ids are kept so long
 _PREFIX = b"rfaas_mpi grant\0"
 _HEAD_BYTES = 1 + KEY_ID_BYTES + SIGNATURE_BYTES
+_SEAL_PREFIX = b"rfaas_mpi lease secret\0"
+_SEALED_BYTES = KEY_BYTES + SECRET_BYTES + 16
+_NO_NONCE = bytes(12)                # each key is used once
 
 
 class AgentClock(msgspec.Struct, frozen=True):
     """A moment of one agent's life.
 
-    `boot_id` is the node's, `incarnation` a random number of 64 bits that the
-    agent draws when it starts, `ns` its monotonic clock.
+    `boot_id` is the node's, `incarnation` the number that the manager gave to
+    the agent when it registered, `ns` its monotonic clock.
     """
 
     boot_id: str
@@ -51,19 +68,21 @@ class GrantBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `seen` is the agent's clock as the manager knew it, `not_after_ns` the last
     moment of that clock at which the grant may be shown, `hard_end_ns` the one
-    at which the lease ends (None: when its rank lets it go).
+    at which the lease ends (None: when its rank lets it go), `sealed` the lease's
+    secret for this agent's eyes (`seal_secret`).
     """
 
     grant_id: int
     node: str
     seen: AgentClock
     not_after_ns: int
-    lease: int
-    epoch: int
+    lease: Annotated[int, Meta(ge=0)]
+    epoch: Annotated[int, Meta(ge=0)]
     uid: int
     workers: tuple[GrantedWorker, ...]
     memory_per_worker: int
     hard_end_ns: int | None = None
+    sealed: bytes = b""
 
     @property
     def cores(self) -> tuple[int, ...]:
@@ -95,18 +114,71 @@ class GrantSigner:
         self._head = bytes((VERSION,)) + key_id(self.public)
 
     def sign(self, body: GrantBody) -> bytes:
-        """The grant as it travels."""
+        """The grant as it travels. ConfigError for one with more workers than fit into one (thousands)."""
         packed = msgspec.msgpack.encode(body)
+        if (size := _HEAD_BYTES + len(packed)) > GRANT_BYTES_MAX:
+            raise ConfigError(f"the grant of lease {body.lease} with {len(body.workers)} workers has {size} bytes, "
+                              f"and {GRANT_BYTES_MAX} are the limit",
+                              hint="ask for fewer workers, with more cores each")
         return self._head + self._key.sign(_covered(self._head, packed)) + packed
 
 
+# --- the lease's secret -------------------------------------------------------
+
+def seal_secret(public: bytes, secret: bytes, lease: int, epoch: int) -> bytes:
+    """The secret, for the agent with this public key and this lease only. ConfigError for a key that is none."""
+    if len(public) != KEY_BYTES or len(secret) != SECRET_BYTES:
+        raise ConfigError(f"an agent's public key has {KEY_BYTES} bytes and a lease's secret {SECRET_BYTES}, "
+                          f"not {len(public)} and {len(secret)}")
+    once = X25519PrivateKey.generate()
+    try:
+        shared = once.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        # A point of low order: everybody would know what comes out.
+        raise ConfigError("what the agent registered as its public key is none") from None
+    ours = once.public_key().public_bytes_raw()
+    return ours + _cipher(shared, ours, public).encrypt(_NO_NONCE, secret, _bound(lease, epoch))
+
+
+class AgentKey:
+    """An agent's key for secrets: made when it starts, never stored, public half told when it registers."""
+
+    def __init__(self) -> None:
+        self._key = X25519PrivateKey.generate()
+        self.public = self._key.public_key().public_bytes_raw()
+
+    def open(self, sealed: bytes, lease: int, epoch: int) -> bytes:
+        """The secret that was sealed for us and this lease. GrantRefused for anything else."""
+        if len(sealed) != _SEALED_BYTES:
+            raise GrantRefused(f"the grant of lease {lease} carries no secret for this agent",
+                               hint="manager and agents have to run the same version")
+        theirs = sealed[:KEY_BYTES]
+        try:
+            shared = self._key.exchange(X25519PublicKey.from_public_bytes(theirs))
+            return _cipher(shared, theirs, self.public).decrypt(_NO_NONCE, sealed[KEY_BYTES:], _bound(lease, epoch))
+        except (InvalidTag, ValueError):
+            raise GrantRefused(f"the secret of lease {lease} is sealed for another agent, or another life of this one",
+                               hint="the manager has to grant anew") from None
+
+
+def _cipher(shared: bytes, ephemeral: bytes, public: bytes) -> ChaCha20Poly1305:
+    key = HKDF(SHA256(), 32, salt=None, info=_SEAL_PREFIX + ephemeral + public).derive(shared)
+    return ChaCha20Poly1305(key)
+
+
+def _bound(lease: int, epoch: int) -> bytes:
+    return struct.pack("<QQ", lease, epoch)
+
+
+# --- the agent's half ---------------------------------------------------------
+
 class Admission:
-    """The agent's half, pure: believes a grant or says why not. The agent has the last word on its cores.
+    """Pure: believes a grant or says why not. The agent has the last word on its cores.
 
     A grant is refused if a key that isn't ours signed it, if it is for another
-    node or another life of this agent, late, seen before, if its epoch isn't
-    above the highest that one of its cores had, or a core is in use. What was
-    refused changes nothing, so that the right grant can follow.
+    node or another life of this agent, late, seen before or taken back meanwhile,
+    if its epoch isn't above the highest that one of its cores had, or a core is in
+    use. What was refused changes nothing, so that the right grant can follow.
     """
 
     def __init__(self, node: str, boot_id: str, incarnation: int, keys: Iterable[bytes]) -> None:
@@ -116,6 +188,7 @@ class Admission:
         self._keys: dict[bytes, Ed25519PublicKey] = {}
         self._seen: dict[int, int] = {}              # grant id → the moment from which it is late anyway
         self._epochs: dict[int, int] = {}            # core → highest epoch
+        self._forbidden: dict[int, int] = {}         # lease → the moment from which its grant is late anyway
         self.rotate(keys)
 
     def rotate(self, keys: Iterable[bytes]) -> None:
@@ -131,6 +204,14 @@ class Admission:
         """What a report says of this agent's time."""
         return AgentClock(self.boot_id, self.incarnation, now_ns)
 
+    def peek(self, grant: bytes) -> GrantBody:
+        """What the manager signed; nothing is admitted, and it may be late, used or impossible. Raises GrantRefused."""
+        return self._verified(grant)
+
+    def forbid(self, lease: int, now_ns: int) -> None:
+        """Refuses this lease's grant from now on: its stop was faster."""
+        self._forbidden[lease] = now_ns + LIFE_MAX_NS
+
     def admit(self, grant: bytes, now_ns: int, spare: Collection[int], in_use: Collection[int]) -> GrantBody:
         """What may be started now; the same grant is refused from here on.
 
@@ -140,6 +221,7 @@ class Admission:
         body = self._verified(grant)
         self._check(body, now_ns, spare, in_use)
         self._seen = {seen: late for seen, late in self._seen.items() if late >= now_ns}
+        self._forbidden = {lease: late for lease, late in self._forbidden.items() if late >= now_ns}
         self._seen[body.grant_id] = body.not_after_ns
         for core in body.cores:
             self._epochs[core] = body.epoch
@@ -162,7 +244,7 @@ class Admission:
             raise GrantRefused("the grant's signature is not its manager's: it was changed on the way") from None
         try:
             return msgspec.msgpack.decode(packed, type=GrantBody)
-        except msgspec.DecodeError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise GrantRefused(f"the manager signed what is no grant: {error}") from None
 
     def _check(self, body: GrantBody, now_ns: int, spare: Collection[int], in_use: Collection[int]) -> None:
@@ -180,6 +262,8 @@ class Admission:
             raise GrantRefused("the lease is at its hard end already")
         if body.grant_id in self._seen:
             raise GrantRefused(f"grant {body.grant_id} was used before")
+        if body.lease in self._forbidden:
+            raise GrantRefused(f"lease {body.lease} was taken back before it began", hint="ask for another one")
         self._check_cores(body, spare, in_use)
 
     def _check_cores(self, body: GrantBody, spare: Collection[int], in_use: Collection[int]) -> None:

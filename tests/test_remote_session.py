@@ -22,6 +22,7 @@ import faults
 import msgspec
 import pytest
 import tiny
+from proxies import proxy
 from tiny import Events, Line, Rank
 
 from rfaas_mpi import Executor, remote
@@ -394,54 +395,6 @@ def test_a_bit_turned_on_the_way_ends_the_session_and_nothing_else(over_tcp, at)
             Session.open(over_tcp.with_(service=str(address), start_timeout_s=5))
     with Session.open(over_tcp, observer=True) as session:
         assert session.status()["pid"] == session.service_pid
-
-
-@contextlib.contextmanager
-def proxy(address: Address, turn_bit_at: int = -1) -> Iterator[tuple[Address, bytearray]]:
-    """Somebody on the way to a service: what went from ranks to it, and, if asked, one bit that it turned."""
-    seen = bytearray()
-    lock = threading.Lock()
-    threads: list[threading.Thread] = []
-    ends: list[socket.socket] = []
-
-    def pump(source: socket.socket, sink: socket.socket, outwards: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := bytearray(source.recv(1 << 16)):
-                if outwards:
-                    with lock:
-                        at = turn_bit_at - len(seen)
-                        seen.extend(data)
-                    if 0 <= at < len(data):
-                        data[at] ^= 1
-                sink.sendall(data)
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_WR)
-
-    def accept() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                rank, _ = listener.accept()
-                service = socket.create_connection(address)
-                ends.extend((rank, service))
-                for a, b, outwards in ((rank, service, True), (service, rank, False)):
-                    threads.append(threading.Thread(target=pump, args=(a, b, outwards)))
-                    threads[-1].start()
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        accepting = threading.Thread(target=accept)
-        accepting.start()
-        try:
-            yield Address("127.0.0.1", listener.getsockname()[1]), seen
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)
-            accepting.join(GUARD_S)
-            for end in ends:
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-            for thread in threads:
-                thread.join(GUARD_S)
-            for end in ends:
-                end.close()
 
 
 def test_a_session_that_is_repeated_word_for_word_is_refused(over_tcp):

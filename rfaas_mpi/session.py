@@ -21,7 +21,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -47,7 +47,8 @@ from rfaas_mpi.messages import Grant, GrantLease, WorkerEnded, WorkerInfo
 from rfaas_mpi.remote import Address
 from rfaas_mpi.sealing import Opener, Sealer
 
-__all__ = ["Grant", "GrantLease", "Session", "WorkerEnded", "WorkerInfo", "runtime_directory", "service_directory"]
+__all__ = ["Grant", "GrantLease", "Lent", "Session", "WorkerEnded", "WorkerInfo", "runtime_directory",
+           "service_directory"]
 
 log = logging.getLogger("rfaas_mpi.session")
 
@@ -58,6 +59,8 @@ _SOCKET_PATH_MAX = 107
 _REMOTE = frozenset(("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "smbfs", "afs", "ceph", "9p", "pvfs2",
                      "orangefs", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "fuse.ceph", "autofs", "dvs", "panfs"))
 _REPLY_S = 2.0
+_UNIX = "unix:"
+_SECRET_MIN = 16                     # bytes that could be guessed prove nothing
 _VERDICTS_KEPT = 4096
 
 
@@ -223,14 +226,15 @@ def _receive(connection: socket.socket, count: int, deadline: float) -> bytes:
     return data
 
 
-def _connect(path: Path, timeout_s: float) -> socket.socket:
+def _connect(path: Path, timeout_s: float, *, ours: bool = True) -> socket.socket:
+    """A connection to who listens there: a process of our own user, or anybody, who has to prove something then."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         connection.settimeout(timeout_s)
         connection.connect(str(path))
         peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         uid = int.from_bytes(peer[4:8], sys.byteorder)
-        if uid != os.geteuid():
+        if ours and uid != os.geteuid():
             raise AuthError(f"the service at {path} runs as uid {uid}, not as {os.geteuid()}",
                             hint="name another directory with RFAAS_RUNTIME_DIR")
     except BaseException:
@@ -259,13 +263,14 @@ def _greet(connection: socket.socket, hello: msg.Hello, deadline: float) -> msg.
 
 
 def _prove(connection: socket.socket, secret: bytes, roles: tuple[bytes, bytes], nonce: bytes, answer: msg.Hello,
-           deadline: float, lease: int = 0, worker: int = 0) -> int:
+           deadline: float, lease: int = 0, worker: int = 0, before: bytes = b"") -> int:
     """Proves that we know the secret and checks that the service does: HELLO_OK, or the status that it said.
 
-    AuthError, without a text, where it says OK and does not know the secret.
+    `before` is sent ahead of the proof. AuthError, without a text, where it says OK and does not know the secret.
     """
     nonces = nonce, answer.nonce
-    connection.sendall(msg.proof(secret, roles[0], *nonces, lease, worker))
+    connection.settimeout(max(0.001, deadline - time.monotonic()))
+    connection.sendall(before + msg.proof(secret, roles[0], *nonces, lease, worker))
     status, theirs = msg.PROOF_ANSWER.unpack(_receive(connection, msg.PROOF_ANSWER.size, deadline))
     if status == msg.HELLO_OK and not msg.same_proof(theirs, msg.proof(secret, roles[1], *nonces, lease, worker)):
         raise AuthError
@@ -369,8 +374,23 @@ class _Pending:
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
+class Lent(Protocol):
+    """What a manager says of a lease that it granted (or who holds it, to another process of the user)."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def host(self) -> str: ...
+    @property
+    def grant(self) -> bytes: ...    # b"": it has begun already
+    @property
+    def secret(self) -> bytes: ...
+    @property
+    def addresses(self) -> tuple[str, ...]: ...
+
+
 class Session:
-    """One rank's connection to a service, of this node or of another one.
+    """One rank's connection to a service of this node or of another one, or to the agent of one lease.
 
     All methods may be called from any thread, `on_event` is called from the
     session's own reader thread with `Log`, `WorkerReady`, `WorkerEnded`,
@@ -398,6 +418,8 @@ class Session:
         self.lost = False
         self.closed = False
         self._connection = connection
+        self._socket = home / "socket" if isinstance(home, Path) else None
+        self._lent: Lent | None = None
         self._key = b""
         self._nonces = b"", b""
         self._sealer: Sealer | None = None
@@ -505,6 +527,91 @@ class Session:
             raise
         return session
 
+    @classmethod
+    def open_lease(cls, lent: Lent, settings: Settings | None = None, *,
+                   on_event: Callable[[msg.AnyEvent], None] | None = None) -> Session:
+        """The session of a lease with its agent; `use()` begins the lease. Its end is the lease's.
+
+        Dials the addresses in turn until one answers and proves that it is the lease's agent, those on this node
+        first. Raises AuthError (it doesn't believe the grant, or isn't the agent), ServiceError with each address'
+        reason where nobody is reached, or where the agent can't start workers for us; VersionMismatch, NestedError.
+        """
+        if config.inside_worker():
+            raise NestedError("an Executor can't be used inside a kernel",
+                              hint="offload from the rank; a kernel computes and returns")
+        settings = settings or Settings.load()
+        if len(lent.secret) < _SECRET_MIN or len(lent.grant) > msg.GRANT_BYTES_MAX:
+            raise AuthError(f"lease {lent.id} came with a secret of {len(lent.secret)} bytes and a grant of "
+                            f"{len(lent.grant)}", hint="rank and manager have to run the same version")
+        deadline = time.monotonic() + settings.start_timeout_s
+        places = _places(lent)
+        failures: list[RFaaSError] = []
+        for number, place in enumerate(places):
+            # One that swallows what it is sent leaves time for the next one.
+            until = time.monotonic() + max(0.1, deadline - time.monotonic()) / (len(places) - number)
+            try:
+                session = cls._open_at(lent, place, settings, until, on_event)
+            except RFaaSError as error:
+                log.info("lease=%d %s", lent.id, error)
+                failures.append(error)
+                continue
+            try:
+                session._enter(deadline, observer=False)
+            except (ConnectionError, TimeoutError) as error:
+                session.close()
+                raise ServiceError(f"{session.name} let us in and said no more: {error}") from error
+            except BaseException:
+                session.close()
+                raise
+            return session
+        for error in failures:
+            if isinstance(error, (AuthError, VersionMismatch)):
+                raise error
+        raise ServiceError(f"the agent of lease {lent.id} can't be reached: "
+                           + ("; ".join(map(Exception.__str__, failures)) or "it told no address"),
+                           hint="is the agent's address right, and does a firewall let it through?")
+
+    @classmethod
+    def _open_at(cls, lent: Lent, place: Path | Address, settings: Settings, deadline: float,
+                 on_event: Callable[[msg.AnyEvent], None] | None) -> Session:
+        """A session on which both sides have proved the lease's secret, not joined yet; no failure but RFaaSError."""
+        try:
+            if isinstance(place, Path):
+                connection = _connect(place, max(0.1, deadline - time.monotonic()), ours=False)
+            else:
+                connection = remote.connect(place, settings.tcp, deadline)
+        except OSError as error:
+            if isinstance(error, RFaaSError):
+                raise
+            raise ServiceError(f"{place}: {error.strerror or error}") from error
+        session = cls(connection, place, settings, on_event)
+        session._lent, session._key, session._socket = lent, lent.secret, place if isinstance(place, Path) else None
+        try:
+            session._show_grant(lent, deadline)
+        except BaseException as error:
+            session.close()
+            if isinstance(error, OSError) and not isinstance(error, RFaaSError):
+                raise ServiceError(f"{place}: no answer from the agent: {error}") from error
+            raise
+        return session
+
+    def _show_grant(self, lent: Lent, deadline: float) -> None:
+        nonce = os.urandom(16)
+        answer = _greet(self._connection, msg.Hello.make(msg.KIND_LEASE, nonce, lease=lent.id), deadline)
+        try:
+            status = _prove(self._connection, lent.secret, msg.lease_roles(lent.grant), nonce, answer, deadline,
+                            lent.id, before=msg.GRANT_LENGTH.pack(len(lent.grant)) + lent.grant)
+        except AuthError:
+            raise AuthError(f"whoever listens at {self.home} does not know the secret of lease {lent.id}: it is "
+                            "not the lease's agent", hint="ask for another lease; tell who runs the cluster") from None
+        if status != msg.HELLO_OK:
+            raise AuthError(f"the agent at {self.home} does not believe the grant of lease {lent.id}",
+                            hint="ask for another lease; the agent's log says why")
+        if self.remote:
+            self._nonces = nonce, answer.nonce
+            self._sealer = Sealer(lent.secret, msg.ROLE_LEASE_RANK, self._nonces)
+            self._opener = Opener(lent.secret, msg.ROLE_LEASE_AGENT, self._nonces)
+
     @property
     def remote(self) -> bool:
         """True if the service is reached over TCP: then it may be another node's."""
@@ -519,6 +626,8 @@ class Session:
     @property
     def name(self) -> str:
         """The service, for messages."""
+        if self._lent is not None:
+            return f"the agent of lease {self._lent.id} at {self.home}"
         return f"the service at {self.home}" if self.remote else f"the service (pid {self.service_pid})"
 
     def at(self, lease: GrantLease) -> Session:
@@ -528,6 +637,8 @@ class Session:
     @property
     def way_out(self) -> str:
         """What to do when the service is gone."""
+        if self._lent is not None:
+            return "ask for another lease"
         if self.remote:
             return "make a new Executor once a service runs there again"
         return "make a new Executor: it starts another one"
@@ -540,6 +651,10 @@ class Session:
             self._show_key(nonce, answer, deadline)
             self._sealer = Sealer(self._key, msg.ROLE_SESSION_RANK, self._nonces)
             self._opener = Opener(self._key, msg.ROLE_SESSION_SERVICE, self._nonces)
+        self._enter(deadline, observer)
+
+    def _enter(self, deadline: float, observer: bool) -> None:
+        """Joins, once it is known who is who."""
         self._connection.settimeout(None)
         self._reader = threading.Thread(target=self._read, name="rfaas-session", daemon=True)
         self._reader.start()
@@ -600,6 +715,20 @@ class Session:
         return Grant(tuple(msgspec.structs.replace(
             lease, secret=msg.lease_secret(self._key, lease.id, lease.epoch, *self._nonces), endpoint=str(self.home))
             for lease in granted.leases), granted.reason)
+
+    def use(self) -> GrantLease:
+        """Begins this session's lease; its workers may be dialled at once. In one that has begun: how it stands.
+
+        Raises LeaseDenied with the agent's reason: too late, its cores are in use or wanted back.
+        """
+        lent = self._lent
+        if lent is None:
+            raise ConfigError(f"{self.name} has no lease that waits to be used", hint="request one")
+        granted = self._ask(msg.Use(next(self._ids)), msg.Granted)
+        if [lease.id for lease in granted.leases] != [lent.id]:
+            raise ServiceError(f"{self.name} answered with leases {[lease.id for lease in granted.leases]}")
+        return msgspec.structs.replace(granted.leases[0], secret=lent.secret,
+                                       endpoint=str(self.home) if self.remote else f"{_UNIX}{self.home}")
 
     def kill(self, lease: GrantLease | int, worker: int, reason: str = "cancel", invocation: int = 0) -> bool:
         """Has the worker killed; with `invocation` only if that one still runs. True if it was killed."""
@@ -705,7 +834,10 @@ class Session:
 
     def _place(self, lease: GrantLease, transport: str) -> Path | Address:
         """Where the workers of a lease are dialled."""
-        if lease.endpoint:
+        if lease.endpoint.startswith(_UNIX):
+            if transport != "tcp":
+                return Path(lease.endpoint.removeprefix(_UNIX))
+        elif lease.endpoint:
             if transport == "shm":
                 raise ConfigError(f"lease {lease.id} is another node's, at {lease.endpoint}: its workers share no "
                                   "memory with this process", hint=f"use that service: RFAAS_SERVICE={lease.endpoint}")
@@ -715,14 +847,15 @@ class Session:
                 raise ConfigError("transport tcp needs a service that listens on TCP, and this node's does not",
                                   hint="`rfaas up --listen 127.0.0.1:0` has it do so")
             return remote.local_address(self.listen[0])
-        return self.home / "socket" if isinstance(self.home, Path) else self.home
+        return self._socket or self.home
 
     def _dial(self, place: Path | Address, lease: GrantLease, worker: int, deadline: float, *, data: int = 0,
               pairing: bytes = b"") -> tuple[socket.socket, bytes]:
         """A connection on which both sides have proved the lease's secret, and the service's nonce on it."""
         try:
             if isinstance(place, Path):
-                connection = _connect(place, max(0.1, deadline - time.monotonic()))
+                # An agent runs as its own user; its proof says who it is.
+                connection = _connect(place, max(0.1, deadline - time.monotonic()), ours=not lease.endpoint)
             else:
                 connection = remote.connect(place, self.settings.tcp, deadline)
         except OSError as error:
@@ -881,6 +1014,14 @@ class Session:
     def _forget(self) -> None:
         """In a forked child: the parent's death must end the session although the child lives on."""
         os.close(self._connection.detach())
+
+
+def _places(lent: Lent) -> list[Path | Address]:
+    """Where to dial a lease's agent, in turn: on this node first. ConfigError for an address that is none."""
+    here = lent.host in ("", socket.gethostname())
+    unix = [Path(text.removeprefix(_UNIX)) for text in lent.addresses if text.startswith(_UNIX)]
+    return [*(path for path in unix if here and os.path.exists(path)),
+            *(Address.parse(text) for text in lent.addresses if not text.startswith(_UNIX))]
 
 
 def _lease_id(lease: GrantLease | int) -> int:

@@ -2,11 +2,13 @@
 
           accept ──▶ HELLO ──▶ PROOF ──▶ a session, or a worker's connection
                        │         └──▶ PAIR ──▶ a worker's connection with its data connection
+                       ├──▶ GRANT ──▶ the session of a lease
                        └──▶ a session on the Unix socket: the kernel says who dials
 
 Each stage reads exactly what it needs and nothing more, and all stages
 together have 10 s. Nothing that comes in here reaches the rest of the service
-before its proof was checked.
+before its proof was checked; only a grant is looked at before, because the
+secret to be proved lies in it: its signature first.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ import socket
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from rfaas_mpi import messages as msg
 from rfaas_mpi import remote
+from rfaas_mpi.errors import AuthError
 from rfaas_mpi.remote import Address
 from rfaas_mpi.types import TcpOptions
 
@@ -36,6 +39,7 @@ log = logging.getLogger("rfaas_mpi.agent.door")
 HELLO_S = 10.0                       # what is not proved after this is closed
 LOCAL_MAX = 1024                     # guests on the Unix socket; more are refused
 REMOTE_MAX = 256                     # strangers on TCP; the oldest goes when another one comes
+OTHERS_MAX = 256                     # of each other user on the Unix socket; likewise
 BACKLOG = 1024
 ACCEPTS = 64                         # at a time, so that the rest of the service gets its turn
 COMPLAINTS = 10                      # lines in the log …
@@ -47,6 +51,7 @@ READ = selectors.EVENT_READ
 class Stage(enum.Enum):
     HELLO = "hello"
     PROOF = "proof"
+    GRANT = "grant"
     PAIR = "data connection"
 
 
@@ -57,11 +62,13 @@ class Guest:
     connection: socket.socket
     deadline: float
     pid: int = 0                     # 0: of another node, or not known
+    uid: int = -1                    # of who dials on the Unix socket; -1: not known
     where: str = ""                  # its address; "": this node's Unix socket
     stage: Stage = Stage.HELLO
-    data: bytes = b""
+    data: bytearray = field(default_factory=bytearray)
     hello: msg.Hello | None = None
     nonce: bytes = b""               # ours
+    secret: bytes = b""              # kind 4: the lease's, which both sides have proved
 
     @property
     def remote(self) -> bool:
@@ -73,7 +80,7 @@ class Guest:
         return (self.hello.nonce if self.hello is not None else b""), self.nonce
 
     def __str__(self) -> str:
-        return self.where or f"pid {self.pid}"
+        return self.where or f"pid {self.pid} of uid {self.uid}"
 
 
 class Host(Protocol):
@@ -88,13 +95,27 @@ class Host(Protocol):
     def worker_came(self, guest: Guest, hello: msg.Hello, connections: list[socket.socket]) -> None:
         """A rank's connections to a worker, control first; the door closes its copies afterwards."""
 
+    def secret_for(self, lease: int, grant: bytes) -> bytes | None:
+        """The secret of the lease that the manager granted with these bytes, or, for none, of one that has begun.
+
+        None or AuthError (which is logged) where it didn't, or there is none: who shows it has proved nothing yet.
+        """
+
+    def lease_came(self, guest: Guest, lease: int, grant: bytes) -> None:
+        """Takes over the connection, which does not block: the session of a lease, whose secret is the guest's."""
+
 
 class Door:
-    """Owns the listening sockets and the guests. close() closes all of them."""
+    """Owns the listening sockets and the guests. close() closes all of them.
 
-    def __init__(self, selector: selectors.BaseSelector, host: Host) -> None:
+    With `grants` it is an agent's: ranks of all users may come with a grant, and to workers.
+    Without, there are no sessions of leases, and the Unix socket is for our own user.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector, host: Host, *, grants: bool = False) -> None:
         self._selector = selector
         self._host = host
+        self._grants = grants
         self._guests: dict[int, Guest] = {}          # by descriptor, oldest first
         self._unpaired: dict[bytes, Guest] = {}
         self._listeners: dict[socket.socket, Address | None] = {}
@@ -111,7 +132,7 @@ class Door:
         path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         listener.bind(str(path))
-        os.chmod(path, 0o600)
+        os.chmod(path, 0o666 if self._grants else 0o600)
         listener.listen(BACKLOG)
         self._add(listener, None)
 
@@ -222,10 +243,17 @@ class Door:
             host, port = where[:2]
             return Guest(connection, deadline, where=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         pid, uid = _peer(connection)
-        if uid != os.geteuid() or sum(not guest.remote for guest in self._guests.values()) >= LOCAL_MAX:
+        same = [fd for fd, guest in self._guests.items() if guest.uid == uid]
+        if uid != os.geteuid() and self._grants:
+            if len(same) >= OTHERS_MAX:
+                # Nobody else's connections have to go for those of this user.
+                self.counts["crowded_out"] += 1
+                self._complain("%s had to go: too many connections of this user", self._guests[same[0]])
+                self._drop(same[0])
+        elif uid != os.geteuid() or len(same) >= LOCAL_MAX:
             self._complain("refused a connection of pid %d, uid %d", pid, uid)
             return None
-        return Guest(connection, deadline, pid=pid)
+        return Guest(connection, deadline, pid=pid, uid=uid)
 
     def _take(self, fd: int) -> Guest:
         """The guest's connection is no longer looked at here."""
@@ -246,7 +274,7 @@ class Door:
             self.counts["broken"] += 1
             self._drop(fd)
             return
-        want = msg.HELLO.size if guest.stage is Stage.HELLO else msg.PROOF_BYTES
+        want = _wanted(guest)
         try:
             piece = guest.connection.recv(want - len(guest.data))
         except BlockingIOError:
@@ -258,15 +286,17 @@ class Door:
             self._drop(fd)
             return
         guest.data += piece
-        if len(guest.data) < want:
+        if len(guest.data) < _wanted(guest):
             return
-        data, guest.data = guest.data, b""
+        data = bytes(guest.data)
+        guest.data.clear()
         try:
             if guest.stage is Stage.HELLO:
                 self._answer_hello(fd, guest, msg.Hello.unpack(data))
             else:
                 assert guest.hello is not None
-                self._check_proof(fd, guest, guest.hello, data)
+                check = self._check_grant if guest.stage is Stage.GRANT else self._check_proof
+                check(fd, guest, guest.hello, data)
         except OSError as error:
             self.counts["broken"] += 1
             self._complain("the connection of %s broke: %s", guest, error)
@@ -287,12 +317,16 @@ class Door:
         elif hello.kind == msg.KIND_SESSION and not guest.remote:
             self._let_in(fd)
         else:
-            guest.stage = Stage.PROOF
+            guest.stage = Stage.GRANT if hello.kind == msg.KIND_LEASE else Stage.PROOF
 
     def _fits(self, guest: Guest, hello: msg.Hello) -> int:
         """Whether there is what it asks for, on this kind of socket."""
+        if hello.kind == msg.KIND_LEASE:
+            # Which leases there are is nobody's business before he has proved one.
+            return msg.HELLO_OK if self._grants else msg.HELLO_REFUSED
         if hello.kind == msg.KIND_SESSION:
-            return msg.HELLO_OK
+            may = bool(self._key) if guest.remote else guest.uid == os.geteuid()
+            return msg.HELLO_OK if may else msg.HELLO_REFUSED
         if not guest.remote and (hello.kind == msg.KIND_DATA or hello.data):
             return msg.HELLO_REFUSED
         if hello.kind == msg.KIND_DATA and not self._partner(hello):
@@ -338,6 +372,33 @@ class Door:
         else:
             self._let_in(fd)
 
+    def _check_grant(self, fd: int, guest: Guest, hello: msg.Hello, given: bytes) -> None:
+        """A grant and the proof of the secret that lies in it: either is good, or nobody is told which is not."""
+        (length,) = msg.GRANT_LENGTH.unpack_from(given)
+        end = msg.GRANT_LENGTH.size + length
+        grant = given[msg.GRANT_LENGTH.size:end]
+        why = f"it showed no grant of lease {hello.lease}"
+        try:
+            known = self._host.secret_for(hello.lease, grant) if length <= msg.GRANT_BYTES_MAX else None
+        except AuthError as error:
+            known, why = None, str(error)
+        secret = known or os.urandom(msg.PROOF_BYTES)
+        ranks, agents = msg.lease_roles(grant)
+        right = msg.same_proof(given[end:], msg.proof(secret, ranks, *guest.nonces, hello.lease, hello.worker))
+        if not known or not right:
+            guest.connection.send(msg.PROOF_ANSWER.pack(msg.HELLO_REFUSED, bytes(msg.PROOF_BYTES)))
+            self.counts["refused"] += 1
+            self._complain("refused %s: %s", guest,
+                           f"it did not know the secret of lease {hello.lease}" if known else why)
+            self._drop(fd)
+            return
+        guest.connection.send(msg.PROOF_ANSWER.pack(
+            msg.HELLO_OK, msg.proof(secret, agents, *guest.nonces, hello.lease, hello.worker)))
+        guest.secret = secret
+        self._take(fd)
+        self.counts["let_in"] += 1
+        self._host.lease_came(guest, hello.lease, grant)
+
     def _let_in(self, fd: int) -> None:
         guest = self._take(fd)
         hello = guest.hello
@@ -375,6 +436,22 @@ class Door:
             self._unsaid = 0
         self._complained.append(now)
         log.warning(text, *facts)
+
+
+def _wanted(guest: Guest) -> int:
+    """How many bytes its stage reads in all, as far as can be told from those that are there."""
+    match guest.stage:
+        case Stage.HELLO:
+            return msg.HELLO.size
+        case Stage.GRANT if len(guest.data) < msg.GRANT_LENGTH.size:
+            return msg.GRANT_LENGTH.size
+        case Stage.GRANT:
+            (length,) = msg.GRANT_LENGTH.unpack_from(guest.data)
+            # Of one that is too long nothing else is read, and it is refused.
+            rest = length + msg.PROOF_BYTES if length <= msg.GRANT_BYTES_MAX else 0
+            return msg.GRANT_LENGTH.size + rest
+        case _:
+            return msg.PROOF_BYTES
 
 
 def _peer(connection: socket.socket) -> tuple[int, int]:

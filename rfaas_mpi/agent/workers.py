@@ -1,0 +1,359 @@
+"""The processes of a node: zygotes and workers, and everything of them that has a descriptor.
+
+Which worker is forked, told to quit or killed is decided in agent/core.py; here
+it is done, and what becomes of it is told there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import socket
+import time
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from rfaas_mpi import messages as msg
+from rfaas_mpi.agent import core as agent_core
+from rfaas_mpi.agent import sandbox
+from rfaas_mpi.agent.core import AgentCore, Exit, Meter, Page
+from rfaas_mpi.agent.pool import WorkerHandle, ZygoteHandle, ZygoteKind, oom_kills
+from rfaas_mpi.errors import ServiceError
+
+__all__ = ["Employer", "Workers"]
+
+log = logging.getLogger("rfaas_mpi.agent.workers")
+
+PARTIAL_LINE_S = 0.2                 # an unfinished line is shown after this
+ENDS_S = 5.0                         # killed workers are waited for, at our own end
+
+READ = selectors.EVENT_READ
+
+
+class Employer(Protocol):
+    """For whom workers are started, and who hears of them."""
+
+    def kind_for(self, lease: int) -> ZygoteKind:
+        """What the lease's workers are started from. ServiceError if it can't be known any more."""
+
+    def tell(self, session: int, event: msg.Event) -> None:
+        """Sends it to a session, if there is one."""
+
+    def show(self, session: int, event: msg.Log) -> None:
+        """Sends a worker's output, as much as the session reads."""
+
+    def used(self, meter: Meter, pid: int) -> None:
+        """What a worker that ended has used."""
+
+    def seat_stopped(self, lease: int, seat: int, last: bool) -> None:
+        """Nothing of this seat can run any more; `last`: nor of its lease."""
+
+    def lease_failed(self, lease: int, why: str) -> None:
+        """Its workers can't be started: it has to end."""
+
+
+class Workers:
+    """Owns the processes, their sockets, pages and pipes, and does the core's actions. close() ends them all."""
+
+    def __init__(self, selector: selectors.BaseSelector, core: AgentCore, employer: Employer, *,
+                 zygote_idle_s: float) -> None:
+        self.core = core
+        self.zygotes: dict[str, ZygoteHandle] = {}
+        self.refused = 0                     # what ranks sent to workers and made no sense
+        self._selector = selector
+        self._employer = employer
+        self._zygote_idle_s = zygote_idle_s
+        self._handles: dict[int, WorkerHandle] = {}
+        self._oom_kills = oom_kills()
+
+    # ---- time ------------------------------------------------------------------------------------
+
+    def deadlines(self, now: float) -> list[float]:
+        """When to call check() and tidy() again."""
+        times = [handle.lines.since + PARTIAL_LINE_S for handle in self._handles.values()
+                 if handle.lines.since is not None]
+        times += [zygote.idle_since + self._zygote_idle_s for zygote in self.zygotes.values() if not zygote.workers]
+        due = self.core.next_deadline(now)
+        return times if due is None else [*times, due]
+
+    def check(self, now: float) -> None:
+        """Time limits, kills after their grace, forks that waited."""
+        if self.core.watched:
+            pages = {number: self._handles[number].read_page() for number in self.core.watched
+                     if number in self._handles}
+            self.act(self.core.check_limits(pages, now, time.monotonic_ns()))
+        self.act(self.core.tick(now))
+
+    def tidy(self, now: float) -> None:
+        """Shows unfinished lines, ends zygotes that nobody needs."""
+        for handle in list(self._handles.values()):
+            if handle.lines.since is not None and now >= handle.lines.since + PARTIAL_LINE_S:
+                self._show(handle, handle.lines.flush())
+        for key, zygote in list(self.zygotes.items()):
+            if not zygote.workers and now >= zygote.idle_since + self._zygote_idle_s:
+                log.info("zygote=%s pid=%d ends: idle for %g s", key, zygote.pid, self._zygote_idle_s)
+                self._close_zygote(key)
+
+    def close(self) -> None:
+        """Ends every process, and returns when they have ended. Safe to call twice."""
+        for handle in self._handles.values():
+            handle.kill()
+        for key in list(self.zygotes):
+            self._close_zygote(key)
+        # A killed process lives on until the kernel has freed its memory. Who sent us
+        # down hears of it by the end of his session, which is closed after this.
+        deadline = time.monotonic() + ENDS_S
+        for handle in self._handles.values():
+            if not handle.gone(deadline - time.monotonic()):
+                log.warning("worker=%d pid=%d was killed and has not ended", handle.number, handle.pid)
+            handle.close()
+        self._handles.clear()
+
+    # ---- what ranks want of them -----------------------------------------------------------------
+
+    def adopt(self, number: int, lease: int, session: int, connections: list[socket.socket]) -> None:
+        """Passes a rank's connections on to its worker; `session` is whom to tell of its end (0: nobody more)."""
+        handle = self._handles.get(number)
+        if handle is None:
+            return
+        connection = self.core.attach(number, lease, session)
+        if connection:
+            frame = msg.pack_frame(msg.FRAME_ADOPT, msg.ADOPT_BODY.pack(lease, connection, 0),
+                                   descriptors=len(connections))
+            if not handle.send(frame, [each.fileno() for each in connections]):
+                self.core.gone(number, connection)
+
+    def kill(self, request: msg.KillRequest) -> bool:
+        """Kills a worker for its rank; False if there is none, or it runs something else by now."""
+        handle = self._handles.get(request.worker)
+        if handle is None:
+            return False
+        reason = request.reason if request.reason in ("cancel", "link") else "cancel"
+        killed, actions = self.core.kill(request.worker, request.lease, reason, request.invocation,
+                                         handle.read_page())
+        log.info("lease=%d worker=%d kill (%s) invocation=%d: %s", request.lease, request.worker, request.reason,
+                 request.invocation, killed)
+        self.act(actions)
+        return killed
+
+    def status(self) -> list[dict[str, Any]]:
+        """Facts about each worker, all of them JSON."""
+        facts = []
+        for number, worker in sorted(self.core.workers.items()):
+            handle = self._handles.get(number)
+            page = handle.read_page() if handle is not None else Page()
+            facts.append({
+                "number": number, "lease": worker.lease, "pid": worker.pid, "cores": list(worker.seat.cores),
+                "state": str(worker.state), "running": page.invocation != 0, "invocations": page.count,
+                "exec_ns": page.exec_ns, "poll_ns": page.poll_ns, "connections": len(worker.connections)})
+        return facts
+
+    def zygotes_status(self) -> list[dict[str, Any]]:
+        """And about each zygote."""
+        return [{"key": key, "pid": zygote.pid, "ready": zygote.ready, "workers": len(zygote.workers),
+                 "sandbox": zygote.sandbox}
+                for key, zygote in self.zygotes.items()]
+
+    # ---- the core's actions ----------------------------------------------------------------------
+
+    def act(self, actions: Iterable[agent_core.Action]) -> None:
+        """Does them in order."""
+        for action in actions:
+            match action:
+                case agent_core.Fork():
+                    self._fork(action)
+                case agent_core.Kill(worker=number):
+                    if number in self._handles:
+                        self._handles[number].kill()
+                case agent_core.Quit(worker=number):
+                    if number in self._handles:
+                        self._handles[number].send(msg.pack_frame(msg.FRAME_QUIT))
+                case agent_core.Tell(sessions=sessions, event=event):
+                    for number in sessions:
+                        self._employer.tell(number, event)
+                case agent_core.Meter(worker=number):
+                    self._employer.used(action, self._handles[number].pid if number in self._handles else 0)
+                case agent_core.Close(worker=number):
+                    self._close_worker(number)
+                case agent_core.Stopped(lease=lease, seat=seat):
+                    self._employer.seat_stopped(lease, seat, not self.core.seats_of(lease))
+
+    def _fork(self, order: agent_core.Fork) -> None:
+        now = time.monotonic()
+        try:
+            zygote = self.warm(self._employer.kind_for(order.lease), now)
+            handle = WorkerHandle.fork(zygote, order.worker, order.lease, order.cores, order.memory_bytes, now)
+        except (OSError, ServiceError) as error:
+            log.error("lease=%d worker=%d could not be started: %s", order.lease, order.worker, error)
+            self._employer.lease_failed(order.lease, f"worker {order.worker} could not be started: {error}")
+            self.act(self.core.ended(order.worker, Exit(lost=True), Page(), now))
+            return
+        self._handles[order.worker] = handle
+        self._selector.register(handle.agent, READ, lambda _m: self._on_agent_socket(handle))
+        self._selector.register(handle.output, READ, lambda _m: self._on_output(handle))
+
+    def _close_worker(self, number: int) -> None:
+        handle = self._handles.pop(number, None)
+        if handle is None:
+            return
+        zygote = handle.zygote
+        zygote.workers.discard(number)
+        if not zygote.workers:
+            zygote.idle_since = time.monotonic()
+        for what in (handle.agent, handle.output, *((handle.pidfd,) if handle.pidfd >= 0 else ())):
+            self._unregister(what)
+        handle.close()
+
+    def _unregister(self, what: Any) -> None:
+        try:
+            self._selector.unregister(what)
+        except KeyError:
+            return                    # at its end already
+
+    # ---- workers ---------------------------------------------------------------------------------
+
+    def _on_agent_socket(self, handle: WorkerHandle) -> None:
+        try:
+            data = handle.agent.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            # It is ending, and its zygote says how; unless a kernel has closed all that there was.
+            self._unregister(handle.agent)
+            if not handle.ending():
+                self.act(self.core.cut_off(handle.number))
+            return
+        now = time.monotonic()
+        try:
+            for frame in handle.frames.feed(data):
+                match frame.type:
+                    case msg.FRAME_READY:
+                        self.act(self.core.ready(handle.number))
+                    case msg.FRAME_LIMITS:
+                        self.core.limits(handle.number, now)
+                    case msg.FRAME_GONE if len(frame.body) >= msg.GONE_BODY.size:
+                        connection, refused = msg.GONE_BODY.unpack_from(frame.body)
+                        self.core.gone(handle.number, connection)
+                        if refused:
+                            self.refused += refused
+                            log.warning("worker=%d connection=%d refused=%d: what made no sense",
+                                        handle.number, connection, refused)
+                    case _:
+                        raise ServiceError(f"a frame of type {frame.type}")
+        except ServiceError as error:
+            # Only a kernel that wrote where it should not gets us here.
+            log.error("worker=%d says what makes no sense (%s); it is killed", handle.number, error)
+            self._unregister(handle.agent)
+            handle.kill()
+
+    def _on_output(self, handle: WorkerHandle) -> None:
+        data, ended = handle.read_output()
+        if data:
+            self._show(handle, handle.lines.feed(data, time.monotonic()))
+        if ended:
+            self._unregister(handle.output)
+
+    def _show(self, handle: WorkerHandle, lines: list[str]) -> None:
+        if not lines:
+            return
+        event = msg.Log(handle.lease, handle.number, tuple(lines))
+        for number in self.core.output(handle.number, lines):
+            self._employer.show(number, event)
+
+    def _worker_ended(self, number: int, how: Exit) -> None:
+        """Its process is gone: show what it still said, then decide."""
+        handle = self._handles.get(number)
+        if handle is None:
+            return
+        now = time.monotonic()
+        while True:
+            data, ended = handle.read_output()
+            self._show(handle, handle.lines.feed(data, now))
+            if ended or not data:
+                break
+        self._show(handle, handle.lines.flush())
+        log.info("lease=%d worker=%d pid=%d ended: signal=%d exit_code=%d", handle.lease, number, handle.pid,
+                 how.signal, how.exit_code)
+        self.act(self.core.ended(number, how, handle.read_page(), now))
+
+    # ---- zygotes ---------------------------------------------------------------------------------
+
+    def warm(self, kind: ZygoteKind, now: float) -> ZygoteHandle:
+        """The zygote of that kind, started if there is none. OSError if it can't be."""
+        key = kind.key
+        zygote = self.zygotes.get(key)
+        if zygote is None:
+            zygote = self.zygotes[key] = ZygoteHandle(kind, now)
+            self._selector.register(zygote.channel, READ, lambda _m: self._on_zygote(key, zygote))
+            self._selector.register(zygote.errors, READ, lambda _m: self._on_zygote_errors(zygote))
+            log.info("zygote=%s pid=%d started for %s", key, zygote.pid, os.fsdecode(kind.executable))
+        return zygote
+
+    def _on_zygote(self, key: str, zygote: ZygoteHandle) -> None:
+        try:
+            data, fds, _, _ = socket.recv_fds(zygote.channel, 1 << 16, 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, fds = b"", []
+        if not data:
+            self._zygote_ended(key, zygote)
+            return
+        match msg.unpack_from_zygote(data):
+            case msg.ZygoteReady(sandbox=level):
+                zygote.sandbox = level
+                zygote.became_ready()
+                log.info("zygote=%s pid=%d ready, sandbox %s", key, zygote.pid, sandbox.level_text(level))
+            case msg.WorkerForked(worker=number, pid=pid):
+                handle = self._handles.get(number)
+                if handle is not None and fds:
+                    handle.pid, handle.pidfd = pid, fds.pop()
+                    self.act(self.core.forked(number, pid))
+            case msg.WorkerExited(worker=number) as exited:
+                kills = oom_kills()
+                oom, self._oom_kills = kills > self._oom_kills, kills
+                self._worker_ended(number, Exit(exited.signal, exited.exit_code, exited.cpu_s, exited.max_rss_bytes,
+                                                oom=oom))
+            case msg.ZygoteProblem(worker=number, message=text):
+                log.error("zygote=%s %s", key, text)
+                zygote.stderr += text.encode() + b"\n"
+                if number in self._handles:
+                    self._employer.lease_failed(self._handles[number].lease, text.strip().splitlines()[-1])
+                    self._worker_ended(number, Exit(lost=True))
+        for fd in fds:
+            os.close(fd)
+
+    def _on_zygote_errors(self, zygote: ZygoteHandle) -> None:
+        said = zygote.read_errors()
+        if said:
+            log.warning("zygote pid=%d says: %s", zygote.pid, said.decode(errors="replace").rstrip())
+        else:
+            self._unregister(zygote.errors)
+
+    def _zygote_ended(self, key: str, zygote: ZygoteHandle) -> None:
+        """With it, by the kernel's hand, all of its workers."""
+        was_ready = zygote.ready
+        self._close_zygote(key)
+        why = zygote.why()
+        log.error("zygote=%s pid=%d ended: %s", key, zygote.pid, why)
+        for number in list(zygote.workers):
+            handle = self._handles.get(number)
+            if handle is None:
+                continue
+            if not was_ready:
+                self._employer.lease_failed(handle.lease, f"the interpreter for workers did not start: {why}")
+            if handle.gone():
+                self._worker_ended(number, Exit(lost=True))
+            else:
+                handle.kill()
+                self._selector.register(handle.pidfd, READ,
+                                        lambda _m, number=number: self._worker_ended(number, Exit(lost=True)))
+
+    def _close_zygote(self, key: str) -> None:
+        zygote = self.zygotes.pop(key)
+        self._unregister(zygote.channel)
+        self._unregister(zygote.errors)
+        zygote.close()

@@ -9,7 +9,16 @@ import uuid
 
 import pytest
 
-from rfaas_mpi.agent.priority import Means, lower_session, make_group, session_can_be_lowered
+from rfaas_mpi.agent.priority import (
+    NO_PRIORITY,
+    Lowering,
+    LowPriority,
+    Means,
+    lower_session,
+    make_group,
+    remove_stale_groups,
+    session_can_be_lowered,
+)
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="makes cgroups: needs root")
 
@@ -70,3 +79,56 @@ def test_whoever_leads_no_session_is_not_lowered_since_others_would_be_too():
     forked = ["setsid", "--fork", "--wait", sys.executable, "-c", code]
     said = subprocess.run(forked, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
     assert said == str(session_can_be_lowered())
+
+
+def in_a_fork(*body) -> list[bool]:
+    """What these say, one after another, in a forked process that leads a session of its own."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()
+            os.write(writing, bytes(int(said()) for said in body))
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as answer:
+        said = [bool(byte) for byte in answer.read()]
+    os.waitpid(pid, 0)
+    assert len(said) == len(body)
+    return said
+
+
+@root_only
+def test_workers_enter_the_one_group_of_their_agent_and_the_agent_can_tell():
+    lowering = Lowering()
+    priority = lowering.priority
+    try:
+        assert priority.means is not None
+        assert in_a_fork(lambda: priority.has(os.getpid()), priority.take, lambda: priority.has(os.getpid())) == [
+            False, True, True]
+        assert not priority.has(os.getpid())
+    finally:
+        lowering.close()
+        lowering.close()
+    assert not remove_stale_groups()
+    assert in_a_fork(priority.take) == [False], "its agent is gone"
+
+
+def test_a_session_takes_low_priority_where_there_is_no_group():
+    priority = LowPriority(Means.AUTOGROUP)
+    assert in_a_fork(priority.take, lambda: priority.has(os.getpid())) == [session_can_be_lowered()] * 2
+    assert in_a_fork(NO_PRIORITY.take, lambda: NO_PRIORITY.has(os.getpid())) == [False, False]
+
+
+@root_only
+def test_the_group_of_a_killed_agent_is_removed_by_the_next_one():
+    code = "import os; from rfaas_mpi.agent.priority import Lowering; Lowering(); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code], timeout=60)
+    ours = Lowering()
+    try:
+        removed = remove_stale_groups()
+        assert removed and ours.priority.group not in removed
+        assert not remove_stale_groups()
+    finally:
+        ours.close()

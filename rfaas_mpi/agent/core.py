@@ -5,6 +5,12 @@ actions out.
     STARTING ───────▶ STARTING ─────▶ SERVING ─────▶ (gone; seat gets a new worker while its lease lives)
                           │  QUIT, later SIGKILL  │
                           └─────────▶ ENDING ◀────┘
+
+How a worker's cores are taken back, each rung for all workers before the next:
+
+    no more ranks are let in · SIGSTOP, if its owner is there and it has no low priority · ranks are told ·
+    QUIT and the grace · its threads go to the agent's own cores · SIGKILL · nothing of it may run there: Freed ·
+    it has ended: Stopped
 """
 
 from __future__ import annotations
@@ -15,10 +21,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from rfaas_mpi.messages import WorkerEnded, WorkerReady
+from rfaas_mpi.messages import Revoking, WorkerEnded, WorkerReady
 
-__all__ = ["AgentCore", "Close", "Exit", "Fork", "Kill", "Meter", "Page", "Quit", "Stopped", "Tell", "Worker",
-           "classify"]
+__all__ = ["AgentCore", "Check", "Close", "Exit", "Fork", "Freed", "Halt", "Kill", "Meter", "Move", "Page", "Quit",
+           "Stopped", "Tell", "Worker", "classify"]
 
 LAST_LINES = 20
 DEATHS = 5                           # so many deaths of one seat …
@@ -28,6 +34,9 @@ QUIT_GRACE_S = 0.3                   # QUIT ends after the current kernel; the r
 POLL_S = 0.015                       # how often pages are read while time limits are in use
 POLL_IDLE_S = 0.1                    # and when none was seen for LIMITS_SEEN_S
 LIMITS_SEEN_S = 5.0
+
+# Why seats are given up whose ranks know it, and whose cores nobody waits for.
+_KNOWN = frozenset(("released",))
 
 # Sent from outside by people, launchers and the kernel's memory killer; a
 # kernel does not die of them by its own mistake.
@@ -80,8 +89,29 @@ class Quit:
 
 
 @dataclass(frozen=True)
+class Halt:
+    """SIGSTOP: nothing else keeps it from running beside an owner."""
+
+    worker: int
+
+
+@dataclass(frozen=True)
+class Move:
+    """Take every thread of it, and of what it started, off its cores, to the agent's own."""
+
+    worker: int
+
+
+@dataclass(frozen=True)
 class Kill:
     """SIGKILL through its pidfd."""
+
+    worker: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """It was moved and killed: see that nothing of it may run on its cores, and say so to cleared()."""
 
     worker: int
 
@@ -91,12 +121,21 @@ class Tell:
     """Send the event to these sessions."""
 
     sessions: tuple[int, ...]
-    event: WorkerEnded | WorkerReady
+    event: Revoking | WorkerEnded | WorkerReady
+
+
+@dataclass(frozen=True)
+class Freed:
+    """Nothing of this seat may run on these cores any more. What it held of memory may still be there."""
+
+    lease: int
+    seat: int
+    cores: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """Nothing of this seat can run any more and nothing will: its cores are free."""
+    """Nothing of this seat is left and nothing will be: its memory is free, too."""
 
     lease: int
     seat: int
@@ -124,7 +163,7 @@ class Close:
     worker: int
 
 
-Action = Fork | Quit | Kill | Tell | Stopped | Meter | Close
+Action = Fork | Quit | Halt | Move | Kill | Check | Tell | Freed | Stopped | Meter | Close
 
 
 # ---- state ---------------------------------------------------------------------------------------
@@ -147,6 +186,8 @@ class Seat:
     worker: int = 0
     deaths: deque[float] = field(default_factory=lambda: deque(maxlen=DEATHS))
     stopping: str = ""               # the reason, once it is to be given up
+    wanted: bool = False             # somebody waits for its cores
+    freed: bool = False
 
 
 @dataclass
@@ -166,6 +207,8 @@ class Worker:
     heirs: tuple[int, ...] = ()      # sessions that used the worker it replaces
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
     watched: bool = False            # it has run an invocation with a time limit
+    low: bool = False                # its scheduling group has low priority
+    moved: bool = False
 
     @property
     def lease(self) -> int:
@@ -207,6 +250,8 @@ class AgentCore:
     """
 
     def __init__(self, *, first_worker: int = 1) -> None:
+        # Where killed workers end whose cores are wanted; none: on those.
+        self.own_cores: tuple[int, ...] = ()
         self._next_worker = first_worker
         self._next_connection = 1
         self.workers: dict[int, Worker] = {}
@@ -230,28 +275,60 @@ class AgentCore:
             actions.append(self._fork(worker))
         return numbers, actions
 
-    def stop(self, lease: int, seats: Iterable[int], reason: str, grace_s: float, now: float) -> list[Action]:
-        """Gives seats up; Stopped follows for each once its worker is gone. grace_s 0: kill at once."""
-        actions: list[Action] = []
+    def stop(self, lease: int, seats: Iterable[int], reason: str, grace_s: float, now: float, *,
+             owned: bool = False) -> list[Action]:
+        """Gives seats up; Freed follows for each once nothing may run on its cores, Stopped once its worker is gone.
+
+        `grace_s` is what running kernels get, 0: none. `owned`: an owner is on these cores, so that only workers of
+        low priority have a grace.
+        """
+        gone: list[Action] = []
+        halts: list[Action] = []
+        quits: list[Action] = []
+        ending: list[Worker] = []
+        told: dict[tuple[int, ...], list[int]] = {}
         for number in list(seats):
             seat = self.seats.get((lease, number))
             if seat is None:
                 continue
-            seat.stopping = seat.stopping or reason
+            first, seat.stopping = not seat.stopping, seat.stopping or reason
+            seat.wanted |= reason not in _KNOWN
             worker = self.workers.get(seat.worker)
             if worker is None:
-                self._give_up(seat, actions)
-            elif worker.state is State.WAITING:
-                self._forget(worker, actions)
-                self._give_up(seat, actions)
-            elif grace_s <= 0:
-                actions += self._kill(worker, reason, 0)
+                self._give_up(seat, gone)
+                continue
+            if worker.state is State.WAITING:
+                self._forget(worker, gone)
+                self._give_up(seat, gone)
+                continue
+            if first and reason not in _KNOWN:
+                told.setdefault(self._audience(worker), []).append(worker.number)
+            hard = owned and not worker.low
+            if hard and worker.pid and not worker.killed:
+                halts.append(Halt(worker.number))
+            if hard or worker.killed or grace_s <= 0:
+                ending.append(worker)
             else:
                 if worker.state is not State.ENDING:
                     worker.state = State.ENDING
-                    actions.append(Quit(worker.number))
+                    quits.append(Quit(worker.number))
                 worker.kill_at = min(worker.kill_at or now + grace_s, now + grace_s)
-        return actions
+        tells = [Tell(sessions, Revoking(lease, tuple(workers), reason, max(0.0, grace_s)))
+                 for sessions, workers in told.items() if sessions]
+        return [*gone, *halts, *tells, *quits, *self._end(ending, reason)]
+
+    def low(self, number: int) -> None:
+        """The worker's scheduling group was seen to have low priority."""
+        worker = self.workers.get(number)
+        if worker is not None:
+            worker.low = True
+
+    def cleared(self, number: int) -> list[Action]:
+        """The answer to Check: nothing of the worker may run on its cores."""
+        worker = self.workers.get(number)
+        if worker is None or not worker.seat.stopping:
+            return []
+        return self._freed(worker.seat)
 
     def seats_of(self, lease: int) -> list[int]:
         """Numbers of the seats that a lease still has here."""
@@ -266,7 +343,9 @@ class AgentCore:
             return []
         worker.pid = pid
         # It was killed before it had a pid to kill.
-        return [Kill(number)] if worker.killed else []
+        if not worker.killed:
+            return []
+        return [Kill(number), *self._end([worker], worker.killed)]
 
     def ready(self, number: int) -> list[Action]:
         """It can adopt connections."""
@@ -384,6 +463,7 @@ class AgentCore:
     def tick(self, now: float) -> list[Action]:
         """What is due: forks that waited, kills after their grace."""
         actions: list[Action] = []
+        due: dict[str, list[Worker]] = {}
         for worker in list(self.workers.values()):
             if worker.fork_at is not None and now >= worker.fork_at:
                 worker.fork_at = None
@@ -391,7 +471,9 @@ class AgentCore:
                 actions.append(self._fork(worker))
             if worker.kill_at is not None and now >= worker.kill_at:
                 worker.kill_at = None
-                actions += self._kill(worker, worker.seat.stopping or "released", 0)
+                due.setdefault(worker.seat.stopping or "released", []).append(worker)
+        for reason, workers in due.items():
+            actions += self._end(workers, reason)
         return actions
 
     def next_deadline(self, now: float) -> float | None:
@@ -422,6 +504,26 @@ class AgentCore:
         worker.kill_at = None
         return [Kill(worker.number)] if worker.pid else []
 
+    def _end(self, workers: Iterable[Worker], reason: str) -> list[Action]:
+        """Kills workers whose seats are given up, all of them at once; those whose cores are wanted end elsewhere."""
+        kills: list[Action] = []
+        moved: list[int] = []
+        for worker in workers:
+            kills += self._kill(worker, reason, 0)
+            if worker.pid and not worker.moved and self._moves(worker.seat):
+                worker.moved = True
+                moved.append(worker.number)
+        return [*map(Move, moved), *kills, *map(Check, moved)]
+
+    def _moves(self, seat: Seat) -> bool:
+        return seat.wanted and bool(self.own_cores) and not set(self.own_cores) & set(seat.cores)
+
+    def _freed(self, seat: Seat) -> list[Action]:
+        if seat.freed:
+            return []
+        seat.freed = True
+        return [Freed(seat.lease, seat.number, seat.cores)]
+
     def _audience(self, worker: Worker) -> tuple[int, ...]:
         return tuple(sorted({worker.session, *worker.heirs, *worker.connections.values()} - {0}))
 
@@ -432,6 +534,7 @@ class AgentCore:
 
     def _give_up(self, seat: Seat, actions: list[Action]) -> None:
         del self.seats[seat.lease, seat.number]
+        actions += self._freed(seat)
         actions.append(Stopped(seat.lease, seat.number))
         if not self.seats_of(seat.lease):
             self._owner.pop(seat.lease, None)

@@ -8,15 +8,21 @@ that one's share again.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import time
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from rfaas_mpi.agent.kernel_files import cgroup_mounts, read_text
 
-__all__ = ["LowGroup", "Means", "lower_session", "make_group", "session_can_be_lowered"]
+__all__ = ["NO_PRIORITY", "LowGroup", "LowPriority", "Lowering", "Means", "lower_session", "make_group",
+           "remove_stale_groups", "session_can_be_lowered"]
 
 AUTOGROUP_NICE = 19
+LOWER_WITHIN_S = 1.0                 # without privileges the kernel lets one session on the node be lowered each 100 ms
 
 
 class Means(StrEnum):
@@ -38,6 +44,12 @@ class LowGroup:
     def enter(self, pid: int = 0) -> None:
         """Moves a process there, for good; 0 is the caller. OSError if it is gone or isn't ours to move."""
         (self.directory / "cgroup.procs").write_text(str(pid))
+
+    def entrance(self) -> int:
+        """A descriptor by which a process with one thread may enter itself, whoever it is: the caller's to close."""
+        # v1 takes a single thread in without a lock that all forks of the node share.
+        tasks = self.directory / "tasks"
+        return os.open(tasks if tasks.exists() else self.directory / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
         """Safe to call twice. OSError while something runs in it."""
@@ -97,15 +109,112 @@ def session_can_be_lowered(root: Path = Path("/")) -> bool:
                if line.startswith("0:"))
 
 
-def lower_session(root: Path = Path("/")) -> bool:
+def lower_session(root: Path = Path("/"), within_s: float = 0.0) -> bool:
     """Gives the caller, which must lead a session of its own, a scheduling group of low priority; False if it can't.
 
-    For those who may make no cgroup. Never taken back: without privileges it couldn't be.
+    For those who may make no cgroup. Never taken back: without privileges it couldn't be. Where the kernel wants its
+    pause between two such requests, it is asked again for `within_s`.
     """
     if os.getsid(0) != os.getpid() or not session_can_be_lowered(root):
         return False
-    try:
-        (root / "proc/self/autogroup").write_text(str(AUTOGROUP_NICE))
-    except OSError:
-        return False
-    return read_text(root / "proc/self/autogroup").split()[-1:] == [str(AUTOGROUP_NICE)]
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            (root / "proc/self/autogroup").write_text(str(AUTOGROUP_NICE))
+        except OSError as error:
+            if error.errno != errno.EAGAIN or time.monotonic() >= deadline:
+                return False
+            time.sleep(0.01)
+            continue
+        return _session_is_low(root, "self")
+
+
+def _session_is_low(root: Path, pid: int | str) -> bool:
+    return read_text(root / f"proc/{pid}/autogroup").split()[-1:] == [str(AUTOGROUP_NICE)]
+
+
+@dataclass(frozen=True)
+class LowPriority:
+    """How workers get low priority before they run anything: by a group whose entrance they inherit, by their session,
+    or not at all."""
+
+    means: Means | None = None
+    group: str = ""                  # its name
+    entrance: int = -1
+
+    def take(self, root: Path = Path("/")) -> bool:
+        """The caller, a process with one thread that leads its session, has low priority from now on; False if not."""
+        match self.means:
+            case None:
+                return False
+            case Means.AUTOGROUP:
+                return lower_session(root, LOWER_WITHIN_S)
+            case _:
+                try:
+                    return os.write(self.entrance, b"0") > 0
+                except OSError:
+                    return False      # the group was removed, or its hierarchy has rules of its own
+
+    def has(self, pid: int, root: Path = Path("/")) -> bool:
+        """Whether that process took it, as the kernel tells; False if it is gone."""
+        match self.means:
+            case None:
+                return False
+            case Means.AUTOGROUP:
+                return _session_is_low(root, pid)
+            case _:
+                return any(line.endswith(f"/{self.group}") or f"/{self.group}/" in line
+                           for line in read_text(root / f"proc/{pid}/cgroup").splitlines())
+
+
+NO_PRIORITY = LowPriority()
+
+_GROUP = re.compile(r"rfaas-low-(\d+)-(\d+)-(\d+)")
+
+
+class Lowering:
+    """Low priority for all workers of an agent: one group, if it may make one. close() removes it."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._group = make_group(_group_name(os.getpid()), root)
+        if self._group is not None:
+            self.priority = LowPriority(self._group.means, self._group.directory.name, self._group.entrance())
+        elif session_can_be_lowered(root):
+            self.priority = LowPriority(Means.AUTOGROUP)
+        else:
+            self.priority = NO_PRIORITY
+
+    def close(self) -> None:
+        """Safe to call twice. OSError while a worker lives."""
+        if self._group is None:
+            return
+        if self.priority.entrance >= 0:
+            os.close(self.priority.entrance)
+            self.priority = NO_PRIORITY
+        self._group.close()
+
+
+def _group_name(pid: int) -> str:
+    return f"rfaas-low-{os.stat('/proc/self/ns/pid').st_ino}-{pid}-{_began(pid)}"
+
+
+def _began(pid: int) -> str:
+    """The tick at which a process began: with it, its number is never used twice. "" if there is none."""
+    return "".join(read_text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()[19:20])
+
+
+def remove_stale_groups(root: Path = Path("/")) -> list[str]:
+    """Removes the groups of agents that were killed; their names. What is still in one is left alone."""
+    where = _cpu_root(root)
+    removed = []
+    for directory in where.glob("rfaas-low-*") if where is not None else ():
+        made = _GROUP.fullmatch(directory.name)
+        # Who is in another namespace can't be seen from here.
+        if made is None or int(made[1]) != os.stat("/proc/self/ns/pid").st_ino or _began(int(made[2])) == made[3]:
+            continue
+        try:
+            directory.rmdir()
+        except OSError:
+            continue                  # not ours, not empty, or somebody else was faster
+        removed.append(directory.name)
+    return removed

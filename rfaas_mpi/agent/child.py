@@ -19,7 +19,7 @@ from rfaas_mpi import config
 from rfaas_mpi.agent import sandbox
 from rfaas_mpi.errors import NestedError
 
-__all__ = ["Embryo", "adopt_orphans", "die_with_parent", "forbid_mpi", "gain_no_privileges",
+__all__ = ["Embryo", "adopt_orphans", "close_all_but", "die_with_parent", "forbid_mpi", "gain_no_privileges",
            "name_process"]
 
 AGENT_FD = 3
@@ -41,9 +41,12 @@ def _prctl(option: int, value: int | bytes) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """SIGKILL for this process when the thread that forked it ends; ends it now if that has ended already."""
+    """SIGKILL for this process when the thread that forked it ends; ends it now if that has ended already.
+
+    A parent of 0 is one that can't be known.
+    """
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if parent and os.getppid() != parent:
         os._exit(1)
 
 
@@ -159,7 +162,7 @@ class Embryo:
         # Ctrl-C in the terminal is for the rank.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        _close_all_but(keep)
+        close_all_but(keep)
         gain_no_privileges()
         _write("/proc/self/oom_score_adj", "1000")
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -203,7 +206,8 @@ class Embryo:
 _ABOVE = 64
 
 
-def _close_all_but(keep: Iterable[int]) -> None:
+def close_all_but(keep: Iterable[int]) -> None:
+    """Closes every descriptor beyond 0 to 2 but these."""
     wanted = {0, 1, 2, *keep}
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in wanted:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 
-__all__ = ["V1_NO_LIMIT", "CgroupMount", "Topology", "cgroup_mounts", "cpu_list", "memory_total", "ranges",
-           "read_text", "read_topology"]
+__all__ = ["V1_NO_LIMIT", "CgroupMount", "Topology", "cgroup_mounts", "cpu_list", "memory_total", "pid_of",
+           "ranges", "read_text", "read_topology"]
 
 # cgroup v1 says "no limit" with the largest multiple of its page size.
 V1_NO_LIMIT = 1 << 60
@@ -100,3 +101,14 @@ def read_topology(root: Path = Path("/"), cpus: Iterable[int] | None = None) -> 
             numa[cpu] = int(node.name.removeprefix("node"))
     return Topology(wanted, core_of, {cpu: numa.get(cpu, 0) for cpu in wanted},
                     memory_total(read_text(root / "proc/meminfo")))
+
+
+def pid_of(pidfd: int) -> int:
+    """The process that a pidfd is for. ValueError for another descriptor, ProcessLookupError if it was reaped."""
+    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "Pid":
+            if int(value) <= 0:
+                raise ProcessLookupError(errno.ESRCH, "the process is gone")
+            return int(value)
+    raise ValueError("the descriptor is no pidfd")

@@ -16,11 +16,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rfaas_mpi import config
 from rfaas_mpi import messages as msg
 from rfaas_mpi.agent.core import Page
+from rfaas_mpi.agent.kernel_files import pid_of
+from rfaas_mpi.agent.spawner import CHANNEL_FD, SETUP_FD, Command, Spawner, SpawnerLost, pack_command
+from rfaas_mpi.errors import ServiceError
 from rfaas_mpi.session import FileLock
 
 __all__ = ["CoreLocks", "Lines", "Taking", "WorkerHandle", "ZygoteHandle", "ZygoteKind"]
@@ -44,9 +47,12 @@ class ZygoteKind:
     path: tuple[bytes, ...]
     directory: bytes
     environment: tuple[tuple[bytes, bytes], ...]
+    prefix: tuple[str, ...] = ()     # the command that it is started through, as a container
+    uid: int | None = None           # of the user as whom a spawner starts it; None: ours
 
     @classmethod
-    def of(cls, join: msg.Join, device: str | None = None) -> ZygoteKind:
+    def of(cls, join: msg.Join, device: str | None = None, *, prefix: tuple[str, ...] = (),
+           uid: int | None = None) -> ZygoteKind:
         """The rank's interpreter, without what belongs to that rank alone.
 
         `device` is this node's for verbs where the rank is another node's, and means its own.
@@ -56,20 +62,65 @@ class ZygoteKind:
             given[config.DEVICE_VARIABLE] = device
         environment = {**config.scrubbed(given), **dict.fromkeys(config.THREAD_VARIABLES, "1")}
         return cls(join.executable, join.flags, join.path, join.directory,
-                   tuple(sorted((os.fsencode(name), os.fsencode(value)) for name, value in environment.items())))
+                   tuple(sorted((os.fsencode(name), os.fsencode(value)) for name, value in environment.items())),
+                   prefix, uid)
 
     @property
     def key(self) -> str:
         text = json.dumps([repr(self.executable), self.flags, repr(self.path), repr(self.directory),
-                           repr(self.environment)])
+                           repr(self.environment), self.prefix, self.uid])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-class ZygoteHandle:
-    """A zygote process and the channel to it. close() ends it with all of its workers."""
+class Program(Protocol):
+    """A zygote's process, whoever is its parent."""
 
-    def __init__(self, kind: ZygoteKind, now: float) -> None:
+    pid: int
+    returncode: int | None
+
+    def wait(self, timeout: float | None = None) -> object: ...
+
+    def kill(self) -> None: ...
+
+
+class SpawnedProgram:
+    """One that a spawner has started."""
+
+    def __init__(self, spawner: Spawner, number: int, pid: int, pidfd: int) -> None:
+        self.spawner = spawner
+        self.number = number
+        self.pid = pid
+        self.returncode: int | None = None
+        self._pidfd = pidfd
+
+    def wait(self, timeout: float | None = None) -> None:
+        """subprocess.TimeoutExpired if it has not ended by then."""
+        if self._pidfd >= 0:
+            poller = select.poll()
+            poller.register(self._pidfd, select.POLLIN)
+            if not poller.poll(None if timeout is None else max(0.0, timeout) * 1000):
+                raise subprocess.TimeoutExpired("zygote", timeout or 0.0)
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        try:
+            self.spawner.signal(self.number)
+        except SpawnerLost as error:
+            log.error("zygote pid=%d: %s", self.pid, error)      # and with it, by the kernel's hand, the zygote
+
+
+class ZygoteHandle:
+    """A zygote process and the channel to it. close() ends it with all of its workers.
+
+    With a spawner it runs as the kind's user, and only the spawner may signal it.
+    """
+
+    def __init__(self, kind: ZygoteKind, now: float, spawner: Spawner | None = None) -> None:
         self.kind = kind
+        self.spawner = spawner
+        self.number = 0                      # the spawner's number for it
         self.ready = False
         self.sandbox: dict[str, Any] = {}
         self.workers: set[int] = set()
@@ -85,11 +136,8 @@ class ZygoteHandle:
             # Whatever the rank's interpreter found its packages with.
             environment = dict(kind.environment)
             environment[b"PYTHONPATH"] = b":".join(kind.path)
-            directory = kind.directory if os.path.isdir(kind.directory) else b"/"
-            code = (f"from rfaas_mpi.agent.zygote import main; main({theirs.fileno()}, {setup}, {os.getpid()})")
-            self.process = subprocess.Popen(
-                [kind.executable, *kind.flags, "-P", "-c", code], stdin=subprocess.DEVNULL, stdout=errors_w,
-                stderr=errors_w, cwd=directory, env=environment, pass_fds=(theirs.fileno(), setup))
+            self.process: Program = (self._run(environment, theirs.fileno(), errors_w, setup) if spawner is None else
+                                     self._have_run(spawner, environment, theirs.fileno(), errors_w, setup))
         except BaseException:
             ours.close()
             os.close(errors_r)
@@ -103,9 +151,42 @@ class ZygoteHandle:
         self.channel = ours
         self.errors = errors_r
 
+    def _argv(self, channel: int, setup: int, parent: int) -> list[bytes]:
+        # Behind a prefix its parent is whatever that starts it from, and has to end with us by itself.
+        code = (f"from rfaas_mpi.agent.zygote import main; "
+                f"main({channel}, {setup}, {0 if self.kind.prefix else parent})")
+        return [*map(os.fsencode, self.kind.prefix), self.kind.executable, *map(os.fsencode, self.kind.flags), b"-P",
+                b"-c", code.encode()]
+
+    def _run(self, environment: dict[bytes, bytes], channel: int, output: int, setup: int) -> Program:
+        directory = self.kind.directory if os.path.isdir(self.kind.directory) else b"/"
+        return subprocess.Popen(
+            self._argv(channel, setup, os.getpid()), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            cwd=directory, env=environment, pass_fds=(channel, setup))
+
+    def _have_run(self, spawner: Spawner, environment: dict[bytes, bytes], channel: int, output: int, setup: int,
+                  ) -> Program:
+        assert self.kind.uid is not None
+        command = os.memfd_create("rfaas-command", os.MFD_CLOEXEC)
+        try:
+            with open(command, "wb", closefd=False) as file:
+                file.write(pack_command(Command(tuple(self._argv(CHANNEL_FD, SETUP_FD, spawner.pid)),
+                                                self.kind.directory, tuple(environment.items()))))
+            self.number, pid, pidfd = spawner.zygote(self.kind.uid, channel, output, setup, command)
+        finally:
+            os.close(command)
+        return SpawnedProgram(spawner, self.number, pid, pidfd)
+
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    def signal(self, pidfd: int, number: int = signal.SIGKILL) -> None:
+        """To a process of it, through the pidfd. ProcessLookupError if that is gone, and we know."""
+        if self.spawner is None:
+            signal.pidfd_send_signal(pidfd, number)
+        else:
+            self.spawner.signal(self.number, pidfd, number)
 
     def fork(self, order: msg.ForkWorker, fds: list[int]) -> None:
         """Orders a worker; keeps the order, and copies of its descriptors, until the zygote is ready."""
@@ -284,9 +365,26 @@ class WorkerHandle:
         """SIGKILL, never to another process that got its number."""
         if self.pidfd >= 0:
             try:
-                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+                self.zygote.signal(self.pidfd)
             except ProcessLookupError:
                 return                # gone and reaped already
+            except SpawnerLost as error:
+                log.error("worker=%d pid=%d: %s", self.number, self.pid, error)
+
+    def forked(self, pidfd: int, told: int) -> int:
+        """Its process exists: keeps the pidfd; the pid, by the kernel's word. ServiceError if it is no process.
+
+        `told` is what the zygote calls it, which may have a namespace of its own.
+        """
+        try:
+            self.pid = pid_of(pidfd)
+        except ProcessLookupError:
+            self.pid = told           # ended already
+        except ValueError as error:
+            os.close(pidfd)
+            raise ServiceError(f"what its zygote shows as worker {self.number} is no process: {error}") from None
+        self.pidfd = pidfd
+        return self.pid
 
     def gone(self, wait_s: float = 0.0) -> bool:
         """True once its process has ended, for which it waits so long; true too if it was never forked."""

@@ -1,0 +1,188 @@
+"""A worker's own control groups: its memory bounded, and a handle on everything that it ever starts.
+
+ v2   /sys/fs/cgroup/NAME             memory.max, memory.oom.group, pids.max, cgroup.kill
+ v1   /sys/fs/cgroup/memory/NAME      memory.limit_in_bytes, and memory.memsw… where swap is counted
+      /sys/fs/cgroup/pids/NAME        pids.max
+
+Names carry who made them, so that what a killed maker left behind can be told and removed by the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rfaas_mpi.agent.kernel_files import cgroup_mounts, read_text
+
+__all__ = ["Group", "Roots", "maker", "remove_stale"]
+
+PIDS_MAX = 4096                      # processes and threads of one worker, or of one zygote with its spare fork
+END_S = 5.0                          # killed processes need so long at the most to leave their group
+
+_NAME = re.compile(r"rfaas-(\d+)\.(\d+)\.(\d+)-[a-z]\d+")
+
+
+@dataclass(frozen=True)
+class Roots:
+    """Where groups with a memory controller can be made; `why_not` says why there is no such place."""
+
+    memory: Path | None = None
+    pids: Path | None = None
+    unified: bool = False
+    why_not: str = ""
+
+    @classmethod
+    def find(cls, root: Path = Path("/")) -> Roots:
+        """By this process' mounts and what it may write there; makes nothing."""
+        mounts = list(cgroup_mounts(read_text(root / "proc/self/mountinfo")))
+        v1 = {controller: root / mount.point.lstrip("/") for mount in mounts for controller in mount.controllers}
+        if "memory" in v1:
+            memory, pids, unified = v1["memory"], v1.get("pids"), False
+        else:
+            tops = [root / mount.point.lstrip("/") for mount in mounts if not mount.controllers]
+            top = next((top for top in tops if "memory" in read_text(top / "cgroup.subtree_control").split()), None)
+            if top is None:
+                return cls(why_not="no hierarchy of control groups here has the memory controller")
+            memory, unified = top, True
+            pids = top if "pids" in read_text(top / "cgroup.subtree_control").split() else None
+        if not os.access(memory, os.W_OK):
+            return cls(why_not=f"{memory} is not ours to make control groups in")
+        return cls(memory, pids if pids is not None and os.access(pids, os.W_OK) else None, unified)
+
+
+def maker(pid: int = 0) -> str:
+    """The first part of the names of all groups that this process makes."""
+    pid = pid or os.getpid()
+    return f"rfaas-{os.stat('/proc/self/ns/pid').st_ino}.{pid}.{_started(pid)}"
+
+
+def _started(pid: int) -> str:
+    """The tick at which the process began, which no two processes with the same number share; "" if none lives."""
+    state, *facts = read_text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split() or "X"
+    return "" if state in "ZX" else facts[18]
+
+
+class Group:
+    """One group, in each hierarchy that it needs. close() ends what is in it and removes it."""
+
+    def __init__(self, name: str, roots: Roots) -> None:
+        """One that make() has made. OSError where there can be none."""
+        if roots.memory is None:
+            raise OSError(roots.why_not)
+        self.name = name
+        self.unified = roots.unified
+        self.memory = roots.memory / name
+        self.pids = roots.pids / name if roots.pids is not None else None
+        self._directories = tuple(dict.fromkeys(path for path in (self.memory, self.pids) if path is not None))
+
+    @classmethod
+    def make(cls, name: str, roots: Roots, memory_bytes: int = 0) -> Group:
+        """A new one. Without `memory_bytes` memory is only counted. OSError where it can't be made."""
+        group = cls(name, roots)
+        made = []
+        try:
+            for directory in group._directories:
+                directory.mkdir()
+                made.append(directory)
+            if group.pids is not None:
+                (group.pids / "pids.max").write_text(str(PIDS_MAX))
+            if group.unified:
+                (group.memory / "memory.oom.group").write_text("1")
+            if memory_bytes:
+                group.limit(memory_bytes)
+        except BaseException:
+            for directory in made:
+                directory.rmdir()
+            raise
+        return group
+
+    def limit(self, memory_bytes: int) -> None:
+        """Bounds what its processes take from now on, swap included. OSError if they hold more already."""
+        if self.unified:
+            (self.memory / "memory.max").write_text(str(memory_bytes))
+            swap = self.memory / "memory.swap.max"
+            if swap.exists():
+                swap.write_text("0")
+            return
+        files = [self.memory / "memory.limit_in_bytes", self.memory / "memory.memsw.limit_in_bytes"]
+        # The first may never be above the second.
+        if memory_bytes > int(read_text(files[0]) or 0):
+            files.reverse()
+        for file in files:
+            if file.exists():         # swap may not be counted
+                file.write_text(str(memory_bytes))
+
+    def enter(self, pid: int = 0) -> None:
+        """Moves a process there with all of its threads; 0 is the caller. OSError if it is gone."""
+        for directory in self._directories:
+            with open(directory / "cgroup.procs", "w") as file:
+                file.write(str(pid))
+
+    def members(self) -> list[int]:
+        """Processes that are in it now."""
+        return [int(word) for word in read_text(self.memory / "cgroup.procs").split()]
+
+    def oom_kills(self) -> int:
+        """How many of its processes the kernel has killed because the group was at its limit."""
+        file = "memory.events" if self.unified else "memory.oom_control"
+        return next((int(line.split()[1]) for line in read_text(self.memory / file).splitlines()
+                     if line.startswith("oom_kill ")), 0)
+
+    def kill(self) -> None:
+        """SIGKILL for all that is in it; nothing new can begin there."""
+        if self.unified and (self.memory / "cgroup.kill").exists():
+            (self.memory / "cgroup.kill").write_text("1")
+            return
+        if self.pids is not None and self.pids.exists():
+            (self.pids / "pids.max").write_text("0")
+        for pid in self.members():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    def remove(self) -> bool:
+        """Kills what is in it and removes it; False while something there has not ended yet."""
+        for directory in self._directories:
+            try:
+                directory.rmdir()
+            except FileNotFoundError:
+                continue              # removed already
+            except OSError:
+                self.kill()
+                return False
+        return True
+
+    def close(self) -> None:
+        """Safe to call twice. OSError if something killed doesn't end."""
+        deadline = time.monotonic() + END_S
+        while not self.remove():
+            if time.monotonic() > deadline:
+                raise OSError(f"what is in the control group {self.name} was killed and does not end")
+            time.sleep(0.001)
+
+
+def remove_stale(roots: Roots) -> list[str]:
+    """Ends what makers that live no more left behind; the names of groups that were removed."""
+    removed = []
+    for name in _stale(roots):
+        Group(name, roots).close()
+        removed.append(name)
+    return removed
+
+
+def _stale(roots: Roots) -> Iterator[str]:
+    ours = str(os.stat("/proc/self/ns/pid").st_ino)
+    names: set[str] = set()
+    for root in (roots.memory, roots.pids):
+        names.update(os.listdir(root) if root is not None else ())
+    for name in sorted(names):
+        found = _NAME.fullmatch(name)
+        # Who is in another namespace can't be seen from here.
+        if found is not None and found[1] == ours and _started(int(found[2])) != found[3]:
+            yield name

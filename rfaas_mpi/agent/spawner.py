@@ -1,0 +1,705 @@
+"""The small root process beside an agent that serves several users: it starts zygotes as those users, and ends them.
+
+    agent (service user) ── one datagram of fixed size, and descriptors ──▶ spawner (root)
+                         ◀── one answer of fixed size, and a pidfd ──────
+
+What is not among its operations can't be asked of it, and what it is asked is checked: it starts
+programs only as users from a lowest uid on, signals and moves only what it started, and limits what
+it started. It opens no file that a user names: the child that does has become that user before.
+
+The end of the agent, by whatever, is the end of that socket: everything that was started is killed
+then. The end of the spawner is that of every zygote, and the agent leaves when it hears of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import grp
+import logging
+import os
+import platform
+import pwd
+import select
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from rfaas_mpi.agent import child
+from rfaas_mpi.agent.groups import Group, Roots, maker, remove_stale
+from rfaas_mpi.agent.kernel_files import pid_of
+from rfaas_mpi.errors import ServiceError
+
+__all__ = ["Answer", "Command", "Ended", "Identity", "Op", "Request", "Spawner", "SpawnerLost", "become_user",
+           "identity", "main", "pack_command", "unsafe_places"]
+
+log = logging.getLogger("rfaas_mpi.spawner")
+
+UID_MIN = 1000                       # users begin here
+CPUS_MAX = 1024
+FDS_MAX = 8                          # more than any request has: the rest is seen and refused
+ANSWER_S = 10.0                      # a spawner that is silent for so long is given up
+REMOVE_RETRY_S = 0.002
+MAGIC = 0x5053_4652                  # "RFSP"
+
+REQUEST = struct.Struct("<IHHIIIIQ128s")
+ANSWER = struct.Struct("<IHHIiIQ128s")
+
+# Where the child finds what it was given.
+OUTPUT_FD, CHANNEL_FD, SETUP_FD, START_FD = 2, 3, 4, 5
+
+_KEYCTL = {"x86_64": 250, "aarch64": 219}
+_JOIN_SESSION_KEYRING = 1
+_GUEST_OOM_SCORE = "900"             # below the workers' own 1000, far above the owners' jobs
+
+
+class Op(IntEnum):
+    """All that a spawner can be asked."""
+
+    ZYGOTE = 1                       # uid; channel, output, setup, command → pid, pidfd
+    SIGNAL = 2                       # argument: the signal; a process' pidfd, none: the zygote
+    GROUP = 3                        # a worker's control group; size_bytes: its limit
+    LIMIT = 4                        # another limit for it
+    ENTER = 5                        # a process' pidfd: it moves there
+    REMOVE = 6                       # ends what is in it → how often its limit killed
+    AFFINITY = 7                     # a process' pidfd, cpus: all of its threads run there only
+    ENDED = 8                        # told unasked: a zygote is gone; number: its wait status
+
+
+# How many descriptors come with each.
+_FDS = {Op.ZYGOTE: (4,), Op.SIGNAL: (0, 1), Op.GROUP: (0,), Op.LIMIT: (0,), Op.ENTER: (1,), Op.REMOVE: (0,),
+        Op.AFFINITY: (1,)}
+_SIGNALS = frozenset((signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT, signal.SIGTERM))
+
+
+class Request(NamedTuple):
+    """One request; a serial of 0 wants no answer."""
+
+    op: int
+    serial: int
+    zygote: int = 0
+    group: int = 0
+    uid: int = 0
+    argument: int = 0
+    size_bytes: int = 0
+    cpus: bytes = bytes(CPUS_MAX // 8)
+
+    def pack(self) -> bytes:
+        return REQUEST.pack(MAGIC, self.op, self.argument, self.serial, self.zygote, self.group, self.uid, self.size_bytes,
+                            self.cpus)
+
+    @classmethod
+    def unpack(cls, data: bytes, fds: int) -> Request:
+        """ValueError for what is no request, or not with so many descriptors."""
+        if len(data) != REQUEST.size:
+            raise ValueError(f"a request of {len(data)} bytes")
+        magic, op, argument, serial, zygote, group, uid, size, cpus = REQUEST.unpack(data)
+        if magic != MAGIC or op not in _FDS:
+            raise ValueError(f"a request of kind {op}")
+        if fds not in _FDS[Op(op)]:
+            raise ValueError(f"{Op(op).name} with {fds} descriptors")
+        return cls(op, serial, zygote, group, uid, argument, size, cpus)
+
+
+class Answer(NamedTuple):
+    """What became of a request; `error` is an errno, 0 if it was done."""
+
+    op: int
+    serial: int
+    zygote: int = 0
+    error: int = 0
+    pid: int = 0
+    number: int = 0
+    text: str = ""
+
+    def pack(self) -> bytes:
+        text = self.text.encode(errors="replace")[:127]
+        return ANSWER.pack(MAGIC, self.op, 0, self.serial, self.error, self.zygote, self.number << 32 | self.pid, text)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Answer:
+        """ValueError for what is none."""
+        if len(data) != ANSWER.size:
+            raise ValueError(f"an answer of {len(data)} bytes")
+        _, op, _, serial, error, zygote, both, text = ANSWER.unpack(data)
+        return cls(op, serial, zygote, error, both & 0xFFFFFFFF, both >> 32,
+                   text.rstrip(b"\0").decode(errors="replace"))
+
+
+class Command(msgspec.Struct, frozen=True):
+    """What a zygote is exec'ed from; read by the child that has become the user."""
+
+    argv: tuple[bytes, ...]
+    directory: bytes
+    environment: tuple[tuple[bytes, bytes], ...]
+
+
+_decode_command: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+
+
+def pack_command(command: Command) -> bytes:
+    return msgspec.msgpack.encode(command)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A zygote that is gone, with its exit code, negative for a signal."""
+
+    zygote: int
+    code: int
+
+
+class SpawnerLost(ServiceError):
+    """The spawner ended; without it nothing can be started or ended for other users."""
+
+
+# --- who a user is --------------------------------------------------------------------------
+
+class Identity(NamedTuple):
+    """What a process of that user has."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+
+def identity(uid: int, uid_min: int = UID_MIN) -> Identity:
+    """The user's groups as this node's database has them; PermissionError if nothing is started as that user.
+
+    A uid that the database doesn't have gets the group with its own number, if that is nobody else's.
+    """
+    if uid < max(1, uid_min) or uid >= 0xFFFF_FFFE:
+        raise PermissionError(errno.EPERM, f"uid {uid} is not served: users begin at {max(1, uid_min)}")
+    try:
+        entry = pwd.getpwuid(uid)
+    except KeyError:
+        try:
+            owner = grp.getgrgid(uid).gr_name
+        except KeyError:
+            return Identity(uid, uid, (uid,))
+        raise PermissionError(errno.EPERM, f"this node knows no user with uid {uid}, and the group of that number is "
+                                           f"{owner!r}") from None
+    if entry.pw_gid == 0:
+        raise PermissionError(errno.EPERM, f"uid {uid} has group 0, whose rights kernels must not have")
+    groups = {entry.pw_gid, *os.getgrouplist(entry.pw_name, entry.pw_gid)} - {0}
+    return Identity(uid, entry.pw_gid, tuple(sorted(groups)))
+
+
+def become_user(who: Identity) -> None:
+    """This process, and all that it will start, is that user's for ever. OSError if anything of before is left."""
+    os.setgroups(who.groups)
+    os.setresgid(who.gid, who.gid, who.gid)
+    os.setresuid(who.uid, who.uid, who.uid)
+    if (os.getresuid() != (who.uid,) * 3 or os.getresgid() != (who.gid,) * 3
+            or set(os.getgroups()) != set(who.groups)):
+        raise OSError(errno.EPERM, f"could not become uid {who.uid}")
+    status = Path("/proc/self/status").read_text()
+    left = [line for line in status.splitlines() if line.startswith(("CapEff", "CapPrm", "CapAmb"))
+            and int(line.split()[1], 16) != 0]
+    if left:
+        raise OSError(errno.EPERM, f"capabilities are left after becoming uid {who.uid}: {', '.join(left)}")
+
+
+def unsafe_places(paths: Iterable[str], uid_min: int = UID_MIN) -> list[str]:
+    """Of these and what is above them, what a user that is served could change; one line each."""
+    found: dict[str, None] = {}
+    for text in paths:
+        path = Path(text).resolve()
+        for place in (path, *path.parents):
+            try:
+                facts = place.stat()
+            except OSError:
+                continue              # what isn't there is not read
+            sticky = facts.st_mode & 0o1000 and place != path
+            if facts.st_uid >= uid_min and facts.st_uid != 65534:
+                found[f"{place} belongs to uid {facts.st_uid}"] = None
+            elif facts.st_mode & 0o002 and not sticky:
+                found[f"{place} can be written to by everybody"] = None
+    return list(found)
+
+
+# --- the root process ---------------------------------------------------------------------
+
+@dataclass
+class _Zygote:
+    number: int
+    uid: int
+    pid: int
+    groups: set[int] = field(default_factory=set)
+
+
+class _Server:
+    """Does what the agent asks, one request after another; knows nothing but what it started."""
+
+    def __init__(self, channel: socket.socket, uid_min: int) -> None:
+        self.channel = channel
+        self.uid_min = uid_min
+        self.pid = os.getpid()
+        self.roots = Roots.find()
+        self.maker = maker()
+        self.zygotes: dict[int, _Zygote] = {}
+        self.groups: dict[int, Group] = {}
+        self.removing: list[Group] = []
+
+    def serve(self) -> None:
+        """Until the agent is gone; then nothing of what was started is left."""
+        wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        selector = selectors.DefaultSelector()
+        selector.register(self.channel, selectors.EVENT_READ)
+        selector.register(wake_r, selectors.EVENT_READ)
+        try:
+            while True:
+                ready = selector.select(REMOVE_RETRY_S if self.removing else None)
+                for key, _ in ready:
+                    if key.fileobj is self.channel:
+                        if not self._hear():
+                            return
+                    else:
+                        with contextlib.suppress(BlockingIOError):
+                            os.read(wake_r, 4096)
+                        self._reap()
+                self.removing = [group for group in self.removing if not group.remove()]
+        finally:
+            self._end_all()
+
+    def _hear(self) -> bool:
+        try:
+            data, fds, flags, _ = socket.recv_fds(self.channel, REQUEST.size + 1, FDS_MAX, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionError:
+            return False
+        if not data:
+            return False
+        passed: list[int] = []
+        request = Request(0, 0)
+        try:
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise ValueError("a request that is too long")
+            request = Request.unpack(data, len(fds))
+            answer = self._do(request, fds, passed)
+        except (OSError, ValueError) as error:
+            number = error.errno or errno.EIO if isinstance(error, OSError) else errno.EINVAL
+            text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+            log.warning("refused op=%d zygote=%d group=%d uid=%d: %s", request.op, request.zygote, request.group,
+                        request.uid, text)
+            answer = Answer(request.op, request.serial, request.zygote, number, text=text)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        try:
+            if request.serial or answer.error == errno.EINVAL:
+                self._tell(answer, passed)
+        finally:
+            for fd in passed:
+                os.close(fd)
+        return True
+
+    def _tell(self, answer: Answer, fds: list[int]) -> None:
+        with contextlib.suppress(ConnectionError):       # it is gone: the next read says so
+            socket.send_fds(self.channel, [answer.pack()], fds)
+
+    # ---- operations ------------------------------------------------------------------------
+
+    def _do(self, request: Request, fds: list[int], passed: list[int]) -> Answer:
+        done = Answer(request.op, request.serial, request.zygote)
+        match request.op:
+            case Op.ZYGOTE:
+                pid = self._start(request, fds)
+                passed.append(os.pidfd_open(pid))
+                return done._replace(pid=pid)
+            case Op.SIGNAL:
+                self._signal(request, fds)
+            case Op.GROUP:
+                self._make_group(request)
+            case Op.LIMIT:
+                self._group(request).limit(request.size_bytes)
+            case Op.ENTER:
+                self._group(request).enter(self._own(self._zygote(request), fds[0]))
+            case Op.REMOVE:
+                return done._replace(number=self._remove(request))
+            case Op.AFFINITY:
+                self._bind(self._own(self._zygote(request), fds[0]), request.cpus)
+        return done
+
+    def _zygote(self, request: Request) -> _Zygote:
+        found = self.zygotes.get(request.zygote)
+        if found is None:
+            raise ProcessLookupError(errno.ESRCH, f"there is no zygote {request.zygote}")
+        return found
+
+    def _group(self, request: Request) -> Group:
+        found = self.groups.get(request.group)
+        if found is None or request.group not in self._zygote(request).groups:
+            raise FileNotFoundError(errno.ENOENT, f"zygote {request.zygote} has no group {request.group}")
+        return found
+
+    def _own(self, zygote: _Zygote, pidfd: int) -> int:
+        """The pid of a process that descends from us and is that zygote's user's. PermissionError for any other."""
+        pid = pid_of(pidfd)
+        uids, parent = _uids_and_parent(pid)
+        if uids != {zygote.uid}:
+            raise PermissionError(errno.EPERM, f"pid {pid} is not a process of uid {zygote.uid}")
+        for _ in range(1000):
+            if parent == self.pid:
+                break
+            if parent <= 1:
+                raise PermissionError(errno.EPERM, f"pid {pid} was not started here")
+            _, parent = _uids_and_parent(parent)
+        if pid_of(pidfd) != pid:
+            raise ProcessLookupError(errno.ESRCH, "the process is gone")
+        return pid
+
+    def _start(self, request: Request, fds: list[int]) -> int:
+        if request.zygote in self.zygotes or not request.zygote:
+            raise FileExistsError(errno.EEXIST, f"zygote {request.zygote} exists already")
+        if request.uid < max(1, self.uid_min) or request.uid >= 0xFFFF_FFFE:
+            raise PermissionError(errno.EPERM, f"uid {request.uid} is not served: users begin at {self.uid_min}")
+        group = None
+        if self.roots.memory is not None:
+            group = Group.make(f"{self.maker}-z{request.zygote}", self.roots)
+        pid = os.fork()
+        if pid == 0:
+            _become_zygote(request.uid, self.uid_min, fds, self.pid, group)
+        self.zygotes[request.zygote] = _Zygote(request.zygote, request.uid, pid)
+        if group is not None:
+            self.groups[-request.zygote] = group
+        log.info("zygote=%d uid=%d pid=%d started", request.zygote, request.uid, pid)
+        return pid
+
+    def _signal(self, request: Request, fds: list[int]) -> None:
+        if request.argument not in _SIGNALS:
+            raise PermissionError(errno.EPERM, f"signal {request.argument} is not sent")
+        zygote = self._zygote(request)
+        if not fds:
+            # Our own child: its number is its own until we reap it.
+            os.kill(zygote.pid, request.argument)
+            return
+        self._own(zygote, fds[0])
+        signal.pidfd_send_signal(fds[0], request.argument)
+
+    def _make_group(self, request: Request) -> None:
+        zygote = self._zygote(request)
+        if request.group in self.groups or not 0 < request.group < 1 << 31:
+            raise FileExistsError(errno.EEXIST, f"group {request.group} exists already")
+        self.groups[request.group] = Group.make(f"{self.maker}-w{request.group}", self.roots, request.size_bytes)
+        zygote.groups.add(request.group)
+
+    def _remove(self, request: Request) -> int:
+        group = self._group(request)
+        kills = group.oom_kills()
+        self._zygote(request).groups.discard(request.group)
+        del self.groups[request.group]
+        if not group.remove():
+            self.removing.append(group)
+        return min(kills, 0xFFFF)
+
+    def _bind(self, pid: int, mask: bytes) -> None:
+        cpus = [cpu for cpu in range(CPUS_MAX) if mask[cpu // 8] >> cpu % 8 & 1]
+        # A thread that another one starts meanwhile has inherited either mask.
+        done: set[int] = set()
+        while threads := {int(name) for name in os.listdir(f"/proc/{pid}/task")} - done:
+            for thread in threads:
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(thread, cpus)
+            done |= threads
+
+    # ---- ends ------------------------------------------------------------------------------
+
+    def _reap(self) -> None:
+        """Tells of zygotes that ended; ends what they left, which has come to us, the subreaper."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                break
+            zygote = next((each for each in self.zygotes.values() if each.pid == pid), None)
+            if zygote is None:
+                continue
+            del self.zygotes[zygote.number]
+            for number in (*zygote.groups, -zygote.number):
+                group = self.groups.pop(number, None)
+                if group is not None and not group.remove():
+                    self.removing.append(group)
+            code = os.waitstatus_to_exitcode(status)
+            log.info("zygote=%d uid=%d pid=%d ended: %d", zygote.number, zygote.uid, pid, code)
+            self._tell(Answer(Op.ENDED, 0, zygote.number, number=code & 0xFFFF), [])
+        known = {zygote.pid for zygote in self.zygotes.values()}
+        for pid in _children(self.pid):
+            if pid not in known:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _end_all(self) -> None:
+        """Kills everything that we started, until nothing is left of it."""
+        for group in self.groups.values():
+            with contextlib.suppress(OSError):
+                group.kill()
+        while True:
+            # What a killed process leaves behind comes to us, and is next.
+            for pid in _children(self.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            try:
+                os.waitpid(-1, 0)
+            except ChildProcessError:
+                break
+        for group in (*self.groups.values(), *self.removing):
+            try:
+                group.close()
+            except OSError as error:
+                log.error("%s", error)
+        self.groups.clear()
+        self.zygotes.clear()
+
+
+def _uids_and_parent(pid: int) -> tuple[set[int], int]:
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        raise ProcessLookupError(errno.ESRCH, f"pid {pid} is gone") from None
+    facts = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return {int(word) for word in facts["Uid"].split()}, int(facts["PPid"])
+
+
+def _children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _leave_keyring() -> None:
+    """A session keyring of its own, so that none of root's keys is at hand. Kernels without keys have none to give."""
+    number = _KEYCTL.get(platform.machine())
+    if number is not None:
+        ctypes.CDLL(None, use_errno=True).syscall(
+            ctypes.c_long(number), ctypes.c_ulong(_JOIN_SESSION_KEYRING), ctypes.c_void_p(None))
+
+
+def _become_zygote(uid: int, uid_min: int, fds: list[int], parent: int, group: Group | None) -> None:
+    """In the fork: becomes the user, then the program. Never returns; what goes wrong is said on the output."""
+    status = 127
+    try:
+        os.setsid()
+        # Out of the way of the numbers that they get.
+        channel, output, setup, start = (os.dup(fd) if fd > 16 else _above(fd) for fd in fds)
+        null = _above(os.open("/dev/null", os.O_RDWR))
+        for fd, to in ((null, 0), (output, 1), (output, OUTPUT_FD), (channel, CHANNEL_FD), (setup, SETUP_FD),
+                       (start, START_FD)):
+            os.dup2(fd, to, inheritable=to != START_FD)
+        child.close_all_but((CHANNEL_FD, SETUP_FD, START_FD))
+        if group is not None:
+            group.enter()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text(_GUEST_OOM_SCORE)
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, range(CPUS_MAX))
+        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        os.umask(0o077)
+        _leave_keyring()
+        # The node's database may ask other nodes: only this child waits for them.
+        become_user(identity(uid, uid_min))
+        child.gain_no_privileges()
+        # Becoming another user has undone it, if it was set.
+        child.die_with_parent(parent)
+        with open(START_FD, "rb") as file:
+            file.seek(0)
+            command = _decode_command.decode(file.read())
+        status = 126
+        try:
+            os.chdir(command.directory)
+        except OSError:
+            os.chdir("/")
+        os.execve(command.argv[0], command.argv, dict(command.environment))
+    except BaseException as error:
+        os.write(OUTPUT_FD, f"{socket.gethostname()}: {error}\n".encode(errors="replace"))
+    finally:
+        os._exit(status)
+
+
+def _above(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 64)
+
+
+def main(fd: int, uid_min: int) -> None:
+    """Entry of the exec'ed root process: never returns. `fd` is the socket to the agent."""
+    os.set_inheritable(fd, False)
+    channel = socket.socket(fileno=fd)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr,
+                        format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s")
+    status = 1
+    try:
+        os.chdir("/")
+        os.setsid()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # The agent decides when we end.
+            signal.signal(number, signal.SIG_IGN)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("-900")
+        child.name_process("rfaas-spawner")
+        child.adopt_orphans()
+        server = _Server(channel, uid_min)
+        for name in remove_stale(server.roots):
+            log.warning("ended what was left in %s, by one before", name)
+        server._tell(Answer(0, 0, text=server.roots.why_not), [])
+        server.serve()
+        status = 0
+    except BaseException:
+        log.exception("the spawner ends")
+    finally:
+        os._exit(status)
+
+
+# --- the agent's end ------------------------------------------------------------------------
+
+class Spawner:
+    """The agent's end of it: each call asks and waits for the answer. close() ends everything that was started.
+
+    Calls raise OSError with the reason where the spawner refuses, SpawnerLost where it is gone.
+    """
+
+    def __init__(self, channel: socket.socket, process: subprocess.Popen[bytes]) -> None:
+        self.channel = channel
+        self.pid = process.pid
+        self._process = process
+        self.why_no_groups = ""
+        self._serial = 0
+        self._ended: list[Ended] = []
+        self._next_zygote = 1
+
+    @classmethod
+    def start(cls, uid_min: int = UID_MIN) -> Spawner:
+        """Started by root, before it becomes the service's user. ServiceError where that can't be done safely."""
+        if os.geteuid() != 0:
+            raise ServiceError("only root can start programs as other users",
+                               hint="start the agent as root, with RFAAS_SERVICE_USER naming the user that it becomes")
+        package = str(Path(__file__).parents[2])
+        path = [package, *(entry for entry in sys.path if entry and os.path.isabs(entry) and entry != package)]
+        ours = (str(Path(__file__).parent), str(Path(msgspec.__file__).parent))
+        if unsafe := unsafe_places((sys.executable, *path, *ours), uid_min):
+            raise ServiceError(f"an agent for several users would run as root what one of them can change: {unsafe[0]}",
+                               hint="install rfaas_mpi and its Python where only root writes, or raise RFAAS_UID_MIN")
+        here, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        code = (f"import sys; sys.path[:] = {path!r}; from rfaas_mpi.agent.spawner import main; "
+                f"main({theirs.fileno()}, {uid_min})")
+        try:
+            with theirs:
+                process = subprocess.Popen([sys.executable, "-I", "-S", "-B", "-c", code], stdin=subprocess.DEVNULL,
+                                           cwd="/", env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
+                                           pass_fds=(theirs.fileno(),))
+        except BaseException:
+            here.close()
+            raise
+        spawner = cls(here, process)
+        try:
+            spawner.why_no_groups = spawner._hear()[0].text
+        except SpawnerLost:
+            spawner.close()
+            raise
+        return spawner
+
+    def fileno(self) -> int:
+        """To wait on: readable when a zygote ended, or the spawner did."""
+        return self.channel.fileno()
+
+    def ended(self) -> list[Ended]:
+        """Zygotes that are gone, each told once. SpawnerLost if the spawner is."""
+        while select.select([self.channel], [], [], 0)[0]:
+            self._hear()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def zygote(self, uid: int, channel: int, output: int, setup: int, command: int) -> tuple[int, int, int]:
+        """Starts one as that user: its number, pid and pidfd. `command` is a file with a Command."""
+        number, self._next_zygote = self._next_zygote, self._next_zygote + 1
+        answer, fds = self._ask(Request(Op.ZYGOTE, 0, number, uid=uid), [channel, output, setup, command])
+        return number, answer.pid, fds[0]
+
+    def signal(self, zygote: int, pidfd: int = -1, number: int = signal.SIGKILL, *, wait: bool = False) -> None:
+        """To a process that it started, else to the zygote itself. Without `wait` a refusal is only logged."""
+        fds = [pidfd] if pidfd >= 0 else []
+        self._ask(Request(Op.SIGNAL, 0, zygote, argument=number), fds, wait=wait)
+
+    def make_group(self, zygote: int, group: int, memory_bytes: int) -> None:
+        """A control group for one worker."""
+        self._ask(Request(Op.GROUP, 0, zygote, group, size_bytes=memory_bytes))
+
+    def limit(self, zygote: int, group: int, memory_bytes: int) -> None:
+        """Another limit on a group's memory."""
+        self._ask(Request(Op.LIMIT, 0, zygote, group, size_bytes=memory_bytes))
+
+    def enter(self, zygote: int, group: int, pidfd: int, *, wait: bool = True) -> None:
+        """Moves the process there."""
+        self._ask(Request(Op.ENTER, 0, zygote, group), [pidfd], wait=wait)
+
+    def remove_group(self, zygote: int, group: int) -> int:
+        """Ends what is in it; how often the kernel had killed there for lack of memory."""
+        return self._ask(Request(Op.REMOVE, 0, zygote, group))[0].number
+
+    def bind(self, zygote: int, pidfd: int, cpus: Iterable[int]) -> None:
+        """Has every thread of the process run on these CPUs only."""
+        mask = bytearray(CPUS_MAX // 8)
+        for cpu in cpus:
+            mask[cpu // 8] |= 1 << cpu % 8
+        self._ask(Request(Op.AFFINITY, 0, zygote, cpus=bytes(mask)), [pidfd])
+
+    def close(self) -> None:
+        """Returns when everything that it started, and it itself, is gone. Safe to call twice."""
+        if self.channel.fileno() < 0:
+            return
+        self.channel.close()
+        self._process.wait()
+
+    def _ask(self, request: Request, fds: Iterable[int] = (), *, wait: bool = True) -> tuple[Answer, list[int]]:
+        serial = 0
+        if wait:
+            self._serial = serial = self._serial % 0xFFFF_FFFF + 1
+        try:
+            socket.send_fds(self.channel, [request._replace(serial=serial).pack()], list(fds))
+        except OSError as error:
+            raise self._lost(str(error)) from None
+        if not wait:
+            return Answer(request.op, 0), []
+        while True:
+            answer, passed = self._hear()
+            if answer.serial != serial:
+                for fd in passed:
+                    os.close(fd)
+                continue
+            if answer.error:
+                raise OSError(answer.error, answer.text)
+            return answer, passed
+
+    def _hear(self) -> tuple[Answer, list[int]]:
+        if not select.select([self.channel], [], [], ANSWER_S)[0]:
+            raise self._lost(f"it was silent for {ANSWER_S:g} s")
+        try:
+            data, fds, _, _ = socket.recv_fds(self.channel, ANSWER.size + 1, 1, socket.MSG_CMSG_CLOEXEC)
+        except OSError as error:
+            raise self._lost(str(error)) from None
+        if not data:
+            raise self._lost("it ended")
+        answer = Answer.unpack(data)
+        if answer.op == Op.ENDED:
+            code = answer.number - 0x10000 if answer.number >= 0x8000 else answer.number
+            self._ended.append(Ended(answer.zygote, code))
+        return answer, fds
+
+    def _lost(self, why: str) -> SpawnerLost:
+        return SpawnerLost(f"the agent's spawner (pid {self.pid}) is lost: {why}",
+                           hint="see the agent's log, then start it again")

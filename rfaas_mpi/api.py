@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from rfaas_mpi._version import __version__
-from rfaas_mpi.leases import Cause, GrantedWorker, Lease, LiveLease, NodeView
+from rfaas_mpi.leases import Cause, GrantedWorker, LeaseState, LiveLease, NodeView
 
 __all__ = ["ROUTES", "Route", "openapi"]
 
@@ -66,7 +66,7 @@ class Admitted(msgspec.Struct, frozen=True):
 
 
 class UsedLine(Body, frozen=True):
-    """What one worker used; `number` names the line within the agent's incarnation."""
+    """What one worker used; `number` names the line within the agent's `incarnation` (0: that of the report)."""
 
     number: Number
     lease: Number
@@ -78,6 +78,7 @@ class UsedLine(Body, frozen=True):
     poll_s: Seconds = 0.0
     invocations: Size = 0
     kernel: Annotated[str, Meta(max_length=256)] = ""
+    incarnation: Annotated[int, Meta(ge=0, lt=1 << 62)] = 0
 
 
 class Report(Body, frozen=True):
@@ -108,13 +109,15 @@ class Orders(msgspec.Struct, frozen=True):
 
     `superseded`: another agent took the node over; end. `keys`: believe grants of these
     public keys from now on, and of no others (none: as before). `register`: this manager
-    doesn't know the agent; register again, under the same name.
+    doesn't know the agent; register again, under the same name. `clock_ns` is that of
+    the report which this answers, whose used lines are on disk; 0: it answers none.
     """
 
     stop: tuple[StopOrder, ...] = ()
     superseded: bool = False
     keys: tuple[bytes, ...] = ()
     register: bool = False
+    clock_ns: int = 0
 
 
 # --- ranks --------------------------------------------------------------------
@@ -166,8 +169,25 @@ class RevokeLease(Body, frozen=True):
     grace_s: Grace = 0.0
 
 
+class LeaseView(msgspec.Struct, frozen=True):
+    """A lease as it stands: `workers` still hold cores, those in `stopping` were told to stop. Times: from now."""
+
+    id: int
+    epoch: int
+    node: str
+    host: str
+    uid: int
+    state: LeaseState
+    workers: tuple[GrantedWorker, ...]
+    stopping: tuple[int, ...]
+    memory_per_worker: int
+    hard_end_in_s: float | None = None
+    stop_in_s: float | None = None
+    cause: Cause | None = None
+
+
 class Leases(msgspec.Struct, frozen=True):
-    leases: tuple[Lease, ...]
+    leases: tuple[LeaseView, ...]
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -204,9 +224,12 @@ class PolicyView(msgspec.Struct, frozen=True):
 
 
 class Event(msgspec.Struct, frozen=True):
-    """Workers of a lease end, and why; `number` rises."""
+    """Workers of a lease end, and why; `number` rises, `at` is when, in seconds since 1970."""
 
     number: int
+    at: float
+    node: str
+    uid: int
     lease_id: int
     workers: tuple[int, ...]
     cause: Cause
@@ -218,6 +241,13 @@ class Events(msgspec.Struct, frozen=True):
 
     first: int
     events: tuple[Event, ...]
+
+
+class Challenge(msgspec.Struct, frozen=True):
+    """What a caller over a network proves with his next request: good once, for a minute."""
+
+    challenge: bytes
+    means: tuple[str, ...]
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -248,13 +278,15 @@ ROUTES = (
     Route("POST", "/v1/leases", "ask", "Ask for workers; answered when they are there or the time is over", AskLease,
           LeaseGrant),
     Route("GET", "/v1/leases", "leases", "The caller's live leases; an administrator's are all", None, Leases),
+    Route("GET", "/v1/leases/{lease}", "lease", "One of the caller's leases, also one that ended not long ago", None,
+          LeaseView),
     Route("DELETE", "/v1/leases/{lease}", "release", "Give a lease back", None, Done),
     Route("POST", "/v1/leases/{lease}/revoke", "revoke", "Take a lease back", RevokeLease, Done),
     Route("DELETE", "/v1/sessions/{session}", "end_session", "A rank ended, and with it all that it holds", None, Done),
     Route("GET", "/v1/nodes", "nodes", "Nodes that lend to the caller", None, Nodes),
     Route("POST", "/v1/drain", "drain", "Take back what is lent on nodes, and lend nothing there", DrainNodes, Done),
     Route("POST", "/v1/undrain", "undrain", "Let drained nodes lend again", UndrainNodes, Done),
-    Route("GET", "/v1/usage", "usage", "Who used what; for administrators", None, UsageSums,
+    Route("GET", "/v1/usage", "usage", "Who used what: the caller; all, for an administrator", None, UsageSums,
           (("by", {"type": "string", "enum": ["uid", "node", "kernel", "lease"], "default": "uid"}),)),
     Route("GET", "/v1/policy", "policy", "Who may lend to all, and who administers", None, PolicyView),
     Route("GET", "/v1/events", "events", "What became of the caller's leases", None, Events,

@@ -12,6 +12,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,15 @@ import msgspec
 import pytest
 
 from rfaas_mpi import api
+from rfaas_mpi.errors import ConfigError
+from rfaas_mpi.leases.grants import Admission, AgentKey, GrantBody
+from rfaas_mpi.manager import keys as key_files
 from rfaas_mpi.manager import server
 from rfaas_mpi.manager.cluster import Policy
+from rfaas_mpi.manager.keys import Keys
 from rfaas_mpi.manager.ledger import Ledger
 from rfaas_mpi.manager.server import ManagerServer
+from rfaas_mpi.remote import Address
 
 GUARD_S = 60.0
 GIB = 1 << 30
@@ -36,8 +42,8 @@ _clock = itertools.count(10**12, 10**6)
 class Caller:
     """This user, over the socket."""
 
-    def __init__(self, session: aiohttp.ClientSession) -> None:
-        self.session = session
+    def __init__(self, session: aiohttp.ClientSession, manager: ManagerServer) -> None:
+        self.session, self.manager = session, manager
 
     async def __call__(self, method: str, path: str, body: Any = None, *, status: int = 200) -> Any:
         async with self.session.request(method, f"http://manager{path}", json=body) as answer:
@@ -66,14 +72,21 @@ def report(incarnation: int, *live: dict, cores: int = 4, **more: Any) -> dict:
             "live": [{"lease_id": one["id"], "epoch": one["epoch"], "workers": one["workers"]} for one in live], **more}
 
 
+def leases_of(answer: dict) -> list[dict]:
+    """What may be said twice: a grant is sealed anew each time."""
+    return [{key: value for key, value in lease.items() if key not in ("grant", "hard_end_in_s")}
+            for lease in answer["leases"]]
+
+
 @contextlib.asynccontextmanager
 async def serving(directory: Path, **options: Any) -> AsyncIterator[Caller]:
     ledger = Ledger(directory / "ledger.db")
     policy = Policy(lenders=frozenset((ME,)), admins=frozenset((ME,)))
-    async with ManagerServer(ledger, **{"policy": policy, **options}) as manager:
+    options = {"policy": policy, "keys": Keys.of(directory), **options}
+    async with ManagerServer(ledger, **options) as manager:
         await manager.listen_unix(directory / "socket")
         async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(directory / "socket"))) as session:
-            yield Caller(session)
+            yield Caller(session, manager)
 
 
 @pytest.fixture
@@ -92,10 +105,11 @@ def test_a_lease_s_whole_life(play):
         number = await call.start("nid1")
         await call.report("nid1", number)
         [lease] = (await call.ask(2))["leases"]
-        assert lease["node"] == "nid1" and lease["uid"] == ME and len(lease["workers"]) == 2
+        assert lease["node"] == lease["host"] == "nid1" and len(lease["workers"]) == 2
+        assert lease["addresses"] == ["tcp://nid1:4711"] and lease["hard_end_in_s"] is None
         await call.report("nid1", number, lease)
         [now] = (await call("GET", "/v1/leases"))["leases"]
-        assert now["state"] == "active"
+        assert now["state"] == "active" and now["uid"] == ME
         await call("DELETE", f"/v1/leases/{lease['id']}")
         [order] = (await call.report("nid1", number, lease))["stop"]
         assert order["lease_id"] == lease["id"] and order["cause"] == "released"
@@ -114,9 +128,9 @@ def test_a_request_may_be_repeated_and_a_manager_restarted_in_between(tmp_path):
         async with serving(tmp_path) as call:
             await call.report("nid1", await call.start("nid1"))
             first = await call("POST", "/v1/leases", body)
-            assert await call("POST", "/v1/leases", body) == first
+            assert leases_of(await call("POST", "/v1/leases", body)) == leases_of(first)
         async with serving(tmp_path) as call:
-            assert await call("POST", "/v1/leases", body) == first
+            assert leases_of(await call("POST", "/v1/leases", body)) == leases_of(first)
             assert [one["id"] for one in (await call("GET", "/v1/leases"))["leases"]] == [first["leases"][0]["id"]]
             await call("POST", "/v1/leases", {**body, "workers_max": 1}, status=409)
 
@@ -177,6 +191,231 @@ def test_the_end_of_a_session_answers_what_it_waits_for(play):
     play(scenario)
 
 
+# --- grants ---------------------------------------------------------------------
+
+class Agent:
+    """What an agent is to the manager: a name, a key, a clock."""
+
+    def __init__(self, call: Caller, node: str = "nid1") -> None:
+        self.call, self.node, self.key = call, node, AgentKey()
+        self.facts = {**agent(node), "key": base64.b64encode(self.key.public).decode()}
+        self.admitted: dict = {}
+
+    async def register(self) -> dict:
+        self.admitted = await self.call("POST", "/v1/agents", self.facts)
+        return self.admitted
+
+    async def report(self, *live: dict, **more: Any) -> dict:
+        return await self.call.report(self.node, self.admitted["incarnation"], *live, clock_ns=time.monotonic_ns(),
+                                      **more)
+
+    def admits(self, lease: dict, *keys: str) -> GrantBody:
+        """The grant as this agent reads it. GrantRefused if it doesn't believe it."""
+        held = [base64.b64decode(key) for key in keys or self.admitted["keys"]]
+        admission = Admission(self.admitted["node"], "boot", self.admitted["incarnation"], held)
+        body = admission.admit(base64.b64decode(lease["grant"]), time.monotonic_ns(), spare=range(64), in_use=())
+        assert self.key.open(body.sealed, body.lease, body.epoch) == base64.b64decode(lease["secret"])
+        return body
+
+
+def test_a_lease_s_agent_believes_its_grant(play):
+    async def scenario(call: Caller) -> None:
+        agent = Agent(call)
+        await agent.register()
+        await agent.report(ends_in_s=3600.0)
+        [lease] = (await call.ask(2))["leases"]
+        body = agent.admits(lease)
+        assert (body.lease, body.epoch, body.uid, body.node) == (lease["id"], lease["epoch"], ME, "nid1")
+        assert body.not_after_ns - body.seen.ns == 20 * 10**9
+        assert 3599 < lease["hard_end_in_s"] <= 3600
+        # In the agent's own time, and never later than it meant.
+        assert abs(body.hard_end_ns - body.seen.ns - 3600 * 10**9) < 60 * 10**9
+    play(scenario)
+
+
+def test_a_restarted_manager_knows_its_agents_and_makes_the_same_grants(tmp_path):
+    body = {"session": "s", "request_id": 7, "workers_min": 1, "workers_max": 1}
+
+    async def whole() -> None:
+        async with serving(tmp_path) as call:
+            agent = Agent(call)
+            first = await agent.register()
+            await agent.report(ends_in_s=3600.0)
+            [lease] = (await call("POST", "/v1/leases", body))["leases"]
+        async with serving(tmp_path) as call:
+            agent.call = call
+            # What its hard end is in the agent's time, only the agent's next report tells.
+            problem = await call("POST", "/v1/leases", body, status=503)
+            assert "not heard from nid1" in problem["error"]
+            assert await agent.register() == first, "the same agent has the same number, and its leases live on"
+            assert not (await agent.report(lease, ends_in_s=3600.0))["register"]
+            [again] = (await call("POST", "/v1/leases", body))["leases"]
+            assert again["secret"] == lease["secret"] and agent.admits(again).lease == agent.admits(lease).lease
+            assert (await call("GET", f"/v1/leases/{lease['id']}"))["state"] == "active"
+
+    asyncio.run(asyncio.wait_for(whole(), GUARD_S))
+
+
+def test_an_agent_that_the_manager_does_not_know_registers_again_before_it_lends(play):
+    async def scenario(call: Caller) -> None:
+        orders = await call.report("nid1", 2**40)
+        assert orders["register"] and not orders["superseded"]
+        assert "0 available" in (await call.ask(1, status=409))["error"]
+        agent = Agent(call)
+        assert (await agent.register())["incarnation"] > 2**40, "no number is given out twice"
+        assert not (await agent.report())["register"]
+        await call.ask(1)
+    play(scenario)
+
+
+def test_a_repeated_request_whose_leases_have_ended_says_so(play):
+    async def scenario(call: Caller) -> None:
+        agent = Agent(call)
+        await agent.register()
+        await agent.report()
+        body = {"session": "s", "request_id": 1, "workers_min": 1, "workers_max": 1}
+        [lease] = (await call("POST", "/v1/leases", body))["leases"]
+        await agent.report(lease)
+        await call("DELETE", f"/v1/leases/{lease['id']}")
+        await agent.report()
+        assert "has ended" in (await call("POST", "/v1/leases", body, status=409))["error"]
+    play(scenario)
+
+
+def test_keys_rotate_with_the_reports(tmp_path):
+    async def whole() -> None:
+        keys = Keys.of(tmp_path)
+        async with serving(tmp_path, keys=keys) as call:
+            agent = Agent(call)
+            [old] = (await agent.register())["keys"]
+            assert (await agent.report())["keys"] == [old]
+            assert (await agent.report())["keys"] == [], "it knows"
+            key_files.rotate(tmp_path)
+            keys.again()
+            agent.admits((await call.ask(1))["leases"][0], old)
+            orders = await agent.report()
+            new = orders["keys"][1]
+            assert orders["keys"] == [old, new]
+            agent.admits((await call.ask(1))["leases"][0], old)      # whether it heard isn't known yet
+            await agent.report()
+            agent.admits((await call.ask(1))["leases"][0], new)
+            key_files.retire(tmp_path)
+            keys.again()
+            assert (await agent.report())["keys"] == [new]
+    asyncio.run(asyncio.wait_for(whole(), GUARD_S))
+
+
+def test_a_public_key_that_is_none_is_refused(play):
+    async def scenario(call: Caller) -> None:
+        nothing = base64.b64encode(bytes(32)).decode()
+        problem = await call("POST", "/v1/agents", {**agent("nid1"), "key": nothing}, status=409)
+        assert "public key" in problem["error"]
+    play(scenario)
+
+
+# --- callers that are gone --------------------------------------------------------
+
+async def until(true: Callable[[], Awaitable[bool]]) -> None:
+    while not await true():
+        await asyncio.sleep(0.01)
+
+
+async def metric(call: Caller, name: str) -> float:
+    async with call.session.get("http://manager/metrics") as answer:
+        for line in (await answer.text()).splitlines():
+            if line.startswith(f"{name} "):
+                return float(line.rpartition(" ")[2])
+    raise AssertionError(f"no metric {name}")
+
+
+def test_a_demand_whose_caller_is_gone_holds_nobody_up(play):
+    async def scenario(call: Caller) -> None:
+        agent = Agent(call)
+        await agent.register()
+        await agent.report(cores=2)
+        [lease] = (await call.ask(1))["leases"]
+        gone = asyncio.create_task(call.ask(2, timeout_s=GUARD_S))
+        await until(lambda: waits(1))
+        behind = asyncio.create_task(call.ask(1, timeout_s=GUARD_S))
+        await until(lambda: waits(2))
+        gone.cancel()
+        assert len((await behind)["leases"]) == 1, "what is free was kept for somebody who is gone"
+        await agent.report(lease)
+
+        assert await metric(call, "rfaas_manager_demands_waiting") == 0
+
+    async def waits(number: int) -> bool:
+        return await metric(caller[0], "rfaas_manager_demands_waiting") == number
+
+    caller: list[Caller] = []
+
+    async def remembered(call: Caller) -> None:
+        caller.append(call)
+        await scenario(call)
+
+    play(remembered)
+
+
+def test_what_was_granted_to_a_caller_that_is_gone_is_free_again(play, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "WRITE_RETRY_S", 0.01)
+
+    async def scenario(call: Caller) -> None:
+        agent = Agent(call)
+        await agent.register()
+        await agent.report(cores=1)
+        # It is granted, and can't be written down: the answer is under way when its caller leaves.
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "ledger.db-wal").stat().st_size, hard))
+        try:
+            gone = asyncio.create_task(call.ask(1))
+
+            async def granted() -> bool:
+                return (await call("GET", "/v1/leases"))["leases"] != []
+            await until(granted)
+            gone.cancel()
+
+            async def stops() -> bool:
+                return (await call("GET", "/v1/leases"))["leases"][0]["state"] == "revoking"
+            await until(stops)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    play(scenario)
+
+
+def test_a_manager_that_ends_answers_those_who_wait(tmp_path):
+    async def whole() -> None:
+        async with serving(tmp_path) as call:
+            agent = Agent(call)
+            await agent.register()
+            await agent.report(cores=1)
+            waiting = asyncio.create_task(call.ask(5, timeout_s=GUARD_S, status=503))
+
+            async def waits() -> bool:
+                return await metric(call, "rfaas_manager_demands_waiting") == 1
+            await until(waits)
+            await call.manager.close()
+            assert "ending" in (await waiting)["error"]
+    asyncio.run(asyncio.wait_for(whole(), GUARD_S))
+
+
+# --- figures ------------------------------------------------------------------------
+
+def test_the_metrics_say_what_somebody_would_be_woken_up_for(play):
+    async def scenario(call: Caller) -> None:
+        agent = Agent(call)
+        await agent.register()
+        await agent.report()
+        [lease] = (await call.ask(1))["leases"]
+        await call.ask(99, status=409)
+        await agent.report(lease)
+        assert await metric(call, 'rfaas_manager_leases{state="active"}') == 1
+        assert await metric(call, 'rfaas_manager_agents{condition="heard"}') == 1
+        assert await metric(call, "rfaas_manager_leases_granted_total") == 1
+        assert await metric(call, "rfaas_manager_demands_refused_total") == 1
+        assert await metric(call, "rfaas_manager_ledger_write_seconds_count") >= 3
+    play(scenario)
+
+
 # --- who calls ----------------------------------------------------------------
 
 OTHER = 12345
@@ -217,8 +456,8 @@ def test_one_user_s_leases_usage_and_nodes_are_closed_to_another(play, tmp_path)
             sys.executable, "-c", ASK_AS_OTHER, str(tmp_path / "socket"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         out, _ = await process.communicate(json.dumps(asked).encode())
         answers = [json.loads(line) for line in out.splitlines()]
-        assert [status for status, _ in answers] == [200, 404, 404, 200, 403, 403, 200, 409, 200]
-        assert answers[0][1] == {"leases": []} and answers[6][1]["events"] == []
+        assert [status for status, _ in answers] == [200, 404, 404, 200, 200, 403, 200, 409, 200]
+        assert answers[0][1] == {"leases": []} and answers[6][1]["events"] == [] and answers[4][1]["rows"] == []
         assert answers[1][1]["error"] == f"uid {OTHER} has no lease {lease['id']}"
         # Nothing of it touched anything.
         [still] = (await call("GET", "/v1/leases"))["leases"]
@@ -230,6 +469,8 @@ def test_one_user_s_leases_usage_and_nodes_are_closed_to_another(play, tmp_path)
 def test_over_a_network_nobody_is_believed(tmp_path):
     async def whole() -> None:
         async with ManagerServer(Ledger(tmp_path / "ledger.db")) as manager:
+            with pytest.raises(ConfigError, match="nobody could prove"):
+                await manager.listen_network(Address("127.0.0.1", 0))
             site = aiohttp.web.TCPSite(manager._runner, "127.0.0.1", 0)
             await site.start()
             port = site._server.sockets[0].getsockname()[1]

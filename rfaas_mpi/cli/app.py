@@ -11,49 +11,13 @@ from typing import Any
 import click
 
 from rfaas_mpi._version import __version__
-from rfaas_mpi.cli import output
+from rfaas_mpi.cli import commands, output
 from rfaas_mpi.cli.output import Output
+from rfaas_mpi.cli.shape import WIDTH, Finished, Ordered, common, examples, flag
 from rfaas_mpi.errors import RFaaSError
 
-_WIDTH = {"max_content_width": 80, "help_option_names": ["-h", "--help"]}
 
-
-def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
-    def callback(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
-        if value:
-            setattr(context.ensure_object(Output), name, True)
-    return callback
-
-
-def common(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--json and --debug, which every command has."""
-    command = click.option("--debug", is_flag=True, expose_value=False, is_eager=True, callback=_set("debug"),
-                           help="Show the traceback of an error.")(command)
-    return click.option("--json", is_flag=True, expose_value=False, is_eager=True, callback=_set("json"),
-                        help="Answer with one JSON object on stdout.")(command)
-
-
-def _examples(*lines: str) -> str:
-    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-class Ordered(click.Group):
-    """Lists its commands in the order in which a newcomer needs them; alone it shows its help, on stderr."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options, invoke_without_command=True)
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        if not ctx.args and not getattr(ctx, "_protected_args", ()):
-            click.echo(ctx.get_help(), err=True)
-            raise Finished(output.USAGE)
-        return super().invoke(ctx)
-
-
-@click.group(cls=Ordered, context_settings=_WIDTH, epilog=(
+@click.group(cls=Ordered, context_settings=WIDTH, epilog=(
     "\b\nExit status:\n"
     "  0   done\n"
     "  1   could not be done; the message says why and what to do\n"
@@ -62,9 +26,9 @@ class Ordered(click.Group):
     "  70  a bug in rfaas; --debug shows where\n"
     "  130 interrupted (Ctrl-C)\n"
     "  141 nobody reads stdout any more\n\n"
-    + _examples("rfaas doctor      # what works here, and how to get the rest",
-                "rfaas demo        # see a rank finish sooner")))
-@click.option("--debug", is_flag=True, expose_value=False, is_eager=True, callback=_set("debug"),
+    + examples("rfaas doctor      # what works here, and how to get the rest",
+               "rfaas demo        # see a rank finish sooner")))
+@click.option("--debug", is_flag=True, expose_value=False, is_eager=True, callback=flag("debug"),
               help="Show the traceback of an error.")
 @click.version_option(__version__, prog_name="rfaas", message="%(prog)s %(version)s")
 def app() -> None:
@@ -78,7 +42,7 @@ def app() -> None:
 
 # --- demo ----------------------------------------------------------------------
 
-@app.command(epilog=_examples("rfaas demo", "rfaas demo --options 1000000 --out /tmp/demo"))
+@app.command(epilog=examples("rfaas demo", "rfaas demo --options 1000000 --out /tmp/demo"))
 @click.option("--options", "n_options", type=click.IntRange(min=1000), default=10_000_000, show_default=True,
               help="Options to price with Black-Scholes.")
 @click.option("--out", "directory", type=click.Path(file_okay=False, path_type=Path), default=Path("out"),
@@ -115,8 +79,8 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-@app.command(epilog=_examples("rfaas up && mpiexec -n 2 python app.py && rfaas down",
-                              "rfaas up --listen 10.0.0.7:4711   # for ranks on other nodes"))
+@app.command(epilog=examples("rfaas up && mpiexec -n 2 python app.py && rfaas down",
+                             "rfaas up --listen 10.0.0.7:4711   # for ranks on other nodes"))
 @click.option("--listen", metavar="HOST:PORT", multiple=True,
               help="Listen on TCP too, for ranks on other nodes; port 0 is any that is free.")
 @click.option("--key-file", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), default=None,
@@ -142,7 +106,7 @@ def up(out: Output, listen: tuple[str, ...], key_file: Path | None) -> None:
     out.answer(data, service.describe(data))
 
 
-@app.command(epilog=_examples("rfaas down"))
+@app.command(epilog=examples("rfaas down"))
 @elsewhere
 @common
 @click.pass_obj
@@ -153,25 +117,37 @@ def down(out: Output, **which: Any) -> None:
     out.answer(data, ["The service has ended."] if data["was_running"] else ["No service was running."])
 
 
-@app.command(epilog=_examples("rfaas status", "rfaas status --service tcp://10.0.0.7:4711 --key-file key"))
+@app.command(epilog=examples("rfaas status", "rfaas status --service tcp://10.0.0.7:4711 --key-file key"))
 @elsewhere
 @common
 @click.pass_obj
 def status(out: Output, **which: Any) -> None:
     """Show the service, its leases and its workers. Starts nothing.
 
+    Where RFAAS_MANAGER names a cluster's manager: its nodes, and the leases
+    that you have there.
+
     Exit status 3 if no service runs.
     """
     from rfaas_mpi.cli import service
+    from rfaas_mpi.config import Settings
+    if which.get("service") is None and Settings.load().manager is not None:
+        from rfaas_mpi.cli import cluster
+        out.answer(*cluster.status(None))
+        return
     data = service.status(**_given(**which))
     out.answer(data, service.describe(data))
     if not data["running"]:
         raise Finished(output.NOT_RUNNING)
 
 
+for command in commands.COMMANDS:
+    app.add_command(command)
+
+
 # --- doctor --------------------------------------------------------------------
 
-@app.command(epilog=_examples("rfaas doctor", "mpiexec -n 1 rfaas doctor   # as a rank sees it"))
+@app.command(epilog=examples("rfaas doctor", "mpiexec -n 1 rfaas doctor   # as a rank sees it"))
 @elsewhere
 @common
 @click.pass_obj
@@ -192,7 +168,7 @@ def doctor(out: Output, **which: Any) -> None:
 
 # --- config --------------------------------------------------------------------
 
-@app.group("config", cls=Ordered, epilog=_examples("rfaas config show --origin"))
+@app.group("config", cls=Ordered, epilog=examples("rfaas config show --origin"))
 def config_() -> None:
     """What is set, and where.
 
@@ -202,7 +178,7 @@ def config_() -> None:
     """
 
 
-@config_.command("show", epilog=_examples("rfaas config show --origin", "RFAAS_SPIN_US=0 rfaas config show --json"))
+@config_.command("show", epilog=examples("rfaas config show --origin", "RFAAS_SPIN_US=0 rfaas config show --json"))
 @click.option("--origin", is_flag=True, help="Say where each value comes from.")
 @common
 @click.pass_obj
@@ -214,7 +190,7 @@ def config_show(out: Output, origin: bool) -> None:
 
 # --- bench ---------------------------------------------------------------------
 
-@app.group(cls=Ordered, epilog=_examples(
+@app.group(cls=Ordered, epilog=examples(
     "rfaas bench latency", "rfaas bench all --json --out benchmarks/laptop.json >/dev/null"))
 def bench() -> None:
     """Measure what an invocation costs here.
@@ -255,7 +231,7 @@ def _bench(out: Output, what: str, arguments: dict[str, Any]) -> None:
     out.answer(data, report.as_text(data))
 
 
-@bench.command(epilog=_examples("rfaas bench latency --transport shm --json",
+@bench.command(epilog=examples("rfaas bench latency --transport shm --json",
                                  "rfaas bench latency --transport verbs --provider null"))
 @measured
 @click.option("--provider", type=click.Choice(["device", "null"]), default="device", show_default=True,
@@ -272,7 +248,7 @@ def latency(out: Output, **arguments: Any) -> None:
     _bench(out, "latency", arguments)
 
 
-@bench.command(epilog=_examples("rfaas bench throughput"))
+@bench.command(epilog=examples("rfaas bench throughput"))
 @measured
 @click.pass_obj
 def throughput(out: Output, **arguments: Any) -> None:
@@ -280,7 +256,7 @@ def throughput(out: Output, **arguments: Any) -> None:
     _bench(out, "throughput", arguments)
 
 
-@bench.command(epilog=_examples("rfaas bench payload"))
+@bench.command(epilog=examples("rfaas bench payload"))
 @measured
 @click.pass_obj
 def payload(out: Output, **arguments: Any) -> None:
@@ -293,7 +269,7 @@ def payload(out: Output, **arguments: Any) -> None:
     _bench(out, "payload", arguments)
 
 
-@bench.command(epilog=_examples("rfaas bench cold"))
+@bench.command(epilog=examples("rfaas bench cold"))
 @measured
 @click.pass_obj
 def cold(out: Output, **arguments: Any) -> None:
@@ -304,7 +280,7 @@ def cold(out: Output, **arguments: Any) -> None:
     _bench(out, "cold", arguments)
 
 
-@bench.command(name="all", epilog=_examples("rfaas bench all --json --out benchmarks/laptop.json >/dev/null"))
+@bench.command(name="all", epilog=examples("rfaas bench all --json --out benchmarks/laptop.json >/dev/null"))
 @measured
 @click.pass_obj
 def all_(out: Output, **arguments: Any) -> None:
@@ -314,7 +290,7 @@ def all_(out: Output, **arguments: Any) -> None:
 
 # --- version -------------------------------------------------------------------
 
-@app.command(epilog=_examples("rfaas version"))
+@app.command(epilog=examples("rfaas version"))
 @common
 @click.pass_obj
 def version(out: Output) -> None:
@@ -327,14 +303,6 @@ def version(out: Output) -> None:
 
 
 # --- running one command ---------------------------------------------------------
-
-class Finished(Exception):
-    """The command has answered and ends with a status that is not 0."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
-
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line (default: this process') and returns the exit status."""

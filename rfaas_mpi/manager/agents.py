@@ -29,6 +29,7 @@ class Agents:
         self._dead_after_s = dead_after_s
         self._heard: dict[str, float] = {}
         self._silent: dict[str, float] = {}          # → when it is dead
+        self._dead: set[str] = set()
         self._due: list[tuple[float, str]] = []      # soonest first; some are no longer true
 
     def __len__(self) -> int:
@@ -39,8 +40,13 @@ class Agents:
         heard = self._heard.get(node)
         return None if heard is None else now - heard
 
+    def conditions(self) -> dict[str, int]:
+        """How many are `heard` of, `silent`, and `dead` since they were."""
+        return {"heard": len(self._heard) - len(self._silent), "silent": len(self._silent), "dead": len(self._dead)}
+
     def heard(self, node: str, now: float) -> None:
         """It said something new."""
+        self._dead.discard(node)
         self._heard[node] = now
         self._silent.pop(node, None)
         heappush(self._due, (now + self._silent_after_s, node))
@@ -69,6 +75,7 @@ class Agents:
             _, node = heappop(self._due)
             if node in self._silent:
                 del self._heard[node], self._silent[node]
+                self._dead.add(node)
                 events.append(NodeLost(node))
             else:
                 # After a pause of our own, what they said may wait in our sockets.

@@ -19,6 +19,7 @@ from rfaas_mpi.leases import (
     AgentStarted,
     Lease,
     LeaseBook,
+    LeaseState,
     NodeDrained,
     NodeReport,
     NodeUndrained,
@@ -104,9 +105,18 @@ class Cluster:
         """A rank wants workers; the answer may come later. ValueError for a demand that makes no sense."""
         return self.manager.demand(session_number(uid, _name("session", session)), uid, request, now)
 
+    def give_up(self, uid: int, session: str, request: int, now: float) -> list[Action]:
+        """Whoever asked is gone and has no answer: nothing waits for him, and what he was granted is free again."""
+        number = session_number(uid, session)
+        if (served := self.manager.withdraw(number, request, now)) is not None:
+            return served
+        return [action for lease in self.book.session_leases(number)
+                if lease.request_id == request and lease.state is LeaseState.GRANTED
+                for action in self.manager.handle(Release(number, lease.id), now)]
+
     def release(self, uid: int, lease_id: int, now: float) -> list[Action]:
         """A user, or an administrator, gives a lease back; one that has ended already is no error."""
-        lease = self._lease(uid, lease_id)
+        lease = self.lease(uid, lease_id)
         return self.manager.handle(Release(lease.session, lease.id), now)
 
     def end_session(self, uid: int, session: str, now: float) -> list[Action]:
@@ -117,7 +127,8 @@ class Cluster:
         """The user's live leases; an administrator's are all."""
         return [lease for lease in self.book.leases if uid in (lease.uid, *self.policy.admins)]
 
-    def _lease(self, uid: int, lease_id: int) -> Lease:
+    def lease(self, uid: int, lease_id: int) -> Lease:
+        """One of the user's leases, also one that ended not long ago. ServiceError if there is none."""
         lease = self.book.lease(lease_id)
         if lease is None or (uid != lease.uid and uid not in self.policy.admins):
             raise ServiceError(f"uid {uid} has no lease {lease_id}", hint="`rfaas lease ls` shows those it has")
@@ -127,7 +138,7 @@ class Cluster:
 
     def revoke(self, uid: int, lease_id: int, grace_s: float, now: float) -> list[Action]:
         """Takes a lease back. Its user may do that too."""
-        return self.manager.handle(Revoke(self._lease(uid, lease_id).id, grace_s=_grace(grace_s)), now)
+        return self.manager.handle(Revoke(self.lease(uid, lease_id).id, grace_s=_grace(grace_s)), now)
 
     def drain(self, uid: int, nodes: list[str], grace_s: float, now: float) -> list[Action]:
         """Takes back what is lent on these nodes (all that are known if the list is empty), and lends nothing there.

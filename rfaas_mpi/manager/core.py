@@ -108,6 +108,12 @@ class Manager:
         self._waiting[key] = waiting
         return self.tick(now) if ahead and waiting.deadline <= now else []
 
+    def withdraw(self, session: int, request: int, now: float) -> list[Action] | None:
+        """Whoever asked is gone: those behind it may be served. None if it doesn't wait (any more)."""
+        if self._waiting.pop((session, request), None) is None:
+            return None
+        return self.retry(now)
+
     def activated(self, lease: int, now: float) -> list[Action]:
         """The lease's session was told."""
         return self.handle(Activated(lease), now)

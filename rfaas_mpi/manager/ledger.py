@@ -17,13 +17,14 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from rfaas_mpi.errors import StoreError
 from rfaas_mpi.leases import Answered, Changes, Demand, Grant, Kept, Lease
+from rfaas_mpi.manager.directory import Registration
 
 __all__ = ["Ledger", "Usage", "network_file_system"]
 
@@ -44,6 +45,7 @@ CREATE TABLE IF NOT EXISTS answers (
     session INTEGER NOT NULL, request INTEGER NOT NULL, last_lease INTEGER NOT NULL, body TEXT NOT NULL,
     PRIMARY KEY (session, request)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS closed (session INTEGER PRIMARY KEY, at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS agents (node TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS drained (node TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS usage (
     node TEXT NOT NULL, incarnation INTEGER NOT NULL, number INTEGER NOT NULL,
@@ -91,6 +93,7 @@ class _Answer(msgspec.Struct, frozen=True):
 
 
 _decode_answer = msgspec.json.Decoder(_Answer).decode
+_decode_agents = msgspec.json.Decoder(tuple[Registration, ...]).decode
 
 
 def file_system_magic(path: Path) -> int:
@@ -198,6 +201,16 @@ class Ledger:
         except msgspec.MsgspecError as error:
             raise self._damaged(f"a record makes no sense: {error}") from error
 
+    def agents(self) -> list[Registration]:
+        """What the agents of each node said when they registered."""
+        try:
+            return [one for body, in self._db.execute("SELECT body FROM agents ORDER BY node")
+                    for one in _decode_agents(body)]
+        except sqlite3.Error as error:
+            raise self._trouble(error) from error
+        except msgspec.MsgspecError as error:
+            raise self._damaged(f"an agent's record makes no sense: {error}") from error
+
     def _load(self, since: float) -> Kept:
         leases = [_decode_lease(body) for body, in self._db.execute(
             "SELECT body FROM leases WHERE ended_at IS NULL OR ended_at > ? ORDER BY id", (since,))]
@@ -226,25 +239,28 @@ class Ledger:
             return 0.0
         return float(offset) - (self._wall() - self._monotonic())
 
-    def usage(self, *, by: str = "uid") -> list[dict[str, int | float | str]]:
-        """Sums of everything that is kept, by `uid`, `node`, `kernel` or `lease`."""
+    def usage(self, *, by: str = "uid", uid: int | None = None) -> list[dict[str, int | float | str]]:
+        """Sums of everything that is kept, by `uid`, `node`, `kernel` or `lease`; of one user only, or of all."""
         if by not in ("uid", "node", "kernel", "lease"):
             raise StoreError(f"usage is not kept by {by!r}", hint="ask by uid, node, kernel or lease")
         with self._lock:
             rows = self._db.execute(
                 f"SELECT {by}, count(*), sum(held_s * cores), sum(held_s * memory_bytes), sum(cpu_s), sum(exec_s), "
-                f"sum(poll_s), sum(invocations) FROM usage GROUP BY {by} ORDER BY {by}").fetchall()
+                f"sum(poll_s), sum(invocations) FROM usage WHERE ?1 IS NULL OR uid = ?1 GROUP BY {by} ORDER BY {by}",
+                (uid,)).fetchall()
         names = (by, "workers", "core_s", "memory_byte_s", "cpu_s", "exec_s", "poll_s", "invocations")
         return [dict(zip(names, row, strict=True)) for row in rows]
 
     # --- writing -----------------------------------------------------------------------------------
 
-    def write(self, changes: Sequence[Changes], usage: Iterable[Usage] = ()) -> None:
-        """Makes all of it durable, in this order, with one flush; all or nothing."""
+    def write(self, changes: Sequence[Changes], usage: Iterable[Usage] = (),
+              agents: Mapping[str, tuple[Registration, ...]] = {}) -> None:
+        """Makes all of it durable, in this order, with one flush; all or nothing. `agents`: all of these nodes'."""
         with self._lock:
-            self._write_all(changes, usage)
+            self._write_all(changes, usage, agents)
 
-    def _write_all(self, changes: Sequence[Changes], usage: Iterable[Usage]) -> None:
+    def _write_all(self, changes: Sequence[Changes], usage: Iterable[Usage],
+                   agents: Mapping[str, tuple[Registration, ...]]) -> None:
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -255,6 +271,8 @@ class Ledger:
                     [(one.node, one.incarnation, one.number, self._wall(), one.lease, one.uid, one.kernel, one.cores,
                       one.memory_bytes, one.held_s, one.cpu_s, one.exec_s, one.poll_s, one.invocations)
                      for one in usage])
+                self._db.executemany("INSERT OR REPLACE INTO agents VALUES (?, ?)",
+                                     [(node, _encode(known).decode()) for node, known in agents.items()])
                 self._write_clock()
                 self._groups += 1
                 if self._groups % PRUNE_EVERY == 0:

@@ -16,6 +16,7 @@ from typing import Any
 from rfaas_mpi.errors import StoreError
 from rfaas_mpi.leases import Changes, Event, LeaseBook, Store
 from rfaas_mpi.leases.nodes import Picker
+from rfaas_mpi.manager.directory import Registration
 from rfaas_mpi.manager.ledger import Ledger, Usage
 
 __all__ = ["Group", "Registry"]
@@ -39,11 +40,12 @@ class Group:
     def __init__(self) -> None:
         self.actions: list[Any] = []
         self.usage: list[Usage] = []
+        self.agents: dict[str, tuple[Registration, ...]] = {}
         self.changes: list[Changes] = []
         self.epoch = 0
 
     def __bool__(self) -> bool:
-        return bool(self.actions or self.usage or self.changes)
+        return bool(self.actions or self.usage or self.agents or self.changes)
 
 
 class Registry:
@@ -59,6 +61,7 @@ class Registry:
 
     def __init__(self, ledger: Ledger, pick: Picker, now: float, *, begin_within_s: float = 20.0,
                  remember_s: float = 3600.0) -> None:
+        self.begin_within_s = begin_within_s
         self._ledger = ledger
         self._group = Group()
         self._unwritten: list[Group] = []
@@ -88,6 +91,10 @@ class Registry:
         """Takes what workers used, to be written down with the rest."""
         self._group.usage += usage
 
+    def agents(self, node: str, known: tuple[Registration, ...]) -> None:
+        """Takes what is known of a node's agents, to be written down with the rest."""
+        self._group.agents[node] = known
+
     def take(self) -> Group:
         """Everything since the last call: false if there is nothing to write or do."""
         group, self._group = self._group, Group()
@@ -103,8 +110,9 @@ class Registry:
         waiting = self._unwritten
         changes = [each for one in waiting for each in one.changes]
         usage = [each for one in waiting for each in one.usage]
-        if changes or usage:
-            self._ledger.write(changes, usage)
+        agents = {node: known for one in waiting for node, known in one.agents.items()}
+        if changes or usage or agents:
+            self._ledger.write(changes, usage, agents)
         self._unwritten = []
         return [action for one in waiting for action in one.actions]
 

@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import socket
+import ssl
 import struct
 import time
 from collections import deque
@@ -22,14 +23,18 @@ import msgspec
 from aiohttp import WSMsgType, web
 
 from rfaas_mpi import api
-from rfaas_mpi.errors import AuthError, RFaaSError, ServiceError, StoreError
-from rfaas_mpi.leases import Lease, LeaseBook, NodeReport
+from rfaas_mpi.errors import AuthError, ConfigError, RFaaSError, ServiceError, StoreError
+from rfaas_mpi.leases import Lease, LeaseBook, NodeReport, Release
 from rfaas_mpi.manager.cluster import Cluster, Policy, session_number
 from rfaas_mpi.manager.core import Action, Admit, Granted, Notify, Refused, StopWorkers, Superseded
+from rfaas_mpi.manager.directory import Directory, Registration
+from rfaas_mpi.manager.keys import Keys, check_agent_key, name_of
 from rfaas_mpi.manager.ledger import Ledger, Usage
+from rfaas_mpi.manager.metrics import CONTENT_TYPE, Metrics
 from rfaas_mpi.manager.registry import Group, Registry
 from rfaas_mpi.messages import LeaseRequest
 from rfaas_mpi.placement import pick_cores
+from rfaas_mpi.remote import Address, listen
 
 __all__ = ["Identify", "ManagerServer", "peer_uid"]
 
@@ -41,6 +46,7 @@ WRITE_WAIT_S = 5.0               # who waits longer for it is told so
 TICK_MAX_S = 5.0
 EVENTS_KEPT = 10_000
 AGENT_PING_S = 10.0
+KEYS_EVERY_S = 2.0               # how soon other keys in its directory are seen
 
 Identify = Callable[[web.Request], Awaitable[int]]
 """Who calls: the uid that he has proved. AuthError if he has proved none."""
@@ -64,6 +70,14 @@ class _Refusal(Exception):
         self.status, self.hint = status, hint
 
 
+class _Asked:
+    """Requests that wait for one answer; `told` once one of them has it."""
+
+    def __init__(self) -> None:
+        self.waiting: list[asyncio.Future[Granted | Refused]] = []
+        self.told = False
+
+
 class ManagerServer:
     """Owns the ledger, the listening sockets and every connection; use it with `async with`.
 
@@ -71,22 +85,28 @@ class ManagerServer:
     is his error (4xx), a ledger that can't be written is 503 and is tried again.
     """
 
-    def __init__(self, ledger: Ledger, *, policy: Policy = Policy(), identify: Identify = peer_uid,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, ledger: Ledger, *, keys: Keys | None = None, policy: Policy = Policy(),
+                 identify: Identify = peer_uid, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._identify = identify
         self._ledger = ledger
         self.registry = Registry(ledger, pick_cores, clock())
         self.cluster = Cluster(self.registry.book, clock(), policy=policy)
-        self._asking: dict[tuple[int, int], list[asyncio.Future[Granted | Refused]]] = {}
+        self.directory = Directory(ledger.agents())
+        self.keys = keys or Keys.fresh()
+        self.metrics = Metrics(self.cluster)
+        self._closing = False
+        self._asking: dict[tuple[int, int], _Asked] = {}
         self._written: asyncio.Future[None] | None = None
         self._wake = asyncio.Event()
         self._sooner = asyncio.Event()
         self._channels: dict[str, web.WebSocketResponse] = {}
         self._told: deque[tuple[int, api.Event]] = deque(maxlen=EVENTS_KEPT)       # (uid, event)
-        self._next_event = 1
+        # Above those of a manager that was here before.
+        self._next_event = int(time.time()) * 1000
         self._tasks: list[asyncio.Task[None]] = []
         self._runner: web.AppRunner | None = None
+        self._metrics_runner: web.AppRunner | None = None
         self._decoders = {route.body: msgspec.json.Decoder(route.body) for route in api.ROUTES if route.body}
         self._page = json.dumps(api.openapi()).encode()
 
@@ -101,10 +121,13 @@ class ManagerServer:
         for route in api.ROUTES:
             application.router.add_route(route.method, route.path, self._handler(route))
         application.router.add_get("/openapi.json", self._openapi)
+        application.router.add_get("/metrics", self._metrics)
         application.router.add_get("/v1/agents/{node}/channel", self._channel)
-        self._runner = web.AppRunner(application, access_log=None, handle_signals=False)
+        # A caller that is gone must not hold up others.
+        self._runner = web.AppRunner(application, access_log=None, handle_signals=False, handler_cancellation=True)
         await self._runner.setup()
-        self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._keep_time())]
+        self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._keep_time()),
+                       asyncio.create_task(self._keep_keys())]
         return self
 
     async def wait(self) -> None:
@@ -119,13 +142,48 @@ class ManagerServer:
         await web.UnixSite(self._runner, str(path)).start()
         path.chmod(mode)
 
+    async def listen_network(self, address: Address, tls: ssl.SSLContext | None = None) -> str:
+        """Listens on TCP, behind TLS if there is a certificate; the address that callers name. ConfigError, OSError.
+
+        Refused where nobody could prove there who he is.
+        """
+        assert self._runner is not None
+        if self._identify is peer_uid:
+            raise ConfigError(f"the manager can't listen on {address}: nobody could prove there who he is",
+                              hint="name what callers prove it with, or use the Unix socket")
+        bound = await self._listen(self._runner, address, tls)
+        return f"{'http' if tls is None else 'https'}://{str(bound).removeprefix('tcp://')}"
+
+    async def listen_metrics(self, address: Address) -> str:
+        """Listens for Prometheus, which proves nothing and sees only `/metrics`; the URL. ConfigError, OSError."""
+        application = web.Application()
+        application.router.add_get("/metrics", self._public_metrics)
+        self._metrics_runner = web.AppRunner(application, access_log=None, handle_signals=False)
+        await self._metrics_runner.setup()
+        bound = await self._listen(self._metrics_runner, address, None)
+        return f"http://{str(bound).removeprefix('tcp://')}/metrics"
+
+    async def _listen(self, runner: web.AppRunner, address: Address, tls: ssl.SSLContext | None) -> Address:
+        try:
+            listener, bound = await asyncio.to_thread(listen, address)
+        except OSError as error:
+            raise ConfigError(f"the manager can't listen on {address}: {error.strerror or error}") from None
+        await web.SockSite(runner, listener, ssl_context=tls).start()
+        return bound
+
     async def close(self) -> None:
         """Answers nobody any more and lets go of the ledger. Safe to call twice."""
+        self._closing = True
+        for asked in self._asking.values():
+            for waiting in asked.waiting:
+                if not waiting.done():
+                    waiting.set_exception(_Refusal(503, "the manager is ending", "ask again when it is back"))
         for channel in list(self._channels.values()):
             await channel.close()
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
+        for runner in (self._runner, self._metrics_runner):
+            if runner is not None:
+                await runner.cleanup()
+        self._runner = self._metrics_runner = None
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -155,9 +213,11 @@ class ManagerServer:
             group, written, self._written = self.registry.take(), self._written, None
             while True:
                 try:
-                    actions = await asyncio.to_thread(self.registry.write, group)
+                    with self.metrics.write_s.time():
+                        actions = await asyncio.to_thread(self.registry.write, group)
                     break
                 except StoreError as error:
+                    self.metrics.write_failures.inc()
                     log.error("nothing is granted: %s", error)
                     group = Group()          # the registry has kept the other
                     await asyncio.sleep(WRITE_RETRY_S)
@@ -169,18 +229,27 @@ class ManagerServer:
     async def _act(self, action: Action) -> None:
         match action:
             case Granted(session=session, request=request) | Refused(session=session, request=request):
-                for waiting in self._asking.pop((session, request), []):
-                    if not waiting.done():
-                        waiting.set_result(action)
+                self._count(action)
+                if (asked := self._asking.pop((session, request), None)) is not None:
+                    for waiting in asked.waiting:
+                        if not waiting.done():
+                            waiting.set_result(action)
             case StopWorkers(node=node):
                 if (channel := self._channels.get(node)) is not None:
                     await _say(channel, api.Orders(stop=(_order(action),)))
             case Notify():
                 lease = self.book.lease(action.lease_id)
                 if lease is not None:
-                    self._told.append((lease.uid, api.Event(self._next_event, action.lease_id, action.workers,
-                                                              action.cause, action.grace_s)))
+                    self._told.append((lease.uid, api.Event(
+                        self._next_event, time.time(), lease.node, lease.uid, action.lease_id, action.workers,
+                        action.cause, action.grace_s)))
                     self._next_event += 1
+
+    def _count(self, answer: Granted | Refused) -> None:
+        if isinstance(answer, Granted):
+            self.metrics.granted.inc(len(answer.leases))
+        else:
+            self.metrics.refused.inc()
 
     async def _durable(self, written: asyncio.Future[None]) -> None:
         try:
@@ -201,6 +270,15 @@ class ManagerServer:
             except TimeoutError:
                 continue
 
+    async def _keep_keys(self) -> None:
+        while True:
+            await asyncio.sleep(KEYS_EVERY_S)
+            try:
+                if self.keys.again():
+                    log.info("grants are signed with %s from now on", " or ".join(map(name_of, self.keys.public)))
+            except RFaaSError as error:
+                log.error("the keys stay as they were: %s", error)
+
     # ---- requests ------------------------------------------------------------------------------------
 
     def _handler(self, route: api.Route) -> Callable[[web.Request], Awaitable[web.Response]]:
@@ -220,6 +298,7 @@ class ManagerServer:
                 return _json(400, api.Problem(f"the body is no {route.body.__name__ if route.body else 'body'}: "
                                               f"{problem}", "see /openapi.json"))
             except AuthError as problem:
+                self.metrics.unproved.inc()
                 return _json(403, _problem(problem))
             except RFaaSError as problem:
                 return _json(409, _problem(problem))
@@ -231,11 +310,31 @@ class ManagerServer:
     async def _openapi(self, _request: web.Request) -> web.Response:
         return web.Response(body=self._page, content_type="application/json")
 
+    async def _metrics(self, request: web.Request) -> web.Response:
+        try:
+            await self._identify(request)
+        except AuthError as problem:
+            self.metrics.unproved.inc()
+            return _json(403, _problem(problem))
+        return await self._public_metrics(request)
+
+    async def _public_metrics(self, _request: web.Request) -> web.Response:
+        return web.Response(body=self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
     async def _start_agent(self, uid: int, _request: web.Request, body: api.StartAgent) -> api.Admitted:
-        actions = self.cluster.agent_started(uid, body.node, body.agent, self._clock())
+        check_agent_key(body.key)
+        name = self.cluster.node_name(uid, body.node)
+        self.directory.check_room(name)
+        actions: list[Action] = []
+        incarnation = self.directory.known_as(name, body.agent)
+        if incarnation is None:
+            actions = self.cluster.agent_started(uid, body.node, body.agent, self._clock())
+            (incarnation,) = [action.incarnation for action in actions if isinstance(action, Admit)]
+        self.directory.add(Registration(name, body.agent, incarnation, body.boot_id, body.key, body.addresses,
+                                        body.host))
+        self.registry.agents(name, self.directory.of_node(name))
         await self._durable(self._do(actions))
-        (admit,) = [action for action in actions if isinstance(action, Admit)]
-        return api.Admitted(body.node, admit.incarnation)
+        return api.Admitted(name, incarnation, self.keys.public)
 
     async def _report(self, uid: int, request: web.Request, body: api.Report) -> api.Orders:
         return await self._reported(uid, request.match_info["node"], body)
@@ -246,9 +345,18 @@ class ManagerServer:
             node=node, spare=body.spare, memory_bytes=body.memory_bytes, numa=body.numa, grace_s=body.grace_s,
             hard_end=None if body.ends_in_s is None else now + body.ends_in_s, incarnation=body.incarnation,
             clock_ns=body.clock_ns, live=body.live)
-        actions = self.cluster.report(uid, report, now)
         name = self.cluster.node_name(uid, node)
-        used = [Usage(node=name, incarnation=body.incarnation, number=line.number, lease=line.lease, uid=lease.uid,
+        known = self.directory.get(name, body.incarnation) is not None
+        if not known:
+            # Nothing can be granted for it; what it runs still holds its cores.
+            report = msgspec.structs.replace(report, spare=())
+        actions = self.cluster.report(uid, report, now)
+        superseded = any(isinstance(action, Superseded) for action in actions)
+        if (known and self.book.heard(name) == (body.incarnation, body.clock_ns)
+                and self.directory.reported(name, body.incarnation, body.clock_ns, now)):
+            self.registry.agents(name, self.directory.of_node(name))
+        used = [Usage(node=name, incarnation=line.incarnation or body.incarnation, number=line.number, lease=line.lease,
+                      uid=lease.uid,
                       cores=line.cores, memory_bytes=line.memory_bytes, held_s=line.held_s, cpu_s=line.cpu_s,
                       exec_s=line.exec_s, poll_s=line.poll_s, invocations=line.invocations, kernel=line.kernel)
                 for line in body.used
@@ -257,7 +365,8 @@ class ManagerServer:
         await self._durable(self._do(actions, used))
         return api.Orders(
             stop=tuple(_order(action) for action in actions if isinstance(action, StopWorkers) and action.node == name),
-            superseded=any(isinstance(action, Superseded) for action in actions))
+            superseded=superseded, register=not known and not superseded, clock_ns=body.clock_ns,
+            keys=self.directory.say(name, body.incarnation, self.keys.public) if known and not superseded else ())
 
     async def _channel(self, request: web.Request) -> web.StreamResponse:
         """One kept-alive connection of an agent: reports up, orders down, whenever there are some."""
@@ -291,37 +400,81 @@ class ManagerServer:
 
     async def _ask(self, uid: int, _request: web.Request, body: api.AskLease) -> api.LeaseGrant:
         key = (session_number(uid, body.session), body.request_id)
+        repeated = self.book.remembers(*key)
         actions = self.cluster.ask(uid, body.session, LeaseRequest(
             body.request_id, body.workers_min, body.workers_max, body.cores_per_worker, body.memory_per_worker,
             body.timeout_s), self._clock())
         answer: asyncio.Future[Granted | Refused] = asyncio.get_running_loop().create_future()
-        self._asking.setdefault(key, []).append(answer)
+        asked = self._asking.setdefault(key, _Asked())
+        asked.waiting.append(answer)
         written = self._do(actions)
         try:
             if any(isinstance(action, (Granted, Refused)) for action in actions):
                 await self._durable(written)
             match await answer:
                 case Granted(leases=leases, reason=reason):
-                    return api.LeaseGrant(tuple(self._lent(lease) for lease in leases), reason)
+                    granted = api.LeaseGrant(self._lent(leases), reason)
+                    asked.told = True
+                    return granted
                 case Refused(reason=reason):
                     raise _Refusal(409, reason, "ask for fewer workers, or wait longer for them")
+        except asyncio.CancelledError:
+            alone = all(waiting is answer for waiting in asked.waiting)
+            if alone and not asked.told and not repeated and not self._closing:
+                self._do(self.cluster.give_up(uid, body.session, body.request_id, self._clock()))
+            raise
         finally:
-            waiting = self._asking.get(key, [])
-            if answer in waiting:
-                waiting.remove(answer)
-                if not waiting:
-                    del self._asking[key]
+            asked.waiting.remove(answer)
+            if not asked.waiting and self._asking.get(key) is asked:
+                del self._asking[key]
 
-    def _lent(self, lease: Lease) -> api.LentLease:
+    def _lent(self, leases: tuple[Lease, ...]) -> tuple[api.LentLease, ...]:
+        """The leases with their grants; those that can't be granted any more, or not like this, end."""
         now = self._clock()
-        return api.LentLease(
-            id=lease.id, epoch=lease.epoch, node=lease.node, host=lease.node, workers=lease.workers,
-            memory_per_worker=lease.memory_per_worker,
-            hard_end_in_s=None if lease.hard_end is None else max(0.0, lease.hard_end - now),
-            grant=b"", secret=b"", addresses=())
+        live = [held.state.live for lease in leases if (held := self.book.lease(lease.id)) is not None]
+        if leases and not any(live):
+            raise _Refusal(409, "what was granted for this request has ended", "ask again, with a new request id")
+        try:
+            return tuple(self._lent_one(lease, now) for lease in leases)
+        except RFaaSError:
+            for lease in leases:
+                self._do(self.cluster.manager.handle(Release(lease.session, lease.id), now))
+            raise
+
+    def _lent_one(self, lease: Lease, now: float) -> api.LentLease:
+        to = self.directory.get(lease.node, lease.incarnation)
+        if to is None:
+            raise ServiceError(f"the agent of {lease.node} that was to begin lease {lease.id} is gone",
+                               hint="ask again, with a new request id")
+        hard_end_ns = None
+        if lease.hard_end is not None:
+            hard_end_ns = self.directory.clock_ns(lease.node, lease.incarnation, lease.hard_end)
+            if hard_end_ns is None:
+                raise _Refusal(503, f"the manager has started and not heard from {lease.node} yet",
+                               "try again with the same request")
+        return self.keys.lent(
+            lease, to, seen_ns=max(1, lease.not_after_ns - int(self.registry.begin_within_s * 1e9)),
+            hard_end_ns=hard_end_ns, believed=self.directory.believed(lease.node),
+            hard_end_in_s=None if lease.hard_end is None else max(0.0, lease.hard_end - now))
 
     async def _leases(self, uid: int, _request: web.Request) -> api.Leases:
-        return api.Leases(tuple(self.cluster.leases(uid)))
+        return api.Leases(tuple(map(self._view, self.cluster.leases(uid))))
+
+    async def _lease(self, uid: int, request: web.Request) -> api.LeaseView:
+        try:
+            return self._view(self.cluster.lease(uid, _lease_number(request)))
+        except ServiceError as problem:
+            raise _Refusal(404, Exception.__str__(problem), problem.hint) from None
+
+    def _view(self, lease: Lease) -> api.LeaseView:
+        now = self._clock()
+        agent = self.directory.get(lease.node, lease.incarnation)
+        return api.LeaseView(
+            id=lease.id, epoch=lease.epoch, node=lease.node, host="" if agent is None else agent.host, uid=lease.uid,
+            state=lease.state, workers=lease.workers, stopping=lease.stopping,
+            memory_per_worker=lease.memory_per_worker, cause=lease.cause,
+            hard_end_in_s=None if lease.hard_end is None else max(0.0, lease.hard_end - now),
+            stop_in_s=None if lease.stop_by is None else max(0.0, lease.stop_by - now))
 
     async def _release(self, uid: int, request: web.Request) -> api.Done:
         try:
@@ -343,7 +496,7 @@ class ManagerServer:
         session = request.match_info["session"]
         await self._durable(self._do(self.cluster.end_session(uid, session, self._clock())))
         for key in [key for key in self._asking if key[0] == session_number(uid, session)]:
-            for waiting in self._asking.pop(key):
+            for waiting in self._asking.pop(key).waiting:
                 if not waiting.done():
                     waiting.set_result(Refused(*key, reason="its session has ended"))
         return api.Done()
@@ -360,11 +513,12 @@ class ManagerServer:
         return api.Done()
 
     async def _usage(self, uid: int, request: web.Request) -> api.UsageSums:
-        self.cluster.administrator(uid, "sees everybody's usage")
+        everybody = uid in self.cluster.policy.admins
         by = request.query.get("by", "uid")
         if by not in ("uid", "node", "kernel", "lease"):
             raise _Refusal(400, f"by is {by!r}", "ask by uid, node, kernel or lease")
-        return api.UsageSums(by, tuple(await asyncio.to_thread(self._ledger.usage, by=by)))
+        return api.UsageSums(by, tuple(await asyncio.to_thread(
+            self._ledger.usage, by=by, uid=None if everybody else uid)))
 
     async def _policy(self, _uid: int, _request: web.Request) -> api.PolicyView:
         policy = self.cluster.policy

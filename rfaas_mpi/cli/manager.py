@@ -1,0 +1,73 @@
+"""`rfaas manager`: what the command does once its options are parsed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rfaas_mpi.errors import ConfigError
+from rfaas_mpi.remote import Address
+
+__all__ = ["key", "retire", "rotate", "serve"]
+
+
+def _need_the_extra() -> None:
+    """ConfigError that says what to install, where the manager's libraries are not there."""
+    try:
+        import aiohttp  # noqa: F401
+        import cryptography  # noqa: F401
+        import prometheus_client  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"the manager needs {error.name}, which isn't installed",
+                          hint="pip install 'rfaas_mpi[cluster]'") from None
+
+
+def serve(*, directory: Path | None, socket: Path | None, listen: tuple[str, ...], tls_cert: Path | None,
+          tls_key: Path | None, metrics: str | None, ready: Callable[[dict[str, Any], list[str]], None]) -> None:
+    """Runs the manager until it is told to end; `ready` gets its facts once it listens."""
+    _need_the_extra()
+    from rfaas_mpi.manager import daemon
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    state = daemon.state_directory(directory)
+    options = daemon.Options(
+        directory=state, socket=daemon.socket_path(socket, state),
+        listen=tuple(Address.parse(each, port_0=True) for each in listen), tls_cert=tls_cert, tls_key=tls_key,
+        metrics=None if metrics is None else Address.parse(metrics, port_0=True))
+
+    def listening(facts: daemon.Facts) -> None:
+        data = {"running": True, "directory": str(facts.directory), "listening": list(facts.listening),
+                "metrics": facts.metrics or None}
+        lines = [f"rfaas manager: listening on {', '.join(facts.listening)}; state in {facts.directory}"]
+        ready(data, lines + ([f"rfaas manager: metrics at {facts.metrics}"] if facts.metrics else []))
+
+    daemon.run(options, listening)
+
+
+# --- keys ---------------------------------------------------------------------
+
+def key(directory: Path | None) -> tuple[dict[str, Any], list[str]]:
+    """The public keys of a manager's directory."""
+    return _keys(directory, lambda keys, state: keys.show(state))
+
+
+def rotate(directory: Path | None) -> tuple[dict[str, Any], list[str]]:
+    """The same, with a next one."""
+    return _keys(directory, lambda keys, state: keys.rotate(state))
+
+
+def retire(directory: Path | None) -> tuple[dict[str, Any], list[str]]:
+    """The same, without the older one."""
+    return _keys(directory, lambda keys, state: keys.retire(state))
+
+
+def _keys(directory: Path | None, act: Callable[[Any, Path], tuple[bytes, ...]]) -> tuple[dict[str, Any], list[str]]:
+    _need_the_extra()
+    from rfaas_mpi.manager import daemon, keys
+    state = daemon.state_directory(directory)
+    public = act(keys, state)
+    names = ("in use", "next")
+    data = {"directory": str(state), "keys": [{"id": keys.name_of(each), "public": each.hex(), "use": use}
+                                              for each, use in zip(public, names, strict=False)]}
+    return data, [f"{one['id']}  {one['use']:<6}  {one['public']}" for one in data["keys"]]

@@ -564,9 +564,9 @@ class Session:
                 session.close()
                 raise
             return session
-        for error in failures:
-            if isinstance(error, (AuthError, VersionMismatch)):
-                raise error
+        for failure in failures:
+            if isinstance(failure, (AuthError, VersionMismatch)):
+                raise failure
         raise ServiceError(f"the agent of lease {lent.id} can't be reached: "
                            + ("; ".join(map(Exception.__str__, failures)) or "it told no address"),
                            hint="is the agent's address right, and does a firewall let it through?")

@@ -23,7 +23,15 @@ from rfaas_mpi import remote
 from rfaas_mpi.agent import door
 from rfaas_mpi.agent.door import Door, Guest
 from rfaas_mpi.config import Settings
-from rfaas_mpi.errors import AuthError, ConfigError, LeaseDenied, ServiceError, ServiceLost, TransportError
+from rfaas_mpi.errors import (
+    AuthError,
+    ConfigError,
+    LeaseDenied,
+    NestedError,
+    ServiceError,
+    ServiceLost,
+    TransportError,
+)
 from rfaas_mpi.leases.grants import Admission, AgentClock, AgentKey, GrantBody, GrantRefused, GrantSigner, seal_secret
 from rfaas_mpi.leases.types import GrantedWorker
 from rfaas_mpi.remote import Address
@@ -256,6 +264,40 @@ def test_the_agent_says_why_a_grant_that_it_believes_can_not_be_used(agent):
     with opened(agent.lend(workers=(GrantedWorker(0, (99,)),))) as session:
         with pytest.raises(LeaseDenied, match="core 99 of n1 is not spare"):
             session.use()
+
+
+def test_an_agent_that_goes_before_it_says_welcome_is_an_error_that_names_it(agent, monkeypatch):
+    def go(*_: object) -> msg.Answer:
+        raise ServiceError("it ends")
+
+    monkeypatch.setattr(agent.host, "answer", go)
+    lent = agent.lend()
+    with pytest.raises(ServiceError, match=f"agent of lease {lent.id} at .* said no more"):
+        opened(lent)
+
+
+def test_an_agent_that_can_not_start_the_rank_s_workers_says_why(agent, monkeypatch):
+    monkeypatch.setattr(agent.host, "answer",
+                        lambda request, *_: msg.Failed(request.id, "no such interpreter", "copy it"))
+    lent = agent.lend()
+    with pytest.raises(ServiceError, match="no such interpreter; copy it"):
+        opened(lent)
+    assert agent.host.guests[-1].hello.lease == lent.id and not agent.host.guests[-1].remote, "it is dialled once"
+
+
+@pytest.mark.parametrize("ids", [(), (1 << 40,), (1, 2)])
+def test_an_answer_that_is_about_another_lease_is_none(agent, monkeypatch, ids):
+    with opened(agent.lend()) as session:
+        leases = tuple(msg.GrantLease(number, 1, b"", (), 0) for number in ids)
+        monkeypatch.setattr(agent.host, "answer", lambda request, *_: msg.Granted(request.id, leases))
+        with pytest.raises(ServiceError, match="answered with leases"):
+            session.use()
+
+
+def test_no_lease_is_begun_inside_a_kernel(agent, monkeypatch):
+    monkeypatch.setattr("rfaas_mpi.config.inside_worker", lambda: True)
+    with pytest.raises(NestedError):
+        opened(agent.lend())
 
 
 def test_a_session_without_a_lease_has_nothing_to_use():

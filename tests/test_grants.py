@@ -189,6 +189,15 @@ def test_a_look_at_a_grant_admits_nothing(agent):
     assert agent.peek(GRANT) == BODY, "it is the manager's also after it was used"
 
 
+def test_a_check_says_what_would_be_said_and_admits_nothing(agent):
+    assert agent.check(GRANT, NOW, SPARE, ()) == agent.check(GRANT, NOW, SPARE, ()) == BODY
+    with pytest.raises(GrantRefused, match="still in use"):
+        agent.check(GRANT, NOW, SPARE, {1})
+    agent.admit(GRANT, NOW, SPARE, ())
+    with pytest.raises(GrantRefused, match="used before"):
+        agent.check(GRANT, NOW, SPARE, ())
+
+
 def test_a_look_tells_what_the_manager_never_signed(agent):
     with pytest.raises(GrantRefused, match="doesn't hold"):
         agent.peek(OTHER.sign(BODY))

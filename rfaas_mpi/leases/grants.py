@@ -208,6 +208,12 @@ class Admission:
         """What the manager signed; nothing is admitted, and it may be late, used or impossible. Raises GrantRefused."""
         return self._verified(grant)
 
+    def check(self, grant: bytes, now_ns: int, spare: Collection[int], in_use: Collection[int]) -> GrantBody:
+        """What `admit` would say now; nothing is admitted. Raises GrantRefused."""
+        body = self._verified(grant)
+        self._check(body, now_ns, spare, in_use)
+        return body
+
     def forbid(self, lease: int, now_ns: int) -> None:
         """Refuses this lease's grant from now on: its stop was faster."""
         self._forbidden[lease] = now_ns + LIFE_MAX_NS
@@ -218,8 +224,7 @@ class Admission:
         `spare` are the cores that this node lends, `in_use` those among them on
         which something of ours may still run. Raises GrantRefused.
         """
-        body = self._verified(grant)
-        self._check(body, now_ns, spare, in_use)
+        body = self.check(grant, now_ns, spare, in_use)
         self._seen = {seen: late for seen, late in self._seen.items() if late >= now_ns}
         self._forbidden = {lease: late for lease, late in self._forbidden.items() if late >= now_ns}
         self._seen[body.grant_id] = body.not_after_ns

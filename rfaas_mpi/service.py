@@ -78,7 +78,7 @@ class Service(AgentServer):
         # Held while cores are looked at, so that no other service of this user
         # takes our look for a loan.
         self._taking = Taking(cores_directory / "taking")
-        self.door.listen_unix(self.directory / "socket")
+        self.door.listen_unix(self.socket)
         self.watch_signals()
         log.info("pid=%d version=%s listens in %s", os.getpid(), __version__, self.directory)
 
@@ -132,7 +132,7 @@ class Service(AgentServer):
 
     # ---- sessions --------------------------------------------------------------------------------
 
-    def offer(self, now: float) -> Offer:
+    def offer(self, session: SessionHandle, now: float) -> Offer:
         self._report(now)
         view = self._node()
         return Offer(view.spare, view.free, view.memory_bytes, self._why_none)

@@ -99,10 +99,16 @@ class Offer(NamedTuple):
 
 
 class AgentServer:
-    """Owns the selector, the door, sessions and workers. close() ends them all."""
+    """Owns the selector, the door, sessions and workers. close() ends them all.
+
+    With `grants` sessions may begin with a grant, and ranks of all users may come.
+    """
+
+    grants = False
 
     def __init__(self, directory: Path, *, zygote_idle_s: float) -> None:
         self.directory = directory
+        self.socket = directory / "socket"
         self.started = time.monotonic()
         self.leaving = False
         self.core = AgentCore()
@@ -110,7 +116,7 @@ class AgentServer:
         self.leases: dict[int, LeaseHandle] = {}
         self.selector = selectors.DefaultSelector()
         self.workers = Workers(self.selector, self.core, self, zygote_idle_s=zygote_idle_s)
-        self.door = Door(self.selector, self)
+        self.door = Door(self.selector, self, grants=self.grants)
         self.key = b""                               # that sessions over TCP prove to know
         self.device = ""                             # for verbs, that workers of other nodes' ranks use
         self._life = FileLock(directory / "life.lock")
@@ -186,7 +192,7 @@ class AgentServer:
         """Ends everything that was started, and leaves no process, socket or segment. Safe to call twice."""
         if self._life.fd >= 0:
             # Only ours: the life lock is held.
-            (self.directory / "socket").unlink(missing_ok=True)
+            self.socket.unlink(missing_ok=True)
         self.door.stop_listening()
         self.workers.close()
         self.door.close()
@@ -199,8 +205,8 @@ class AgentServer:
 
     # ---- hooks: who decides about leases ---------------------------------------------------------
 
-    def offer(self, now: float) -> Offer:
-        """What there is to lend, looked at now."""
+    def offer(self, session: SessionHandle, now: float) -> Offer:
+        """What there is to lend to a session that joins, looked at now."""
         raise NotImplementedError
 
     def check(self, session: SessionHandle, request: msg.AnyRequest) -> None:
@@ -287,6 +293,14 @@ class AgentServer:
     def session_came(self, guest: Guest) -> None:
         """A session begins; its join follows."""
         self.begin_session(guest, self.key, (msg.ROLE_SESSION_RANK, msg.ROLE_SESSION_SERVICE))
+
+    def secret_for(self, lease: int, grant: bytes) -> bytes | None:
+        """The secret of the lease that the manager granted with these bytes."""
+        return None
+
+    def lease_came(self, guest: Guest, lease: int, grant: bytes) -> None:
+        """The session of a lease begins."""
+        raise NotImplementedError
 
     def begin_session(self, guest: Guest, key: bytes, roles: tuple[bytes, bytes]) -> SessionHandle:
         """Listens to it from now on; over TCP it is sealed with the key that it proved to know, rank's role first."""
@@ -412,7 +426,7 @@ class AgentServer:
             session.kind = ZygoteKind.of(join, self.device if session.where else None)
             self.joined(session, join, environment)
         session.join = join
-        offer = self.offer(now)
+        offer = self.offer(session, now)
         self.send(session, msg.Welcome(
             join.id, session=session.number, service_pid=os.getpid(), cores=offer.cores, spare=offer.spare,
             memory_bytes=offer.memory_bytes, why_none=offer.why_none,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rfaas_mpi.agent.core import AgentCore, Check, Exit, Fork, Freed, Halt, Kill, Move, Page, Quit, Stopped, Tell
+from rfaas_mpi.agent.core import AgentCore, Exit, Fork, Freed, Halt, Kill, Move, Page, Quit, Stopped, Tell
 from rfaas_mpi.agent.reclaim import Clearing, threads
 from rfaas_mpi.messages import Revoking
 
@@ -39,20 +39,20 @@ def rungs(actions: list) -> list[str]:
     return [type(action).__name__ for action in actions]
 
 
-def test_without_grace_ranks_are_told_then_all_are_moved_then_killed_then_looked_for():
+def test_without_grace_ranks_are_told_then_all_workers_are_killed_then_moved():
     core, workers = serving(2)
     actions = core.stop(LEASE, [0, 1], "revoked", 0.0, 1.0)
-    assert actions == [Tell((OWNER,), Revoking(LEASE, tuple(workers), "revoked", 0.0)), *map(Move, workers),
-                       *map(Kill, workers), *map(Check, workers)]
+    assert actions == [Tell((OWNER,), Revoking(LEASE, tuple(workers), "revoked", 0.0)), *map(Kill, workers),
+                       *map(Move, workers)]
 
 
-def test_with_grace_a_kernel_may_finish_before_it_is_moved_and_killed():
+def test_with_grace_a_kernel_may_finish_before_it_is_killed():
     core, [worker] = serving()
     tell, quit_ = core.stop(LEASE, [0], "revoked", 0.5, 10.0)
     assert tell.event.grace_s == 0.5 and quit_ == Quit(worker)
     assert core.next_deadline(10.0) == 10.5
     assert core.tick(10.49) == []
-    assert core.tick(10.5) == [Move(worker), Kill(worker), Check(worker)]
+    assert core.tick(10.5) == [Kill(worker), Move(worker)]
     assert core.tick(20.0) == []
 
 
@@ -69,12 +69,12 @@ def test_a_second_wish_can_only_shorten_the_grace():
     core.stop(LEASE, [0], "revoked", 5.0, 10.0)
     assert core.stop(LEASE, [0], "revoked", 9.0, 10.0) == []
     assert core.next_deadline(10.0) == 15.0
-    assert core.stop(LEASE, [0], "revoked", 0.0, 11.0) == [Move(worker), Kill(worker), Check(worker)]
+    assert core.stop(LEASE, [0], "revoked", 0.0, 11.0) == [Kill(worker), Move(worker)]
 
 
 def test_beside_its_owner_a_worker_without_low_priority_is_stopped_first_and_has_no_grace():
     core, [worker] = serving(low=False)
-    assert rungs(core.stop(LEASE, [0], "revoked", 0.5, 1.0, owned=True)) == ["Halt", "Tell", "Move", "Kill", "Check"]
+    assert rungs(core.stop(LEASE, [0], "revoked", 0.5, 1.0, owned=True)) == ["Halt", "Tell", "Kill", "Move"]
     assert Halt(worker) in serving(low=False)[0].stop(LEASE, [0], "revoked", 0.5, 1.0, owned=True)
 
 
@@ -103,13 +103,13 @@ def test_a_lease_that_was_given_back_is_not_told_of_and_its_workers_end_where_th
 def test_cores_that_are_wanted_while_a_released_worker_ends_are_taken_from_it():
     core, [worker] = serving()
     core.stop(LEASE, [0], "released", 0.3, 1.0)
-    assert core.stop(LEASE, [0], "revoked", 0.0, 1.1) == [Move(worker), Kill(worker), Check(worker)]
+    assert core.stop(LEASE, [0], "revoked", 0.0, 1.1) == [Kill(worker), Move(worker)]
 
 
 def test_a_worker_that_was_killed_for_another_reason_still_leaves_its_core_at_once():
     core, [worker] = serving()
     core.kill(worker, LEASE, "cancel", 5, Page(invocation=5))
-    assert rungs(core.stop(LEASE, [0], "revoked", 3.0, 1.0)) == ["Tell", "Move", "Check"]
+    assert rungs(core.stop(LEASE, [0], "revoked", 3.0, 1.0)) == ["Tell", "Move"]
 
 
 def test_a_worker_that_has_no_process_yet_leaves_as_soon_as_it_has_one():
@@ -117,7 +117,7 @@ def test_a_worker_that_has_no_process_yet_leaves_as_soon_as_it_has_one():
     core.own_cores = (0,)
     numbers, _ = core.start(LEASE, OWNER, {0: (1,)}, 0, 0.0)
     assert rungs(core.stop(LEASE, [0], "revoked", 0.0, 0.0)) == ["Tell"]
-    assert set(rungs(core.forked(numbers[0], 55))) == {"Kill", "Move", "Check"}
+    assert set(rungs(core.forked(numbers[0], 55))) == {"Kill", "Move"}
 
 
 def test_each_core_is_said_to_be_free_once_and_before_its_worker_is_gone():
@@ -160,7 +160,9 @@ SPINS = "while True: pass"
 MANY_THREADS = """
 import hashlib, threading
 def spin():      # without the interpreter's lock
+    together.wait()
     hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)
+together = threading.Barrier(64)
 for _ in range(63): threading.Thread(target=spin, daemon=True).start()
 spin()
 """
@@ -232,7 +234,7 @@ def test_a_process_is_off_its_cores_at_once_and_for_ever(spun, wait_until, code,
         process.send_signal(signal.SIGSTOP)
     leaving = Clearing(process.pid, CORES[-1:], CORES[:1])
     try:
-        leaving.move()
+        assert leaving.cleared()
         assert len(may_run_on(process.pid, CORES[0])) >= count, "all of it is on the agent's core"
         process.kill()
         assert leaving.cleared()
@@ -242,6 +244,17 @@ def test_a_process_is_off_its_cores_at_once_and_for_ever(spun, wait_until, code,
     finally:
         leaving.close()
         leaving.close()
+
+
+@two_cores
+def test_a_killed_process_ends_on_other_cores_than_its_own(spun, wait_until):
+    process = spun(MANY_THREADS)
+    wait_until(lambda: len(may_run_on(process.pid, CORES[-1])) == 64, "all of it runs")
+    process.kill()
+    leaving = Clearing(process.pid, CORES[-1:], CORES[:1])
+    assert leaving.cleared()
+    assert may_run_on(process.pid, CORES[-1]) == []
+    leaving.close()
 
 
 @two_cores
@@ -258,7 +271,6 @@ def test_what_a_process_started_and_left_behind_leaves_the_core_with_it(spun, wa
         wait_until(lambda: len(ours()) == 2, "both grandchildren lost their parents and came to us")
         left = ours()
         leaving = Clearing(process.pid, CORES[-1:], CORES[:1], parent=os.getpid())
-        leaving.move()
         process.kill()
         assert leaving.cleared()
         assert not any(may_run_on(pid, CORES[-1]) for pid in left)

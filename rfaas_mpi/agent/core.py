@@ -9,7 +9,7 @@ actions out.
 How a worker's cores are taken back, each rung for all workers before the next:
 
     no more ranks are let in · SIGSTOP, if its owner is there and it has no low priority · ranks are told ·
-    QUIT and the grace · its threads go to the agent's own cores · SIGKILL · nothing of it may run there: Freed ·
+    QUIT and the grace · SIGKILL · all its threads go to the agent's own cores, to end there: Freed ·
     it has ended: Stopped
 """
 
@@ -23,7 +23,7 @@ from enum import StrEnum
 
 from rfaas_mpi.messages import Revoking, WorkerEnded, WorkerReady
 
-__all__ = ["AgentCore", "Check", "Close", "Exit", "Fork", "Freed", "Halt", "Kill", "Meter", "Move", "Page", "Quit",
+__all__ = ["AgentCore", "Close", "Exit", "Fork", "Freed", "Halt", "Kill", "Meter", "Move", "Page", "Quit",
            "Stopped", "Tell", "Worker", "classify"]
 
 LAST_LINES = 20
@@ -96,13 +96,6 @@ class Halt:
 
 
 @dataclass(frozen=True)
-class Move:
-    """Take every thread of it, and of what it started, off its cores, to the agent's own."""
-
-    worker: int
-
-
-@dataclass(frozen=True)
 class Kill:
     """SIGKILL through its pidfd."""
 
@@ -110,8 +103,8 @@ class Kill:
 
 
 @dataclass(frozen=True)
-class Check:
-    """It was moved and killed: see that nothing of it may run on its cores, and say so to cleared()."""
+class Move:
+    """It was killed: take every thread of it, and of what it started, off its cores. Then say so to cleared()."""
 
     worker: int
 
@@ -163,7 +156,7 @@ class Close:
     worker: int
 
 
-Action = Fork | Quit | Halt | Move | Kill | Check | Tell | Freed | Stopped | Meter | Close
+Action = Fork | Quit | Halt | Kill | Move | Tell | Freed | Stopped | Meter | Close
 
 
 # ---- state ---------------------------------------------------------------------------------------
@@ -324,7 +317,7 @@ class AgentCore:
             worker.low = True
 
     def cleared(self, number: int) -> list[Action]:
-        """The answer to Check: nothing of the worker may run on its cores."""
+        """The answer to Move: nothing of the worker may run on its cores."""
         worker = self.workers.get(number)
         if worker is None or not worker.seat.stopping:
             return []
@@ -505,7 +498,10 @@ class AgentCore:
         return [Kill(worker.number)] if worker.pid else []
 
     def _end(self, workers: Iterable[Worker], reason: str) -> list[Action]:
-        """Kills workers whose seats are given up, all of them at once; those whose cores are wanted end elsewhere."""
+        """Kills workers whose seats are given up, all of them at once; those whose cores are wanted end elsewhere.
+
+        Not the other way round: what still runs would compete with the agent on the agent's own core.
+        """
         kills: list[Action] = []
         moved: list[int] = []
         for worker in workers:
@@ -513,7 +509,7 @@ class AgentCore:
             if worker.pid and not worker.moved and self._moves(worker.seat):
                 worker.moved = True
                 moved.append(worker.number)
-        return [*map(Move, moved), *kills, *map(Check, moved)]
+        return [*kills, *map(Move, moved)]
 
     def _moves(self, seat: Seat) -> bool:
         return seat.wanted and bool(self.own_cores) and not set(self.own_cores) & set(seat.cores)

@@ -1,7 +1,7 @@
 """Takes cores back from a worker: every thread elsewhere, with all that it started, and certainty that none is left.
 
 A core is wanted at once, and a killed process may need long to end: its memory is freed by its own last thread, on
-whatever core that may use. So the threads are moved first, to cores of the agent's own, and end there.
+whatever core that may use. So once it was killed, its threads are taken to cores of the agent's own, and end there.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Collection, Iterator
-from typing import Self
 
 __all__ = ["Clearing", "started_by", "threads"]
 
@@ -41,8 +40,17 @@ def _children(pid: int, thread: int) -> list[int]:
         return []
 
 
+def _there(pidfd: int) -> bool:
+    """Whether the number still is this process'."""
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 class Clearing:
-    """A worker that has to leave its cores. Between move() and cleared() its owner kills it.
+    """A worker that has to leave its cores; whoever owns it kills it first.
 
     `off` are the worker's cores, which nobody else of ours uses; `to` those where it may end. `parent` is its zygote,
     which inherits what the worker's own children leave behind; `others` are that one's other workers.
@@ -57,24 +65,19 @@ class Clearing:
         self._others = frozenset((pid, *others))
         self._started: dict[int, int] = {}       # what it started → a pidfd
 
-    def move(self) -> None:
-        """Takes every thread of it off its cores; one that runs there is stopped for that. What it started is killed.
-
-        PermissionError if it isn't ours to move, OSError where the other cores are not open to it.
-        """
-        self.cleared()
-
     def cleared(self) -> bool:
-        """Moves what was not moved yet; whether nothing of it may run on its cores any more.
+        """Takes all of it off its cores; True: nothing of it may run there any more.
 
-        Once the worker was killed True means for ever.
+        A thread that runs there is stopped for that, and what the worker started is killed. Of a worker that was
+        killed before, True means for ever. PermissionError if it isn't ours to move, OSError where the other cores
+        are not open to it.
         """
         for _ in range(_ROUNDS):
             moved = self._move(self.pid)
             for child in (*started_by(self.pid), *self._left_behind()):
                 moved |= self._end(child)
-            for child in self._started:
-                moved |= self._move(child)
+            for child, pidfd in self._started.items():
+                moved |= _there(pidfd) and self._move(child)
             if not moved:
                 return True
         return False

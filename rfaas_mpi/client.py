@@ -1,7 +1,8 @@
 """How ranks, agents and people call a cluster's manager: one HTTP request a call, its answer as the interface's type.
 
 Needs nothing beyond the standard library where the manager is called on its Unix
-socket: the kernel says who calls there, and to the caller who answers.
+socket: the kernel says who calls there, and to the caller who answers. Over a
+network both prove it (identity.py), which takes the extra `cluster`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import os
 import pwd
 import re
 import socket
+import ssl
 import struct
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,11 +23,12 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
-from rfaas_mpi import api
+from rfaas_mpi import api, identity, remote
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import AuthError, ClosedError, ConfigError, LeaseDenied, RFaaSError, ServiceError, ServiceLost
 
-__all__ = ["ManagerAddress", "ManagerClient", "ManagerRefused"]
+__all__ = ["ManagerAddress", "ManagerClient", "ManagerRefused", "check_owner", "prover_of", "read_challenge", "refusal",
+           "target", "tls_of", "user_id"]
 
 WAIT_S = 60.0                    # for an answer; a demand may wait longer at the manager, and says so
 ANSWER_BYTES_MAX = 1 << 28       # all leases of a large cluster, for an administrator
@@ -32,6 +36,7 @@ UNIX_HOST = "manager"            # HTTP wants a host's name; a socket has none
 
 _ROUTES = {route.name: route for route in api.ROUTES}
 _DECODERS = {route.name: msgspec.json.Decoder(route.answer) for route in api.ROUTES}
+_CHALLENGE = msgspec.json.Decoder(api.Challenge)
 _PROBLEM = msgspec.json.Decoder(api.Problem)
 
 
@@ -75,15 +80,16 @@ class ManagerAddress(NamedTuple):
 class ManagerClient:
     """Calls the manager that `settings.manager` names; any thread may, each call has a connection of its own.
 
-    ConfigError where none is named, or its name makes no sense.
+    ConfigError where none is named, or its name makes no sense; AuthError for a
+    key file that isn't ours alone.
     """
 
     def __init__(self, settings: Settings) -> None:
         if settings.manager is None:
             raise ConfigError("no manager is named", hint="set RFAAS_MANAGER, like unix:/run/rfaas/manager.sock")
         self.address = ManagerAddress.parse(settings.manager)
-        if self.address.scheme != "unix":
-            raise ConfigError(f"{self.address} lies behind a network, and only Unix sockets can be called so far")
+        self._prover = prover_of(settings, self.address)
+        self._tls = tls_of(settings, self.address)
         self._settings = settings
         self._lock = threading.Lock()
         self._live: set[socket.socket] = set()
@@ -133,10 +139,20 @@ class ManagerClient:
 
     def _exchange(self, method: str, where: str, data: bytes, wait_s: float) -> tuple[int, bytes]:
         with self._connected(wait_s) as connection:
-            return self._request(connection, method, where, data)
+            if self._prover is None:
+                return self._request(connection, method, where, data)[:2]
+            status, answer, _ = self._request(connection, "GET", identity.CHALLENGE_PATH, b"")
+            challenge = read_challenge(self.address, status, answer)
+            asked = self._prover.ask(method, where, data, challenge)
+            status, answer, proof = self._request(connection, method, where, data, {"Authorization": asked.header})
+            if status == 401 and proof is None:
+                # It hasn't believed us: what it says then is only a reason.
+                return status, answer
+            return status, asked.open(status, proof, answer)
 
     def _request(self, connection: http.client.HTTPConnection, method: str, where: str, data: bytes,
-                 headers: Mapping[str, str] = {}) -> tuple[int, bytes]:
+                 headers: Mapping[str, str] = {}) -> tuple[int, bytes, str | None]:
+        """Status, body, and what the manager shows as its proof."""
         connection.request(method, where, body=data or None, headers={"Content-Type": "application/json", **headers})
         with connection.getresponse() as response:
             # A read of so many bytes would take the connection's early end for the answer's.
@@ -144,7 +160,7 @@ class ManagerClient:
                 said = "says not how long its answer is" if response.length is None else (
                     f"answers {response.length} bytes, and at most {ANSWER_BYTES_MAX} are read")
                 raise ServiceError(f"the manager at {self.address} {said}", hint="is it one?")
-            return response.status, response.read()
+            return response.status, response.read(), response.headers.get(identity.ANSWER_HEADER)
 
     @contextmanager
     def _connected(self, wait_s: float) -> Iterator[http.client.HTTPConnection]:
@@ -154,6 +170,9 @@ class ManagerClient:
             connection.sock = dialled = self._dial()
         except RFaaSError:
             raise
+        except ssl.SSLCertVerificationError as error:
+            raise AuthError(f"the certificate of the manager at {self.address} is not believed: {error.verify_message}",
+                            hint="RFAAS_CA_FILE names who certifies it") from None
         except OSError as error:
             raise self._lost(f"can't be reached: {error.strerror or error}") from None
         try:
@@ -177,27 +196,73 @@ class ManagerClient:
             connection.close()
 
     def _dial(self) -> socket.socket:
-        dialled = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        wait_s = self._settings.start_timeout_s
+        if self.address.scheme != "unix":
+            where = remote.Address(self.address.host, self.address.port)
+            dialled = remote.connect(where, self._settings.tcp, time.monotonic() + wait_s)
+        else:
+            dialled = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            dialled.settimeout(self._settings.start_timeout_s)
-            dialled.connect(self.address.path)
-            self._check_owner(dialled)
+            dialled.settimeout(wait_s)
+            if self.address.scheme == "unix":
+                dialled.connect(self.address.path)
+                check_owner(dialled, self.address, self._settings)
+            elif self._tls is not None:
+                dialled = self._tls.wrap_socket(dialled, server_hostname=self.address.host)
         except BaseException:
             dialled.close()
             raise
         return dialled
 
-    def _check_owner(self, dialled: socket.socket) -> None:
-        # What it grants is where our code and data will go.
-        credentials = dialled.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        uid = struct.unpack("3i", credentials)[1]
-        if uid not in (0, os.geteuid()) and uid != user_id(self._settings.manager_user):
-            raise AuthError(f"the manager at {self.address} runs as uid {uid}",
-                            hint=f"if that is right, set RFAAS_MANAGER_USER={uid}")
-
     def _lost(self, what: str) -> ServiceLost:
         return ServiceLost(f"the manager at {self.address} {what}",
                            hint="leases that run are not affected; is `rfaas manager` running there?")
+
+
+# ---- how to reach it ---------------------------------------------------------------------------------
+
+def check_owner(dialled: socket.socket, address: ManagerAddress, settings: Settings) -> None:
+    """AuthError unless who listens on that Unix socket is root, the caller, or the manager's user."""
+    # What it grants is where our code and data will go.
+    uid = struct.unpack("3i", dialled.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+    if uid not in (0, os.geteuid()) and uid != user_id(settings.manager_user):
+        raise AuthError(f"the manager at {address} runs as uid {uid}",
+                        hint=f"if that is right, set RFAAS_MANAGER_USER={uid}")
+
+
+def prover_of(settings: Settings, address: ManagerAddress) -> identity.Prover | None:
+    """How to prove there who calls; None on a Unix socket. AuthError or ConfigError where that can't be done."""
+    if address.scheme == "unix":
+        return None
+    means: identity.Means = identity.Munge(settings.munge_socket or "")
+    if settings.auth == "key" and settings.manager_key_file is None:
+        raise ConfigError("RFAAS_AUTH is key, and no key is named", hint="RFAAS_MANAGER_KEY_FILE names the file")
+    if settings.auth != "munge" and settings.manager_key_file is not None:
+        means = identity.Key(remote.read_key(settings.manager_key_file))
+    return identity.Prover(means, address.authority, user_id(settings.manager_user), seals=address.scheme == "http")
+
+
+def tls_of(settings: Settings, address: ManagerAddress) -> ssl.SSLContext | None:
+    """How the manager's certificate is checked; None where there is none. ConfigError for a wrong `ca_file`."""
+    if address.scheme != "https":
+        return None
+    try:
+        return ssl.create_default_context(cafile=settings.ca_file)
+    except OSError as error:
+        raise ConfigError(f"the certificates in {settings.ca_file} can't be read: {error.strerror or error}",
+                          hint="RFAAS_CA_FILE names a file in PEM format") from None
+
+
+def read_challenge(address: ManagerAddress, status: int, answer: bytes) -> bytes:
+    """What the manager answered to the request for a challenge. ServiceError if that is none."""
+    try:
+        if status == 200:
+            return _CHALLENGE.decode(answer).challenge
+    except msgspec.MsgspecError:
+        # Said below.
+        status = 200
+    raise ServiceError(f"what answers at {address} gives no challenge (HTTP status {status})",
+                       hint="is it a manager, and of this version?")
 
 
 # ---- pure ----------------------------------------------------------------------------------------

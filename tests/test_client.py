@@ -95,7 +95,7 @@ def test_who_may_not_gets_an_auth_error(tmp_path):
     from rfaas_mpi.manager.cluster import Policy
     with Managed(tmp_path, policy=Policy(lenders=frozenset(), admins=frozenset())) as manager, client(manager) as call:
         with pytest.raises(AuthError, match=f"only an administrator .*uid {ME} is none"):
-            call.call("usage")
+            call.call("drain", api.DrainNodes())
 
 
 def test_a_demand_that_waits_is_ended_by_close(manager, wait_until):

@@ -475,7 +475,7 @@ def test_over_a_network_nobody_is_believed(tmp_path):
             await site.start()
             port = site._server.sockets[0].getsockname()[1]
             async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/v1/leases") as answer:
-                assert answer.status == 403 and "prove who he is" in (await answer.json())["error"]
+                assert answer.status == 401 and "prove who he is" in (await answer.json())["error"]
     asyncio.run(asyncio.wait_for(whole(), GUARD_S))
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import socket
 import ssl
-import struct
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
@@ -20,11 +18,12 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
-from aiohttp import WSMsgType, web
+from aiohttp import web
 
 from rfaas_mpi import api
 from rfaas_mpi.errors import AuthError, ConfigError, RFaaSError, ServiceError, StoreError
 from rfaas_mpi.leases import Lease, LeaseBook, NodeReport, Release
+from rfaas_mpi.manager.callers import AgentChannel, Callers
 from rfaas_mpi.manager.cluster import Cluster, Policy, session_number
 from rfaas_mpi.manager.core import Action, Admit, Granted, Notify, Refused, StopWorkers, Superseded
 from rfaas_mpi.manager.directory import Directory, Registration
@@ -36,7 +35,7 @@ from rfaas_mpi.messages import LeaseRequest
 from rfaas_mpi.placement import pick_cores
 from rfaas_mpi.remote import Address, listen
 
-__all__ = ["Identify", "ManagerServer", "peer_uid"]
+__all__ = ["ManagerServer"]
 
 log = logging.getLogger("rfaas_mpi.manager.server")
 
@@ -47,19 +46,6 @@ TICK_MAX_S = 5.0
 EVENTS_KEPT = 10_000
 AGENT_PING_S = 10.0
 KEYS_EVERY_S = 2.0               # how soon other keys in its directory are seen
-
-Identify = Callable[[web.Request], Awaitable[int]]
-"""Who calls: the uid that he has proved. AuthError if he has proved none."""
-
-
-async def peer_uid(request: web.Request) -> int:
-    """The uid of the process at the other end of a Unix socket, by the kernel's word."""
-    transport = request.transport
-    peer = None if transport is None else transport.get_extra_info("socket")
-    if peer is None or peer.family != socket.AF_UNIX:
-        raise AuthError("who calls over a network has to prove who he is, and this manager can't check it",
-                        hint="call it on its Unix socket")
-    return struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
 
 
 class _Refusal(Exception):
@@ -86,21 +72,22 @@ class ManagerServer:
     """
 
     def __init__(self, ledger: Ledger, *, keys: Keys | None = None, policy: Policy = Policy(),
-                 identify: Identify = peer_uid, clock: Callable[[], float] = time.monotonic) -> None:
+                 callers: Callers | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._identify = identify
+        self.callers = callers or Callers()
         self._ledger = ledger
         self.registry = Registry(ledger, pick_cores, clock())
         self.cluster = Cluster(self.registry.book, clock(), policy=policy)
         self.directory = Directory(ledger.agents())
         self.keys = keys or Keys.fresh()
         self.metrics = Metrics(self.cluster)
+        self.callers.when_refused = self.metrics.unproved.inc
         self._closing = False
         self._asking: dict[tuple[int, int], _Asked] = {}
         self._written: asyncio.Future[None] | None = None
         self._wake = asyncio.Event()
         self._sooner = asyncio.Event()
-        self._channels: dict[str, web.WebSocketResponse] = {}
+        self._channels: dict[str, AgentChannel] = {}
         self._told: deque[tuple[int, api.Event]] = deque(maxlen=EVENTS_KEPT)       # (uid, event)
         # Above those of a manager that was here before.
         self._next_event = int(time.time()) * 1000
@@ -117,12 +104,13 @@ class ManagerServer:
     # ---- life --------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> ManagerServer:
-        application = web.Application(client_max_size=BODY_BYTES_MAX)
+        application = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=(self.callers.middleware,))
         for route in api.ROUTES:
             application.router.add_route(route.method, route.path, self._handler(route))
         application.router.add_get("/openapi.json", self._openapi)
         application.router.add_get("/metrics", self._metrics)
         application.router.add_get("/v1/agents/{node}/channel", self._channel)
+        self.callers.add_routes(application.router)
         # A caller that is gone must not hold up others.
         self._runner = web.AppRunner(application, access_log=None, handle_signals=False, handler_cancellation=True)
         await self._runner.setup()
@@ -148,9 +136,7 @@ class ManagerServer:
         Refused where nobody could prove there who he is.
         """
         assert self._runner is not None
-        if self._identify is peer_uid:
-            raise ConfigError(f"the manager can't listen on {address}: nobody could prove there who he is",
-                              hint="name what callers prove it with, or use the Unix socket")
+        self.callers.check_network(address)
         bound = await self._listen(self._runner, address, tls)
         return f"{'http' if tls is None else 'https'}://{str(bound).removeprefix('tcp://')}"
 
@@ -189,6 +175,7 @@ class ManagerServer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
         self._ledger.close()
+        self.callers.close()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
                         trace: TracebackType | None) -> None:
@@ -286,7 +273,7 @@ class ManagerServer:
 
         async def handle(request: web.Request) -> web.Response:
             try:
-                uid = await self._identify(request)
+                uid = await self.callers.identify(request)
                 if route.body is None:
                     answer = await operation(uid, request)
                 else:
@@ -312,7 +299,7 @@ class ManagerServer:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         try:
-            await self._identify(request)
+            await self.callers.identify(request)
         except AuthError as problem:
             self.metrics.unproved.inc()
             return _json(403, _problem(problem))
@@ -372,19 +359,17 @@ class ManagerServer:
         """One kept-alive connection of an agent: reports up, orders down, whenever there are some."""
         node = request.match_info["node"]
         try:
-            uid = await self._identify(request)
+            uid = await self.callers.identify(request)
             name = self.cluster.node_name(uid, node)
         except RFaaSError as problem:
             return _json(403 if isinstance(problem, AuthError) else 409, _problem(problem))
-        channel = web.WebSocketResponse(heartbeat=AGENT_PING_S, max_msg_size=BODY_BYTES_MAX)
-        await channel.prepare(request)
+        channel = self.callers.channel(request, heartbeat=AGENT_PING_S, max_msg_size=BODY_BYTES_MAX)
+        await channel.open()
         decode = self._decoders[api.Report].decode
         try:
-            async for message in channel:
-                if message.type is not WSMsgType.TEXT:
-                    break
+            async for message in channel.messages():
                 try:
-                    report = decode(message.data)
+                    report = decode(message)
                     orders = await self._reported(uid, node, report)
                 except (msgspec.MsgspecError, RFaaSError, ValueError, _Refusal) as problem:
                     await _say(channel, api.Problem(f"the report was not taken: {problem}"))
@@ -396,7 +381,7 @@ class ManagerServer:
         finally:
             if self._channels.get(name) is channel:
                 del self._channels[name]
-        return channel
+        return channel.socket
 
     async def _ask(self, uid: int, _request: web.Request, body: api.AskLease) -> api.LeaseGrant:
         key = (session_number(uid, body.session), body.request_id)
@@ -553,9 +538,9 @@ def _json(status: int, body: msgspec.Struct) -> web.Response:
     return web.Response(status=status, body=msgspec.json.encode(body), content_type="application/json")
 
 
-async def _say(channel: web.WebSocketResponse, what: msgspec.Struct) -> None:
+async def _say(channel: AgentChannel, what: msgspec.Struct) -> None:
     try:
-        await channel.send_str(msgspec.json.encode(what).decode())
+        await channel.say(msgspec.json.encode(what))
     except ConnectionError as error:
         # It comes again with the agent's next report.
         log.info("an agent's channel broke: %s", error)

@@ -1,0 +1,413 @@
+"""The agent's line to its manager: reports up, orders down, in a thread of its own that nothing else waits for.
+
+    report(), used() ──▶ Outbox ──▶ web socket ──▶ manager
+    tell(Admitted | Orders | ReportDue | LinkLost) ◀──┘
+
+The line registers the agent, keeps the connection, makes a new one when it breaks
+and registers again then. A manager that is away is no concern of the leases that
+run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+from urllib.parse import quote
+
+import aiohttp
+import msgspec
+
+from rfaas_mpi import api, identity
+from rfaas_mpi.client import ManagerAddress, check_owner, prover_of, read_challenge, refusal, tls_of
+from rfaas_mpi.config import Settings
+from rfaas_mpi.errors import ConfigError, RFaaSError, ServiceLost
+
+__all__ = ["LinkLost", "ManagerLink", "News", "Outbox", "ReportDue", "heartbeat_s", "retry_s"]
+
+log = logging.getLogger("rfaas_mpi.agent.link")
+
+HEARTBEAT_S = 10.0
+JITTER = 0.2                     # so that a thousand agents that started together don't report together
+COALESCE_S = 0.02                # what changes meanwhile travels in one report
+RETRY_MIN_S = 0.1
+RETRY_MAX_S = 5.0
+ANSWER_S = 30.0                  # a manager whose disk is full says so after 5
+PING_S = 10.0
+LINES_MAX = 1000                 # of usage, in one report
+MESSAGE_BYTES_MAX = 4 << 20
+
+
+@dataclass(frozen=True)
+class ReportDue:
+    """The manager expects to hear something: `report()` how things are now."""
+
+
+@dataclass(frozen=True)
+class LinkLost:
+    """The manager can't be reached; the line goes on trying. Said once, until it was reached again."""
+
+    reason: str
+
+
+News: TypeAlias = api.Admitted | api.Orders | ReportDue | LinkLost
+
+
+class _Answer(api.Orders, frozen=True):
+    """What comes on the web socket: orders, or a Problem (then there is an `error`)."""
+
+    error: str = ""
+    hint: str = ""
+
+
+_ANSWER = msgspec.json.Decoder(_Answer)
+_LINE = msgspec.json.Decoder(api.UsedLine)
+
+
+# ---- pure ----------------------------------------------------------------------------------------
+
+def heartbeat_s(chance: float) -> float:
+    """How long after a report the next one is due; `chance` lies in [0, 1)."""
+    return HEARTBEAT_S * (1 - JITTER + 2 * JITTER * chance)
+
+
+def retry_s(attempt: int, chance: float) -> float:
+    """How long to wait after so many attempts in vain: twice as long each time, up to 5 s, half of it by chance."""
+    return min(RETRY_MAX_S, RETRY_MIN_S * 2.0**min(attempt, 16)) * (0.5 + 0.5 * chance)
+
+
+class Outbox:
+    """What is still to be said, pure: the latest report, and used lines until a report that carried them was answered.
+
+    One report is under way at a time. A line keeps the incarnation in which it was
+    first to be sent: sent again after a new registration it is still the same line.
+    """
+
+    def __init__(self) -> None:
+        self.incarnation = 0                         # 0: not admitted
+        self._report: api.Report | None = None       # not sent yet
+        self._lines: deque[api.UsedLine] = deque()
+        self._under_way = 0                          # so many of the first lines
+        self._sent_ns = 0                            # the report that waits for its answer; 0: none does
+
+    @property
+    def lines(self) -> int:
+        """Used lines that no answer has taken yet."""
+        return len(self._lines)
+
+    def admitted(self, incarnation: int) -> None:
+        """Reports are sent under this number from now on, none that was made before."""
+        self.incarnation = incarnation
+        self._report = None
+        self.lost()
+        self._lines = deque(self._of(line) for line in self._lines)
+
+    def put(self, report: api.Report) -> None:
+        """A newer report takes the place of one that wasn't sent."""
+        if report.incarnation == self.incarnation:
+            self._report = report
+
+    def use(self, lines: Iterable[api.UsedLine]) -> None:
+        """Lines to be sent with the next reports. ValueError for one that the manager would refuse."""
+        checked = [_LINE.decode(msgspec.json.encode(line)) for line in lines]
+        self._lines.extend(self._of(line) for line in checked)
+
+    def take(self) -> api.Report | None:
+        """What to send now, None if there is nothing or an answer is awaited."""
+        if self._report is None or self._sent_ns:
+            return None
+        report, self._report = self._report, None
+        carried = tuple(line for line, _ in zip(self._lines, range(LINES_MAX), strict=False))
+        self._under_way, self._sent_ns = len(carried), report.clock_ns
+        return msgspec.structs.replace(report, used=carried)
+
+    def answered(self, clock_ns: int) -> bool:
+        """The report of that moment was taken, and its lines with it. True if more lines wait."""
+        if not clock_ns or clock_ns != self._sent_ns:
+            return False
+        for _ in range(self._under_way):
+            self._lines.popleft()
+        self._under_way = self._sent_ns = 0
+        return bool(self._lines)
+
+    def refused(self) -> None:
+        """The report under way was not taken: its lines go with the next one."""
+        self._under_way = self._sent_ns = 0
+
+    lost = refused                                   # nor is it known whether it was
+
+    @property
+    def awaits_answer(self) -> bool:
+        """A report is under way."""
+        return self._sent_ns != 0
+
+    @property
+    def waits(self) -> bool:
+        """There is a report to send now."""
+        return self._report is not None and not self._sent_ns
+
+    def _of(self, line: api.UsedLine) -> api.UsedLine:
+        if line.incarnation or not self.incarnation:
+            return line
+        return msgspec.structs.replace(line, incarnation=self.incarnation)
+
+
+# ---- one connection ----------------------------------------------------------------------------------
+
+class _Again(Exception):
+    """The manager wants to have the agent registered again."""
+
+
+class _Connection:
+    """One life of the line: calls, and the web socket, both proved and sealed where they go over a network."""
+
+    def __init__(self, settings: Settings, address: ManagerAddress) -> None:
+        self._settings = settings
+        self._address = address
+        self._prover = prover_of(settings, address)
+        tls = tls_of(settings, address)
+        connector = (aiohttp.UnixConnector(address.path) if address.scheme == "unix"
+                     else aiohttp.TCPConnector(ssl=True if tls is None else tls))
+        self._base = f"{'https' if tls is not None else 'http'}://{address.authority}"
+        self._session = aiohttp.ClientSession(
+            connector=connector, timeout=aiohttp.ClientTimeout(total=ANSWER_S, connect=settings.start_timeout_s))
+        self._socket: aiohttp.ClientWebSocketResponse | None = None
+        self._seal: identity.Channel | None = None
+
+    async def close(self) -> None:
+        """Safe to call twice."""
+        if self._socket is not None:
+            await self._socket.close()
+        await self._session.close()
+
+    async def register(self, start: api.StartAgent) -> api.Admitted:
+        """The number for reports. Errors as ManagerClient.call, and aiohttp's."""
+        data, path = msgspec.json.encode(start), "/v1/agents"
+        asked, headers = await self._proved("POST", path, data)
+        headers["Content-Type"] = "application/json"
+        async with self._session.post(self._base + path, data=data, headers=headers) as response:
+            answer, proof = await response.read(), response.headers.get(identity.ANSWER_HEADER)
+        if asked is not None and not (response.status == 401 and proof is None):
+            answer = await asyncio.to_thread(asked.open, response.status, proof, answer)
+        if response.status != 200:
+            raise refusal("start_agent", response.status, answer)
+        return msgspec.json.decode(answer, type=api.Admitted)
+
+    async def open(self, node: str) -> None:
+        """Opens the web socket on which reports go up and orders come down."""
+        path = f"/v1/agents/{quote(node, safe='')}/channel"
+        asked, headers = await self._proved("GET", path, b"")
+        self._socket = await self._session.ws_connect(self._base + path, headers=headers, heartbeat=PING_S,
+                                                      max_msg_size=MESSAGE_BYTES_MAX)
+        if self._address.scheme == "unix":
+            check_owner(self._socket.get_extra_info("socket"), self._address, self._settings)
+        if asked is not None and self._address.scheme == "http":
+            hello = await self._socket.receive(ANSWER_S)
+            if hello.type is not aiohttp.WSMsgType.TEXT:
+                raise ServiceLost(f"{self._address} opened a channel and said nothing on it")
+            self._seal = await asyncio.to_thread(asked.channel, hello.data)
+
+    async def say(self, data: bytes) -> None:
+        assert self._socket is not None
+        if self._seal is None:
+            await self._socket.send_str(data.decode())
+        else:
+            await self._socket.send_bytes(self._seal.seal(data))
+
+    async def hear(self) -> bytes:
+        """The next message. ServiceLost at the end, AuthError for one that isn't the manager's."""
+        assert self._socket is not None
+        message = await self._socket.receive()
+        if message.type is aiohttp.WSMsgType.TEXT and self._seal is None:
+            return message.data.encode()
+        if message.type is aiohttp.WSMsgType.BINARY and self._seal is not None:
+            return self._seal.open(message.data)
+        raise ServiceLost(f"the manager at {self._address} closed the connection")
+
+    async def _proved(self, method: str, path: str, data: bytes) -> tuple[identity.Asked | None, dict[str, str]]:
+        if self._prover is None:
+            return None, {}
+        async with self._session.get(self._base + identity.CHALLENGE_PATH) as response:
+            challenge = read_challenge(self._address, response.status, await response.read())
+        # munged may take its time.
+        asked = await asyncio.to_thread(self._prover.ask, method, path, data, challenge)
+        return asked, {"Authorization": asked.header}
+
+
+# ---- the thread ------------------------------------------------------------------------------------
+
+class ManagerLink:
+    """Owns one thread and its connections; `tell` is called in that thread and must not wait.
+
+    After each `Admitted`, which comes again whenever the line was broken, mostly
+    with the same number, the agent reports; and after each `ReportDue`. An agent
+    that doesn't is silent to the manager. The line ends by itself once another
+    agent has taken the node over (`Orders.superseded`).
+    """
+
+    def __init__(self, settings: Settings, *, start: api.StartAgent, tell: Callable[[News], None]) -> None:
+        """ConfigError where no manager is named, or not as it should be; AuthError for a key file of somebody else."""
+        if settings.manager is None:
+            raise ConfigError("no manager is named", hint="set RFAAS_MANAGER, like unix:/run/rfaas/manager.sock")
+        self._settings = settings
+        self._address = ManagerAddress.parse(settings.manager)
+        prover_of(settings, self._address)           # what is wrong with it is said now
+        tls_of(settings, self._address)
+        self._start = start
+        self._tell = tell
+        self._outbox = Outbox()
+        self._lock = threading.Lock()                # over the outbox, and these:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+        self._news = asyncio.Event()                 # of the loop
+        self._attempt = 0
+        self._thread = threading.Thread(target=self._run, name="rfaas-manager-link", daemon=True)
+
+    # ---- any thread ----
+
+    def start(self) -> None:
+        """Begins to register, and goes on until it is done."""
+        self._thread.start()
+
+    def report(self, report: api.Report) -> None:
+        """How things are now; what was not sent yet is forgotten. `used` is the line's own."""
+        with self._lock:
+            self._outbox.put(report)
+            self._wake()
+
+    def used(self, lines: Iterable[api.UsedLine]) -> None:
+        """What workers used: travels with reports until the manager has written it down. ValueError as `Outbox.use`."""
+        with self._lock:
+            self._outbox.use(lines)
+
+    @property
+    def unwritten(self) -> int:
+        """Used lines that the manager has not written down yet, as far as is known here."""
+        with self._lock:
+            return self._outbox.lines
+
+    def close(self) -> None:
+        """Ends thread and connection; what was not sent is lost. Safe to call twice, not in `tell`."""
+        with self._lock:
+            self._closed = True
+            if self._loop is not None and self._task is not None:
+                self._loop.call_soon_threadsafe(self._task.cancel)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _wake(self) -> None:
+        # The lock is held: the loop can't end meanwhile.
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._news.set)
+
+    # ---- its own ----
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._live())
+        except asyncio.CancelledError:
+            log.debug("node=%s the line to the manager is closed", self._start.node)
+
+    async def _live(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        try:
+            await self._keep()
+        finally:
+            with self._lock:
+                self._loop = self._task = None
+
+    async def _keep(self) -> None:
+        reached = True
+        while True:
+            connection = _Connection(self._settings, self._address)
+            try:
+                admitted = await connection.register(self._start)
+                await connection.open(self._start.node)
+                reached = True
+                await self._serve(connection, admitted)
+                return
+            except _Again:
+                log.info("node=%s the manager wants the agent to register again", self._start.node)
+            except (RFaaSError, msgspec.MsgspecError, aiohttp.ClientError, OSError, TimeoutError) as error:
+                if reached:
+                    log.warning("node=%s the line to the manager is broken: %s", self._start.node, error)
+                    self._tell(LinkLost(str(error) or type(error).__name__))
+                reached = False
+            finally:
+                with self._lock:
+                    self._outbox.lost()
+                await connection.close()
+            await asyncio.sleep(retry_s(self._attempt, random.random()))
+            self._attempt += 1
+
+    async def _serve(self, connection: _Connection, admitted: api.Admitted) -> None:
+        """Until another agent took the node over; raises what broke the line."""
+        with self._lock:
+            self._outbox.admitted(admitted.incarnation)
+        self._tell(admitted)
+        tasks = [asyncio.create_task(self._speak(connection)), asyncio.create_task(self._listen(connection))]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _speak(self, connection: _Connection) -> None:
+        due = time.monotonic() + heartbeat_s(random.random())
+        sent = -COALESCE_S
+        while True:
+            self._news.clear()
+            now = time.monotonic()
+            report = None
+            if now >= sent + COALESCE_S:
+                with self._lock:
+                    report = self._outbox.take()
+            if report is not None:
+                sent, due = now, now + heartbeat_s(random.random())
+                await connection.say(msgspec.json.encode(report))
+                continue
+            with self._lock:
+                awaits, waits = self._outbox.awaits_answer, self._outbox.waits
+            if awaits and now >= sent + ANSWER_S:
+                raise ServiceLost(f"the manager at {self._address} has not answered a report for {ANSWER_S:g} s")
+            if now >= due:
+                due = now + heartbeat_s(random.random())
+                self._tell(ReportDue())
+            until = min([due, *([sent + COALESCE_S] if waits else []), *([sent + ANSWER_S] if awaits else [])])
+            try:
+                await asyncio.wait_for(self._news.wait(), max(0.0, until - now))
+            except TimeoutError:
+                continue
+
+    async def _listen(self, connection: _Connection) -> None:
+        while True:
+            orders = _ANSWER.decode(await connection.hear())
+            if orders.error:
+                # Taken or not: it is said again, after a while, on a line that knows nothing of it.
+                raise ServiceLost(f"the manager at {self._address} says: {orders.error}", hint=orders.hint)
+            with self._lock:
+                more = self._outbox.answered(orders.clock_ns)
+            if orders.clock_ns:
+                self._attempt = 0
+            if orders.register:
+                raise _Again
+            if orders.stop or orders.keys or orders.superseded:
+                self._tell(api.Orders(orders.stop, orders.superseded, orders.keys))
+            if orders.superseded:
+                return
+            if more:
+                self._tell(ReportDue())
+            self._news.set()

@@ -1,0 +1,196 @@
+"""The leases that an agent of a cluster runs, pure: until when each may stay, what has to stop, what its manager hears.
+
+    begin ──▶ runs ──▶ stopping (released · its rank ended · revoked · expired · failed) ──▶ its cores are free
+
+Facts and `now` in, actions out. The agent has the last word on its cores: a hard end,
+a core that is wanted back and the end of a rank need nobody's leave.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from rfaas_mpi.api import StopOrder
+from rfaas_mpi.leases import Cause, GrantedWorker, LiveLease
+
+__all__ = ["Action", "Ended", "Forbid", "Stop", "Tenure", "Tenures"]
+
+# What a rank has to be told; the other ends are its own.
+_NEWS = frozenset((Cause.REVOKED, Cause.EXPIRED, Cause.NODE_LOST))
+
+
+# ---- actions -------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Stop:
+    """Stop the workers of these seats, at the latest `grace_s` from now."""
+
+    lease: int
+    seats: tuple[int, ...]
+    cause: Cause
+    grace_s: float
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Tell the session that all of its lease ends, and why."""
+
+    session: int
+    lease: int
+    cause: Cause
+
+
+@dataclass(frozen=True)
+class Forbid:
+    """The lease was taken back before it began here: refuse its grant."""
+
+    lease: int
+
+
+Action = Stop | Ended | Forbid
+
+
+# ---- state ---------------------------------------------------------------------------------------
+
+@dataclass
+class Tenure:
+    """One lease that has begun here; `hard_end` is a moment of our own clock."""
+
+    lease: int
+    epoch: int
+    uid: int
+    session: int                     # whose end is the lease's
+    memory_per_worker: int
+    hard_end: float | None
+    seats: dict[int, tuple[int, ...]]                # whose cores are not free yet
+    stops: dict[int, float] = field(default_factory=dict)        # seat → when it has to be gone
+    told: bool = False               # its rank was told that all of it ends
+
+    @property
+    def cores(self) -> tuple[int, ...]:
+        return tuple(core for cores in self.seats.values() for core in cores)
+
+    @property
+    def ending(self) -> bool:
+        """All of it was told to stop."""
+        return self.stops.keys() >= self.seats.keys()
+
+
+class Tenures:
+    """The table of leases on this node. Unknown leases and seats are ignored: news of them races with their end."""
+
+    def __init__(self) -> None:
+        self._live: dict[int, Tenure] = {}
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __contains__(self, lease: int) -> bool:
+        return lease in self._live
+
+    def get(self, lease: int) -> Tenure | None:
+        """The lease, as long as one of its cores isn't free."""
+        return self._live.get(lease)
+
+    @property
+    def all(self) -> tuple[Tenure, ...]:
+        return tuple(self._live.values())
+
+    @property
+    def in_use(self) -> frozenset[int]:
+        """Cores on which something of a lease may still run."""
+        return frozenset(core for tenure in self._live.values() for core in tenure.cores)
+
+    @property
+    def live(self) -> tuple[LiveLease, ...]:
+        """What the manager hears of them."""
+        return tuple(LiveLease(tenure.lease, tenure.epoch,
+                               tuple(GrantedWorker(seat, cores) for seat, cores in tenure.seats.items()))
+                     for tenure in self._live.values())
+
+    # ---- what happens ----------------------------------------------------------------------------
+
+    def begin(self, lease: int, epoch: int, uid: int, session: int, workers: Iterable[GrantedWorker],
+              memory_per_worker: int, hard_end: float | None) -> Tenure:
+        """A session uses a grant that was admitted."""
+        tenure = Tenure(lease, epoch, uid, session, memory_per_worker, hard_end,
+                        {worker.number: worker.cores for worker in workers})
+        self._live[lease] = tenure
+        return tenure
+
+    def session_over(self, session: int, now: float) -> list[Action]:
+        """A rank is gone, and nobody waits for what its workers still do."""
+        return [action for tenure in self.all if tenure.session == session
+                for action in self._stop(tenure, tenure.seats, Cause.SESSION_ENDED, 0.0, now)]
+
+    def release(self, lease: int, grace_s: float, now: float) -> list[Action]:
+        """Its rank gives it back."""
+        return self._stop_lease(lease, Cause.RELEASED, grace_s, now)
+
+    def fail(self, lease: int, now: float) -> list[Action]:
+        """No worker of it can be started."""
+        return self._stop_lease(lease, Cause.REVOKED, 0.0, now)
+
+    def order(self, order: StopOrder, now: float) -> list[Action]:
+        """The manager has workers stopped. Of a lease that hasn't begun its grant is refused from now on."""
+        tenure = self._live.get(order.lease_id)
+        if tenure is None:
+            return [Forbid(order.lease_id)]
+        return self._stop(tenure, order.workers or tenure.seats, order.cause, order.grace_s, now)
+
+    def lend(self, spare: Collection[int], grace_s: float, now: float) -> list[Action]:
+        """The node lends these cores: exactly the workers on others have to go."""
+        return [action for tenure in self.all
+                for action in self._stop(tenure, [seat for seat, cores in tenure.seats.items()
+                                                  if not all(core in spare for core in cores)],
+                                         Cause.REVOKED, grace_s, now)]
+
+    def leave(self, grace_s: float, now: float) -> list[Action]:
+        """The agent ends."""
+        return [action for tenure in self.all
+                for action in self._stop(tenure, tenure.seats, Cause.REVOKED, grace_s, now)]
+
+    def tick(self, now: float) -> list[Action]:
+        """Hard ends that have come."""
+        return [action for tenure in self.all if tenure.hard_end is not None and now >= tenure.hard_end
+                for action in self._stop(tenure, tenure.seats, Cause.EXPIRED, 0.0, now)]
+
+    def next_deadline(self) -> float | None:
+        """When to call tick() at the latest."""
+        # What was told to stop has to be gone by then anyway.
+        return min((tenure.hard_end for tenure in self._live.values()
+                    if tenure.hard_end is not None and not tenure.ending), default=None)
+
+    def freed(self, lease: int, seat: int) -> bool:
+        """Nothing of this seat may run on its cores any more. True if that is news."""
+        tenure = self._live.get(lease)
+        if tenure is None or tenure.seats.pop(seat, None) is None:
+            return False
+        tenure.stops.pop(seat, None)
+        if not tenure.seats:
+            del self._live[lease]
+        return True
+
+    # ---- inside ----------------------------------------------------------------------------------
+
+    def _stop_lease(self, lease: int, cause: Cause, grace_s: float, now: float) -> list[Action]:
+        tenure = self._live.get(lease)
+        return [] if tenure is None else self._stop(tenure, tenure.seats, cause, grace_s, now)
+
+    def _stop(self, tenure: Tenure, seats: Iterable[int], cause: Cause, grace_s: float, now: float) -> list[Action]:
+        """Stops those that were not told to stop as soon already; its rank hears it first."""
+        until = now + max(0.0, grace_s)
+        if tenure.hard_end is not None:
+            until = min(until, max(now, tenure.hard_end))
+        stop = tuple(seat for seat in seats
+                     if seat in tenure.seats and until < tenure.stops.get(seat, math.inf))
+        if not stop:
+            return []
+        tenure.stops.update(dict.fromkeys(stop, until))
+        actions: list[Action] = []
+        if cause in _NEWS and tenure.ending and not tenure.told:
+            tenure.told = True
+            actions.append(Ended(tenure.session, tenure.lease, cause))
+        return [*actions, Stop(tenure.lease, stop, cause, until - now)]

@@ -176,7 +176,7 @@ def _tls(options: Options) -> ssl.SSLContext | None:
     if options.tls_cert is None and options.tls_key is None:
         return None
     if options.tls_cert is None:
-        raise ConfigError("--tls-key goes with --tls-cert")
+        raise ConfigError("--tls-key goes with --tls-cert", hint="name the certificate, too")
     if not options.listen:
         raise ConfigError("a certificate is for network listeners, and there is none", hint="add --listen HOST:PORT")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

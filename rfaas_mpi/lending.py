@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import sys
 import threading
@@ -14,6 +15,7 @@ import msgspec
 
 from rfaas_mpi import messages as msg
 from rfaas_mpi.config import Settings
+from rfaas_mpi.errands import Errands, each
 from rfaas_mpi.errors import (
     AuthError,
     ClosedError,
@@ -29,6 +31,7 @@ from rfaas_mpi.errors import (
 from rfaas_mpi.session import Grant, GrantLease, Session, WorkerEnded
 
 if TYPE_CHECKING:
+    from rfaas_mpi.cluster import ClusterSession
     from rfaas_mpi.fabric import Channel, Invoker
 
 __all__ = ["Lending", "choose_transport", "lost_error"]
@@ -49,12 +52,19 @@ _FENCED_S = 5.0
 # So often a worker is dialled again that could not be reached.
 _AGAIN_S = 1.0
 
+# As many workers as an executor can have.
+_WORKERS_MAX = 256
+
 
 class Lending:
     """Owns the session, the leases and the channels of one executor.
 
-    `on_end` is called, from this object's own thread, whenever a worker has
+    `on_end` is called, from threads of this object's own, whenever a worker has
     ended or come: what waits may then have to be looked at.
+
+    A worker has a number of its own in this executor (the one that `workers`,
+    requests and errors name): with workers of several nodes, what their agents
+    call them is not unique. Where nothing speaks against it, it is the same.
     """
 
     def __init__(self, settings: Settings, invoker: Invoker, on_end: Callable[[], None]) -> None:
@@ -63,8 +73,12 @@ class Lending:
         self._events: queue.SimpleQueue[msg.AnyEvent | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._leases: dict[int, GrantLease] = {}
+        # By lease and the number that its agent gave the worker, as all of these.
         self._channels: dict[tuple[int, int], Channel] = {}
-        self._homes: dict[int, int] = {}
+        self._numbers: dict[tuple[int, int], int] = {}
+        self._homes: dict[int, tuple[int, int]] = {}     # and back
+        self._ways: dict[int, str] = {}                  # lease → transport
+        self._errands: dict[int, Errands] = {}           # where there are several leases
         self._early: set[tuple[int, int]] = set()
         self._awaited: dict[int, float] = {}
         self._broken: dict[tuple[int, int], float] = {}
@@ -75,12 +89,15 @@ class Lending:
         self.memory_limit = 0
         self.alone = True
         self.why: RFaaSError | None = None
-        self.session = Session.open(settings, on_event=self._events.put)
-        try:
-            self.transport = choose_transport(settings.transport, self.session, strict=settings.sandbox == "strict")
-        except BaseException:
-            self.session.close()
-            raise
+        self._settings = settings
+        self.session = _open_session(settings, self._events.put)
+        self._way = settings.transport
+        if isinstance(self.session, Session):
+            try:
+                self._way = self._choose(self.session)
+            except BaseException:
+                self.session.close()
+                raise
         self._thread = threading.Thread(target=self._run, name="rfaas-lending", daemon=True)
         self._thread.start()
 
@@ -95,7 +112,7 @@ class Lending:
         TransportError where the service fails.
         """
         if workers_max is None:
-            workers_max = max(1, workers_min, len(self.session.spare) // cores_per_worker)
+            workers_max = max(1, workers_min, min(_WORKERS_MAX, len(self.session.spare) // cores_per_worker))
         grant = self.session.request(workers_min, workers_max, cores_per_worker, memory_per_worker)
         if not grant.leases:
             reason = getattr(grant, "reason", "") or self.session.why_none or "no core is spare"
@@ -114,49 +131,106 @@ class Lending:
         with self._lock:
             for lease in grant.leases:
                 self._leases[lease.id] = lease
-        failure = self._connect(grant)
-        if (isinstance(failure, TransportError) and not self._channels and self.transport == "verbs"
-                and self.session.settings.transport == "auto"):
-            log.warning("invocations travel over tcp, because verbs does not reach a worker: %s", failure)
-            self.transport = "tcp"
-            failure = self._connect(grant)
-        if failure is not None and not self._channels:
-            raise failure
+                if len(grant.leases) > 1:
+                    self._errands[lease.id] = Errands(f"rfaas-lease-{lease.id}")
+        for lease, failure in zip(grant.leases, each(self._connect, grant.leases), strict=True):
+            if failure is None:
+                continue
+            if not self._channels:
+                raise failure
+            log.warning("lease=%d not every worker was reached: %s", lease.id, failure)
         self._look()
 
-    def _connect(self, grant: Grant) -> RFaaSError | None:
-        """Connects to all workers of a grant; why one of them was not reached."""
-        dialled = []
-        failure: RFaaSError | None = None
-        for lease in grant.leases:
-            for worker in lease.workers:
-                try:
-                    dialled.append((lease, worker.number, self._reach(lease, worker.number)))
-                except (TransportError, AuthError, ServiceLost) as error:
-                    failure = error
-        for lease, number, fds in dialled:
-            try:
-                self._attach(lease, number, fds)
-            except TransportError as error:
-                failure = error
+    def _connect(self, lease: GrantLease) -> RFaaSError | None:
+        """Connects to all workers of a lease; why one of them was not reached."""
+        failure, connected = self._dial_all(lease)
+        if (isinstance(failure, TransportError) and not connected and self._way_to(lease) == "verbs"
+                and self._settings.transport == "auto"):
+            log.warning("invocations travel over tcp, because verbs does not reach a worker: %s", failure)
+            with self._lock:
+                self._ways[lease.id] = "tcp"
+            failure, _ = self._dial_all(lease)
         return failure
 
+    def _dial_all(self, lease: GrantLease) -> tuple[RFaaSError | None, bool]:
+        """Why a worker was not reached, and whether another one was."""
+        dialled = []
+        failure: RFaaSError | None = None
+        connected = False
+        for worker in lease.workers:
+            try:
+                dialled.append((worker.number, self._reach(lease, worker.number)))
+            except (TransportError, AuthError, ServiceLost) as error:
+                failure = error
+                self._dial_later(lease, worker.number)
+        for number, fds in dialled:
+            try:
+                self._attach(lease, number, fds)
+                connected = True
+            except TransportError as error:
+                failure = error
+                self._dial_later(lease, number)
+        return failure, connected
+
+    def _dial_later(self, lease: GrantLease, worker: int) -> bool:
+        """Has a worker dialled again that could not be reached; True if it was not to be before."""
+        with self._lock:
+            first = (lease.id, worker) not in self._unreached
+            self._unreached[lease.id, worker] = time.monotonic() + _AGAIN_S
+        return first
+
+    def _way_to(self, lease: GrantLease) -> str:
+        """How invocations travel to the workers of a lease."""
+        with self._lock:
+            found = self._ways.get(lease.id)
+        if found is None:
+            found = self._choose(self.session.at(lease))
+            with self._lock:
+                found = self._ways.setdefault(lease.id, found)
+        return found
+
+    def _choose(self, session: Session) -> str:
+        return choose_transport(self._settings.transport, session, strict=self._settings.sandbox == "strict")
+
     def _reach(self, lease: GrantLease, worker: int) -> tuple[int, int]:
-        return self.session.reach(lease, worker, self.transport)
+        return self.session.reach(lease, worker, self._way_to(lease))
 
     def _attach(self, lease: GrantLease, worker: int, fds: tuple[int, int]) -> None:
         control, data = fds
-        settings = self.session.settings
-        channel = self._invoker.attach(control, lease=lease.id, worker=worker, transport=self.transport, data_fd=data,
-                                       integrity=settings.integrity, device=settings.device,
-                                       timeout_s=settings.start_timeout_s)
+        settings = self._settings
+        number = self._number(lease.id, worker)
         with self._lock:
-            self._homes[worker] = lease.id
+            invoker, closed = self._invoker, self._closed
+        if closed:
+            for fd in fds:
+                if fd >= 0:
+                    os.close(fd)
+            raise ClosedError("the executor was closed", hint="make a new Executor")
+        channel = invoker.attach(control, lease=lease.id, worker=number, transport=self._way_to(lease), data_fd=data,
+                                 integrity=settings.integrity, device=settings.device,
+                                 timeout_s=settings.start_timeout_s)
+        with self._lock:
             self._unreached.pop((lease.id, worker), None)
             # It may have ended, and its end been told, before we had it.
             if (lease.id, worker) not in self._early:
                 self._channels[lease.id, worker] = channel
                 self.alone = False
+
+    def _number(self, lease: int, worker: int) -> int:
+        """The number that a worker has in this executor, for good."""
+        with self._lock:
+            found = self._numbers.get((lease, worker))
+            if found is None:
+                found = worker if worker not in self._homes else max(self._homes) + 1
+                self._numbers[lease, worker] = found
+                self._homes[found] = lease, worker
+            return found
+
+    @property
+    def transport(self) -> str:
+        """How invocations travel; with workers on several nodes perhaps in two ways, as in "shm+tcp"."""
+        with self._lock:
+            return "+".join(sorted(set(self._ways.values()))) or self._way
 
     @property
     def grant(self) -> Grant:
@@ -168,7 +242,7 @@ class Lending:
     def workers(self) -> list[int]:
         """Numbers of the workers that are there now."""
         with self._lock:
-            return sorted(number for (_, number), channel in self._channels.items() if channel.alive)
+            return sorted(self._numbers[key] for key, channel in self._channels.items() if channel.alive)
 
     # -- what the requests ask ---------------------------------------------------------------------
 
@@ -177,33 +251,34 @@ class Lending:
 
         Never raises: what can't be known any more counts as infrastructure's.
         """
-        lease, worker = self._home(raw), raw.worker
+        lease, worker = self._home(raw)
         try:
             return self._explained(self.session.verdict(lease, worker, _VERDICT_S))
         except TimeoutError:
-            return WorkerEnded(lease, worker, "infrastructure", "link", message=self._broke(lease, worker))
+            return self._explained(WorkerEnded(lease, worker, "infrastructure", "link"))
         except (ServiceLost, ClosedError) as error:
-            return WorkerEnded(lease, worker, "infrastructure", "service", message=str(error))
+            return WorkerEnded(lease, raw.worker, "infrastructure", "service", message=str(error))
 
     def _explained(self, ended: WorkerEnded) -> WorkerEnded:
-        """The same, with what broke the connection where that was why we had the worker ended."""
-        if ended.reason != "link":
-            return ended
-        return msgspec.structs.replace(ended, message=self._broke(ended.lease, ended.worker))
+        """The same for this executor's user, with what broke the connection where that ended the worker."""
+        message = self._broke(ended.lease, ended.worker) if ended.reason == "link" else ended.message
+        return msgspec.structs.replace(ended, worker=self._number(ended.lease, ended.worker), message=message)
 
     def _broke(self, lease: int, worker: int) -> str:
         with self._lock:
             why = self._whys.get((lease, worker), "")
-        return f"the connection to worker {worker} of lease {lease} broke" + (f": {why}" if why else "")
+        return (f"the connection to worker {self._number(lease, worker)} of lease {lease} broke"
+                + (f": {why}" if why else ""))
 
     def kill(self, raw: Any) -> bool:
         """Has the worker killed that runs this invocation; False if none does so now."""
-        return self.session.kill(self._home(raw), raw.worker, "cancel", raw.id)
+        lease, worker = self._home(raw)
+        return self.session.kill(lease, worker, "cancel", raw.id)
 
-    def _home(self, raw: Any) -> int:
-        """The lease of the worker that an invocation was given to last."""
+    def _home(self, raw: Any) -> tuple[int, int]:
+        """Lease and number of the worker that an invocation was given to last."""
         with self._lock:
-            return self._homes.get(raw.worker, 0)
+            return self._homes.get(raw.worker, (0, raw.worker))
 
     # -- the thread that hears the service ---------------------------------------------------------
 
@@ -225,7 +300,7 @@ class Lending:
     def _patience(self) -> float | None:
         with self._lock:
             times = [until - time.monotonic() for until in self._awaited.values()]
-            if self.transport != "shm":
+            if self._networked:
                 times.append(_CHECK_S)
             return max(0.0, min(times)) if times else None
 
@@ -235,11 +310,28 @@ class Lending:
             overdue = any(until <= now for until in self._awaited.values())
         if overdue:
             self._look()
-        try:
-            self._mend()
-            self._try_again(now)
-        except (RFaaSError, TimeoutError) as error:
-            log.debug("a worker was not replaced yet: %s", error)
+        self._mend()
+        self._try_again(now)
+
+    @property
+    def _networked(self) -> bool:
+        """True if a worker is reached by what may end although the worker lives."""
+        # It decides how long to sleep, also before there is a lease.
+        return any(way != "shm" for way in self._ways.values() or (self._way,))
+
+    def _have_done(self, what: str, lease: int, worker: int, act: Callable[[], object]) -> None:
+        """Does what may have to wait for a lease's agent, without keeping other leases' events waiting."""
+        def attempt() -> None:
+            try:
+                act()
+            except (RFaaSError, TimeoutError) as error:
+                log.debug("lease=%d worker=%d %s: %s", lease, worker, what, error)
+
+        errands = self._errands.get(lease)
+        if errands is None:
+            attempt()
+        else:
+            errands.do((what, worker), attempt)
 
     def _try_again(self, now: float) -> None:
         """Dials workers that could not be reached: a link that is down may come up again."""
@@ -248,18 +340,16 @@ class Lending:
                                if key[0] in self._leases and key not in self._early and not self._closed}
             due = [(self._leases[lease], worker) for (lease, worker), at in self._unreached.items() if at <= now]
         for lease, worker in due:
-            self._dial_new(lease, worker)
+            self._have_done("dial", lease.id, worker, lambda lease=lease, worker=worker: self._dial_new(lease, worker))
 
     def _mend(self) -> None:
         """Replaces workers whose connection ended without them: over a network that happens."""
-        if self.transport == "shm":
-            return
         now = time.monotonic()
         with self._lock:
-            if self._closed:
+            if self._closed or not self._networked:
                 return
             self._broken = {key: self._broken.get(key, now) for key, channel in self._channels.items()
-                            if not channel.alive and key[0] in self._leases}
+                            if not channel.alive and key[0] in self._leases and self._ways[key[0]] != "shm"}
             # Once it is fenced it is known what broke it, which is soon.
             overdue = [key for key, since in self._broken.items()
                        if now - since >= (_BROKEN_S if self._channels[key].fenced else _FENCED_S)]
@@ -268,11 +358,9 @@ class Lending:
                 self._whys[key] = self._channels[key].why
         for lease, worker in overdue:
             log.warning("lease=%d worker=%d is replaced: %s", lease, worker, self._broke(lease, worker))
-            if self._own:
-                # It may still run what is run elsewhere now. Its successor is told as any other.
-                self.session.kill(lease, worker, "link")
-            else:
-                self._dial_again(lease, worker)
+            # If it is ours: it may still run what is run elsewhere now. Its successor is told as any other.
+            self._have_done("mend", lease, worker, lambda lease=lease, worker=worker: (
+                self.session.kill(lease, worker, "link") if self._own else self._dial_again(lease, worker)))
 
     def _dial_again(self, lease: int, worker: int) -> None:
         """Another connection to a worker that belongs to another process."""
@@ -319,7 +407,8 @@ class Lending:
 
     def _print(self, event: msg.Log) -> None:
         if sys.stderr is not None:
-            sys.stderr.write(msg.log_text(event))
+            number = self._number(event.lease, event.worker)
+            sys.stderr.write(msg.log_text(msgspec.structs.replace(event, worker=number)))
             sys.stderr.flush()
 
     def _replace(self, event: msg.WorkerReady) -> None:
@@ -327,17 +416,14 @@ class Lending:
             lease = self._leases.get(event.lease)
             if lease is None or self._closed:
                 return
-        self._dial_new(lease, event.worker)
+        self._have_done("dial", lease.id, event.worker, lambda: self._dial_new(lease, event.worker))
 
     def _dial_new(self, lease: GrantLease, worker: int) -> None:
         """Connects to a worker that took another one's place, now or later."""
         try:
             self._attach(lease, worker, self._reach(lease, worker))
         except RFaaSError as error:
-            with self._lock:
-                first = (lease.id, worker) not in self._unreached
-                self._unreached[lease.id, worker] = time.monotonic() + _AGAIN_S
-            log.log(logging.WARNING if first else logging.DEBUG, "lease=%d worker=%d can't be reached: %s",
+            log.log(logging.WARNING if self._dial_later(lease, worker) else logging.DEBUG, "lease=%d worker=%d can't be reached: %s",
                     lease.id, worker, error)
             return
         with self._lock:
@@ -345,7 +431,7 @@ class Lending:
         self._look()
 
     def _bury(self, event: WorkerEnded) -> None:
-        event = self._explained(event)
+        told = self._explained(event)
         with self._lock:
             channel = self._channels.pop((event.lease, event.worker), None)
             self._unreached.pop((event.lease, event.worker), None)
@@ -357,8 +443,11 @@ class Lending:
             if event.lease in self._leases:
                 self._awaited[event.lease] = time.monotonic() + REPLACEMENT_S
             if self.why is None or isinstance(self.why, WorkerLost):
-                self.why = lost_error(event)
+                self.why = lost_error(told)
         if channel is not None:
+            if event.reason == "service":
+                # Its agent is gone, and with it the worker; one that is stopped would only notice later.
+                channel.kill()
             channel.close()
         self._look()
 
@@ -391,11 +480,11 @@ class Lending:
             leases = list(self._leases)
             self._awaited.clear()
         if self._own:
-            for lease in leases:
-                try:
-                    self.session.release(lease)
-                except ServiceError as error:
-                    log.debug("lease=%d not released: %s", lease, error)
+            for lease, failure in zip(leases, each(self.session.release, leases), strict=True):
+                if isinstance(failure, ServiceError):
+                    log.debug("lease=%d not released: %s", lease, failure)
+                elif failure is not None:
+                    raise failure
 
     def detach(self, invoker: Any) -> None:
         """Lets go of a data plane that was closed."""
@@ -405,12 +494,23 @@ class Lending:
         """Ends the session. Safe to call twice."""
         self.release()
         self.session.close()
+        for errands in self._errands.values():
+            errands.close()
         self._events.put(None)
         if self._thread is not threading.current_thread():
             self._thread.join(2.0)
         with self._lock:
             self._channels.clear()
             self.alone = True
+
+
+def _open_session(settings: Settings, on_event: Callable[[msg.AnyEvent], None]) -> Session | ClusterSession:
+    """The session that the settings ask for: with a manager's cluster, or with one service."""
+    if settings.manager is None:
+        return Session.open(settings, on_event=on_event)
+    # What only ranks of a cluster need: no other waits for its import.
+    from rfaas_mpi.cluster import ClusterSession
+    return ClusterSession.open(settings, on_event=on_event)
 
 
 def choose_transport(wanted: str, session: Session, *, strict: bool = False) -> str:

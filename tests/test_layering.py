@@ -33,7 +33,7 @@ STEPS = (
     ("fabric", "placement", "leases", "slurm", "kernels", "session", "inline",
      "identity"),
     ("codec", "config", "messages", "policy", "native", "calling", "remote",
-     "sealing", "munge"),
+     "sealing", "munge", "errands"),
     ("errors", "types", "_version", "_include"),
 )
 STEP_OF = {name: step for step, names in enumerate(STEPS) for name in names}

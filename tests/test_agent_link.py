@@ -217,6 +217,23 @@ def test_many_changes_at_once_travel_in_few_reports(line_of, manager, monkeypatc
     assert len(sent) <= 20
 
 
+def test_what_was_said_last_is_with_the_manager_when_flush_returns(line_of, manager, call):
+    agent = line_of(manager.unix)
+    agent.hears(api.Admitted)
+    for cores in range(8, 2, -1):
+        agent.cores = cores
+        agent.say()
+    assert agent.link.flush(GUARD_S)
+    (view,) = call.call("nodes").nodes
+    assert view.spare == (0, 1, 2)
+
+
+def test_flush_says_that_nobody_hears(line_of, tmp_path):
+    agent = line_of(f"unix:{tmp_path}/nobody.sock")
+    agent.link.used([line(1, 1)])
+    assert not agent.link.flush(0.0)
+
+
 def test_close_leaves_no_thread_and_no_socket(manager):
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     for _ in range(5):

@@ -95,6 +95,12 @@ class Outbox:
         self._lines: deque[api.UsedLine] = deque()
         self._under_way = 0                          # so many of the first lines
         self._sent_ns = 0                            # the report that waits for its answer; 0: none does
+        self._newest_ns = 0                          # the last report of all, until it was answered
+
+    @property
+    def said(self) -> bool:
+        """The manager has taken all that was to be said."""
+        return not self._newest_ns and not self._lines
 
     @property
     def lines(self) -> int:
@@ -111,7 +117,7 @@ class Outbox:
     def put(self, report: api.Report) -> None:
         """A newer report takes the place of one that wasn't sent."""
         if report.incarnation == self.incarnation:
-            self._report = report
+            self._report, self._newest_ns = report, report.clock_ns
 
     def use(self, lines: Iterable[api.UsedLine]) -> None:
         """Lines to be sent with the next reports. ValueError for one that the manager would refuse."""
@@ -133,6 +139,8 @@ class Outbox:
             return False
         for _ in range(self._under_way):
             self._lines.popleft()
+        if self._newest_ns == clock_ns:
+            self._newest_ns = 0
         self._under_way = self._sent_ns = 0
         return bool(self._lines)
 
@@ -263,6 +271,7 @@ class ManagerLink:
         self._tell = tell
         self._outbox = Outbox()
         self._lock = threading.Lock()                # over the outbox, and these:
+        self._answered = threading.Condition(self._lock)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._closed = False
@@ -292,6 +301,11 @@ class ManagerLink:
         """Used lines that the manager has not written down yet, as far as is known here."""
         with self._lock:
             return self._outbox.lines
+
+    def flush(self, timeout_s: float) -> bool:
+        """Waits until the manager has taken the last report and all used lines; False if it hasn't by then."""
+        with self._lock:
+            return self._answered.wait_for(lambda: self._outbox.said, timeout_s)
 
     def close(self) -> None:
         """Ends thread and connection; what was not sent is lost. Safe to call twice, not in `tell`."""
@@ -400,6 +414,7 @@ class ManagerLink:
                 raise ServiceLost(f"the manager at {self._address} says: {orders.error}", hint=orders.hint)
             with self._lock:
                 more = self._outbox.answered(orders.clock_ns)
+                self._answered.notify_all()
             if orders.clock_ns:
                 self._attempt = 0
             if orders.register:

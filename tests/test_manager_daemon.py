@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import secrets
 import signal
@@ -22,6 +23,7 @@ from rfaas_mpi.client import ManagerClient
 from rfaas_mpi.config import Settings
 from rfaas_mpi.leases import LiveLease
 from rfaas_mpi.leases.grants import AgentKey
+from rfaas_mpi.remote import make_key
 
 GIB = 1 << 30
 
@@ -179,9 +181,39 @@ def test_without_its_libraries_it_says_what_to_install(tmp_path):
     (["--tls-cert", "nowhere.pem"], "there is none"),
     (["--listen", "127.0.0.1:0", "--tls-cert", "nowhere.pem"], "nowhere.pem"),
     (["--tls-key", "nowhere.pem"], "--tls-cert"),
+    (["--key", "nobody-of-this-name=file"], "knows no user"),
+    (["--key", "file"], "names no key of a user"),
     (["--metrics", "127.0.0.1"], "is no address")])
 def test_options_that_make_no_sense_are_refused_by_name(tmp_path, options, said):
     assert said in refused(tmp_path / "state", *options)
+
+
+# --- on a network -----------------------------------------------------------------
+
+def test_without_a_proof_there_is_no_listening_on_a_network(tmp_path):
+    assert "nobody could prove there who he is" in refused(tmp_path / "state", "--listen", "127.0.0.1:0")
+
+
+def test_who_knows_a_user_s_key_calls_as_that_user(tmp_path):
+    key, wrong = tmp_path / "my.key", tmp_path / "wrong.key"
+    make_key(wrong)
+    with RfaasManager(tmp_path / "state", "--listen", "127.0.0.1:0", "--key", f"{os.geteuid()}={key}") as manager:
+        _, address = manager.facts["listening"]
+        assert address.startswith("http://127.0.0.1:") and stat.S_IMODE(key.stat().st_mode) == 0o600
+        named = {"RFAAS_MANAGER": address, "RFAAS_MANAGER_USER": str(os.geteuid())}
+        with ManagerClient(Settings.load({}, manager=address, manager_key_file=str(key),
+                                         manager_user=str(os.geteuid()))) as asked:
+            agent = Agent(asked)
+            agent.report()
+            [lease] = ask(asked).leases
+            assert len(lease.secret) == 32
+        done = rfaas("lease", "ls", "--json", RFAAS_MANAGER_KEY_FILE=str(key), **named)
+        assert done.returncode == 0 and f'"id": {lease.id}' in done.stdout, done.stderr
+        done = rfaas("lease", "ls", "--json", RFAAS_MANAGER_KEY_FILE=str(wrong), **named)
+        assert done.returncode == 1 and '"type": "AuthError"' in done.stdout, done.stdout
+        assert manager.stop() == 0
+    audit = (tmp_path / "state" / "audit.log").read_text()
+    assert '"ask"' in audit and lease.secret.hex() not in audit and base64.b64encode(lease.secret).decode() not in audit
 
 
 # --- figures --------------------------------------------------------------------

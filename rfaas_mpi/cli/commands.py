@@ -37,12 +37,18 @@ def _named(context: click.Context) -> Path | None:
 
 @click.group(invoke_without_command=True, epilog=examples(
     "rfaas manager --directory ~/manager",
-    "rfaas manager --listen 10.0.0.1:4712 --tls-cert cert.pem --tls-key key.pem"))
+    "rfaas manager --listen 10.0.0.1:4712 --munge",
+    "rfaas manager --listen 10.0.0.1:4712 --key alice=alice.key"))
 @_directory
 @click.option("--socket", metavar="PATH", type=_FILE, default=None,
               help="Where it listens.  [default: /run/rfaas/manager.sock with the site's directory, else manager.sock "
                    "in the directory]")
 @click.option("--listen", metavar="HOST:PORT", multiple=True, help="Listen on a network too; port 0 is any.")
+@click.option("--key", "keys", metavar="USER=FILE", multiple=True,
+              help="Who knows the key in this file is that user, on the network; made if missing.")
+@click.option("--munge", is_flag=True, help="Believe MUNGE who calls on the network.")
+@click.option("--name", "names", metavar="HOST:PORT", multiple=True,
+              help="What callers call it besides its host's name and address, where a proxy stands before it.")
 @click.option("--tls-cert", metavar="FILE", type=_FILE, default=None, help="Certificate for the network, PEM.")
 @click.option("--tls-key", metavar="FILE", type=_FILE, default=None, help="Its private key.")
 @click.option("--metrics", metavar="HOST:PORT", default=None,
@@ -58,8 +64,9 @@ def manager(context: click.Context, **options: Any) -> None:
     Ctrl-C, and goes on where it was when it is started again; leases run on
     meanwhile.
 
-    Who calls on its socket is who the kernel says he is. Needs the extra
-    `cluster`: pip install 'rfaas_mpi[cluster]'.
+    Who calls on its socket is who the kernel says he is; on a network callers
+    prove it with MUNGE or a key of theirs, and without either it doesn't listen
+    there. Needs the extra `cluster`: pip install 'rfaas_mpi[cluster]'.
     """
     if context.invoked_subcommand is not None:
         return

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rfaas_mpi.client import user_id
+from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import ConfigError
 from rfaas_mpi.remote import Address
 
@@ -24,8 +26,9 @@ def _need_the_extra() -> None:
                           hint="pip install 'rfaas_mpi[cluster]'") from None
 
 
-def serve(*, directory: Path | None, socket: Path | None, listen: tuple[str, ...], tls_cert: Path | None,
-          tls_key: Path | None, metrics: str | None, ready: Callable[[dict[str, Any], list[str]], None]) -> None:
+def serve(*, directory: Path | None, socket: Path | None, listen: tuple[str, ...], keys: tuple[str, ...], munge: bool,
+          names: tuple[str, ...], tls_cert: Path | None, tls_key: Path | None, metrics: str | None,
+          ready: Callable[[dict[str, Any], list[str]], None]) -> None:
     """Runs the manager until it is told to end; `ready` gets its facts once it listens."""
     _need_the_extra()
     from rfaas_mpi.manager import daemon
@@ -34,6 +37,7 @@ def serve(*, directory: Path | None, socket: Path | None, listen: tuple[str, ...
     options = daemon.Options(
         directory=state, socket=daemon.socket_path(socket, state),
         listen=tuple(Address.parse(each, port_0=True) for each in listen), tls_cert=tls_cert, tls_key=tls_key,
+        keys=dict(map(_key, keys)), munge=(Settings.load().munge_socket or "") if munge else None, names=names,
         metrics=None if metrics is None else Address.parse(metrics, port_0=True))
 
     def listening(facts: daemon.Facts) -> None:
@@ -43,6 +47,13 @@ def serve(*, directory: Path | None, socket: Path | None, listen: tuple[str, ...
         ready(data, lines + ([f"rfaas manager: metrics at {facts.metrics}"] if facts.metrics else []))
 
     daemon.run(options, listening)
+
+
+def _key(text: str) -> tuple[int, Path]:
+    user, separator, file = text.partition("=")
+    if not user or not separator or not file:
+        raise ConfigError(f"{text!r} names no key of a user", hint="it looks like USER=FILE")
+    return user_id(user), Path(file)
 
 
 # --- keys ---------------------------------------------------------------------

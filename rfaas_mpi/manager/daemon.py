@@ -3,6 +3,7 @@
     DIRECTORY/lock         held as long as the manager lives: one manager, one directory
     DIRECTORY/ledger.db    leases, answers, usage (ledger.py)
     DIRECTORY/*.key        what it signs with (keys.py)
+    DIRECTORY/audit.log    who asked for which change, and what he was answered (callers.py)
     DIRECTORY/manager.sock or where --socket says: who calls there is who the kernel says he is
 """
 
@@ -16,12 +17,13 @@ import signal
 import socket
 import ssl
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rfaas_mpi.errors import ConfigError, ServiceError
+from rfaas_mpi.manager.callers import Callers
 from rfaas_mpi.manager.cluster import Policy
 from rfaas_mpi.manager.keys import Keys
 from rfaas_mpi.manager.ledger import Ledger
@@ -39,11 +41,19 @@ log = logging.getLogger("rfaas_mpi.manager.daemon")
 
 @dataclass(frozen=True)
 class Options:
-    """What `rfaas manager` was told. `listen`: addresses on a network, behind TLS where there is a certificate."""
+    """What `rfaas manager` was told.
+
+    `listen`: addresses on a network, behind TLS where there is a certificate. Callers prove
+    there who they are by `keys` (uid → file) and `munge` (munged's socket, "" the usual
+    one, None: not so), and may name the manager by `names`.
+    """
 
     directory: Path
     socket: Path
     listen: tuple[Address, ...] = ()
+    keys: Mapping[int, Path] = field(default_factory=dict)
+    munge: str | None = None
+    names: tuple[str, ...] = ()
     tls_cert: Path | None = None
     tls_key: Path | None = None
     metrics: Address | None = None
@@ -91,7 +101,11 @@ async def _serve(options: Options, keys: Keys, tls: ssl.SSLContext | None, ready
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     policy = Policy(lenders=frozenset((0, me)), admins=frozenset((0, me)))
-    server = ManagerServer(Ledger(options.directory / "ledger.db"), keys=keys, policy=policy)
+    callers = Callers(keys=options.keys, munge=options.munge, names=options.names,
+                      audit=options.directory / "audit.log")
+    for address in options.listen:
+        callers.check_network(address)
+    server = ManagerServer(Ledger(options.directory / "ledger.db"), keys=keys, policy=policy, callers=callers)
     async with server:
         with _socket_place(options.socket):
             await server.listen_unix(options.socket)

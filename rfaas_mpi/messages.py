@@ -295,12 +295,23 @@ class ListenRequest(RankRequest, frozen=True, tag="listen"):
     device: str = ""                 # for verbs, that their workers use
 
 
+class ReclaimRequest(RankRequest, frozen=True, tag="reclaim"):
+    """These cores (none named: all that are lent) are wanted back. Answered once nothing of ours may run there.
+
+    Only from its own node. `owned`: an owner is there already, so that only workers of low priority have a grace.
+    """
+
+    cores: tuple[int, ...] = ()
+    grace_s: float = 0.0
+    owned: bool = False
+
+
 class DownRequest(RankRequest, frozen=True, tag="down"):
     pass
 
 
 AnyRequest = (Join | LeaseRequest | Use | KillRequest | ReleaseRequest | StatusRequest | StayRequest | ListenRequest
-              | DownRequest)
+              | ReclaimRequest | DownRequest)
 
 
 # ---- service → rank ----------------------------------------------------------------------------
@@ -356,7 +367,14 @@ class Listening(Answer, frozen=True, tag="listening"):
     key_file: bytes
 
 
-AnyAnswer = Welcome | Granted | Denied | Failed | Done | StatusAnswer | Listening
+class Reclaimed(Answer, frozen=True, tag="reclaimed"):
+    """Nothing of ours may run on these cores. It was decided at `decided_ns` of CLOCK_MONOTONIC."""
+
+    cores: tuple[int, ...]
+    decided_ns: int
+
+
+AnyAnswer = Welcome | Granted | Denied | Failed | Done | StatusAnswer | Listening | Reclaimed
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="t"):
@@ -431,8 +449,8 @@ class ServiceEnded(Event, frozen=True, tag="service_ended"):
 
 
 AnyEvent = Log | Revoking | WorkerReady | WorkerEnded | LeaseEnded | ServiceEnded
-AnyToRank = (Welcome | Granted | Denied | Failed | Done | StatusAnswer | Listening | Log | Revoking | WorkerReady
-             | WorkerEnded | LeaseEnded | ServiceEnded)
+AnyToRank = (Welcome | Granted | Denied | Failed | Done | StatusAnswer | Listening | Reclaimed | Log | Revoking
+             | WorkerReady | WorkerEnded | LeaseEnded | ServiceEnded)
 
 _encoder = msgspec.json.Encoder()
 _decode_request: msgspec.json.Decoder[AnyRequest] = msgspec.json.Decoder(AnyRequest)
@@ -469,6 +487,12 @@ class ZygoteSetup(msgspec.Struct, frozen=True, tag_field="t", tag="setup"):
 
     path: tuple[bytes, ...]
     environment: tuple[tuple[bytes, bytes], ...]
+    low: str = ""                    # by which means workers take low priority; of a group, its entrance follows
+    low_group: str = ""
+
+
+class Entrance(msgspec.Struct, frozen=True, tag_field="t", tag="entrance"):
+    """Descriptor: by which a process enters the group of low priority."""
 
 
 class ForkWorker(msgspec.Struct, frozen=True, tag_field="t", tag="fork"):
@@ -509,7 +533,7 @@ class ZygoteProblem(msgspec.Struct, frozen=True, tag_field="t", tag="problem"):
     message: str
 
 
-AnyToZygote = ZygoteSetup | ForkWorker
+AnyToZygote = ZygoteSetup | Entrance | ForkWorker
 AnyFromZygote = ZygoteReady | WorkerForked | WorkerExited | ZygoteProblem
 _decode_to_zygote: msgspec.json.Decoder[AnyToZygote] = msgspec.json.Decoder(AnyToZygote)
 _decode_from_zygote: msgspec.json.Decoder[AnyFromZygote] = msgspec.json.Decoder(AnyFromZygote)

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from rfaas_mpi.agent import cores as node_cores
 from rfaas_mpi.agent.pool import CoreLocks, Taking, full_cpuset
 from rfaas_mpi.agent.server import REASONS, AgentServer, Offer, SessionHandle
 from rfaas_mpi.errors import RFaaSError, ServiceError
-from rfaas_mpi.leases import Cause, Lease, LeaseBook, NodeReport
+from rfaas_mpi.leases import Cause, Lease, LeaseBook, NodeReport, Revoke
 from rfaas_mpi.manager import core as manager_core
 from rfaas_mpi.manager.core import Manager
 from rfaas_mpi.manager.store import Store
@@ -228,6 +228,7 @@ class Service(AgentServer):
             reason = "" if cores else ("another service of this user lends every spare core: wait for it, or see "
                                        "`rfaas status` in its environment")
         self._kept, self._why_none = kept, reason
+        self.core.own_cores = tuple(sorted(set(self._facts.cpuset) - set(cores) - self._lent()))
         memory = node_cores.lendable_memory(self._facts, slurm, reserve=self.memory_reserve)
         self._manage(self.manager.report(NodeReport(
             node=NODE, spare=tuple(cores), memory_bytes=memory, numa=spare.numa), now))
@@ -296,6 +297,11 @@ class Service(AgentServer):
 
     def fail(self, lease: int, now: float) -> None:
         self._manage(self.manager.revoke(lease, now))
+
+    def give_up(self, seats: Mapping[int, Sequence[int]], grace_s: float, now: float, *, owned: bool) -> None:
+        super().give_up(seats, grace_s, now, owned=owned)
+        for lease, numbers in seats.items():
+            self._manage(self.manager.handle(Revoke(lease, tuple(numbers), grace_s), now))
 
     def stopped(self, lease: int, seat: int, now: float) -> None:
         self._manage(self.manager.stopped(lease, seat, now))

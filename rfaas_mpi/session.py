@@ -764,6 +764,15 @@ class Session:
         """The service stays without ranks until it is told to go down."""
         self._ask(msg.StayRequest(next(self._ids)), msg.Done)
 
+    def reclaim(self, cores: Iterable[int] = (), grace_s: float = 0.0, *, owned: bool = False) -> msg.Reclaimed:
+        """Takes lent cores back, all if none is named; returns once nothing of the service's workers may run there.
+
+        `grace_s` is what running kernels get. With `owned`, because somebody uses those cores already, only workers
+        of low priority get it. Raises ServiceError from another node, or for a grace that makes no sense.
+        """
+        return self._ask(msg.ReclaimRequest(next(self._ids), tuple(cores), grace_s, owned), msg.Reclaimed,
+                         self.settings.start_timeout_s + grace_s)
+
     def open_door(self, addresses: Iterable[str], key_file: Path | None = None) -> msg.Listening:
         """Has this node's service listen on TCP too, and lend to ranks of other nodes what the settings say.
 

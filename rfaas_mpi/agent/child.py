@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 
 from rfaas_mpi import config
 from rfaas_mpi.agent import sandbox
+from rfaas_mpi.agent.priority import NO_PRIORITY, LowPriority
 from rfaas_mpi.errors import NestedError
 
 __all__ = ["Embryo", "adopt_orphans", "close_all_but", "die_with_parent", "forbid_mpi", "gain_no_privileges",
@@ -153,9 +154,11 @@ class Embryo:
     """
 
     def __init__(self, parent: int, keep: Iterable[int], plan: sandbox.Plan,
-                 scratch: sandbox.Scratch | None) -> None:
+                 scratch: sandbox.Scratch | None, low: LowPriority = NO_PRIORITY) -> None:
         die_with_parent(parent)
         os.setsid()
+        # Before anything of a user's runs, and never left. The agent looks whether it worked.
+        low.take()
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_DFL)

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 from rfaas_mpi import config
 from rfaas_mpi import messages as msg
 from rfaas_mpi.agent.core import Page
+from rfaas_mpi.agent.priority import NO_PRIORITY, LowPriority
+from rfaas_mpi.agent.reclaim import Clearing
 from rfaas_mpi.agent.kernel_files import pid_of
 from rfaas_mpi.agent.spawner import CHANNEL_FD, SETUP_FD, Command, Spawner, SpawnerLost, pack_command
 from rfaas_mpi.errors import ServiceError
@@ -117,8 +119,10 @@ class ZygoteHandle:
     With a spawner it runs as the kind's user, and only the spawner may signal it.
     """
 
-    def __init__(self, kind: ZygoteKind, now: float, spawner: Spawner | None = None) -> None:
+    def __init__(self, kind: ZygoteKind, now: float, spawner: Spawner | None = None,
+                 low: LowPriority = NO_PRIORITY) -> None:
         self.kind = kind
+        self.low = low
         self.spawner = spawner
         self.number = 0                      # the spawner's number for it
         self.ready = False
@@ -132,7 +136,7 @@ class ZygoteHandle:
         setup = os.memfd_create("rfaas-setup", os.MFD_CLOEXEC)
         try:
             with open(setup, "wb", closefd=False) as file:
-                file.write(msg.pack_plain(msg.ZygoteSetup(kind.path, kind.environment)))
+                file.write(msg.pack_plain(msg.ZygoteSetup(kind.path, kind.environment, low.means or "", low.group)))
             # Whatever the rank's interpreter found its packages with.
             environment = dict(kind.environment)
             environment[b"PYTHONPATH"] = b":".join(kind.path)
@@ -146,6 +150,8 @@ class ZygoteHandle:
             theirs.close()
             os.close(errors_w)
             os.close(setup)
+        if low.entrance >= 0:
+            socket.send_fds(ours, [msg.pack_plain(msg.Entrance())], [low.entrance])
         ours.setblocking(False)
         os.set_blocking(errors_r, False)
         self.channel = ours
@@ -370,6 +376,30 @@ class WorkerHandle:
                 return                # gone and reaped already
             except SpawnerLost as error:
                 log.error("worker=%d pid=%d: %s", self.number, self.pid, error)
+
+    def halt(self) -> None:
+        """SIGSTOP, the same way."""
+        if self.pidfd >= 0:
+            try:
+                self.zygote.signal(self.pidfd, signal.SIGSTOP)
+            except ProcessLookupError:
+                return
+            except SpawnerLost as error:
+                log.error("worker=%d pid=%d: %s", self.number, self.pid, error)
+
+    def clear(self, off: Iterable[int], to: Iterable[int], others: Iterable[int]) -> bool:
+        """Once it was killed, takes all of it to other cores; True: nothing of it may run on `off` any more.
+
+        `others` are the pids of its zygote's workers. OSError if it can't be moved.
+        """
+        if self.zygote.spawner is not None:
+            self.zygote.spawner.bind(self.zygote.number, self.pidfd, to)
+            return False              # what it started only its user and root could move
+        leaving = Clearing(self.pid, tuple(off), tuple(to), parent=self.zygote.pid, others=tuple(others))
+        try:
+            return leaving.cleared()
+        finally:
+            leaving.close()
 
     def forked(self, pidfd: int, told: int) -> int:
         """Its process exists: keeps the pidfd; the pid, by the kernel's word. ServiceError if it is no process.

@@ -13,7 +13,7 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +40,7 @@ LOG_BUFFER_BYTES = 1 << 20           # lines are dropped for a rank that reads s
 SESSION_BUFFER_BYTES = 64 << 20      # and it is given up beyond this
 LOG_BYTES = 1 << 20                  # a longer log is begun anew
 LIFE_LOCK_S = 5.0                    # the one before may need so long to end
+GRACE_MAX_S = 86400.0
 
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
@@ -98,6 +99,17 @@ class Offer(NamedTuple):
     why_none: str = ""
 
 
+@dataclass
+class _Reclaim:
+    """Cores that somebody waits for."""
+
+    session: int
+    request: int
+    cores: tuple[int, ...]
+    seats: set[tuple[int, int]]
+    decided_ns: int
+
+
 class AgentServer:
     """Owns the selector, the door, sessions and workers. close() ends them all.
 
@@ -123,6 +135,7 @@ class AgentServer:
         self._next_session = 1
         self._releasing: dict[int, list[tuple[int, int]]] = {}
         self._failing: dict[int, str] = {}           # lease → why it is taken back
+        self._reclaims: list[_Reclaim] = []
 
     # ---- start -----------------------------------------------------------------------------------
 
@@ -235,6 +248,14 @@ class AgentServer:
         """The lease's workers can't be started: it is taken back."""
         raise NotImplementedError
 
+    def give_up(self, seats: Mapping[int, Sequence[int]], grace_s: float, now: float, *, owned: bool) -> None:
+        """Cores are wanted back: these seats of each lease are given up, down the ladder. It waits for nobody."""
+        for lease, numbers in seats.items():
+            self.workers.act(self.core.stop(lease, numbers, "revoked", grace_s, now, owned=owned))
+
+    def freed(self, lease: int, seat: int, cores: tuple[int, ...], now: float) -> None:
+        """Nothing of this seat may run on its cores any more. Its worker may still hold memory."""
+
     def stopped(self, lease: int, seat: int, now: float) -> None:
         """Nothing of this seat can run any more."""
         raise NotImplementedError
@@ -248,6 +269,7 @@ class AgentServer:
         return {
             "pid": os.getpid(), "version": __version__, "uptime_s": round(time.monotonic() - self.started, 3),
             "directory": str(self.directory),
+            "low_priority": str(self.workers.low.means or ""),
             "workers": self.workers.status(), "zygotes": self.workers.zygotes_status(),
             "sessions": [{"number": session.number, "pid": session.join.pid if session.join else 0,
                           "where": session.where, "age_s": round(time.monotonic() - session.since, 3)}
@@ -408,6 +430,8 @@ class AgentServer:
                     self._release(session, request, now)
                 case msg.StatusRequest():
                     self.send(session, msg.StatusAnswer(request.id, self.status()))
+                case msg.ReclaimRequest():
+                    self._reclaim(session, request, now)
                 case _:
                     self.request(session, request, now)
         except (RFaaSError, ValueError) as error:
@@ -466,6 +490,37 @@ class AgentServer:
         self.release(session.number, request.lease, now)
 
     # ---- for whom the workers work ---------------------------------------------------------------
+
+    def cores_freed(self, lease: int, seat: int, cores: tuple[int, ...]) -> None:
+        """Nothing of this seat may run on these cores any more."""
+        log.info("lease=%d seat=%d cores=%s are free", lease, seat, cores)
+        for reclaim in self._reclaims:
+            reclaim.seats.discard((lease, seat))
+        self._answer_reclaims()
+        self.freed(lease, seat, cores, time.monotonic())
+
+    def _reclaim(self, session: SessionHandle, request: msg.ReclaimRequest, now: float) -> None:
+        if session.where:
+            raise ServiceError("only from its own node are an agent's cores taken back",
+                               hint="run `rfaas drain` where the manager is")
+        if not 0 <= request.grace_s <= GRACE_MAX_S:
+            raise ServiceError(f"a grace of {request.grace_s} s", hint=f"choose one from 0 to {GRACE_MAX_S:g}")
+        wanted = set(request.cores)
+        seats = {seat: held for seat, held in self.core.seats.items() if not wanted or wanted & set(held.cores)}
+        cores = request.cores or tuple(sorted({core for held in seats.values() for core in held.cores}))
+        by_lease: dict[int, list[int]] = {}
+        for lease, seat in seats:
+            by_lease.setdefault(lease, []).append(seat)
+        left = {key for key, held in seats.items() if not held.freed}
+        self._reclaims.append(_Reclaim(session.number, request.id, cores, left, time.monotonic_ns()))
+        self.give_up(by_lease, request.grace_s, now, owned=request.owned)
+        log.info("cores=%s were wanted back within %g s: seats=%s", cores, request.grace_s, sorted(seats))
+        self._answer_reclaims()
+
+    def _answer_reclaims(self) -> None:
+        for reclaim in [reclaim for reclaim in self._reclaims if not reclaim.seats]:
+            self._reclaims.remove(reclaim)
+            self.tell(reclaim.session, msg.Reclaimed(reclaim.request, reclaim.cores, reclaim.decided_ns))
 
     def kind_for(self, lease: int) -> ZygoteKind:
         """What the lease's workers are started from."""

@@ -19,6 +19,7 @@ from rfaas_mpi.agent import core as agent_core
 from rfaas_mpi.agent import sandbox
 from rfaas_mpi.agent.core import AgentCore, Exit, Meter, Page
 from rfaas_mpi.agent.pool import WorkerHandle, ZygoteHandle, ZygoteKind, oom_kills
+from rfaas_mpi.agent.priority import NO_PRIORITY
 from rfaas_mpi.errors import ServiceError
 
 __all__ = ["Employer", "Workers"]
@@ -46,6 +47,9 @@ class Employer(Protocol):
     def used(self, meter: Meter, pid: int) -> None:
         """What a worker that ended has used."""
 
+    def cores_freed(self, lease: int, seat: int, cores: tuple[int, ...]) -> None:
+        """Nothing of this seat may run on these cores any more; its worker may still hold memory."""
+
     def seat_stopped(self, lease: int, seat: int, last: bool) -> None:
         """Nothing of this seat can run any more; `last`: nor of its lease."""
 
@@ -61,6 +65,7 @@ class Workers:
         self.core = core
         self.zygotes: dict[str, ZygoteHandle] = {}
         self.refused = 0                     # what ranks sent to workers and made no sense
+        self.low = NO_PRIORITY               # that workers of zygotes take that begin from now on
         self._selector = selector
         self._employer = employer
         self._zygote_idle_s = zygote_idle_s
@@ -145,6 +150,7 @@ class Workers:
             page = handle.read_page() if handle is not None else Page()
             facts.append({
                 "number": number, "lease": worker.lease, "pid": worker.pid, "cores": list(worker.seat.cores),
+                "low_priority": worker.low,
                 "state": str(worker.state), "running": page.invocation != 0, "invocations": page.count,
                 "exec_ns": page.exec_ns, "poll_ns": page.poll_ns, "connections": len(worker.connections)})
         return facts
@@ -166,6 +172,11 @@ class Workers:
                 case agent_core.Kill(worker=number):
                     if number in self._handles:
                         self._handles[number].kill()
+                case agent_core.Halt(worker=number):
+                    if number in self._handles:
+                        self._handles[number].halt()
+                case agent_core.Move(worker=number):
+                    self._clear(number)
                 case agent_core.Quit(worker=number):
                     if number in self._handles:
                         self._handles[number].send(msg.pack_frame(msg.FRAME_QUIT))
@@ -176,6 +187,8 @@ class Workers:
                     self._employer.used(action, self._handles[number].pid if number in self._handles else 0)
                 case agent_core.Close(worker=number):
                     self._close_worker(number)
+                case agent_core.Freed(lease=lease, seat=seat, cores=cores):
+                    self._employer.cores_freed(lease, seat, cores)
                 case agent_core.Stopped(lease=lease, seat=seat):
                     self._employer.seat_stopped(lease, seat, not self.core.seats_of(lease))
 
@@ -192,6 +205,20 @@ class Workers:
         self._handles[order.worker] = handle
         self._selector.register(handle.agent, READ, lambda _m: self._on_agent_socket(handle))
         self._selector.register(handle.output, READ, lambda _m: self._on_output(handle))
+
+    def _clear(self, number: int) -> None:
+        """Takes a killed worker off its cores; where that can't be done they are free once it is gone."""
+        handle = self._handles.get(number)
+        if handle is None:
+            return
+        try:
+            free = handle.clear(self.core.workers[number].seat.cores, self.core.own_cores,
+                                [other.pid for other in self._handles.values() if other.zygote is handle.zygote])
+        except OSError as error:
+            log.warning("worker=%d pid=%d can't be moved off its cores: %s", number, handle.pid, error)
+            return
+        if free:
+            self.act(self.core.cleared(number))
 
     def _close_worker(self, number: int) -> None:
         handle = self._handles.pop(number, None)
@@ -231,6 +258,7 @@ class Workers:
             for frame in handle.frames.feed(data):
                 match frame.type:
                     case msg.FRAME_READY:
+                        self._look_at_priority(handle)
                         self.act(self.core.ready(handle.number))
                     case msg.FRAME_LIMITS:
                         self.core.limits(handle.number, now)
@@ -248,6 +276,14 @@ class Workers:
             log.error("worker=%d says what makes no sense (%s); it is killed", handle.number, error)
             self._unregister(handle.agent)
             handle.kill()
+
+    def _look_at_priority(self, handle: WorkerHandle) -> None:
+        low = handle.zygote.low
+        if low.has(handle.pid):
+            self.core.low(handle.number)
+        elif low.means is not None:
+            log.warning("worker=%d pid=%d has no low priority, though it should have it by %s", handle.number,
+                        handle.pid, low.means)
 
     def _on_output(self, handle: WorkerHandle) -> None:
         data, ended = handle.read_output()
@@ -286,7 +322,7 @@ class Workers:
         key = kind.key
         zygote = self.zygotes.get(key)
         if zygote is None:
-            zygote = self.zygotes[key] = ZygoteHandle(kind, now)
+            zygote = self.zygotes[key] = ZygoteHandle(kind, now, low=self.low)
             self._selector.register(zygote.channel, READ, lambda _m: self._on_zygote(key, zygote))
             self._selector.register(zygote.errors, READ, lambda _m: self._on_zygote_errors(zygote))
             log.info("zygote=%s pid=%d started for %s", key, zygote.pid, os.fsdecode(kind.executable))

@@ -22,6 +22,7 @@ import traceback
 from rfaas_mpi import config
 from rfaas_mpi import messages as msg
 from rfaas_mpi.agent import sandbox
+from rfaas_mpi.agent.priority import LowPriority, Means
 
 __all__ = ["main", "serve"]
 
@@ -44,7 +45,7 @@ def main(fd: int, setup_fd: int, parent: int) -> None:
             setup = msg.unpack_to_zygote(file.read())
         assert isinstance(setup, msg.ZygoteSetup)
         _become_like_the_rank(setup)
-        status = serve(channel)
+        status = serve(channel, _low_priority(setup, channel))
     except ConnectionError:
         status = 0
     except BaseException:
@@ -54,6 +55,18 @@ def main(fd: int, setup_fd: int, parent: int) -> None:
         _say(channel, msg.ZygoteProblem(0, text[-4000:]))
     finally:
         os._exit(status)
+
+
+def _low_priority(setup: msg.ZygoteSetup, channel: socket.socket) -> LowPriority:
+    """What workers take. Their entrance to a group is passed here: whatever started us need not know of it."""
+    means = Means(setup.low) if setup.low else None
+    if not setup.low_group:
+        return LowPriority(means)
+    data, fds, _, _ = socket.recv_fds(channel, DATAGRAM_BYTES, 1)
+    if not data:
+        raise ConnectionError("the agent is gone")
+    assert isinstance(msg.unpack_to_zygote(data), msg.Entrance)
+    return LowPriority(means, setup.low_group, fds[0])
 
 
 def _become_like_the_rank(setup: msg.ZygoteSetup) -> None:
@@ -78,9 +91,10 @@ def threads() -> int:
 
 
 class _Zygote:
-    def __init__(self, channel: socket.socket, plan: sandbox.Plan) -> None:
+    def __init__(self, channel: socket.socket, plan: sandbox.Plan, low: LowPriority) -> None:
         self.channel = channel
         self.plan = plan
+        self.low = low
         needs_scratch = plan.landlock is not None and plan.landlock.scratch
         self.scratch = sandbox.Scratch() if needs_scratch else None
         self.workers: dict[int, int] = {}        # pid → worker
@@ -112,7 +126,7 @@ class _Zygote:
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _run_worker(order, fds, theirs, parent, self.plan, self.scratch)
+            _run_worker(order, fds, theirs, parent, self.plan, self.scratch, self.low)
         theirs.close()
         if order is None:
             self.spare = pid, ours
@@ -210,12 +224,12 @@ def _say(channel: socket.socket, message: object, fds: list[int] | None = None) 
 
 
 def _run_worker(order: msg.ForkWorker | None, fds: list[int], orders: socket.socket, parent: int,
-                plan: sandbox.Plan, scratch: sandbox.Scratch | None) -> None:
+                plan: sandbox.Plan, scratch: sandbox.Scratch | None, low: LowPriority) -> None:
     """In the fork: becomes the worker that is ordered, now or later; never returns."""
     status = 70
     try:
         from rfaas_mpi.agent import child
-        embryo = child.Embryo(parent, [*fds, orders.fileno()], plan, scratch)
+        embryo = child.Embryo(parent, [*fds, orders.fileno()], plan, scratch, low)
         if order is None:
             data, fds, _, _ = socket.recv_fds(orders, DATAGRAM_BYTES, 3)
             if not data:
@@ -240,7 +254,7 @@ def _run_worker(order: msg.ForkWorker | None, fds: list[int], orders: socket.soc
         os._exit(status & 0xFF)
 
 
-def serve(channel: socket.socket) -> int:
+def serve(channel: socket.socket, low: LowPriority) -> int:
     """Forks on demand until the service is gone; returns the exit status."""
     from rfaas_mpi.agent import child
     _import_all()
@@ -260,7 +274,7 @@ def serve(channel: socket.socket) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     plan = sandbox.plan(config.Settings.load().sandbox, sandbox.probe(), sandbox.places())
-    zygote = _Zygote(channel, plan)
+    zygote = _Zygote(channel, plan, low)
     # Once for all workers, which inherit it: nothing here needs what is denied there.
     child.gain_no_privileges()
     sandbox.filter_calls(plan)

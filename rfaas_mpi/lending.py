@@ -136,7 +136,7 @@ class Lending:
         for lease, failure in zip(grant.leases, each(self._connect, grant.leases), strict=True):
             if failure is None:
                 continue
-            if not self._channels:
+            if not self._channels or isinstance(failure, ConfigError):
                 raise failure
             log.warning("lease=%d not every worker was reached: %s", lease.id, failure)
         self._look()

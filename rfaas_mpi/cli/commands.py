@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from rfaas_mpi.cli.agent import agent
 from rfaas_mpi.cli.output import Output
 from rfaas_mpi.cli.shape import Ordered, common, examples
 
@@ -235,4 +236,4 @@ def logs(out: Output, follow: bool, manager: str | None) -> None:
     cluster.log(manager, follow=follow, say=out.answer)
 
 
-COMMANDS = (manager, lease, drain, undrain, usage, policy, logs)
+COMMANDS = (manager, agent, lease, drain, undrain, usage, policy, logs)

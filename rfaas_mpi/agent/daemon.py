@@ -1,0 +1,487 @@
+"""`rfaas agent`: lends a node's cores to whom a cluster's manager granted them.
+
+    detector ──▶ spare cores ──▶ reports ──▶ manager          (link.py, a thread of its own)
+    rank ── grant ──▶ door ──▶ admitted? ──▶ workers          (leases/grants.py, tenure.py)
+    hard end · core wanted back · rank gone · order ──▶ stop
+
+What is decided about leases is in tenure.py. Nothing here waits for the manager:
+without it leases run on to their hard end, and cores go back at once when their
+owner wants them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from rfaas_mpi import api
+from rfaas_mpi import messages as msg
+from rfaas_mpi._version import __version__
+from rfaas_mpi.agent import core as agent_core
+from rfaas_mpi.agent import cores as node_cores
+from rfaas_mpi.agent import tenure
+from rfaas_mpi.agent.detector import Detector, Policy
+from rfaas_mpi.agent.door import Guest
+from rfaas_mpi.agent.kernel_files import ranges
+from rfaas_mpi.agent.link import LinkLost, ManagerLink, News, ReportDue
+from rfaas_mpi.agent.observer import NodeWatch, Observer, own_step
+from rfaas_mpi.agent.pool import full_cpuset
+from rfaas_mpi.agent.server import REASONS, AgentServer, Offer, SessionHandle
+from rfaas_mpi.agent.tenure import Tenures
+from rfaas_mpi.config import Settings
+from rfaas_mpi.errors import ConfigError, LeaseDenied, ServiceError
+from rfaas_mpi.leases import Cause
+from rfaas_mpi.leases.grants import Admission, AgentKey, GrantBody
+from rfaas_mpi.remote import Address
+
+__all__ = ["Agent", "Options", "run"]
+
+log = logging.getLogger("rfaas_mpi.agent.daemon")
+
+LEAVE_S = 5.0                        # what doesn't end with its grace is killed after this
+SAY_S = 2.0                          # and so long the manager is told that we leave, if it can be reached
+SOCKET_PATH_MAX = 107
+_WILDCARDS = frozenset(("0.0.0.0", "::"))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `rfaas agent` was told.
+
+    `cores` None: what the detector finds, less `keep`, the CPUs of the agent itself
+    (None: the first physical core that it may use). `unix` False: ranks aren't told of
+    the socket. `grace_s` is left to workers whose cores are wanted back.
+    """
+
+    directory: Path
+    node: str
+    socket: Path | None = None
+    unix: bool = True
+    listen: tuple[Address, ...] = ()
+    cores: tuple[int, ...] | None = None
+    keep: tuple[int, ...] | None = None
+    grace_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Lendable:
+    """What the node has to lend, as it was last looked at."""
+
+    cores: tuple[int, ...] = ()      # best to lend first, lent ones included
+    memory_bytes: int = 0
+    numa: dict[int, int] = field(default_factory=dict)
+    kept: dict[int, str] = field(default_factory=dict)       # the others, and why
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """What a session began with."""
+
+    lease: int
+    grant: bytes
+    uid: int                         # of who dialled, -1 over TCP
+
+
+class Agent(AgentServer):
+    """Owns the line to the manager and the look at the node, besides what every agent does."""
+
+    grants = True
+
+    def __init__(self, options: Options, settings: Settings) -> None:
+        super().__init__(options.directory, zygote_idle_s=settings.zygote_idle_s)
+        self.options = options
+        self.settings = settings
+        self.node = options.node
+        self.socket = options.socket or options.directory / "socket"
+        self.device = settings.device
+        self.tenures = Tenures()
+        self.lendable = Lendable()
+        self.superseded = False
+        self._agent_key = AgentKey()
+        self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        self._admission: Admission | None = None
+        self._visits: dict[int, _Visit] = {}                 # by session
+        self._news: deque[News] = deque()                    # from the line's thread
+        self._link: ManagerLink | None = None
+        self._lost = ""                                      # why the manager can't be reached
+        self._watch: NodeWatch | None = None
+        self._changed = False                                # since the last report
+        self._next_line = 1
+        self._told_to_leave = False
+        self._leave_at: float | None = None                  # whatever still runs
+
+    # ---- start -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Looks at the node, listens, and has the line to the manager begin. ConfigError, ServiceError, OSError."""
+        self.begin()
+        allowed = full_cpuset()
+        self._facts = node_cores.read_node_facts(affinity=allowed)
+        keep = _kept(self.options, self._facts)
+        if keep:
+            # Zygotes start here too, and not on a core that is lent or an owner's.
+            os.sched_setaffinity(0, keep)
+        if self.options.cores is None:
+            self._watch = NodeWatch(Detector(Policy(never=frozenset(keep), memory_reserve=self.settings.memory_reserve)),
+                                    Observer(usable=self._facts.cpuset, ours=own_step()))
+            self.selector.register(self._watch, 1, lambda _m: self._look(time.monotonic()))
+        self._look(time.monotonic())
+        self.door.listen_unix(self.socket)
+        if self.options.listen:
+            # No key: over TCP there are sessions of leases only.
+            self.door.listen_tcp(self.options.listen, b"", self.settings.tcp)
+        self.watch_signals()
+        self._link = ManagerLink(self.settings, start=api.StartAgent(
+            node=self.node, agent=f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:12]}", boot_id=self._boot_id,
+            key=self._agent_key.public, addresses=self.addresses, host=socket.gethostname()), tell=self._tell)
+        self._link.start()
+        log.info("node=%s pid=%d version=%s lends %s, listens at %s", self.node, os.getpid(), __version__,
+                 ranges(self.lendable.cores) or "nothing", " ".join(self.addresses))
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where ranks dial it."""
+        unix = (f"unix:{self.socket}",) if self.options.unix else ()
+        return (*unix, *(str(address._replace(host=socket.gethostname()) if address.host in _WILDCARDS else address)
+                         for address in self.door.addresses))
+
+    def close(self) -> None:
+        """Ends everything that was started. Safe to call twice."""
+        super().close()
+        if self._link is not None:
+            if self._told_to_leave and not self._lost and not self._link.flush(SAY_S):
+                log.warning("node=%s left without the manager's word that it knows", self.node)
+            self._link.close()
+            self._link = None
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+    # ---- the node --------------------------------------------------------------------------------
+
+    def _look(self, now: float) -> None:
+        """What may be lent now; what may not be any more is taken back at once."""
+        if self._watch is None:
+            explicit = node_cores.spare_cores(self._facts, lend="yes", only=self.options.cores or ())
+            if not explicit.cores:
+                raise ConfigError(f"none of the cores {ranges(self.options.cores or ())} is among those that the agent "
+                                  f"may use ({ranges(self._facts.cpuset)})", hint="correct --cores")
+            seen = Lendable(explicit.cores, self._memory(), explicit.numa, explicit.kept)
+        else:
+            report = self._watch.step(now)
+            seen = Lendable(report.spare, min(report.memory_bytes, self._memory()),
+                            {core.cpu: core.numa for core in report.cores if core.spare},
+                            {core.cpu: core.why for core in report.cores if not core.spare})
+        if seen != self.lendable:
+            self.lendable = seen
+            self._changed = True
+            self._do(self.tenures.lend(frozenset(seen.cores), self.options.grace_s, now), now)
+
+    def _memory(self) -> int:
+        return node_cores.lendable_memory(self._facts, reserve=self.settings.memory_reserve)
+
+    # ---- the manager -----------------------------------------------------------------------------
+
+    def _tell(self, news: News) -> None:
+        """Called in the line's thread."""
+        self._news.append(news)
+        self.wake()
+
+    def woken(self) -> None:
+        while self._news:
+            now = time.monotonic()
+            match self._news.popleft():
+                case api.Admitted() as admitted:
+                    self._admitted(admitted, now)
+                case api.Orders() as orders:
+                    self._ordered(orders, now)
+                case ReportDue():
+                    self._changed = True
+                case LinkLost(reason=reason):
+                    self._lost = reason
+                    log.warning("node=%s the manager can't be reached, leases run on: %s", self.node, reason)
+
+    def _admitted(self, admitted: api.Admitted, now: float) -> None:
+        self._lost = ""
+        self._changed = True
+        if self._admission is not None and self._admission.incarnation == admitted.incarnation:
+            self._admission.rotate(admitted.keys)
+            return
+        if self.tenures:
+            log.error("node=%s the manager doesn't know what runs here; it is stopped", self.node)
+            self._do(self.tenures.leave(0.0, now), now)
+        self._admission = Admission(admitted.node, self._boot_id, admitted.incarnation, admitted.keys)
+        log.info("node=%s is admitted as %s, incarnation %d", self.node, admitted.node, admitted.incarnation)
+
+    def _ordered(self, orders: api.Orders, now: float) -> None:
+        if orders.superseded:
+            log.error("node=%s another agent has taken this node over; this one ends", self.node)
+            self.superseded = self.leaving = True
+            return
+        if orders.keys and self._admission is not None:
+            self._admission.rotate(orders.keys)
+        for order in orders.stop:
+            self._do(self.tenures.order(order, now), now)
+
+    def _report(self) -> None:
+        if self._admission is None or self._link is None:
+            return
+        leaving = self._told_to_leave
+        self._link.report(api.Report(
+            incarnation=self._admission.incarnation, clock_ns=time.monotonic_ns(),
+            spare=() if leaving else self.lendable.cores, memory_bytes=0 if leaving else self.lendable.memory_bytes,
+            live=self.tenures.live, numa={} if leaving else self.lendable.numa, grace_s=self.options.grace_s))
+
+    # ---- what is to be done ----------------------------------------------------------------------
+
+    def _do(self, actions: Iterable[tenure.Action], now: float) -> None:
+        for action in actions:
+            match action:
+                case tenure.Ended(session=session, lease=lease, cause=cause):
+                    self.tell_lease_ended(session, lease, cause)
+                case tenure.Stop(lease=lease, seats=seats, cause=cause, grace_s=grace_s):
+                    log.info("lease=%d seats=%s stop: %s, grace %g s", lease, seats, cause, grace_s)
+                    if cause is Cause.RELEASED:
+                        # Its rank took what it wanted; the end of the current
+                        # kernel is waited for only so that its output is whole.
+                        grace_s = max(grace_s, agent_core.QUIT_GRACE_S)
+                    self.workers.act(self.core.stop(lease, seats, REASONS[cause], grace_s, now))
+                case tenure.Forbid(lease=lease):
+                    if self._admission is not None:
+                        self._admission.forbid(lease, time.monotonic_ns())
+
+    # ---- time ------------------------------------------------------------------------------------
+
+    def deadlines(self, now: float) -> list[float]:
+        times = [self.tenures.next_deadline(), self._leave_at,
+                 None if self._watch is None else self._watch.next_deadline()]
+        return [time for time in times if time is not None]
+
+    def on_time(self, now: float) -> None:
+        if self._watch is not None and now >= self._watch.next_deadline():
+            self._look(now)
+        self._do(self.tenures.tick(now), now)
+
+    def settled(self, now: float) -> None:
+        if self._told_to_leave and self._leave_at is None:
+            log.info("node=%s leaves; %d leases are taken back", self.node, len(self.tenures))
+            self._leave_at = now + self.options.grace_s + LEAVE_S
+            self._changed = True
+            self._do(self.tenures.leave(self.options.grace_s, now), now)
+        if self._changed:
+            self._changed = False
+            self._report()
+        if self._leave_at is not None and (not self.tenures or now >= self._leave_at):
+            self.leaving = True
+
+    def told_to_leave(self) -> None:
+        # A second signal waits for nobody.
+        self.leaving = self._told_to_leave
+        self._told_to_leave = True
+
+    # ---- sessions --------------------------------------------------------------------------------
+
+    def secret_for(self, lease: int, grant: bytes) -> bytes | None:
+        if not grant:
+            return self.leases[lease].secret if lease in self.leases else None
+        if self._admission is None:
+            return None
+        body = self._admission.peek(grant)
+        # Bound to its lease: the secret in another one's grant doesn't open.
+        return self._agent_key.open(body.sealed, lease, body.epoch)
+
+    def lease_came(self, guest: Guest, lease: int, grant: bytes) -> None:
+        session = self.begin_session(guest, guest.secret, (msg.ROLE_LEASE_RANK, msg.ROLE_LEASE_AGENT))
+        self._visits[session.number] = _Visit(lease, grant, guest.uid)
+
+    def check(self, session: SessionHandle, request: msg.AnyRequest) -> None:
+        """A lease's session is about that lease and nothing else; our own user's may look and end us."""
+        visit = self._visits.get(session.number)
+        match request:
+            case msg.Join(observer=observer):
+                if visit is None and not observer:
+                    raise ServiceError("this agent lends to whom its manager grants something",
+                                       hint="set RFAAS_MANAGER to the manager's address, and RFAAS_SERVICE not at all")
+            case msg.KillRequest(lease=lease) | msg.ReleaseRequest(lease=lease):
+                if visit is None or visit.lease != lease:
+                    raise ServiceError(f"lease {lease} is not this session's")
+            case msg.StatusRequest() | msg.DownRequest():
+                if visit is not None:
+                    raise ServiceError("in a lease's session there is nothing but the lease")
+
+    def request(self, session: SessionHandle, request: msg.AnyRequest, now: float) -> None:
+        match request:
+            case msg.Use():
+                try:
+                    self._use(session, request, now)
+                except LeaseDenied as error:
+                    log.info("session=%d use is denied: %s", session.number, error)
+                    self.send(session, msg.Denied(request.id, Exception.__str__(error), error.hint))
+            case msg.DownRequest():
+                self.send(session, msg.Done(request.id))
+                log.info("session=%d sends the agent down", session.number)
+                self.told_to_leave()
+            case _:
+                super().request(session, request, now)
+
+    def offer(self, session: SessionHandle, now: float) -> Offer:
+        visit = self._visits.get(session.number)
+        if visit is None:
+            in_use = self.tenures.in_use
+            return Offer(self.lendable.cores, tuple(core for core in self.lendable.cores if core not in in_use),
+                         self.lendable.memory_bytes)
+        try:
+            body = self._usable(visit)
+        except LeaseDenied:
+            return Offer((), (), 0)  # nothing is warmed for it; `use` says why
+        return Offer(body.cores, body.cores, body.memory_per_worker * len(body.workers))
+
+    def session_over(self, session: SessionHandle, now: float) -> None:
+        self._visits.pop(session.number, None)
+        self._do(self.tenures.session_over(session.number, now), now)
+
+    # ---- leases ----------------------------------------------------------------------------------
+
+    def _use(self, session: SessionHandle, request: msg.Use, now: float) -> None:
+        """Begins the session's lease. LeaseDenied where it can't begin."""
+        visit = self._visits.get(session.number)
+        if visit is None or session.kind is None:
+            raise ServiceError("this session has no lease to use")
+        if visit.lease in self.leases:
+            self.send(session, msg.Granted(request.id, (self._standing(visit.lease),)))
+            return
+        body = self._usable(visit, admit=True)
+        hard_end = None if body.hard_end_ns is None else body.hard_end_ns / 1e9
+        self.tenures.begin(body.lease, body.epoch, body.uid, session.number, body.workers, body.memory_per_worker,
+                           hard_end)
+        told, actions = self.start_lease(body.lease, body.epoch, session,
+                                         self._agent_key.open(body.sealed, body.lease, body.epoch), body.workers,
+                                         body.memory_per_worker, hard_end, now)
+        log.info("lease=%d session=%d uid=%d cores=%s begins", body.lease, session.number, body.uid, body.cores)
+        self._changed = True
+        # Forked first: the answer's way to the rank costs no time then.
+        self.workers.act(actions)
+        self.send(session, msg.Granted(request.id, (told,)))
+
+    def _usable(self, visit: _Visit, *, admit: bool = False) -> GrantBody:
+        """What a session's grant lets it begin now; with `admit` only this once. LeaseDenied with the reason."""
+        if self._admission is None or self._told_to_leave:
+            raise LeaseDenied(f"the agent of {self.node} is leaving", hint="ask for another lease")
+        facts = time.monotonic_ns(), self.lendable.cores, self.tenures.in_use
+        body = self._admission.check(visit.grant, *facts)
+        self._check_user(body, visit)
+        return self._admission.admit(visit.grant, *facts) if admit else body
+
+    def _check_user(self, body: GrantBody, visit: _Visit) -> None:
+        """LeaseDenied unless workers can be started as the lease's user, who is the one that came."""
+        if visit.uid not in (-1, 0, body.uid):
+            raise LeaseDenied(f"lease {body.lease} is uid {body.uid}'s, and uid {visit.uid} came with it")
+        if body.uid != os.geteuid():
+            raise LeaseDenied(f"the agent of {self.node} runs as uid {os.geteuid()} and can't start workers as uid "
+                              f"{body.uid}, whose lease this is",
+                              hint="an agent that serves several users has to run as root")
+
+    def _standing(self, lease: int) -> msg.GrantLease:
+        """A lease that has begun, as it is now."""
+        found = self.tenures.get(lease)
+        if found is None:
+            raise LeaseDenied(f"lease {lease} is ending")
+        workers = tuple(msg.WorkerInfo(worker.number, worker.seat.cores)
+                        for worker in self.core.workers.values() if worker.lease == lease)
+        return msg.GrantLease(id=lease, epoch=found.epoch, secret=b"",
+                              memory_bytes=found.memory_per_worker * len(workers), workers=workers,
+                              hard_end=found.hard_end)
+
+    # ---- what the agent's half asks --------------------------------------------------------------
+
+    def owns(self, session: int, lease: int) -> bool:
+        found = self.tenures.get(lease)
+        return found is not None and found.session == session
+
+    def release(self, session: int, lease: int, now: float) -> None:
+        self._do(self.tenures.release(lease, agent_core.QUIT_GRACE_S, now), now)
+
+    def fail(self, lease: int, now: float) -> None:
+        self._do(self.tenures.fail(lease, now), now)
+
+    def stopped(self, lease: int, seat: int, now: float) -> None:
+        self._changed |= self.tenures.freed(lease, seat)
+
+    def used(self, meter: agent_core.Meter, pid: int) -> None:
+        found = self.tenures.get(meter.lease)
+        if found is None or self._link is None:
+            return
+        number, self._next_line = self._next_line, self._next_line + 1
+        # The page is the worker's to write: more than all of its time it can't have used.
+        def seconds(ns: int) -> float:
+            return min(ns / 1e9, meter.held_s)
+        self._link.used([api.UsedLine(
+            number=number, lease=meter.lease, cores=meter.cores, memory_bytes=found.memory_per_worker,
+            held_s=meter.held_s, cpu_s=meter.cpu_s, exec_s=seconds(meter.exec_ns), poll_s=seconds(meter.poll_ns),
+            invocations=min(meter.count, (1 << 60) - 1))])
+        self._changed = True
+
+    # ---- status ----------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """Facts for people and programs, all of them JSON."""
+        in_use = self.tenures.in_use
+        return {
+            **super().status(),
+            "node": self.node, "manager": self.settings.manager, "manager_lost": self._lost,
+            "incarnation": self._admission.incarnation if self._admission is not None else 0,
+            "cores": {"spare": list(self.lendable.cores), "lent": sorted(in_use),
+                      "free": [core for core in self.lendable.cores if core not in in_use],
+                      "kept": {str(core): why for core, why in sorted(self.lendable.kept.items())}},
+            "memory": {"lendable_bytes": self.lendable.memory_bytes},
+            "leases": [{"id": each.lease, "epoch": each.epoch, "uid": each.uid, "session": each.session,
+                        "cores": list(each.cores), "state": "revoking" if each.stops else "active",
+                        "hard_end": each.hard_end}
+                       for each in self.tenures.all],
+            "unwritten": self._link.unwritten if self._link is not None else 0,
+        }
+
+
+def _kept(options: Options, facts: node_cores.NodeFacts) -> tuple[int, ...]:
+    """The CPUs where the agent and its zygotes run; none: wherever they may."""
+    if options.cores is not None:
+        return tuple(core for core in facts.cpuset if core not in options.cores)
+    if options.keep is not None:
+        return tuple(core for core in options.keep if core in facts.cpuset)
+    first = facts.core_of.get(facts.cpuset[0], facts.cpuset[0])
+    return tuple(core for core in facts.cpuset if facts.core_of.get(core, core) == first)
+
+
+def run(options: Options, settings: Settings, ready: Callable[[dict[str, Any]], None]) -> None:
+    """Serves until SIGTERM or SIGINT; calls `ready` once it listens, with where.
+
+    Raises ConfigError, ServiceError or OSError, each naming the file or address,
+    where it can't start, and ServiceError if another agent took the node over.
+    """
+    if settings.manager is None:
+        raise ConfigError("an agent needs a manager", hint="name it: --manager unix:/run/rfaas/manager.sock, or "
+                                                           "RFAAS_MANAGER")
+    socket_path = options.socket or options.directory / "socket"
+    if len(os.fsencode(socket_path)) > SOCKET_PATH_MAX:
+        raise ConfigError(f"{socket_path} is too long for a socket's path", hint="name a shorter one with --socket")
+    agent = Agent(options, settings)
+    try:
+        agent.start()
+        ready({"pid": os.getpid(), "node": agent.node, "directory": str(options.directory),
+               "listening": list(agent.addresses), "manager": settings.manager,
+               "cores": list(agent.lendable.cores)})
+        agent.run()
+    finally:
+        agent.close()
+        log.info("node=%s pid=%d is gone", agent.node, os.getpid())
+    if agent.superseded:
+        raise ServiceError(f"another agent has taken node {agent.node} over",
+                           hint="one agent for each node, or each user on it; name this one's with --node")

@@ -126,7 +126,8 @@ class AskLease(Body, frozen=True):
     """A rank wants workers; `(session, request_id)` names the request, which may be repeated.
 
     It waits for `timeout_s` at most, and no longer than its caller does: a request that is
-    given up is taken back. `duration_s` bounds the leases' life.
+    given up is taken back. `duration_s` bounds the leases' life. `job` is the batch job that
+    the accounts name.
     """
 
     session: Name
@@ -137,6 +138,7 @@ class AskLease(Body, frozen=True):
     memory_per_worker: Size | None = None
     timeout_s: Annotated[float, Meta(ge=0, le=86400)] = 0.0
     duration_s: Annotated[float, Meta(gt=0, le=1e9)] | None = None
+    job: Annotated[str, Meta(max_length=64, pattern="^[A-Za-z0-9._+-]*$")] = ""
 
 
 class LentLease(msgspec.Struct, frozen=True):
@@ -156,6 +158,11 @@ class LentLease(msgspec.Struct, frozen=True):
     grant: bytes
     secret: bytes
     addresses: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        # The secret stays out of text.
+        return (f"LentLease(id={self.id}, epoch={self.epoch}, node={self.node!r}, host={self.host!r}, "
+                f"workers={self.workers!r}, addresses={self.addresses!r})")
 
 
 class LeaseGrant(msgspec.Struct, frozen=True):
@@ -287,7 +294,7 @@ ROUTES = (
     Route("POST", "/v1/drain", "drain", "Take back what is lent on nodes, and lend nothing there", DrainNodes, Done),
     Route("POST", "/v1/undrain", "undrain", "Let drained nodes lend again", UndrainNodes, Done),
     Route("GET", "/v1/usage", "usage", "Who used what: the caller; all, for an administrator", None, UsageSums,
-          (("by", {"type": "string", "enum": ["uid", "node", "kernel", "lease"], "default": "uid"}),)),
+          (("by", {"type": "string", "enum": ["uid", "job", "node", "kernel", "lease"], "default": "uid"}),)),
     Route("GET", "/v1/policy", "policy", "Who may lend to all, and who administers", None, PolicyView),
     Route("GET", "/v1/events", "events", "What became of the caller's leases", None, Events,
           (("after", {"type": "integer", "minimum": 0, "default": 0}),)),

@@ -313,6 +313,21 @@ def test_a_public_key_that_is_none_is_refused(play):
     play(scenario)
 
 
+def test_usage_is_summed_by_the_batch_job_of_the_session(play):
+    async def scenario(call: Caller) -> None:
+        agent = Agent(call)
+        await agent.register()
+        await agent.report()
+        leases = [(await call.ask(1, session=session, **job))["leases"][0]
+                  for session, job in (("a", {"job": "7"}), ("b", {"job": "7"}), ("c", {}))]
+        await agent.report(*leases)
+        await agent.report(used=[{"number": number, "lease": lease["id"], "cores": 1, "memory_bytes": 0, "held_s": 2.0,
+                                  "cpu_s": 1.0} for number, lease in enumerate(leases, 1)])
+        rows = (await call("GET", "/v1/usage?by=job"))["rows"]
+        assert [(row["job"], row["core_s"]) for row in rows] == [("", 2.0), ("7", 4.0)]
+    play(scenario)
+
+
 # --- callers that are gone --------------------------------------------------------
 
 async def until(true: Callable[[], Awaitable[bool]]) -> None:
@@ -488,7 +503,7 @@ GOOD: dict[str, tuple[str, str, dict]] = {
         "ends_in_s": 1.0, "grace_s": 0.0, "used": []}),
     "ask": ("POST", "/v1/leases", {
         "session": "s", "request_id": 1, "workers_min": 1, "workers_max": 1, "cores_per_worker": 1,
-        "memory_per_worker": 1, "timeout_s": 0.0, "duration_s": 60.0}),
+        "memory_per_worker": 1, "timeout_s": 0.0, "duration_s": 60.0, "job": "4711"}),
     "revoke": ("POST", "/v1/leases/1/revoke", {"grace_s": 0.0}),
     "drain": ("POST", "/v1/drain", {"nodes": ["nid1"], "grace_s": 0.0}),
     "undrain": ("POST", "/v1/undrain", {"nodes": ["nid1"]}),

@@ -18,7 +18,7 @@ from rfaas_mpi.errors import ConfigError
 __all__ = ["drain", "lease", "leases", "log", "policy", "revoke", "status", "undrain", "usage"]
 
 POLL_S = 1.0
-USAGE_BY = {"user": "uid", "kernel": "kernel", "node": "node", "lease": "lease"}
+USAGE_BY = {"user": "uid", "job": "job", "kernel": "kernel", "node": "node", "lease": "lease"}
 
 Answer = tuple[dict[str, Any], list[str]]
 

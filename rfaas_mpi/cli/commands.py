@@ -207,7 +207,7 @@ def undrain(out: Output, nodes: tuple[str, ...], every: bool, manager: str | Non
 
 
 @click.command(epilog=examples("rfaas usage --by kernel", "rfaas usage --by user --json"))
-@click.option("--by", type=click.Choice(["user", "kernel", "node", "lease"]), default="user", show_default=True,
+@click.option("--by", type=click.Choice(["user", "job", "kernel", "node", "lease"]), default="user", show_default=True,
               help="What a line stands for.")
 @asked
 @click.pass_obj

@@ -26,7 +26,7 @@ from rfaas_mpi.errors import StoreError
 from rfaas_mpi.leases import Answered, Changes, Demand, Grant, Kept, Lease
 from rfaas_mpi.manager.directory import Registration
 
-__all__ = ["Ledger", "Usage", "network_file_system"]
+__all__ = ["USAGE_BY", "Ledger", "Usage", "network_file_system"]
 
 log = logging.getLogger("rfaas_mpi.manager.ledger")
 
@@ -46,6 +46,7 @@ CREATE TABLE IF NOT EXISTS answers (
     PRIMARY KEY (session, request)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS closed (session INTEGER PRIMARY KEY, at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS agents (node TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS jobs (session INTEGER PRIMARY KEY, job TEXT NOT NULL, at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS drained (node TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS usage (
     node TEXT NOT NULL, incarnation INTEGER NOT NULL, number INTEGER NOT NULL,
@@ -54,6 +55,13 @@ CREATE TABLE IF NOT EXISTS usage (
     poll_s REAL NOT NULL, invocations INTEGER NOT NULL,
     PRIMARY KEY (node, incarnation, number)) WITHOUT ROWID;
 """
+
+# What usage is summed by: its column, and where it stands.
+USAGE_BY = {
+    **{name: (f"usage.{name}", "usage") for name in ("uid", "node", "kernel", "lease")},
+    "job": ("coalesce(jobs.job, '')", "usage LEFT JOIN leases ON leases.id = usage.lease "
+                                      "LEFT JOIN jobs ON jobs.session = leases.session"),
+}
 
 # SQLite's write-ahead log needs memory that is shared with everybody who has the
 # file open, and locks that mean it.
@@ -240,27 +248,31 @@ class Ledger:
         return float(offset) - (self._wall() - self._monotonic())
 
     def usage(self, *, by: str = "uid", uid: int | None = None) -> list[dict[str, int | float | str]]:
-        """Sums of everything that is kept, by `uid`, `node`, `kernel` or `lease`; of one user only, or of all."""
-        if by not in ("uid", "node", "kernel", "lease"):
-            raise StoreError(f"usage is not kept by {by!r}", hint="ask by uid, node, kernel or lease")
+        """Sums of everything that is kept, by one of USAGE_BY; of one user only, or of all."""
+        if by not in USAGE_BY:
+            raise StoreError(f"usage is not kept by {by!r}", hint=f"ask by {', '.join(USAGE_BY)}")
+        column, of = USAGE_BY[by]
         with self._lock:
             rows = self._db.execute(
-                f"SELECT {by}, count(*), sum(held_s * cores), sum(held_s * memory_bytes), sum(cpu_s), sum(exec_s), "
-                f"sum(poll_s), sum(invocations) FROM usage WHERE ?1 IS NULL OR uid = ?1 GROUP BY {by} ORDER BY {by}",
-                (uid,)).fetchall()
+                f"SELECT {column}, count(*), sum(held_s * cores), sum(held_s * memory_bytes), sum(cpu_s), "
+                f"sum(exec_s), sum(poll_s), sum(invocations) FROM {of} WHERE ?1 IS NULL OR usage.uid = ?1 "
+                f"GROUP BY 1 ORDER BY 1", (uid,)).fetchall()
         names = (by, "workers", "core_s", "memory_byte_s", "cpu_s", "exec_s", "poll_s", "invocations")
         return [dict(zip(names, row, strict=True)) for row in rows]
 
     # --- writing -----------------------------------------------------------------------------------
 
     def write(self, changes: Sequence[Changes], usage: Iterable[Usage] = (),
-              agents: Mapping[str, tuple[Registration, ...]] = {}) -> None:
-        """Makes all of it durable, in this order, with one flush; all or nothing. `agents`: all of these nodes'."""
+              agents: Mapping[str, tuple[Registration, ...]] = {}, jobs: Mapping[int, str] = {}) -> None:
+        """Makes all of it durable, in this order, with one flush; all or nothing.
+
+        `agents`: all that is known of these nodes', `jobs`: the batch job of these sessions.
+        """
         with self._lock:
-            self._write_all(changes, usage, agents)
+            self._write_all(changes, usage, agents, jobs)
 
     def _write_all(self, changes: Sequence[Changes], usage: Iterable[Usage],
-                   agents: Mapping[str, tuple[Registration, ...]]) -> None:
+                   agents: Mapping[str, tuple[Registration, ...]], jobs: Mapping[int, str]) -> None:
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -273,6 +285,8 @@ class Ledger:
                      for one in usage])
                 self._db.executemany("INSERT OR REPLACE INTO agents VALUES (?, ?)",
                                      [(node, _encode(known).decode()) for node, known in agents.items()])
+                self._db.executemany("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)",
+                                     [(session, job, self._wall()) for session, job in jobs.items()])
                 self._write_clock()
                 self._groups += 1
                 if self._groups % PRUNE_EVERY == 0:
@@ -322,6 +336,7 @@ class Ledger:
         self._db.execute("DELETE FROM leases WHERE ended_at < ?", (before,))
         self._db.execute("DELETE FROM closed WHERE at < ?", (before,))
         self._db.execute("DELETE FROM usage WHERE at < ?", (before,))
+        self._db.execute("DELETE FROM jobs WHERE at < ? AND session NOT IN (SELECT session FROM leases)", (before,))
 
     def close(self) -> None:
         """Lets go of the file. Safe to call twice."""

@@ -41,11 +41,12 @@ class Group:
         self.actions: list[Any] = []
         self.usage: list[Usage] = []
         self.agents: dict[str, tuple[Registration, ...]] = {}
+        self.jobs: dict[int, str] = {}
         self.changes: list[Changes] = []
         self.epoch = 0
 
     def __bool__(self) -> bool:
-        return bool(self.actions or self.usage or self.agents or self.changes)
+        return bool(self.actions or self.usage or self.agents or self.jobs or self.changes)
 
 
 class Registry:
@@ -95,6 +96,10 @@ class Registry:
         """Takes what is known of a node's agents, to be written down with the rest."""
         self._group.agents[node] = known
 
+    def job(self, session: int, job: str) -> None:
+        """Takes the batch job in which a session runs, for the accounts."""
+        self._group.jobs[session] = job
+
     def take(self) -> Group:
         """Everything since the last call: false if there is nothing to write or do."""
         group, self._group = self._group, Group()
@@ -111,8 +116,9 @@ class Registry:
         changes = [each for one in waiting for each in one.changes]
         usage = [each for one in waiting for each in one.usage]
         agents = {node: known for one in waiting for node, known in one.agents.items()}
-        if changes or usage or agents:
-            self._ledger.write(changes, usage, agents)
+        jobs = {session: job for one in waiting for session, job in one.jobs.items()}
+        if changes or usage or agents or jobs:
+            self._ledger.write(changes, usage, agents, jobs)
         self._unwritten = []
         return [action for one in waiting for action in one.actions]
 

@@ -28,7 +28,7 @@ from rfaas_mpi.manager.cluster import Cluster, Policy, session_number
 from rfaas_mpi.manager.core import Action, Admit, Granted, Notify, Refused, StopWorkers, Superseded
 from rfaas_mpi.manager.directory import Directory, Registration
 from rfaas_mpi.manager.keys import Keys, check_agent_key, name_of
-from rfaas_mpi.manager.ledger import Ledger, Usage
+from rfaas_mpi.manager.ledger import USAGE_BY, Ledger, Usage
 from rfaas_mpi.manager.metrics import CONTENT_TYPE, Metrics
 from rfaas_mpi.manager.registry import Group, Registry
 from rfaas_mpi.messages import LeaseRequest
@@ -399,6 +399,9 @@ class ManagerServer:
             match await answer:
                 case Granted(leases=leases, reason=reason):
                     granted = api.LeaseGrant(self._lent(leases), reason)
+                    if body.job and leases:
+                        self.registry.job(key[0], body.job)
+                        self._do([])
                     asked.told = True
                     return granted
                 case Refused(reason=reason):
@@ -500,8 +503,8 @@ class ManagerServer:
     async def _usage(self, uid: int, request: web.Request) -> api.UsageSums:
         everybody = uid in self.cluster.policy.admins
         by = request.query.get("by", "uid")
-        if by not in ("uid", "node", "kernel", "lease"):
-            raise _Refusal(400, f"by is {by!r}", "ask by uid, node, kernel or lease")
+        if by not in USAGE_BY:
+            raise _Refusal(400, f"by is {by[:40]!r}", f"ask by {', '.join(USAGE_BY)}")
         return api.UsageSums(by, tuple(await asyncio.to_thread(
             self._ledger.usage, by=by, uid=None if everybody else uid)))
 

@@ -8,7 +8,7 @@ written down at the moment.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -32,6 +32,9 @@ Node = Annotated[str, Meta(min_length=1, max_length=254, pattern="^[A-Za-z0-9]([
 # Those of a user's own agents end with his uid.
 KnownNode = Annotated[str, Meta(min_length=1, max_length=270)]
 BootId = Annotated[str, Meta(min_length=1, max_length=64, pattern="^[A-Za-z0-9-]+$")]
+NumaNode = Annotated[int, Meta(ge=0, lt=4096)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Switches = Annotated[tuple[Name, ...], Meta(max_length=8)]
 Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 Address = Annotated[str, Meta(max_length=280, pattern="^(tcp://[^/ ]+:[0-9]{1,5}|unix:/[^ ]+)$")]
 
@@ -81,6 +84,27 @@ class UsedLine(Body, frozen=True):
     incarnation: Annotated[int, Meta(ge=0, lt=1 << 62)] = 0
 
 
+class Traits(Body, frozen=True):
+    """What else an agent knows of its node; what is left out counts neither for nor against it.
+
+    `window_age_s`: for how long the node has been idle. `classes`: whose a spare core is.
+    `physical`: core → physical core, where hardware threads share one. `busy`: cores on
+    which owners' work runs. `switches`: from the leaf switch up. Shares are 0 to 1.
+    """
+
+    window_age_s: Seconds | None = None
+    classes: Annotated[dict[Core, Literal["free", "specialised", "unused", "idle"]], Meta(max_length=CORES_MAX)] = {}
+    physical: Annotated[dict[Core, Core], Meta(max_length=CORES_MAX)] = {}
+    busy: Annotated[tuple[Core, ...], Meta(max_length=CORES_MAX)] = ()
+    cpu_type: Annotated[str, Meta(max_length=128)] = ""
+    partition: Annotated[str, Meta(max_length=128)] = ""
+    switches: Switches = ()
+    nic_numa: NumaNode | None = None
+    network_load: Share = 0.0
+    memory_pressure: Annotated[dict[NumaNode, Share], Meta(max_length=CORES_MAX)] | None = None
+    speed: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
+
+
 class Report(Body, frozen=True):
     """All that an agent lends and runs now. Times: `clock_ns` is its own clock, `ends_in_s` from now."""
 
@@ -89,9 +113,10 @@ class Report(Body, frozen=True):
     spare: Annotated[tuple[Core, ...], Meta(max_length=CORES_MAX)]
     memory_bytes: Size
     live: Annotated[tuple[LiveLease, ...], Meta(max_length=CORES_MAX)]
-    numa: dict[Core, Annotated[int, Meta(ge=0, lt=4096)]] = {}
+    numa: dict[Core, NumaNode] = {}
     ends_in_s: Seconds | None = None
     grace_s: Grace = 0.0
+    traits: Traits = Traits()
     used: Annotated[tuple[UsedLine, ...], Meta(max_length=10_000)] = ()
 
 
@@ -122,12 +147,23 @@ class Orders(msgspec.Struct, frozen=True):
 
 # --- ranks --------------------------------------------------------------------
 
+class Place(Body, frozen=True):
+    """Where ranks run: their node, the NUMA node that they are bound to, the switches above it, leaf first."""
+
+    node: Annotated[str, Meta(min_length=1, max_length=254)]
+    numa: NumaNode | None = None
+    switches: Switches = ()
+    ranks: Annotated[int, Meta(ge=1, le=1 << 20)] = 1
+
+
 class AskLease(Body, frozen=True):
     """A rank wants workers; `(session, request_id)` names the request, which may be repeated.
 
     It waits for `timeout_s` at most, and no longer than its caller does: a request that is
-    given up is taken back. `duration_s` bounds the leases' life. `job` is the batch job that
-    the accounts name.
+    given up is taken back. `duration_s` bounds the leases' life; nodes that are known to be
+    wanted back within `least_s` aren't taken. `place`: where the rank runs, so that workers
+    come near it. `bytes_per_s`: what a worker and its rank exchange, if that is known. `job`
+    is the batch job that the accounts name.
     """
 
     session: Name
@@ -139,6 +175,9 @@ class AskLease(Body, frozen=True):
     timeout_s: Annotated[float, Meta(ge=0, le=86400)] = 0.0
     duration_s: Annotated[float, Meta(gt=0, le=1e9)] | None = None
     job: Annotated[str, Meta(max_length=64, pattern="^[A-Za-z0-9._+-]*$")] = ""
+    least_s: Seconds = 0.0
+    place: Place | None = None
+    bytes_per_s: Annotated[float, Meta(ge=0, le=1e15)] | None = None
 
 
 class LentLease(msgspec.Struct, frozen=True):

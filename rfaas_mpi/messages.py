@@ -253,12 +253,25 @@ class Join(RankRequest, frozen=True, tag="join"):
     package: bytes = b""             # where the rank has rfaas_mpi from
 
 
+class RankAt(msgspec.Struct, frozen=True):
+    """Where ranks of a demand run: their node, the NUMA node that they are bound to, the switches above, leaf first."""
+
+    node: str
+    numa: int | None = None
+    switches: tuple[str, ...] = ()
+    ranks: int = 1
+
+
 class LeaseRequest(RankRequest, frozen=True, tag="lease"):
     workers_min: int
     workers_max: int
     cores_per_worker: int
     memory_per_worker: int | None = None
     timeout_s: float = 0.0
+    duration_s: float | None = None  # the leases end then, or earlier; None: when they are given back
+    least_s: float = 0.0             # a node that is known to be wanted back sooner is no use
+    place: RankAt | None = None
+    bytes_per_s: float | None = None  # that a worker and its rank exchange, if the rank knows
 
 
 class Use(RankRequest, frozen=True, tag="use"):

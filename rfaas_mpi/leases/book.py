@@ -18,11 +18,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import takewhile
-from typing import TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
-from rfaas_mpi.leases.nodes import Node, Nodes, Picker
+from rfaas_mpi.leases.held import Held
+from rfaas_mpi.leases.nodes import Chooser, Node, Nodes, Picker
 from rfaas_mpi.leases.types import (
     Action,
     Activated,
@@ -57,7 +58,7 @@ from rfaas_mpi.leases.types import (
     WorkersStopped,
 )
 
-__all__ = ["LeaseBook", "Picker", "check_demand"]
+__all__ = ["Chooser", "LeaseBook", "Picker", "check_demand"]
 
 _END_OF = {
     Cause.RELEASED: LeaseState.RELEASED,
@@ -90,6 +91,17 @@ class _Answer:
         self.demand = demand
         self.action = action
         self.live = len(action.leases) if isinstance(action, Grant) else 0
+
+
+class _Quota(NamedTuple):
+    """What a user's quota makes of a demand: why it gets less, how many workers, and whether it gets them ever."""
+
+    reason: str
+    workers: int
+    never: bool = False
+
+
+_NO_QUOTA = _Quota("", 0)
 
 
 class _Entry:
@@ -131,6 +143,9 @@ class _Changed:
 class LeaseBook:
     """Grants, revokes and ends leases; the only owner of who holds a core.
 
+    `pick` says which cores of a node: nodes are then taken so that as few as
+    possible are used. Instead it may be a `Chooser`, which chooses nodes and cores.
+
     The shell's part:
 
     * one book, one thread at a time; events in the order in which they happened;
@@ -153,20 +168,26 @@ class LeaseBook:
     doesn't know (any more) are ignored, since they race with each other. Reports
     with an incarnation may also come late, in any order, or never.
 
+    `quota` says how many cores a user may hold at a time (None: any number); `held`
+    knows how many each does, and has had.
+
     `activate_within_s` expires a grant whose `Activated` doesn't come; None
     leaves that to the end of the session. An agent that has an incarnation and a
     clock doesn't begin a lease later than this, or `BEGIN_WITHIN_S`, and its
     reports say what became of it.
     """
 
-    def __init__(self, pick: Picker, *, epoch: int = 0,
+    def __init__(self, pick: Picker | Chooser, *, epoch: int = 0,
                  activate_within_s: float | None = None,
-                 remember_s: float = 3600.0, durable: bool = False) -> None:
-        self._pick = pick
+                 remember_s: float = 3600.0, durable: bool = False,
+                 quota: Callable[[int], int | None] = lambda uid: None, held: Held | None = None) -> None:
+        chooser, self._pick = (None, pick) if callable(pick) else (pick, _no_picker)
         self._epoch = epoch
         self._activate_within_s = activate_within_s
         self._remember_s = remember_s
-        self._nodes = Nodes()
+        self._nodes = Nodes(chooser)
+        self._quota = quota
+        self.held = Held() if held is None else held
         self._live: dict[int, _Entry] = {}
         self._by_session: dict[int, dict[int, None]] = {}   # an ordered set of ids
         self._answers: dict[_Key, _Answer] = {}
@@ -223,8 +244,13 @@ class LeaseBook:
 
     def room(self, uid: int, cores_per_worker: int, now: float) -> int:
         """How many workers this user's demands could get at most if nothing were lent."""
-        return sum(len(node.report.spare) // cores_per_worker
-                   for node in self._nodes.for_user(uid, now) if node.report is not None)
+        whole = self._nodes.chooser is not None
+        return sum(node.seats(cores_per_worker, whole=whole) for node in self._nodes.for_user(uid, now))
+
+    def quota_left(self, uid: int) -> int | None:
+        """How many more cores the user may hold; None: any number."""
+        most = self._quota(uid)
+        return None if most is None else max(0, most - self.held.cores(uid))
 
     def next_deadline(self) -> float | None:
         """When the next live lease expires; None: nothing to wait for."""
@@ -272,6 +298,7 @@ class LeaseBook:
                     raise ValueError(f"core {core} of node {lease.node} is in both lease "
                                      f"{other} and lease {lease.id}")
             node.memory_held += lease.memory_bytes
+            self.held.change(lease.uid, len(lease.cores), now)
             entry = self._live[lease.id] = _Entry(lease, None)
             entry.stops = dict.fromkeys(lease.stopping, now if lease.stop_by is None else lease.stop_by)
             self._expect(entry)
@@ -343,31 +370,60 @@ class LeaseBook:
             return [_refusal(demand, f"session {demand.session} has ended; "
                              "open a new one")]
 
-        chosen = self._nodes.choose(demand, now, self._pick)
+        asked, over = self._within_quota(demand)
+        if asked is None:
+            return [] if demand.waits and not over.never else self._refused(demand, over.reason, over.workers, now)
+        chosen = self._nodes.choose(asked, now, self._pick)
         count = sum(len(workers) for _, workers in chosen)
         if count < demand.workers_min and demand.waits:
             return []
-        reason = "" if count >= demand.workers_max else _shortfall(
-            demand, count, self._nodes.for_user(demand.uid, now))
+        reason = ""
+        if count < demand.workers_max:
+            reason = over.reason if count == asked.workers_max else _shortfall(
+                asked, count, self._nodes.for_user(demand.uid, now), now)
 
-        action: Grant | Refuse
-        actions: list[Action] = []
         if count < demand.workers_min:
-            action = Refuse(session=demand.session, request_id=demand.request_id,
-                            reason=reason, asked=demand.workers_min, available=count)
-        else:
-            leases = tuple(self._grant(demand, node, workers, now)
-                           for node, workers in chosen)
-            action = Grant(session=demand.session, request_id=demand.request_id,
-                           leases=leases, reason=reason)
-            if leases:
-                actions.append(Store(self._epoch))
-                if self._changed is not None:
-                    self._changed.answers.append(Answered(demand=demand, grant=action))
+            return self._refused(demand, reason, count, now)
+        leases = tuple(self._grant(demand, node, workers, now)
+                       for node, workers in chosen)
+        action = Grant(session=demand.session, request_id=demand.request_id,
+                       leases=leases, reason=reason)
         self._answers[key] = answer = _Answer(demand, action)
         if answer.live == 0:
             self._settled[key] = now
-        return [*actions, action]
+        if not leases:
+            return [action]
+        if self._changed is not None:
+            self._changed.answers.append(Answered(demand=demand, grant=action))
+        return [Store(self._epoch), action]
+
+    def _refused(self, demand: Demand, reason: str, available: int, now: float) -> list[Action]:
+        """No, and the same to whoever asks again under this number."""
+        action = Refuse(session=demand.session, request_id=demand.request_id,
+                        reason=reason, asked=demand.workers_min, available=available)
+        key = (demand.session, demand.request_id)
+        self._answers[key] = _Answer(demand, action)
+        self._settled[key] = now
+        return [action]
+
+    def _within_quota(self, demand: Demand) -> tuple[Demand | None, _Quota]:
+        """The demand for no more than its user may have, None if that is too little; and what to say of it."""
+        most = self._quota(demand.uid)
+        if most is None:
+            return demand, _NO_QUOTA
+        held = self.held.cores(demand.uid)
+        workers = max(0, most - held) // demand.cores_per_worker
+        if workers >= demand.workers_max:
+            return demand, _NO_QUOTA
+        wanted = demand.workers_min if workers < demand.workers_min else demand.workers_max
+        over = _Quota(
+            f"asked for {_count(wanted, 'worker')} with {'each ' if wanted != 1 else ''}"
+            f"{_count(demand.cores_per_worker, 'core')}, {workers} allowed: user {demand.uid} holds {held} cores and "
+            f"may hold {most} at a time; an administrator can raise that quota in the manager's policy file",
+            workers, never=demand.workers_min * demand.cores_per_worker > most)
+        if workers < demand.workers_min:
+            return None, over
+        return msgspec.structs.replace(demand, workers_max=workers), over
 
     def _grant(self, demand: Demand, node: Node, workers: list[tuple[int, ...]],
                now: float) -> Lease:
@@ -397,6 +453,7 @@ class LeaseBook:
         self._expect(entry)
         self._by_session.setdefault(demand.session, {})[lease.id] = None
         node.held.update(dict.fromkeys(lease.cores, lease.id))
+        self.held.change(lease.uid, len(lease.cores), now)
         node.memory_held += lease.memory_bytes
         self._nodes.changed(node)
         self._note(lease)
@@ -578,6 +635,7 @@ class LeaseBook:
             _, lease_id = heappop(self._deadlines)
             actions += self._stop(lease_id, (), Cause.EXPIRED, 0.0, now)
         self._forget(now - self._remember_s)
+        self.held.forget(now)
         return actions
 
     def _expect(self, entry: _Entry) -> None:
@@ -641,6 +699,7 @@ class LeaseBook:
             if worker.number in gone:
                 entry.stops.pop(worker.number, None)
                 node.memory_held -= lease.memory_per_worker
+                self.held.change(lease.uid, -len(worker.cores), now)
                 for core in worker.cores:
                     del node.held[core]
         self._nodes.changed(node)
@@ -665,6 +724,7 @@ class LeaseBook:
         lease = entry.lease
         node = self._nodes.known(lease.node)
         node.memory_held -= lease.memory_bytes
+        self.held.change(lease.uid, -len(lease.cores), now)
         for core in lease.cores:
             del node.held[core]
         self._nodes.changed(node)
@@ -712,6 +772,11 @@ def _older(items: Iterable[tuple[_K, _V]], when: Callable[[_V], float],
             takewhile(lambda item: when(item[1]) < before, items)]
 
 
+def _no_picker(spare: Sequence[int], workers_min: int, workers_max: int, cores_per_worker: int,
+               numa: Mapping[int, int]) -> list[tuple[int, ...]]:
+    raise NotImplementedError("the chooser picks cores, too")
+
+
 def _same(one: Demand, other: Demand) -> bool:
     return one == other or (one.waits != other.waits
                             and msgspec.structs.replace(one, waits=other.waits) == other)
@@ -731,6 +796,8 @@ def check_demand(demand: Demand) -> None:
                          "it can't be negative")
     if demand.duration_s is not None and not demand.duration_s > 0:
         raise ValueError(f"duration_s is {demand.duration_s}; it must be above 0")
+    if not 0 <= demand.least_s < math.inf:
+        raise ValueError(f"least_s is {demand.least_s}; it can't be negative")
 
 
 def _check_report(report: NodeReport) -> None:
@@ -764,7 +831,7 @@ def _refusal(demand: Demand, reason: str) -> Refuse:
                   reason=reason, asked=demand.workers_min, available=0)
 
 
-def _shortfall(demand: Demand, count: int, nodes: list[Node]) -> str:
+def _shortfall(demand: Demand, count: int, nodes: list[Node], now: float) -> str:
     """One line that says why `count` workers and not all."""
     asked = (demand.workers_min if count < demand.workers_min
              else demand.workers_max)
@@ -776,6 +843,13 @@ def _shortfall(demand: Demand, count: int, nodes: list[Node]) -> str:
             f"{count} available")
     if not nodes:
         return f"{text}: no node lends cores now"
+    if ending := [node for node in nodes if not node.serves(now, demand.least_s)]:
+        soon = (f"{_count(len(ending), 'node')} {'is' if len(ending) == 1 else 'are'} wanted back within "
+                f"{demand.least_s:g} s")
+        nodes = [node for node in nodes if node.serves(now, demand.least_s)]
+        if not nodes:
+            return f"{text}: {soon}"
+        text += f", {soon}"
     spare = sum(len(node.report.spare) for node in nodes if node.report)
     free = sum(len(node.free) for node in nodes)
     text += f": {free} of {_count(spare, 'spare core')} free"

@@ -7,18 +7,36 @@ many cores they have free. A node that may lend nothing now stands on none.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from heapq import heappop, heappush
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-from rfaas_mpi.leases.types import Demand, NodeReport, NodeView
+from rfaas_mpi.leases.types import Demand, NodeReport, NodeTraits, NodeView
 
-__all__ = ["Node", "Nodes", "Picker"]
+__all__ = ["Chooser", "Node", "Nodes", "Picker"]
 
 Picker: TypeAlias = Callable[
     [Sequence[int], int, int, int, Mapping[int, int]], list[tuple[int, ...]]]
 """Placement policy: (spare, workers_min, workers_max, cores_per_worker, numa) →
 the cores of each worker; `placement.pick_cores` is one."""
+
+
+class Chooser(Protocol):
+    """Who chooses nodes in a book's stead: told of each node that changes, asked for each demand.
+
+    `placement.Placer` is one. The book has the last word: a core that isn't free isn't granted.
+    """
+
+    def changed(self, node: str, free: tuple[int, ...], memory_bytes: int, *, held: Collection[int],
+                numa: Mapping[int, int] | None = None, hard_end: float | None = None,
+                lends_to_uid: int | None = None, closed: str = "") -> None:
+        """This is free there now, or nothing is, and `closed` says why; `numa` None: nothing new was reported."""
+
+    def tell(self, node: str, **facts: Any) -> None:
+        """What the agent knows of it, by the names of NodeTraits."""
+
+    def choose(self, demand: Demand, now: float) -> Mapping[str, list[tuple[int, ...]]]:
+        """Node → the cores of each worker there, fewer than `workers_max` where no more fit."""
 
 
 class Node:
@@ -32,7 +50,7 @@ class Node:
 
     __slots__ = ("clock_ns", "drained", "fence_ns", "foreign", "free", "held",
                  "incarnation", "memory_held", "name", "place", "received", "report",
-                 "silent")
+                 "silent", "told", "traits")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -48,6 +66,8 @@ class Node:
         self.foreign: frozenset[int] = frozenset()  # busy, but for no live lease
         self.free: tuple[int, ...] = ()             # would be granted, in this order
         self.place: tuple[int | None, int] | None = None  # the shelf it stands on
+        self.told: NodeReport | None = None         # the last of which a chooser knows
+        self.traits = NodeTraits()                  # likewise
 
     @property
     def memory_free(self) -> int:
@@ -74,10 +94,30 @@ class Node:
         """`within_s` from now on the agent's clock, or earlier: reports take time to come."""
         return self.clock_ns + int((now - self.received + within_s) * 1e9)
 
-    def serves(self, now: float) -> bool:
-        """True if leases granted now would have any time at all."""
+    @property
+    def closed(self) -> str:
+        """Why nothing is granted here, whatever is free; "" if that isn't so."""
+        if self.drained:
+            return "drained: nothing is lent there until it is undrained"
+        if self.report is None:
+            return "its agent has not reported"
+        if self.silent:
+            return "its agent is silent"
+        return "a grant that was given up could still begin there" if self.fence_ns else ""
+
+    def serves(self, now: float, least_s: float = 0.0) -> bool:
+        """True if leases granted now would have any time at all, and more than `least_s`."""
         report = self.report
-        return report is not None and (report.hard_end is None or report.hard_end > now)
+        return report is not None and (report.hard_end is None or report.hard_end > now + least_s)
+
+    def seats(self, cores_per_worker: int, *, whole: bool) -> int:
+        """How many workers fit if nothing is lent; `whole`: no two hardware threads of one core count."""
+        report = self.report
+        if report is None:
+            return 0
+        if whole and (physical := report.traits.physical):
+            return len({physical.get(core, core) for core in report.spare}) // cores_per_worker
+        return len(report.spare) // cores_per_worker
 
     def capacity(self, demand: Demand) -> int:
         """How many of the demand's workers fit, whatever their number."""
@@ -99,7 +139,8 @@ class Node:
 class Nodes:
     """Every node that the book knows, by name; call `changed` after touching one."""
 
-    def __init__(self) -> None:
+    def __init__(self, chooser: Chooser | None = None) -> None:
+        self.chooser = chooser
         self._all: dict[str, Node] = {}
         # For the only user that its nodes lend to (None: for all): free cores →
         # names in order, and those numbers of cores in order.
@@ -136,6 +177,8 @@ class Nodes:
                                if core not in held and core not in foreign])
             if node.free:
                 place = (report.lends_to_uid, len(node.free))
+        if self.chooser is not None:
+            self._tell(self.chooser, node)
         if place == node.place:
             return
         if node.place is not None:
@@ -157,6 +200,19 @@ class Nodes:
             insort(shelves[size], node.name)
         node.place = place
 
+    def _tell(self, chooser: Chooser, node: Node) -> None:
+        report, closed = node.report, node.closed
+        if report is None or report is node.told:
+            chooser.changed(node.name, node.free, node.memory_free, held=node.held, closed=closed)
+            return
+        chooser.changed(node.name, node.free, node.memory_free, held=node.held, numa=report.numa,
+                        hard_end=report.hard_end, lends_to_uid=report.lends_to_uid, closed=closed)
+        node.told = report
+        if report.traits != node.traits:
+            node.traits = report.traits
+            traits = {name: getattr(report.traits, name) for name in NodeTraits.__struct_fields__}
+            chooser.tell(node.name, **traits | {"busy": frozenset(report.traits.busy)})
+
     def for_user(self, uid: int, now: float) -> list[Node]:
         """All that this user's demands can be filled from, also where nothing is free."""
         return [node for node in self._all.values()
@@ -167,8 +223,10 @@ class Nodes:
                ) -> list[tuple[Node, list[tuple[int, ...]]]]:
         """As few nodes as possible; whatever one can take goes where least is left.
 
-        Fewer than `workers_max` workers where no more fit.
+        Fewer than `workers_max` workers where no more fit. With a chooser: as that one says.
         """
+        if self.chooser is not None:
+            return self._chosen(self.chooser, demand, now)
         chosen: list[tuple[Node, list[tuple[int, ...]]]] = []
         taken: set[str] = set()
         left = demand.workers_max
@@ -190,6 +248,28 @@ class Nodes:
                 left -= len(workers)
         return chosen
 
+    def _chosen(self, chooser: Chooser, demand: Demand, now: float) -> list[tuple[Node, list[tuple[int, ...]]]]:
+        # Who waits is tried again with each report: that must not look at every node.
+        if demand.waits and not self._may_fit(demand):
+            return []
+        chosen = []
+        for name, workers in chooser.choose(demand, now).items():
+            node = self._all[name]
+            if any(core in node.held for cores in workers for core in cores):
+                raise RuntimeError(f"who chooses nodes wants to lend a core of {name} that is lent: {workers}")
+            chosen.append((node, workers))
+        return chosen
+
+    def _may_fit(self, demand: Demand) -> bool:
+        """False if there are too few free cores for sure."""
+        missing = demand.workers_min
+        for user in (None, demand.uid):
+            for size in reversed(self._sizes.get(user, ())):
+                if missing <= 0 or size < demand.cores_per_worker:
+                    break
+                missing -= size // demand.cores_per_worker * len(self._shelves[user][size])
+        return missing <= 0
+
     def _tightest(self, demand: Demand, workers: int, now: float, taken: set[str]) -> Node | None:
         """The node with the fewest free cores that has room for all of these workers."""
         found: Node | None = None
@@ -199,7 +279,7 @@ class Nodes:
                 size = sizes[position]
                 if found is not None and size > len(found.free):
                     break
-                node = next((node for node in self._on(user, size, now)
+                node = next((node for node in self._on(user, size, now + demand.least_s)
                              if node.name not in taken and node.capacity(demand) >= workers), None)
                 if node is not None:
                     if found is None or (size, node.name) < (len(found.free), found.name):
@@ -217,7 +297,7 @@ class Nodes:
             # By memory, one from a shelf before may have no more room than these.
             while waiting and -waiting[0][0] > most:
                 yield heappop(waiting)[2]
-            for node in self._on(user, size, now):
+            for node in self._on(user, size, now + demand.least_s):
                 if (room := node.capacity(demand)) > 0:
                     heappush(waiting, (-room, node.name, node))
         while waiting:

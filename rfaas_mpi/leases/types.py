@@ -13,11 +13,13 @@ from typing import TypeAlias
 
 import msgspec
 
+from rfaas_mpi.messages import RankAt
+
 __all__ = [
     "Action", "Activated", "Admit", "AgentStarted", "Answered", "Cause", "Changes",
     "Demand", "Event", "Grant", "GrantedWorker", "Kept", "Lease", "LeaseState",
-    "LiveLease", "NodeDrained", "NodeLost", "NodeReport", "NodeSilent", "NodeUndrained",
-    "NodeView", "Notify", "Refuse", "Release", "Revoke", "SessionEnded", "StopWorkers",
+    "LiveLease", "NodeDrained", "NodeLost", "NodeReport", "NodeSilent", "NodeTraits",
+    "NodeUndrained", "NodeView", "Notify", "RankAt", "Refuse", "Release", "Revoke", "SessionEnded", "StopWorkers",
     "Store", "Superseded", "Tick", "WorkersStopped",
 ]
 
@@ -124,13 +126,37 @@ class LiveLease(msgspec.Struct, frozen=True, gc=False):
     workers: tuple[GrantedWorker, ...]
 
 
+class NodeTraits(msgspec.Struct, frozen=True):
+    """What else an agent knows of its node, for who chooses nodes: the book only hands it on.
+
+    What is left out counts neither for nor against the node. `physical` and
+    `numa` count like the kernel; `busy` are cores on which owners' work runs.
+    """
+
+    host: str = ""
+    since: float | None = None               # begin of its idle window
+    classes: dict[int, str] = {}             # core → whose it is, in the detector's words
+    physical: dict[int, int] = {}            # core → physical core; a missing one is its own
+    busy: tuple[int, ...] = ()
+    cpu_type: str = ""
+    partition: str = ""
+    switches: tuple[str, ...] = ()           # from its leaf switch up
+    nic_numa: int | None = None              # the NUMA node that its network card is on
+    network_load: float = 0.0                # share of its link that is in use, 0 … 1
+    memory_pressure: dict[int, float] | None = None  # NUMA node → share of its bandwidth in use
+    speed: float = 1.0                       # a kernel takes 1/speed of its time elsewhere
+
+
 # --- events -----------------------------------------------------------------
 
 class Demand(msgspec.Struct, frozen=True, tag=True, gc=False):
     """A session asks for workers; answered by exactly one Grant or Refuse.
 
     `(session, request_id)` names the demand: the same one again gets the same
-    answer. `duration_s` bounds the leases' life, None leaves it to the node.
+    answer. `duration_s` bounds the leases' life, None leaves it to the node; a
+    node that is known to be wanted back within `least_s` isn't taken.
+    `place` says where its ranks run, `bytes_per_s` what a worker exchanges with
+    one: both only count where who chooses nodes looks at them.
     `memory_per_worker` None is a fair share of what the node lends, by cores.
     With `waits` a demand that can't be met has no answer yet (and none is kept):
     hand it in again when something may have become free.
@@ -145,6 +171,9 @@ class Demand(msgspec.Struct, frozen=True, tag=True, gc=False):
     memory_per_worker: int | None = 0
     duration_s: float | None = None
     waits: bool = False
+    least_s: float = 0.0
+    place: RankAt | None = None
+    bytes_per_s: float | None = None
 
 
 class AgentStarted(msgspec.Struct, frozen=True, tag=True):
@@ -185,6 +214,7 @@ class NodeReport(msgspec.Struct, frozen=True, tag=True):
     incarnation: int = 0
     clock_ns: int = 0
     live: tuple[LiveLease, ...] | None = None
+    traits: NodeTraits = NodeTraits()
 
 
 class Activated(msgspec.Struct, frozen=True, tag=True, gc=False):

@@ -69,7 +69,8 @@ class Manager:
     A demand that can't be met waits for its time-out; those that wait are
     served, in the order in which they came, by the next report: the shell makes
     one when something may have become free. One that could not be met if every
-    core were free holds nobody up. Actions are to be done in order.
+    core were free holds nobody up, nor does one whose user has to give cores back
+    first, by his quota. Actions are to be done in order.
 
     A request may come twice: while it waits the second one is ignored, and later
     it gets the same answer.
@@ -84,6 +85,12 @@ class Manager:
     def waiting(self) -> int:
         """Demands that wait for cores."""
         return len(self._waiting)
+
+    @property
+    def waiting_cores(self) -> int:
+        """How many those want at least."""
+        return sum(waiting.request.workers_min * waiting.request.cores_per_worker
+                   for waiting in self._waiting.values())
 
     def report(self, report: NodeReport, now: float) -> list[Action]:
         """The node's spare cores are these now."""
@@ -178,8 +185,11 @@ class Manager:
     # ---- inside ----------------------------------------------------------------------------------
 
     def _can_be_met(self, waiting: _Waiting, now: float) -> bool:
-        """True if there are cores enough, lent ones included."""
+        """True if there are cores enough, lent ones included, and all that its user waits for are others' to return."""
         request = waiting.request
+        left = self.book.quota_left(waiting.uid)
+        if left is not None and left < request.workers_min * request.cores_per_worker:
+            return False
         return self.book.room(waiting.uid, request.cores_per_worker, now) >= request.workers_min
 
     def _demand(self, waiting: _Waiting, *, waits: bool) -> Demand:
@@ -187,7 +197,8 @@ class Manager:
         return Demand(session=waiting.session, request_id=request.id, uid=waiting.uid,
                       workers_min=request.workers_min, workers_max=request.workers_max,
                       cores_per_worker=request.cores_per_worker, memory_per_worker=request.memory_per_worker,
-                      waits=waits)
+                      duration_s=request.duration_s, waits=waits, least_s=request.least_s, place=request.place,
+                      bytes_per_s=request.bytes_per_s)
 
     def _try(self, waiting: _Waiting, now: float) -> list[Action]:
         """The answer to a demand, [] if it has to wait; never that once its time is over."""

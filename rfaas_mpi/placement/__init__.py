@@ -12,11 +12,11 @@ from rfaas_mpi.placement.facts import (
     Verdict,
 )
 from rfaas_mpi.placement.pick import pick_cores
-from rfaas_mpi.placement.placer import Asked, Cohorts, Placer
+from rfaas_mpi.placement.placer import Asked, AskedFrom, Cohorts, Placer
 from rfaas_mpi.placement.policies import POLICIES, Policy, explain, fill, place
 from rfaas_mpi.placement.score import Settings
 from rfaas_mpi.placement.survival import Learned, LogNormals, Survival, Window
 
-__all__ = ["POLICIES", "Asked", "ClusterView", "Cohorts", "Learned", "LogNormals", "Needs", "NodeFacts", "Placed",
+__all__ = ["POLICIES", "Asked", "AskedFrom", "ClusterView", "Cohorts", "Learned", "LogNormals", "Needs", "NodeFacts", "Placed",
            "Placement", "Placer", "Policy", "RankPlace", "Refusal", "Settings", "Survival", "Terms", "Verdict",
            "Window", "explain", "fill", "pick_cores", "place"]

@@ -10,7 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import repeat
 from typing import Literal, TypeAlias
+
+from rfaas_mpi.placement.survival import Survival
 
 __all__ = ["ClusterView", "CoreClass", "Needs", "NodeFacts", "Placed", "Placement", "RankPlace", "Refusal", "Terms",
            "Verdict"]
@@ -37,9 +40,11 @@ class NodeFacts:
     physical: Mapping[int, int] = field(default_factory=dict)   # core → physical core; a missing one is its own
     classes: Mapping[int, str] = field(default_factory=dict)    # core → CoreClass; a missing one is "free"
     cpu_type: str = ""
+    host: str = ""                             # the machine that it is; "": its name says so
     partition: str = ""
     lends_to_uid: int | None = None            # the only user it lends to; None: to all
     draining: str = ""                         # why nothing new may start there; "": it isn't draining
+    closed: str = ""                           # why else it lends nothing, in words; "": it does
     heard_at: float | None = None              # when its agent last reported
     since: float | None = None                 # begin of its idle window; None: as if it began now
     hard_end: float | None = None              # known end of its idle window
@@ -59,6 +64,33 @@ class NodeFacts:
         if twice := self.lent.intersection(self.spare):
             raise ValueError(f"node {self.node}: core {min(twice)} is said to be both spare and lent")
 
+    def lending(self, spare: tuple[int, ...], lent: frozenset[int], memory_bytes: int) -> NodeFacts:
+        """The same node with other ones of its cores lent, for much less than a new one; unchecked."""
+        other = object.__new__(NodeFacts)
+        facts = other.__dict__
+        facts.update(self.__dict__)
+        facts["spare"], facts["lent"], facts["memory_bytes"] = spare, lent, memory_bytes
+        # What follows from those three; the rest of what is kept still holds.
+        for stale in ("domain_busy", "domain_load", "domain_free", "unshared", "_usable"):
+            facts.pop(stale, None)
+        return other
+
+    def ends_within(self, survival: Survival, at: float, for_s: float) -> float:
+        """The probability that its window ends within so long from then; the last one that was asked for is kept."""
+        asked = (at, for_s, self.cohort_size)
+        known = self.__dict__.get("_risk")
+        if known is not None and known[0] is survival and known[1] == asked:
+            return known[2]
+        age = at - self.since if self.since is not None else 0.0
+        risk = survival.ends_within(age, for_s, self.cohort_size)
+        self.__dict__["_risk"] = (survival, asked, risk)
+        return risk
+
+    @property
+    def home(self) -> str:
+        """The machine that it is."""
+        return self.host or self.node
+
     @cached_property
     def domain_size(self) -> Mapping[int, int]:
         """NUMA node → how many of its cores are known."""
@@ -70,11 +102,18 @@ class NodeFacts:
     @cached_property
     def domain_busy(self) -> Mapping[int, int]:
         """NUMA node → on how many of its cores something runs."""
-        counts: dict[int, int] = {}
-        for core in self.busy | self.lent:
-            domain = self.numa.get(core, 0)
-            counts[domain] = counts.get(domain, 0) + 1
-        return counts
+        return Counter(map(self.numa.get, self.busy | self.lent if self.busy else self.lent, repeat(0)))
+
+    @cached_property
+    def domain_load(self) -> Mapping[int, tuple[int, float]]:
+        """NUMA node → how many cores it has, and the share of them on which something runs."""
+        busy = self.domain_busy
+        return {domain: (size, busy.get(domain, 0) / size) for domain, size in self.domain_size.items()}
+
+    @cached_property
+    def domain_free(self) -> Mapping[int, int]:
+        """NUMA node → how many of its cores are spare."""
+        return Counter(map(self.numa.get, self.spare, repeat(0)))
 
     @cached_property
     def unshared(self) -> tuple[int, ...]:
@@ -100,6 +139,18 @@ class NodeFacts:
     def _usable(self) -> dict[tuple[bool, frozenset[str] | None], Mapping[int, tuple[int, ...]]]:
         return {}
 
+    def count_usable(self, whole_cores: bool, classes: frozenset[str] | None) -> int:
+        """How many cores `usable` has."""
+        if classes is None and not self.physical:
+            return len(self.spare)
+        return sum(map(len, self.usable(whole_cores, classes).values()))
+
+    def free_by_domain(self, whole_cores: bool, classes: frozenset[str] | None) -> Mapping[int, int]:
+        """NUMA node → how many cores `usable` has there."""
+        if classes is None and not self.physical:
+            return self.domain_free
+        return {domain: len(cores) for domain, cores in self.usable(whole_cores, classes).items()}
+
     def _find_usable(self, whole_cores: bool, classes: frozenset[str] | None) -> Mapping[int, tuple[int, ...]]:
         first: list[int] = []
         second: list[int] = []
@@ -117,8 +168,11 @@ class NodeFacts:
             # An owner may come back to an idle core at any time: those are the last resort, also within a NUMA node.
             chosen.sort(key=lambda core: self.classes.get(core) == "idle")
         domains: dict[int, list[int]] = {}
-        for core in chosen:
-            domains.setdefault(self.numa.get(core, 0), []).append(core)
+        for core, domain in zip(chosen, map(self.numa.get, chosen, repeat(0)), strict=True):
+            if domain in domains:
+                domains[domain].append(core)
+            else:
+                domains[domain] = [core]
         return {domain: tuple(cores) for domain, cores in domains.items()}
 
 
@@ -129,6 +183,7 @@ class RankPlace:
     node: str
     count: int = 1
     numa: int | None = None                    # the NUMA node that they are bound to
+    switches: tuple[str, ...] = ()             # above it, leaf first, for a node that isn't in the view
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +232,7 @@ class ClusterView:
     nodes: Mapping[str, NodeFacts]
     names: tuple[str, ...]                     # of all nodes, in order
     by_switch: Mapping[str, tuple[str, ...]]   # leaf switch → names of its nodes
+    by_host: Mapping[str, tuple[str, ...]]     # machine → names of its nodes, where those are others
     paths: Mapping[str, tuple[str, ...]]       # switches above nodes that lend nothing; ranks run there, say
     waiting_cores: int = 0                     # wanted by demands that wait
 
@@ -191,11 +247,14 @@ class ClusterView:
             by_name[facts.node] = facts
         names = tuple(sorted(by_name))
         by_switch: dict[str, list[str]] = {}
+        by_host: dict[str, list[str]] = {}
         for name in names:
             if switches := by_name[name].switches:
                 by_switch.setdefault(switches[0], []).append(name)
-        return cls(by_name, names, {switch: tuple(below) for switch, below in by_switch.items()}, paths or {},
-                   waiting_cores)
+            if (host := by_name[name].home) != name:
+                by_host.setdefault(host, []).append(name)
+        return cls(by_name, names, {switch: tuple(below) for switch, below in by_switch.items()},
+                   {host: tuple(there) for host, there in by_host.items()}, paths or {}, waiting_cores)
 
     def with_node(self, facts: NodeFacts) -> ClusterView:
         """The view with newer facts of one of its nodes, for much less than a new view.
@@ -203,7 +262,7 @@ class ClusterView:
         ValueError for a node that isn't in it, or has moved to another switch.
         """
         known = self.nodes.get(facts.node)
-        if known is None or known.switches != facts.switches:
+        if known is None or (known.switches, known.host) != (facts.switches, facts.host):
             raise ValueError(f"node {facts.node} is new here or has moved; make a new view with ClusterView.of")
         return replace(self, nodes={**self.nodes, facts.node: facts})
 

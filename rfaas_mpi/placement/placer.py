@@ -6,18 +6,32 @@ agents' reports by `tell`. Deterministic: the same calls give the same answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
 from rfaas_mpi.placement.facts import ClusterView, Needs, NodeFacts, RankPlace, Verdict
-from rfaas_mpi.placement.policies import POLICIES, explain, fill
+from rfaas_mpi.placement.policies import POLICIES, Search, explain, seats
 from rfaas_mpi.placement.score import Settings
 
-__all__ = ["Asked", "Cohorts", "Placer"]
+__all__ = ["Asked", "AskedFrom", "Cohorts", "Placer"]
 
 _TOLD = frozenset(NodeFacts.__dataclass_fields__) - {"node", "spare", "lent", "memory_bytes", "numa", "hard_end",
-                                                     "lends_to_uid", "cohort", "cohort_size"}
+                                                     "lends_to_uid", "closed", "cohort", "cohort_size"}
+
+
+class AskedFrom(Protocol):
+    """Where ranks of a demand run, as the lease book has it."""
+
+    @property
+    def node(self) -> str: ...
+    @property
+    def numa(self) -> int | None: ...
+    @property
+    def switches(self) -> tuple[str, ...]: ...
+    @property
+    def ranks(self) -> int: ...
 
 
 class Asked(Protocol):
@@ -39,6 +53,12 @@ class Asked(Protocol):
     def memory_per_worker(self) -> int | None: ...
     @property
     def duration_s(self) -> float | None: ...
+    @property
+    def least_s(self) -> float: ...
+    @property
+    def place(self) -> AskedFrom | None: ...
+    @property
+    def bytes_per_s(self) -> float | None: ...
 
 
 class Cohorts:
@@ -80,6 +100,8 @@ class Cohorts:
 
     def news(self) -> dict[str, tuple[str, int]]:
         """Node → name and size of its cohort ("" and 1: none), for those of which they may have changed."""
+        if not self._changed:
+            return {}
         changed, self._changed = self._changed, set()
         return {node: (cohort.name, cohort.size) if (cohort := self._of.get(node)) is not None else ("", 1)
                 for node in sorted(changed)}
@@ -101,8 +123,9 @@ class _Cohort:
 
 
 class Placer:
-    """Placement for one lease book; without `tell` and `ranks` it knows nothing that the book doesn't.
+    """Placement for one lease book; without `tell` it knows nothing that the book doesn't.
 
+    `debt_s` says how far a user is ahead of his share (fairness.debt_s); it is asked only while demands wait.
     ValueError for a policy that isn't one of POLICIES.
     """
 
@@ -114,7 +137,9 @@ class Placer:
         self.seed = seed
         self.paths: dict[str, tuple[str, ...]] = {}    # switches above nodes that lend nothing
         self.waiting_cores = 0                 # wanted by demands that wait, for the fairness term
+        self.debt_s: Callable[[int], float] | None = None
         self._nodes: dict[str, NodeFacts] = {}
+        self._likely: list[str] = []           # those with something free, in order
         self._told: dict[str, dict[str, Any]] = {}
         self._cohorts = Cohorts()
         self._view: ClusterView | None = ClusterView.of(())
@@ -123,17 +148,28 @@ class Placer:
 
     def changed(self, node: str, free: tuple[int, ...], memory_bytes: int, *, held: Iterable[int] = (),
                 numa: Mapping[int, int] | None = None, hard_end: float | None = None,
-                lends_to_uid: int | None = None) -> None:
-        """This is free on the node now, and this is held by leases. A node that may lend nothing has nothing free."""
+                lends_to_uid: int | None = None, closed: str = "") -> None:
+        """This is free on the node now, and this is held by leases.
+
+        A node that may lend nothing has nothing free, and `closed` says why. `numa` None: nothing was reported, what
+        is lent has changed; NUMA nodes, end and user are those that were said before.
+        """
         known = self._nodes.get(node)
         held = frozenset(held)
         if known is None:
             facts = NodeFacts(node=node, spare=free, memory_bytes=memory_bytes, lent=held, numa=numa or {},
-                              hard_end=hard_end, lends_to_uid=lends_to_uid, **self._told.get(node, {}))
+                              hard_end=hard_end, lends_to_uid=lends_to_uid, closed=closed, **self._told.get(node, {}))
             self._cohorts.window(node, facts.partition, facts.since)
+        elif numa is None and closed == known.closed:
+            facts = known.lending(free, held, memory_bytes)
         else:
-            facts = replace(known, spare=free, memory_bytes=memory_bytes, lent=held,
-                            numa=known.numa if numa is None else numa, hard_end=hard_end, lends_to_uid=lends_to_uid)
+            said: dict[str, Any] = {"closed": closed}
+            if numa is not None:
+                said |= {"numa": numa, "hard_end": hard_end, "lends_to_uid": lends_to_uid}
+            if ((free, held, memory_bytes) == (known.spare, known.lent, known.memory_bytes)
+                    and all(getattr(known, name) == value for name, value in said.items())):
+                return
+            facts = replace(known, spare=free, lent=held, memory_bytes=memory_bytes, **said)
         self._put(facts)
 
     def tell(self, node: str, **facts: Any) -> None:
@@ -145,7 +181,8 @@ class Placer:
             raise ValueError(f"{min(unknown)} can't be told of a node; what can is {', '.join(sorted(_TOLD))}")
         told = self._told.setdefault(node, {})
         told.update(facts)
-        if (known := self._nodes.get(node)) is not None:
+        known = self._nodes.get(node)
+        if known is not None and any(getattr(known, name) != value for name, value in facts.items()):
             facts_now = replace(known, **facts)
             self._put(facts_now)
             self._cohorts.window(node, facts_now.partition, facts_now.since)
@@ -153,7 +190,9 @@ class Placer:
     def gone(self, node: str) -> None:
         """The node isn't there any more, and what was told of it no longer holds."""
         self._told.pop(node, None)
-        if self._nodes.pop(node, None) is not None:
+        if (known := self._nodes.pop(node, None)) is not None:
+            if known.spare:
+                del self._likely[bisect_left(self._likely, node)]
             self._cohorts.window(node, "", None)
             self._view = None
 
@@ -166,11 +205,9 @@ class Placer:
 
         `more`: further fields of Needs.
         """
-        found: dict[str, list[tuple[int, ...]]] = {}
-        for worker in fill(self.needs(demand, ranks, **more), self.view(), self.policy, now=now,
-                           seed=hash((self.seed, demand.session, demand.request_id)), settings=self.settings):
-            found.setdefault(worker.node, []).append(worker.cores)
-        return found
+        search = Search(self.needs(demand, ranks, **more), self.view(), self.settings, now,
+                        hash((self.seed, demand.session, demand.request_id)), self._likely)
+        return seats(search, self.policy)
 
     def explain(self, demand: Asked, now: float, *, ranks: tuple[RankPlace, ...] = (),
                 **more: Any) -> tuple[Verdict, ...]:
@@ -178,30 +215,44 @@ class Placer:
         return explain(self.needs(demand, ranks, **more), self.view(), now=now, settings=self.settings)
 
     def needs(self, demand: Asked, ranks: tuple[RankPlace, ...] = (), **more: Any) -> Needs:
-        """The demand as placement has it."""
+        """The demand as placement has it; its place and what it exchanges are the demand's if nothing else is said."""
+        place = demand.place
+        if not ranks and place is not None:
+            ranks = (RankPlace(place.node, place.ranks, place.numa, place.switches),)
+        if ranks and "bytes_per_s" not in more and "transfer_bytes" not in more:
+            more["bytes_per_s"] = (self.settings.assumed_bytes_per_s if demand.bytes_per_s is None
+                                   else demand.bytes_per_s)
+        if self.waiting_cores > 0 and self.debt_s is not None and "debt_s" not in more:
+            more["debt_s"] = self.debt_s(demand.uid)
         return Needs(workers_min=demand.workers_min, workers_max=demand.workers_max,
                      cores_per_worker=demand.cores_per_worker, memory_per_worker=demand.memory_per_worker or 0,
-                     uid=demand.uid, duration_s=demand.duration_s, ranks=ranks, **more)
+                     uid=demand.uid, duration_s=demand.duration_s, least_s=demand.least_s, ranks=ranks, **more)
 
     def view(self) -> ClusterView:
-        """All nodes as they are known now."""
+        """All nodes as they are known now; good until the next change."""
         for name, (cohort, size) in self._cohorts.news().items():
             facts = self._nodes.get(name)
             if facts is not None and (facts.cohort, facts.cohort_size) != (cohort, size):
                 self._nodes[name] = replace(facts, cohort=cohort, cohort_size=size)
-                self._view = None
-        if self._view is None:
-            self._view = ClusterView.of(self._nodes.values())
-        if (self._view.waiting_cores, self._view.paths) != (self.waiting_cores, self.paths):
-            self._view = replace(self._view, waiting_cores=self.waiting_cores, paths=dict(self.paths))
-        return self._view
+        view = self._view
+        if view is None:
+            # A copy of all nodes for each change of one would cost more than all the rest of a decision.
+            view = self._view = replace(ClusterView.of(self._nodes.values()), nodes=self._nodes, paths=self.paths)
+        if self.waiting_cores or view.waiting_cores:
+            # Not the same one: it keeps how many cores were free.
+            view = self._view = replace(view, waiting_cores=self.waiting_cores)
+        return view
 
     # ---- inside ----------------------------------------------------------------------------------
 
     def _put(self, facts: NodeFacts) -> None:
-        before = self._nodes.get(facts.node)
-        self._nodes[facts.node] = facts
-        if before is None or before.switches != facts.switches:
+        node = facts.node
+        before = self._nodes.get(node)
+        self._nodes[node] = facts
+        if before is None or (before.switches, before.host) != (facts.switches, facts.host):
             self._view = None
-        elif self._view is not None:
-            self._view = self._view.with_node(facts)
+        if facts.spare:
+            if before is None or not before.spare:
+                insort(self._likely, node)
+        elif before is not None and before.spare:
+            del self._likely[bisect_left(self._likely, node)]

@@ -7,63 +7,98 @@ nothing more to offer.
 from __future__ import annotations
 
 import heapq
-import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from rfaas_mpi.placement.facts import ClusterView, Needs, Placed, Placement, Refusal, Verdict
-from rfaas_mpi.placement.score import Room, Scorer, Settings, refusals
+from rfaas_mpi.placement.score import Room, Scorer, Settings, fits, refusals
 
-__all__ = ["POLICIES", "Policy", "Search", "explain", "fill", "least_cost", "place"]
+__all__ = ["POLICIES", "Chance", "Policy", "Search", "explain", "fill", "least_cost", "place", "seats"]
 
 # So many draws of a node may meet none that has room before all of them are looked at.
 _DRAWS = 8
 
 
-class Search:
-    """What a policy sees: the rooms of the nodes that can have a worker, and a source of chance."""
+class Chance:
+    """Numbers by chance, from a seed: a generator that is made in less time than one decision takes.
 
-    def __init__(self, needs: Needs, view: ClusterView, settings: Settings, now: float, seed: int) -> None:
+    PCG's: a congruential generator modulo 2^64, its upper half mixed (O'Neill, PCG: A Family of Simple Fast
+    Space-Efficient Statistically Good Algorithms for Random Number Generation, 2014).
+    """
+
+    __slots__ = ("_state",)
+
+    def __init__(self, seed: int) -> None:
+        self._state = (seed * 0x9E3779B97F4A7C15 + 0xDA3E39CB94B95BDB) & _64
+        self.below(2)
+
+    def below(self, limit: int) -> int:
+        """A number from 0 to limit - 1."""
+        state = self._state
+        self._state = (state * 6364136223846793005 + 1442695040888963407) & _64
+        mixed = ((state >> 18) ^ state) >> 27 & 0xFFFFFFFF
+        turn = state >> 59
+        return ((mixed >> turn | mixed << (32 - turn)) & 0xFFFFFFFF) * limit >> 32
+
+    def shuffled(self, names: Sequence[str]) -> Iterator[str]:
+        """All of them in an order of chance, each drawn when it is asked for."""
+        moved: dict[int, str] = {}
+        last = len(names)
+        for position in range(last):
+            other = position + self.below(last - position)
+            name = moved.get(other, names[other])
+            if other != position:
+                moved[other] = moved.get(position, names[position])
+            yield name
+
+
+_64 = (1 << 64) - 1
+_UNKNOWN: Any = object()
+
+
+class Search:
+    """What a policy sees: the rooms of the nodes that can have a worker, and a source of chance.
+
+    `likely` are names, in order, of nodes among which all are that can have one; None: any may be.
+    """
+
+    def __init__(self, needs: Needs, view: ClusterView, settings: Settings, now: float, seed: int,
+                 likely: Sequence[str] | None = None) -> None:
         self.needs = needs
         self.view = view
         self.settings = settings
         self.now = now
-        self.chance = random.Random(seed)
+        self.chance = Chance(seed)
         self.scorer = Scorer(needs, view, settings, now)
+        self.likely = view.names if likely is None else likely
         self._rooms: dict[str, Room | None] = {}
 
     def room(self, name: str) -> Room | None:
         """The node's room; None if it is refused, or full."""
-        if name in self._rooms:
-            room = self._rooms[name]
-        else:
+        room = self._rooms.get(name, _UNKNOWN)
+        if room is _UNKNOWN:
             facts = self.view.nodes[name]
-            refused = next(refusals(facts, self.needs, self.settings, self.now), None)
-            room = self._rooms[name] = None if refused is not None else Room(facts, self.scorer)
+            most = fits(facts, self.needs, self.settings, self.now)
+            room = self._rooms[name] = Room(facts, self.scorer, most) if most > 0 else None
         return room if room is not None and room.left > 0 else None
 
     def rooms(self) -> Iterator[Room]:
         """All rooms, in order of the nodes' names; the nodes are looked at as they are asked for."""
-        for name in self.view.names:
+        for name in self.likely:
             if (room := self.room(name)) is not None:
                 yield room
 
     def shuffled(self) -> Iterator[Room]:
         """All rooms in an order of chance, as they are asked for."""
-        names = self.view.names
-        moved: dict[int, str] = {}
-        for position in range(len(names)):
-            other = self.chance.randrange(position, len(names))
-            name = moved.get(other, names[other])
-            moved[other] = moved.get(position, names[position])
+        for name in self.chance.shuffled(self.likely):
             if (room := self.room(name)) is not None:
                 yield room
 
     def draw(self) -> Room | None:
         """A room by chance; None after some draws without one."""
-        for _ in range(_DRAWS if self.view.names else 0):
-            name = self.view.names[int(self.chance.random() * len(self.view.names))]
+        for _ in range(_DRAWS if self.likely else 0):
+            name = self.likely[self.chance.below(len(self.likely))]
             if (room := self.room(name)) is not None:
                 return room
         return None
@@ -107,22 +142,22 @@ def two_choices(search: Search) -> Iterator[Room]:
             rest = [room for room in (search.rooms() if rest is None else rest) if room.left > 0]
             if not rest:
                 return
-            one, other = search.chance.choice(rest), search.chance.choice(rest)
+            one, other = (rest[search.chance.below(len(rest))] for _ in range(2))
         yield min((one, other), key=lambda room: (room.total_s(), room.key))
 
 
 def least_cost(search: Search) -> Iterator[Room]:
     """Each worker where it costs least, given those before it; the default.
 
-    In a cluster beyond `exact_to` nodes that is the least of `sample` rooms (those of the ranks' own nodes and leaf
+    Beyond `exact_to` nodes that may have room that is the least of `sample` rooms (those of the ranks' own nodes and leaf
     switches first, the others by chance) as long as they have one left, then of all. Above `workers_min` it ends where
     a worker would lose more time than it has.
     """
     needs, scorer = search.needs, search.scorer
-    rooms = search.rooms() if len(search.view.names) <= search.settings.exact_to else _sample(search)
+    rooms = search.rooms() if len(search.likely) <= search.settings.exact_to else _sample(search)
     for some in (rooms, search.rooms()):
-        for room in _cheapest(some, lambda room: (room.total_s(),), falls=needs.gang):
-            if scorer.placed >= needs.workers_min and room.cost().lost_s >= scorer.duration_s:
+        for room in _cheapest(some, Room.total_s, falls=needs.gang):
+            if scorer.placed >= needs.workers_min and room.lost_s() >= scorer.duration_s:
                 break
             yield room
 
@@ -138,22 +173,24 @@ def _filled(rooms: Iterable[Room]) -> Iterator[Room]:
             yield room
 
 
-def _cheapest(rooms: Iterable[Room], cost: Callable[[Room], tuple], falls: bool = False) -> Iterator[Room]:
+def _cheapest(rooms: Iterable[Room], cost: Callable[[Room], Any], falls: bool = False) -> Iterator[Room]:
     """The cheapest room each time. Costs only rise while workers are placed, so that an old one is a bound.
 
     `falls`: they may fall where a node gets its first worker; the room on top may fall in any case, and stays there.
     """
     heap = [(cost(room), room.key, room) for room in rooms]
     heapq.heapify(heap)
+    changed = False                            # anything was placed since all of them were found
     while heap:
         old, key, room = heap[0]
         if room.left < 1:
             heapq.heappop(heap)
-        elif (fresh := cost(room)) > old:
+        elif changed and (fresh := cost(room)) > old:
             heapq.heapreplace(heap, (fresh, key, room))
         else:
             first = room.here == 0
             yield room
+            changed = True
             if falls and first:
                 heap = [(cost(room), room.key, room) for _, _, room in heap if room.left > 0]
                 heapq.heapify(heap)
@@ -161,26 +198,34 @@ def _cheapest(rooms: Iterable[Room], cost: Callable[[Room], tuple], falls: bool 
 
 def _sample(search: Search) -> Iterator[Room]:
     """Distinct rooms: half of them near the ranks, if there are so many, the others by chance."""
-    view, most = search.view, search.settings.sample
+    most, missing = search.settings.sample, search.needs.workers_max
     seen: set[str] = set()
-    homes = [rank.node for rank in search.needs.ranks]
-    switches = dict.fromkeys(path[0] for home in homes if (path := view.path(home)))
-    near = [home for home in homes if home in view.nodes]
-    for switch in switches:
-        below = view.by_switch.get(switch, ())
-        near += below if len(below) <= most else search.chance.sample(below, most)
-    for name in near:
+    for name in _near(search) if search.needs.ranks else ():
         if len(seen) >= most // 2:
             break
         if name not in seen and (room := search.room(name)) is not None:
             seen.add(name)
+            missing -= room.left
             yield room
     for room in search.shuffled():
-        if len(seen) >= most:
+        # All of them are looked at only if they have no room for the demand.
+        if len(seen) >= most and missing <= 0:
             break
         if room.key not in seen:
             seen.add(room.key)
+            missing -= room.left
             yield room
+
+
+def _near(search: Search) -> Iterator[str]:
+    """Nodes of the ranks, then nodes below their leaf switches in an order of chance."""
+    view, ranks = search.view, search.needs.ranks
+    for rank in ranks:
+        if rank.node in view.nodes:
+            yield rank.node
+        yield from view.by_host.get(rank.node, ())
+    for switch in dict.fromkeys(path[0] for rank in ranks if (path := view.path(rank.node) or rank.switches)):
+        yield from search.chance.shuffled(view.by_switch.get(switch, ()))
 
 
 # --- the answer ---------------------------------------------------------------
@@ -192,6 +237,25 @@ def fill(needs: Needs, view: ClusterView, policy: str | Policy = "default", *, n
     ValueError for a policy that isn't one of POLICIES.
     """
     return _fill(Search(needs, view, settings, now, seed), policy)
+
+
+def seats(search: Search, policy: str | Policy = "default") -> dict[str, list[tuple[int, ...]]]:
+    """Node → the cores of each worker there: `fill` without what they cost, for who decides thousands of times.
+
+    ValueError for a policy that isn't one of POLICIES.
+    """
+    found: dict[str, list[tuple[int, ...]]] = {}
+    left = search.needs.workers_max
+    for room in _policy(policy)(search) if left > 0 else ():
+        cores = room.seat()
+        if room.key in found:
+            found[room.key].append(cores)
+        else:
+            found[room.key] = [cores]
+        left -= 1
+        if left == 0:
+            break
+    return found
 
 
 def _fill(search: Search, policy: str | Policy) -> list[Placed]:
@@ -230,7 +294,7 @@ def explain(needs: Needs, view: ClusterView, *, now: float, settings: Settings =
         if refused := tuple(refusals(facts, needs, settings, now)):
             verdicts.append(Verdict(name, refused))
         else:
-            room = Room(facts, scorer)
+            room = Room(facts, scorer, fits(facts, needs, settings, now))
             verdicts.append(Verdict(name, workers=room.left, terms=room.cost()))
     return tuple(verdicts)
 

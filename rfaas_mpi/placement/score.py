@@ -9,13 +9,14 @@ where a node, or another of its cohort, gets the first worker.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rfaas_mpi.placement.facts import ClusterView, Needs, NodeFacts, Placed, Terms
 from rfaas_mpi.placement.survival import PROMETHEUS_FIB, Survival
 
-__all__ = ["Room", "Scorer", "Settings", "refusals"]
+__all__ = ["Room", "Scorer", "Settings", "fits", "refusals"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,9 @@ class Settings:
     horizon_s: float = 60.0                    # for a demand that doesn't say how long
     min_age_s: float = 0.0                     # younger windows aren't lent
     silent_after_s: float = 30.0               # three heartbeats of ten seconds
+    assumed_bytes_per_s: float = 1e8           # of a rank whose place is known and its traffic isn't; assumed
     exact_to: int = 64                         # clusters up to so many nodes are searched whole …
-    sample: int = 32                           # … larger ones by a sample, if that is enough
+    sample: int = 8                            # … larger ones by a sample, or as many as have room for it
 
     def __post_init__(self) -> None:
         if not self.bandwidth or min(self.bandwidth) <= 0:
@@ -56,6 +58,8 @@ def refusals(facts: NodeFacts, needs: Needs, settings: Settings, now: float) -> 
     """Each reason for which the node can't have even one worker of the demand, in words; none if it can."""
     if facts.draining:
         yield f"draining ({facts.draining})"
+    if facts.closed:
+        yield facts.closed
     if facts.heard_at is not None and now - facts.heard_at > settings.silent_after_s:
         yield f"not heard of for {_s(now - facts.heard_at)}, {_s(settings.silent_after_s)} are the most"
     if facts.lends_to_uid is not None and facts.lends_to_uid != needs.uid:
@@ -75,6 +79,26 @@ def refusals(facts: NodeFacts, needs: Needs, settings: Settings, now: float) -> 
         yield f"{_cores(free)} free, {needs.cores_per_worker} wanted{_unusable(facts, needs)}"
     if facts.memory_bytes < needs.memory_per_worker:
         yield f"memory: {_gib(facts.memory_bytes)} free, {_gib(needs.memory_per_worker)} wanted"
+
+
+def fits(facts: NodeFacts, needs: Needs, settings: Settings, now: float) -> int:
+    """How many workers of the demand the node can have: 0 where `refusals` has a reason, for much less than those."""
+    if not facts.spare or facts.draining or facts.closed:
+        return 0
+    if facts.lends_to_uid not in (None, needs.uid) or facts.node in needs.avoid:
+        return 0
+    if facts.hard_end is not None and facts.hard_end - now <= needs.least_s:
+        return 0
+    if facts.heard_at is not None and now - facts.heard_at > settings.silent_after_s:
+        return 0
+    if needs.cpu_type and facts.cpu_type != needs.cpu_type:
+        return 0
+    if settings.min_age_s > 0 and (facts.since is None or now - facts.since < settings.min_age_s):
+        return 0
+    most = facts.count_usable(needs.whole_cores, needs.classes) // needs.cores_per_worker
+    if needs.memory_per_worker > 0:
+        most = min(most, facts.memory_bytes // needs.memory_per_worker)
+    return max(0, most)
 
 
 def _unusable(facts: NodeFacts, needs: Needs) -> str:
@@ -105,11 +129,18 @@ class Scorer:
         self.rate = self.bytes / self.duration_s
         self.placed = 0
         self.by_cohort: dict[str, int] = {}
-        self._paths = [(rank, view.path(rank.node), rank.count) for rank in needs.ranks if rank.count > 0]
+        self._paths = [(rank, view.path(rank.node) or rank.switches, rank.count)
+                       for rank in needs.ranks if rank.count > 0]
         self._ranks = sum(count for _, _, count in self._paths)
         self._homes = {rank.node for rank, _, _ in self._paths}
         self._per_byte: dict[tuple[str, ...], float] = {}
+        self._link = settings.bandwidth[min(1, len(settings.bandwidth) - 1)]
+        # Of a window, to the second: what was found for a node holds for all demands of that second.
+        self._second = math.floor(now)
         self._redo_s = needs.call_s / 2 + needs.constants_bytes / settings.bandwidth[-1]
+        # What the slowdown of a NUMA node is made of: its share of cores that others use and that we use, its pressure.
+        self.contention = settings.contention
+        self.memory_contention = settings.memory_contention * needs.memory_bound
         self._others_wait = (min(1.0, view.waiting_cores / max(1, view.free_cores))
                              if view.waiting_cores > 0 and needs.debt_s > 0 else 0.0)
 
@@ -117,7 +148,7 @@ class Scorer:
 
     def far_per_byte(self, facts: NodeFacts) -> float:
         """Seconds for each byte that the ranks of other nodes exchange with a worker there, weighed by their number."""
-        if facts.node in self._homes or not self._paths:
+        if not self._paths or facts.home in self._homes:
             return self._find_per_byte(facts)
         # Nodes below one switch are equally far from everybody who isn't on one of them.
         known = self._per_byte.get(facts.switches)
@@ -129,8 +160,11 @@ class Scorer:
         bandwidth = self.settings.bandwidth
         if not self._paths:
             return 1.0 / bandwidth[-1]
+        if len(self._paths) == 1:
+            rank, path, _ = self._paths[0]
+            return 0.0 if rank.node == facts.home else 1.0 / bandwidth[self._level(facts.switches, path)]
         return sum(count / bandwidth[self._level(facts.switches, path)]
-                   for rank, path, count in self._paths if rank.node != facts.node) / self._ranks
+                   for rank, path, count in self._paths if rank.node != facts.home) / self._ranks
 
     def _level(self, one: tuple[str, ...], other: tuple[str, ...]) -> int:
         last = len(self.settings.bandwidth) - 1
@@ -141,9 +175,9 @@ class Scorer:
 
     def near(self, facts: NodeFacts) -> list[tuple[int | None, float]]:
         """Ranks of the node itself: their NUMA node, and their share of all ranks."""
-        if facts.node not in self._homes:
+        if facts.home not in self._homes:
             return []
-        return [(rank.numa, count / self._ranks) for rank, _, count in self._paths if rank.node == facts.node]
+        return [(rank.numa, count / self._ranks) for rank, _, count in self._paths if rank.node == facts.home]
 
     # ---- risk ------------------------------------------------------------------------------------
 
@@ -151,8 +185,7 @@ class Scorer:
         """The probability that the node's window ends while the demand lasts."""
         if facts.hard_end is not None and facts.hard_end < self.now + self.duration_s:
             return 1.0
-        age = self.now - facts.since if facts.since is not None else 0.0
-        return self.settings.survival.ends_within(age, self.duration_s, facts.cohort_size)
+        return facts.ends_within(self.settings.survival, self._second, self.duration_s)
 
     def eviction_s(self, facts: NodeFacts, risk: float, here: int, left: int) -> float:
         """What the next worker's eviction is likely to cost.
@@ -191,17 +224,16 @@ class Scorer:
 class Room:
     """One node as the demand sees it; None of its workers is placed yet."""
 
-    __slots__ = ("_domains", "_far", "_fixed_s", "_near", "_risk", "_seat", "_start_s", "_taken", "_used", "facts",
-                 "here", "left", "scorer")
+    __slots__ = ("_far", "_fixed_s", "_free", "_near", "_risk", "_seat", "_start_s", "_used", "facts", "here", "key",
+                 "left", "scorer")
 
-    def __init__(self, facts: NodeFacts, scorer: Scorer) -> None:
+    def __init__(self, facts: NodeFacts, scorer: Scorer, left: int) -> None:
         needs = scorer.needs
         self.facts = facts
+        self.key = facts.node
         self.scorer = scorer
-        self._domains = facts.usable(needs.whole_cores, needs.classes)
-        self.left = sum(map(len, self._domains.values())) // needs.cores_per_worker
-        if needs.memory_per_worker > 0:
-            self.left = min(self.left, facts.memory_bytes // needs.memory_per_worker)
+        self.left = left                       # workers that fit still
+        self._free = facts.free_by_domain(needs.whole_cores, needs.classes)
         self.here = 0                          # workers of the demand that were placed here
         self._used: dict[int, int] = {}        # NUMA node → how many of its usable cores are taken
         self._seat: tuple[tuple[int, ...], float, float] | None = None
@@ -210,37 +242,43 @@ class Room:
     @property
     def cores_left(self) -> int:
         """Usable cores that no worker has yet."""
-        return sum(map(len, self._domains.values())) - sum(self._used.values())
-
-    @property
-    def key(self) -> str:
-        return self.facts.node
+        return sum(self._free.values()) - sum(self._used.values())
 
     def cost(self) -> Terms:
         """What the next worker here costs. ValueError if none fits."""
         _, transfer_s, slowdown_s = self._next_seat()
         scorer, settings = self.scorer, self.scorer.settings
         return Terms(
-            queueing_s=self._start_s + (self.facts.starting + self.here) * settings.next_s,
+            queueing_s=self._start_s + self.here * settings.next_s,
             transfer_s=transfer_s, slowdown_s=slowdown_s,
             eviction_s=scorer.eviction_s(self.facts, self._known_risk, self.here, self.left), fairness_s=self._fixed_s)
 
     def total_s(self) -> float:
         """The sum of `cost`, without the object."""
         _, transfer_s, slowdown_s = self._next_seat()
-        queueing_s = self._start_s + (self.facts.starting + self.here) * self.scorer.settings.next_s
-        eviction_s = self.scorer.eviction_s(self.facts, self._known_risk, self.here, self.left)
-        return queueing_s + transfer_s + slowdown_s + eviction_s + self._fixed_s
+        scorer, here = self.scorer, self.here
+        return (self._start_s + here * scorer.settings.next_s + transfer_s + slowdown_s
+                + scorer.eviction_s(self.facts, self._known_risk, here, self.left) + self._fixed_s)
+
+    def lost_s(self) -> float:
+        """That sum without the slowdown."""
+        return self.total_s() - self._next_seat()[2]
 
     def take(self) -> Placed:
         """Places the next worker. ValueError if none fits."""
         terms = self.cost()
+        return Placed(self.facts.node, self.seat(), terms)
+
+    def seat(self) -> tuple[int, ...]:
+        """The same, the cores only."""
         domains, _, _ = self._next_seat()
-        cores: list[int] = []
-        wanted = self.scorer.needs.cores_per_worker
+        cores: tuple[int, ...] = ()
+        needs = self.scorer.needs
+        wanted = needs.cores_per_worker
+        usable = self.facts.usable(needs.whole_cores, needs.classes)
         for domain in domains:
             used = self._used.get(domain, 0)
-            some = self._domains[domain][used:used + wanted - len(cores)]
+            some = usable[domain][used:used + wanted - len(cores)]
             self._used[domain] = used + len(some)
             cores += some
         self.left -= 1
@@ -250,7 +288,7 @@ class Room:
         scorer.placed += 1
         if cohort := self.facts.cohort:
             scorer.by_cohort[cohort] = scorer.by_cohort.get(cohort, 0) + 1
-        return Placed(self.facts.node, tuple(cores), terms)
+        return cores
 
     # ---- inside ----------------------------------------------------------------------------------
 
@@ -262,7 +300,7 @@ class Room:
     def _prepare(self) -> None:
         scorer, facts, settings = self.scorer, self.facts, self.scorer.settings
         self._risk = scorer.ends_within(facts)
-        self._start_s = settings.warm_s if facts.warm else settings.cold_s
+        self._start_s = (settings.warm_s if facts.warm else settings.cold_s) + facts.starting * settings.next_s
         self._fixed_s = scorer.fairness_s(facts)
         self._near = scorer.near(facts)
         self._far = scorer.far_per_byte(facts)
@@ -275,24 +313,25 @@ class Room:
             raise ValueError(f"no further worker fits on {self.facts.node}")
         if self._risk is None:
             self._prepare()
-        wanted = self.scorer.needs.cores_per_worker
-        best: tuple[float, int, float, float] | None = None
-        for domain, cores in self._domains.items():
-            if len(cores) - self._used.get(domain, 0) >= wanted:
-                transfer_s, slowdown_s = self._transfer_s(domain), self._slowdown_s(domain)
-                offer = (transfer_s + slowdown_s, domain, transfer_s, slowdown_s)
-                if best is None or offer < best:
-                    best = offer
-        if best is not None:
-            self._seat = ((best[1],), best[2], best[3])
-        else:
-            self._seat = self._straddle()
+        wanted, used = self.scorer.needs.cores_per_worker, self._used
+        # Without a rank or a network card on one side all NUMA nodes are equally far.
+        apart = bool(self._near) or self.facts.nic_numa is not None
+        transfer_s = 0.0 if apart else self._transfer_s(0)
+        best = best_s = None
+        for domain, free in self._free.items():
+            if free - (used.get(domain, 0) if used else 0) >= wanted:
+                if apart:
+                    transfer_s = self._transfer_s(domain)
+                slowdown_s = self._slowdown_s(domain)
+                if best_s is None or (transfer_s + slowdown_s, domain) < (best_s, best[0][0]):
+                    best_s, best = transfer_s + slowdown_s, ((domain,), transfer_s, slowdown_s)
+        self._seat = self._straddle() if best is None else best
         return self._seat
 
     def _straddle(self) -> tuple[tuple[int, ...], float, float]:
         """No NUMA node has enough: the fullest ones together, as slow as the slowest of them and far from each."""
         missing = self.scorer.needs.cores_per_worker
-        free = {domain: len(cores) - self._used.get(domain, 0) for domain, cores in self._domains.items()}
+        free = {domain: free - self._used.get(domain, 0) for domain, free in self._free.items()}
         domains = []
         for domain in sorted(free, key=lambda domain: (-free[domain], domain)):
             domains.append(domain)
@@ -301,7 +340,7 @@ class Room:
                 break
         # One seat less to choose from never makes the next one cheaper.
         return (tuple(domains), max(self._transfer_s(domain, far=True) for domain in domains),
-                max(self._slowdown_s(domain) for domain in self._domains))
+                max(self._slowdown_s(domain) for domain in self._free))
 
     def _transfer_s(self, domain: int, far: bool = False) -> float:
         scorer, facts, settings = self.scorer, self.facts, self.scorer.settings
@@ -313,31 +352,30 @@ class Room:
             seconds += share / settings.bandwidth[0] * (settings.far_numa if other else 1.0)
         if self._far:
             other = far or (facts.nic_numa is not None and facts.nic_numa != domain)
-            link = settings.bandwidth[min(1, len(settings.bandwidth) - 1)]
-            load = min(0.95, facts.network_load + self.here * scorer.rate / link)
-            seconds += self._far * (settings.far_numa if other else 1.0) / (1.0 - load)
+            load = facts.network_load + self.here * scorer.rate / scorer._link
+            seconds += self._far * (settings.far_numa if other else 1.0) / (1.0 - (load if load < 0.95 else 0.95))
         return scorer.bytes * seconds
 
     def _slowdown_s(self, domain: int) -> float:
         """How much longer its kernels take there, than on a quiet node's free core, over the whole duration."""
-        scorer, facts, settings = self.scorer, self.facts, self.scorer.settings
-        bound = scorer.needs.memory_bound
-        size = max(1, facts.domain_size.get(domain, 1))
-        ours = self._used.get(domain, 0) / size
-        others = facts.domain_busy.get(domain, 0) / size
-        pressure = settings.guessed_pressure * others
+        scorer, facts = self.scorer, self.facts
+        size, others = facts.domain_load.get(domain, (1, 0.0))
+        ours = self._used.get(domain, 0) / size if self._used else 0.0
+        pressure = scorer.settings.guessed_pressure * others
         if facts.memory_pressure is not None:
             pressure = facts.memory_pressure.get(domain, pressure)
-        factor = (1.0 + settings.contention * min(1.0, others + ours)
-                  + settings.memory_contention * bound * (pressure + bound * ours))
+        busy = others + ours
+        factor = (1.0 + scorer.contention * (busy if busy < 1.0 else 1.0)
+                  + scorer.memory_contention * (pressure + scorer.needs.memory_bound * ours))
         if facts.classes:
             factor *= self._class_factor(domain)
         return scorer.duration_s * (factor / facts.speed - 1.0)
 
     def _class_factor(self, domain: int) -> float:
         """Of the worst core of the next worker there: idle cores come last, so that it never falls."""
-        cores = self._domains[domain]
-        last = min(self._used.get(domain, 0) + self.scorer.needs.cores_per_worker, len(cores)) - 1
+        needs = self.scorer.needs
+        cores = self.facts.usable(needs.whole_cores, needs.classes)[domain]
+        last = min(self._used.get(domain, 0) + needs.cores_per_worker, len(cores)) - 1
         return self.scorer.settings.idle_class if self.facts.classes.get(cores[last]) == "idle" else 1.0
 
 

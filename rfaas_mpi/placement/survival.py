@@ -60,7 +60,10 @@ class LogNormals:
         if x <= 0:
             return 1.0
         log = math.log(x)
-        return sum(weight * 0.5 * math.erfc((log - middle) / scale) for weight, middle, scale in self._fast)
+        total, erfc = 0.0, math.erfc
+        for weight, middle, scale in self._fast:
+            total += weight * 0.5 * erfc((log - middle) / scale)
+        return total
 
     def ends_within(self, age_s: float, for_s: float, cohort_size: int = 1) -> float:
         """See Survival; a window older than all but one in a million counts as that old."""

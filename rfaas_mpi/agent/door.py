@@ -68,7 +68,7 @@ class Guest:
     data: bytearray = field(default_factory=bytearray)
     hello: msg.Hello | None = None
     nonce: bytes = b""               # ours
-    secret: bytes = b""              # kind 4: the lease's, which both sides have proved
+    secret: bytes = field(default=b"", repr=False)   # kind 4: the lease's, which both sides have proved
 
     @property
     def remote(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -106,6 +107,13 @@ def _manager(text: str) -> str:
     return text
 
 
+def _command(text: str) -> str:
+    words = shlex.split(text)
+    if words and not os.path.isabs(words[0]):
+        raise ValueError("a command begins with the path of its program, like /usr/bin/bwrap")
+    return shlex.join(words)
+
+
 def _setting(default: Any, parse: Callable[[str], Any], what: str) -> Any:
     return field(default=default, metadata={"parse": parse, "what": what})
 
@@ -138,6 +146,11 @@ class Settings:
     memory_per_worker: int | None = _setting(None, _size, "memory a worker may use; default: a fair share")
     sandbox: str = _setting("default", _choice("off", "default", "strict"),
                             "what a kernel in a worker may do; strict: read modules, write a scratch directory")
+    memory_limit: str = _setting("auto", _choice("auto", "cgroup", "watch"),
+                                 "what keeps workers within their memory; cgroup: fail where there is none")
+    worker_prefix: str = _setting("", _command, "a command that workers are started through, as a container")
+    service_user: str = _setting("", str, "the user that a node's agent becomes if root starts it, to serve every user")
+    uid_min: int = _setting(1000, _number(int, 1, 0x7FFFFFFF), "the lowest uid that such an agent serves")
     memory_reserve: int = _setting(512 << 20, _size, "memory of the node that is never lent")
     fallback: bool = _setting(True, _flag, "run on the rank what no worker could run")
     integrity: bool = _setting(False, _flag, "check what travels over tcp once more, with a crc32c")

@@ -26,6 +26,7 @@ from rfaas_mpi.agent import core as agent_core
 from rfaas_mpi.agent import cores as node_cores
 from rfaas_mpi.agent.pool import CoreLocks, Taking, full_cpuset
 from rfaas_mpi.agent.server import REASONS, AgentServer, Offer, SessionHandle
+from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import RFaaSError, ServiceError
 from rfaas_mpi.leases import Cause, Lease, LeaseBook, NodeReport, Revoke
 from rfaas_mpi.manager import core as manager_core
@@ -67,6 +68,9 @@ class Service(AgentServer):
     def start(self) -> None:
         """Takes the life lock and listens. ServiceError if another service lives."""
         self.begin()
+        if Settings.load().memory_limit == "cgroup":
+            # Not without being told to: what a killed service leaves behind there stays until the next one starts.
+            self.workers.guard_memory("cgroup")
         self._store = Store(self.directory / "store.db")
         self.manager = Manager(LeaseBook(pick_cores, epoch=self._store.epoch, remember_s=60.0))
         # The rank that started us may have been bound to one core.

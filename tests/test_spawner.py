@@ -208,7 +208,8 @@ def test_a_descendant_is_killed_and_bound_by_its_pidfd(spawner, start, wait_unti
 
 
 def test_others_processes_are_out_of_reach_whatever_pidfd_is_shown(spawner, start):
-    alices, bobs = start(ALICE, "/bin/sleep", "600"), start(BOB, "/bin/sleep", "600")
+    alices, bobs = (start(uid, "/bin/sh", "-c", "echo; exec sleep 600") for uid in (ALICE, BOB))
+    assert alices.line() == bobs.line() == ""
     stranger = subprocess.Popen(["sleep", "600"], user=ALICE, group=ALICE, extra_groups=[])
     own = pidfd(os.getpid())
     its = pidfd(stranger.pid)
@@ -266,7 +267,7 @@ def test_any_bytes_are_a_request_or_a_value_error(data, fds):
 @given(st.builds(Request, op=st.sampled_from([Op.SIGNAL]), serial=st.integers(0, 2**32 - 1),
                  zygote=st.integers(0, 2**32 - 1), group=st.integers(0, 2**32 - 1), uid=st.integers(0, 2**32 - 1),
                  argument=st.integers(0, 2**16 - 1), size_bytes=st.integers(0, 2**64 - 1),
-                 cpus=st.binary(min_size=128, max_size=128)))
+                 cpus=st.binary(min_size=128, max_size=128), others=st.binary(min_size=128, max_size=128)))
 def test_requests_arrive_as_they_were_made(request):
     assert Request.unpack(request.pack(), 0) == request
 
@@ -415,8 +416,42 @@ def test_the_end_of_a_group_ends_what_is_in_it_and_tells_how_often_its_limit_kil
         os.close(fd)
 
 
+def test_a_worker_of_low_priority_is_in_a_group_that_has_it(roots, spawner, start):
+    started = start(ALICE, "/bin/sh", "-c", "echo; exec sleep 600")
+    started.line()
+    spawner.make_group(started.number, 4, 64 << 20, low=True)
+    spawner.enter(started.number, 4, started.pidfd)
+    assert roots.cpu is not None
+    group = roots.cpu / f"{maker(spawner.pid)}-w4"
+    assert str(started.pid) in (group / "cgroup.procs").read_text().split()
+    low = {"cpu.idle": "1", "cpu.weight": "1", "cpu.shares": "2"}
+    assert any((group / name).exists() and (group / name).read_text().strip() == value for name, value in low.items())
+    assert spawner.remove_group(started.number, 4) == 0
+    assert started.ended() and not group.exists()
+
+
+def test_a_killed_process_is_taken_off_its_cores_with_what_it_started(spawner, start):
+    started = start(ALICE, "/bin/sh", "-c", "sh -c 'sleep 600 & echo $! $$; wait' & echo $!; wait; sleep 600")
+    shell, pids = int(started.line()), started.line().split()
+    first, fd = min(os.sched_getaffinity(0)), pidfd(shell)
+    other = {max(os.sched_getaffinity(0))} - {first} or {first}
+    try:
+        assert pids[1] == str(shell)
+        spawner.bind(started.number, fd, [first])
+        os.sched_setaffinity(int(pids[0]), [first])
+        spawner.signal(started.number, fd)
+        while not spawner.clear(started.number, fd, [first] if other != {first} else [], other):
+            pass
+        for pid in (shell, int(pids[0])):
+            with contextlib.suppress(ProcessLookupError):
+                assert gone(pid) or os.sched_getaffinity(pid) == other
+    finally:
+        os.close(fd)
+
+
 def test_a_group_takes_only_its_own_users_processes(roots, spawner, start):
-    alices, bobs = start(ALICE, "/bin/sleep", "600"), start(BOB, "/bin/sleep", "600")
+    alices, bobs = (start(uid, "/bin/sh", "-c", "echo; exec sleep 600") for uid in (ALICE, BOB))
+    assert alices.line() == bobs.line() == ""
     spawner.make_group(alices.number, 1, 64 << 20)
     for zygote, fd in ((alices.number, bobs.pidfd), (alices.number, pidfd(os.getpid())), (bobs.number, bobs.pidfd)):
         with pytest.raises((PermissionError, FileNotFoundError)):

@@ -17,6 +17,7 @@ import tiny
 from rfaas_mpi import config
 from rfaas_mpi import messages as msg
 from rfaas_mpi.agent.pool import Lines, WorkerHandle, ZygoteHandle, ZygoteKind
+from rfaas_mpi.errors import ServiceError
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,8 @@ class Fork:
         self.workers[number] = handle
         said, fds = self.hear()
         assert isinstance(said, msg.WorkerForked) and said.worker == number, said
-        handle.pid, handle.pidfd = said.pid, fds[0]
+        assert handle.forked(fds[0], said.pid) == said.pid
+        handle.admit()
         assert select.select([handle.agent], [], [], 30)[0]
         [frame] = handle.frames.feed(handle.agent.recv(1 << 16))
         assert frame.type == msg.FRAME_READY
@@ -87,6 +89,27 @@ def test_a_worker_that_is_told_to_quit_ends_with_status_0(forker):
     said, _ = forker.hear()
     assert (said.worker, said.pid, said.signal, said.exit_code) == (1, handle.pid, 0, 0)
     assert said.cpu_s > 0 and said.max_rss_bytes > 1 << 20
+
+
+def test_what_a_worker_is_sent_before_it_is_admitted_arrives_then(forker):
+    handle = forker.fork(1)
+    handle.held = []
+    given, other = socket.socketpair()
+    with given, other:
+        assert handle.send(msg.pack_frame(msg.FRAME_QUIT), [given.fileno()])
+        assert not select.select([forker.zygote.channel], [], [], 0)[0]
+        handle.admit()
+    said, _ = forker.hear()
+    assert (said.worker, said.exit_code) == (1, 0)
+
+
+def test_what_is_no_process_is_not_taken_for_a_worker(forker):
+    handle = forker.fork(1)
+    kept, handle.pidfd = handle.pidfd, -1
+    null = os.open("/dev/null", os.O_RDONLY)
+    with pytest.raises(ServiceError, match="no process"):
+        handle.forked(null, 1)
+    handle.pidfd = kept
 
 
 def test_how_a_worker_ended_is_reported(forker):
@@ -143,7 +166,7 @@ def test_workers_ordered_before_the_zygote_is_ready_are_forked_when_it_is(view):
         forker.start()
         said, fds = forker.hear()
         assert isinstance(said, msg.WorkerForked) and said.worker == 5
-        handle.pidfd = fds[0]
+        handle.forked(fds[0], said.pid)
 
 
 def test_ranks_of_one_launch_share_a_zygote(view):

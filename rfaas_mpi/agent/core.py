@@ -218,6 +218,9 @@ def classify(ended: Exit, page: Page, *, killed: str, kill_invocation: int) -> t
     if killed == "closed" and ran and ended.signal == signal.SIGKILL:
         # What runs there now need not be what did it.
         return "unknown", killed
+    if killed == "memory" and ran and ended.signal == signal.SIGKILL:
+        # What earlier ones left behind counts, too: it is the kernels' all the same.
+        return "kernel", killed
     if killed and (ended.signal == signal.SIGKILL or ended.lost or killed not in ("deadline", "cancel", "closed")):
         if killed == "deadline" and ran and page.invocation == kill_invocation:
             return "kernel", "deadline"
@@ -232,6 +235,12 @@ def classify(ended: Exit, page: Page, *, killed: str, kill_invocation: int) -> t
     if ended.signal in _FROM_OUTSIDE:
         return "unknown", "signal"
     return "kernel", "signal" if ended.signal else "exit"
+
+
+def _too_much(seat: Seat, worker: int) -> str:
+    granted = f" than the {seat.memory_bytes} bytes that it was granted" if seat.memory_bytes else ""
+    return (f"worker {worker} was killed for lack of memory: with what its kernel started it held more{granted}; "
+            "ask for more with Executor(memory_per_worker=...), or take less at once")
 
 
 class AgentCore:
@@ -387,6 +396,11 @@ class AgentCore:
         worker = self.workers.get(number)
         return self._kill(worker, "closed", 0) if worker is not None else []
 
+    def over_memory(self, number: int, page: Page) -> list[Action]:
+        """It holds more than it was granted, and no control group bounds it. It is killed."""
+        worker = self.workers.get(number)
+        return self._kill(worker, "memory", page.invocation) if worker is not None else []
+
     # ---- time limits -----------------------------------------------------------------------------
 
     def limits(self, number: int, now: float) -> None:
@@ -432,7 +446,7 @@ class AgentCore:
             actions.append(Tell((session,), WorkerEnded(
                 lease=worker.lease, worker=number, cause=cause, reason=reason, signal=how.signal,
                 exit_code=None if how.signal or how.lost else how.exit_code, invocation=mine,
-                last_lines=tuple(worker.lines))))
+                last_lines=tuple(worker.lines), message=_too_much(seat, number) if reason == "memory" else "")))
         actions.append(Meter(worker.lease, number, worker.session, len(seat.cores), max(0.0, now - worker.since),
                              how.cpu_s, page.exec_ns, page.poll_ns, page.count))
         self._forget(worker, actions)

@@ -3,6 +3,7 @@
  v2   /sys/fs/cgroup/NAME             memory.max, memory.oom.group, pids.max, cgroup.kill
  v1   /sys/fs/cgroup/memory/NAME      memory.limit_in_bytes, and memory.memsw… where swap is counted
       /sys/fs/cgroup/pids/NAME        pids.max
+      /sys/fs/cgroup/cpu/NAME         cpu.idle, else cpu.shares, where it is of low priority (on v2 above)
 
 Names carry who made them, so that what a killed maker left behind can be told and removed by the next one.
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rfaas_mpi.agent.kernel_files import cgroup_mounts, read_text
+from rfaas_mpi.agent.priority import lower
 
 __all__ = ["Group", "Roots", "maker", "remove_stale"]
 
@@ -33,26 +35,31 @@ class Roots:
 
     memory: Path | None = None
     pids: Path | None = None
+    cpu: Path | None = None          # for low priority; version 2 has one hierarchy for all
     unified: bool = False
     why_not: str = ""
 
     @classmethod
-    def find(cls, root: Path = Path("/")) -> Roots:
-        """By this process' mounts and what it may write there; makes nothing."""
+    def find(cls, root: Path = Path("/"), *, to_look: bool = False) -> Roots:
+        """By this process' mounts and, unless it is only to look, what it may write there; makes nothing."""
         mounts = list(cgroup_mounts(read_text(root / "proc/self/mountinfo")))
         v1 = {controller: root / mount.point.lstrip("/") for mount in mounts for controller in mount.controllers}
         if "memory" in v1:
-            memory, pids, unified = v1["memory"], v1.get("pids"), False
+            memory, pids, cpu, unified = v1["memory"], v1.get("pids"), v1.get("cpu"), False
         else:
             tops = [root / mount.point.lstrip("/") for mount in mounts if not mount.controllers]
             top = next((top for top in tops if "memory" in read_text(top / "cgroup.subtree_control").split()), None)
             if top is None:
                 return cls(why_not="no hierarchy of control groups here has the memory controller")
             memory, unified = top, True
-            pids = top if "pids" in read_text(top / "cgroup.subtree_control").split() else None
+            controllers = read_text(top / "cgroup.subtree_control").split()
+            pids, cpu = (top if name in controllers else None for name in ("pids", "cpu"))
+        if to_look:
+            return cls(memory, pids, cpu, unified)
         if not os.access(memory, os.W_OK):
             return cls(why_not=f"{memory} is not ours to make control groups in")
-        return cls(memory, pids if pids is not None and os.access(pids, os.W_OK) else None, unified)
+        pids, cpu = (path if path is not None and os.access(path, os.W_OK) else None for path in (pids, cpu))
+        return cls(memory, pids, cpu, unified)
 
 
 def maker(pid: int = 0) -> str:
@@ -70,7 +77,7 @@ def _started(pid: int) -> str:
 class Group:
     """One group, in each hierarchy that it needs. close() ends what is in it and removes it."""
 
-    def __init__(self, name: str, roots: Roots) -> None:
+    def __init__(self, name: str, roots: Roots, low: bool = False) -> None:
         """One that make() has made. OSError where there can be none."""
         if roots.memory is None:
             raise OSError(roots.why_not)
@@ -78,12 +85,17 @@ class Group:
         self.unified = roots.unified
         self.memory = roots.memory / name
         self.pids = roots.pids / name if roots.pids is not None else None
-        self._directories = tuple(dict.fromkeys(path for path in (self.memory, self.pids) if path is not None))
+        self.cpu = roots.cpu / name if roots.cpu is not None and (low or roots.unified) else None
+        self._directories = tuple(dict.fromkeys(path for path in (self.memory, self.pids, self.cpu)
+                                                if path is not None))
 
     @classmethod
-    def make(cls, name: str, roots: Roots, memory_bytes: int = 0) -> Group:
-        """A new one. Without `memory_bytes` memory is only counted. OSError where it can't be made."""
-        group = cls(name, roots)
+    def make(cls, name: str, roots: Roots, memory_bytes: int = 0, *, low: bool = False) -> Group:
+        """A new one, whose processes run when nobody else wants the core if it is to be `low`.
+
+        Without `memory_bytes` memory is only counted. OSError where it can't be made.
+        """
+        group = cls(name, roots, low)
         made = []
         try:
             for directory in group._directories:
@@ -93,6 +105,8 @@ class Group:
                 (group.pids / "pids.max").write_text(str(PIDS_MAX))
             if group.unified:
                 (group.memory / "memory.oom.group").write_text("1")
+            if low and (group.cpu is None or lower(group.cpu) is None):
+                raise OSError("no hierarchy of control groups here can give low priority")
             if memory_bytes:
                 group.limit(memory_bytes)
         except BaseException:
@@ -171,7 +185,7 @@ def remove_stale(roots: Roots) -> list[str]:
     """Ends what makers that live no more left behind; the names of groups that were removed."""
     removed = []
     for name in _stale(roots):
-        Group(name, roots).close()
+        Group(name, roots, low=True).close()
         removed.append(name)
     return removed
 
@@ -179,7 +193,7 @@ def remove_stale(roots: Roots) -> list[str]:
 def _stale(roots: Roots) -> Iterator[str]:
     ours = str(os.stat("/proc/self/ns/pid").st_ino)
     names: set[str] = set()
-    for root in (roots.memory, roots.pids):
+    for root in (roots.memory, roots.pids, roots.cpu):
         names.update(os.listdir(root) if root is not None else ())
     for name in sorted(names):
         found = _NAME.fullmatch(name)

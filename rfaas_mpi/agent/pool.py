@@ -38,6 +38,7 @@ _LINE_BYTES = 8192                   # longer lines are cut into pieces
 _BURST_BYTES = 8 << 20               # of output that a worker may print at once …
 _BYTES_PER_S = 4 << 20               # … and what it may print on and on
 _STDERR_KEPT = 8192
+_KILLED_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,10 @@ class ZygoteHandle:
             self.process.wait(wait_s if self.ready else 0.0)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            try:
+                self.process.wait(_KILLED_S)
+            except subprocess.TimeoutExpired:
+                log.error("zygote pid=%d was killed and does not end", self.pid)
         self.read_errors()
         os.close(self.errors)
 
@@ -316,10 +320,12 @@ class WorkerHandle:
     page: mmap.mmap
     output: int
     lines: Lines
+    memory_bytes: int = 0
     pid: int = 0
     pidfd: int = -1
     frames: msg.FrameReader = field(default_factory=msg.FrameReader)
     closed: bool = False
+    held: list[tuple[bytes, list[int]]] | None = field(default_factory=list)     # for one that isn't admitted yet
 
     @classmethod
     def fork(cls, zygote: ZygoteHandle, number: int, lease: int, cores: tuple[int, ...], memory_bytes: int,
@@ -346,7 +352,7 @@ class WorkerHandle:
             os.close(page_fd)
         ours.setblocking(False)
         os.set_blocking(output_r, False)
-        return cls(number, lease, zygote, ours, page, output_r, Lines(now))
+        return cls(number, lease, zygote, ours, page, output_r, Lines(now), memory_bytes)
 
     def read_page(self) -> Page:
         """What it is doing, word by word (each one is read at once)."""
@@ -360,12 +366,28 @@ class WorkerHandle:
                     return page
 
     def send(self, frame: bytes, fds: Iterable[int] = ()) -> bool:
-        """False if the worker is gone or does not read."""
+        """False if the worker is gone or does not read. Kept for later until it is admitted."""
+        if self.held is not None:
+            self.held.append((frame, [os.dup(fd) for fd in fds]))
+            return True
         try:
             return socket.send_fds(self.agent, [frame], list(fds)) == len(frame)
         except OSError as error:
             log.debug("worker=%d agent socket: %s", self.number, error)
             return False
+
+    def admit(self) -> None:
+        """It is where it belongs, in a group that bounds it: ranks may have it."""
+        held, self.held = self.held or [], None
+        for frame, fds in held:
+            self.send(frame, fds)
+            for fd in fds:
+                os.close(fd)
+
+    @property
+    def spawned_by(self) -> tuple[Spawner, int] | None:
+        """The spawner and its number for the zygote; None if that is our own child."""
+        return None if self.zygote.spawner is None else (self.zygote.spawner, self.zygote.number)
 
     def kill(self) -> None:
         """SIGKILL, never to another process that got its number."""
@@ -452,6 +474,10 @@ class WorkerHandle:
         if self.closed:
             return
         self.closed = True
+        for _, fds in self.held or ():
+            for fd in fds:
+                os.close(fd)
+        self.held = None
         self.agent.close()
         self.page.close()
         os.close(self.output)

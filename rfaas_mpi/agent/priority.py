@@ -72,6 +72,15 @@ def make_group(name: str, root: Path = Path("/"), parent: Path | None = None) ->
         directory.mkdir()
     except OSError:
         return None                  # read-only, or not ours: then there is autogroup
+    means = lower(directory)
+    if means is not None:
+        return LowGroup(directory, means)
+    directory.rmdir()
+    return None
+
+
+def lower(directory: Path) -> Means | None:
+    """Gives a group low priority; by what, None if it can't."""
     for means, value in ((Means.IDLE, "1"), (Means.WEIGHT, "1"), (Means.SHARES, "2")):
         try:
             with open(directory / means, "r+") as file:      # never made where it is missing
@@ -79,8 +88,7 @@ def make_group(name: str, root: Path = Path("/"), parent: Path | None = None) ->
         except OSError:
             continue
         if read_text(directory / means).strip() == value:
-            return LowGroup(directory, means)
-    directory.rmdir()
+            return means
     return None
 
 

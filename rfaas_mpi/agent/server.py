@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import selectors
+import shlex
 import signal
 import socket
 import time
@@ -271,12 +272,21 @@ class AgentServer:
             "directory": str(self.directory),
             "low_priority": str(self.workers.low.means or ""),
             "workers": self.workers.status(), "zygotes": self.workers.zygotes_status(),
+            "memory_limit": self.workers.memory_status(),
             "sessions": [{"number": session.number, "pid": session.join.pid if session.join else 0,
                           "where": session.where, "age_s": round(time.monotonic() - session.since, 3)}
                          for session in self.sessions.values() if session.holds],
             "host": socket.gethostname(), "listen": [str(address) for address in self.door.addresses],
             "door": dict(self.door.counts), "refused": self.workers.refused,
         }
+
+    def user_of(self, session: SessionHandle) -> int | None:
+        """As whom its workers run; None: as we do."""
+        return None
+
+    def prefix(self, environment: Mapping[str, str]) -> tuple[str, ...]:
+        """The command that workers of a rank with this environment are started through."""
+        return tuple(shlex.split(Settings.load(environment).worker_prefix))
 
     def told_to_leave(self) -> None:
         """By a signal, or by a session of our own user's."""
@@ -447,7 +457,8 @@ class AgentServer:
             sandbox.required(Settings.load(environment).sandbox, sandbox.probe())
             if session.where:
                 _check_places(join)
-            session.kind = ZygoteKind.of(join, self.device if session.where else None)
+            session.kind = ZygoteKind.of(join, self.device if session.where else None,
+                                         prefix=self.prefix(environment), uid=self.user_of(session))
             self.joined(session, join, environment)
         session.join = join
         offer = self.offer(session, now)
@@ -551,6 +562,11 @@ class AgentServer:
         if lease in self.leases and lease not in self._failing:
             self._failing[lease] = why
             self.fail(lease, time.monotonic())
+
+    def spawner_lost(self, why: str) -> None:
+        """Nothing can be started or ended for other users any more."""
+        log.error("%s", why)
+        self.leaving = True
 
     def seat_stopped(self, lease: int, seat: int, last: bool) -> None:
         """Nothing of this seat can run any more."""

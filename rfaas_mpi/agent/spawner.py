@@ -29,6 +29,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -40,6 +41,7 @@ import msgspec
 from rfaas_mpi.agent import child
 from rfaas_mpi.agent.groups import Group, Roots, maker, remove_stale
 from rfaas_mpi.agent.kernel_files import pid_of
+from rfaas_mpi.agent.reclaim import Clearing
 from rfaas_mpi.errors import ServiceError
 
 __all__ = ["Answer", "Command", "Ended", "Identity", "Op", "Request", "Spawner", "SpawnerLost", "become_user",
@@ -52,9 +54,10 @@ CPUS_MAX = 1024
 FDS_MAX = 8                          # more than any request has: the rest is seen and refused
 ANSWER_S = 10.0                      # a spawner that is silent for so long is given up
 REMOVE_RETRY_S = 0.002
+REMOVE_WAIT_S = 0.02
 MAGIC = 0x5053_4652                  # "RFSP"
 
-REQUEST = struct.Struct("<IHHIIIIQ128s")
+REQUEST = struct.Struct("<IHHIIIIQ128s128s")
 ANSWER = struct.Struct("<IHHIiIQ128s")
 
 # Where the child finds what it was given.
@@ -70,17 +73,18 @@ class Op(IntEnum):
 
     ZYGOTE = 1                       # uid; channel, output, setup, command → pid, pidfd
     SIGNAL = 2                       # argument: the signal; a process' pidfd, none: the zygote
-    GROUP = 3                        # a worker's control group; size_bytes: its limit
+    GROUP = 3                        # a worker's control group; size_bytes: its limit; argument 1: low priority
     LIMIT = 4                        # another limit for it
     ENTER = 5                        # a process' pidfd: it moves there
     REMOVE = 6                       # ends what is in it → how often its limit killed
     AFFINITY = 7                     # a process' pidfd, cpus: all of its threads run there only
-    ENDED = 8                        # told unasked: a zygote is gone; number: its wait status
+    CLEAR = 8                        # a killed process' pidfd, cpus, others: it leaves the ones for the others → done
+    ENDED = 9                        # told unasked: a zygote is gone; number: its wait status
 
 
 # How many descriptors come with each.
 _FDS = {Op.ZYGOTE: (4,), Op.SIGNAL: (0, 1), Op.GROUP: (0,), Op.LIMIT: (0,), Op.ENTER: (1,), Op.REMOVE: (0,),
-        Op.AFFINITY: (1,)}
+        Op.AFFINITY: (1,), Op.CLEAR: (1,)}
 _SIGNALS = frozenset((signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT, signal.SIGTERM))
 
 
@@ -95,22 +99,23 @@ class Request(NamedTuple):
     argument: int = 0
     size_bytes: int = 0
     cpus: bytes = bytes(CPUS_MAX // 8)
+    others: bytes = bytes(CPUS_MAX // 8)
 
     def pack(self) -> bytes:
-        return REQUEST.pack(MAGIC, self.op, self.argument, self.serial, self.zygote, self.group, self.uid, self.size_bytes,
-                            self.cpus)
+        return REQUEST.pack(MAGIC, self.op, self.argument, self.serial, self.zygote, self.group, self.uid,
+                            self.size_bytes, self.cpus, self.others)
 
     @classmethod
     def unpack(cls, data: bytes, fds: int) -> Request:
         """ValueError for what is no request, or not with so many descriptors."""
         if len(data) != REQUEST.size:
             raise ValueError(f"a request of {len(data)} bytes")
-        magic, op, argument, serial, zygote, group, uid, size, cpus = REQUEST.unpack(data)
+        magic, op, argument, serial, zygote, group, uid, size, cpus, others = REQUEST.unpack(data)
         if magic != MAGIC or op not in _FDS:
             raise ValueError(f"a request of kind {op}")
         if fds not in _FDS[Op(op)]:
             raise ValueError(f"{Op(op).name} with {fds} descriptors")
-        return cls(op, serial, zygote, group, uid, argument, size, cpus)
+        return cls(op, serial, zygote, group, uid, argument, size, cpus, others)
 
 
 class Answer(NamedTuple):
@@ -331,7 +336,9 @@ class _Server:
             case Op.REMOVE:
                 return done._replace(number=self._remove(request))
             case Op.AFFINITY:
-                self._bind(self._own(self._zygote(request), fds[0]), request.cpus)
+                self._bind(self._own(self._zygote(request), fds[0]), _cpus(request.cpus))
+            case Op.CLEAR:
+                return done._replace(number=self._clear(request, fds[0]))
         return done
 
     def _zygote(self, request: Request) -> _Zygote:
@@ -394,7 +401,8 @@ class _Server:
         zygote = self._zygote(request)
         if request.group in self.groups or not 0 < request.group < 1 << 31:
             raise FileExistsError(errno.EEXIST, f"group {request.group} exists already")
-        self.groups[request.group] = Group.make(f"{self.maker}-w{request.group}", self.roots, request.size_bytes)
+        self.groups[request.group] = Group.make(f"{self.maker}-w{request.group}", self.roots, request.size_bytes,
+                                                low=request.argument == 1)
         zygote.groups.add(request.group)
 
     def _remove(self, request: Request) -> int:
@@ -402,12 +410,31 @@ class _Server:
         kills = group.oom_kills()
         self._zygote(request).groups.discard(request.group)
         del self.groups[request.group]
-        if not group.remove():
-            self.removing.append(group)
+        # Who asked lends its cores to others next. What was killed needs a moment to end.
+        until = time.monotonic() + REMOVE_WAIT_S
+        while not group.remove():
+            if time.monotonic() > until:
+                self.removing.append(group)
+                break
+            time.sleep(REMOVE_RETRY_S / 4)
         return min(kills, 0xFFFF)
 
-    def _bind(self, pid: int, mask: bytes) -> None:
-        cpus = [cpu for cpu in range(CPUS_MAX) if mask[cpu // 8] >> cpu % 8 & 1]
+    def _clear(self, request: Request, pidfd: int) -> bool:
+        zygote, off, to = self._zygote(request), _cpus(request.cpus), _cpus(request.others)
+        cleared = True
+        try:
+            with contextlib.closing(Clearing(self._own(zygote, pidfd), off, to, parent=zygote.pid)) as clearing:
+                cleared = clearing.cleared()
+        except ProcessLookupError:
+            log.debug("zygote=%d it is gone", zygote.number)
+        # What it left behind may have come to us while we looked.
+        strays = self._end_strays()
+        for stray in strays:
+            with contextlib.suppress(OSError):
+                self._bind(stray, to)
+        return cleared and not strays
+
+    def _bind(self, pid: int, cpus: list[int]) -> None:
         # A thread that another one starts meanwhile has inherited either mask.
         done: set[int] = set()
         while threads := {int(name) for name in os.listdir(f"/proc/{pid}/task")} - done:
@@ -438,11 +465,16 @@ class _Server:
             code = os.waitstatus_to_exitcode(status)
             log.info("zygote=%d uid=%d pid=%d ended: %d", zygote.number, zygote.uid, pid, code)
             self._tell(Answer(Op.ENDED, 0, zygote.number, number=code & 0xFFFF), [])
+        self._end_strays()
+
+    def _end_strays(self) -> list[int]:
+        """Kills what has come to us and is no zygote; a zygote that takes in its own has none of them come."""
         known = {zygote.pid for zygote in self.zygotes.values()}
-        for pid in _children(self.pid):
-            if pid not in known:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        strays = [pid for pid in _children(self.pid) if pid not in known]
+        for pid in strays:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return strays
 
     def _end_all(self) -> None:
         """Kills everything that we started, until nothing is left of it."""
@@ -465,6 +497,17 @@ class _Server:
                 log.error("%s", error)
         self.groups.clear()
         self.zygotes.clear()
+
+
+def _cpus(mask: bytes) -> list[int]:
+    return [cpu for cpu in range(CPUS_MAX) if mask[cpu // 8] >> cpu % 8 & 1]
+
+
+def _mask(cpus: Iterable[int]) -> bytes:
+    mask = bytearray(CPUS_MAX // 8)
+    for cpu in cpus:
+        mask[cpu // 8] |= 1 << cpu % 8
+    return bytes(mask)
 
 
 def _uids_and_parent(pid: int) -> tuple[set[int], int]:
@@ -613,6 +656,11 @@ class Spawner:
             raise
         return spawner
 
+    @property
+    def has_news(self) -> bool:
+        """Whether ended() would tell something that was heard meanwhile, which nobody can wait for."""
+        return bool(self._ended)
+
     def fileno(self) -> int:
         """To wait on: readable when a zygote ended, or the spawner did."""
         return self.channel.fileno()
@@ -635,9 +683,9 @@ class Spawner:
         fds = [pidfd] if pidfd >= 0 else []
         self._ask(Request(Op.SIGNAL, 0, zygote, argument=number), fds, wait=wait)
 
-    def make_group(self, zygote: int, group: int, memory_bytes: int) -> None:
-        """A control group for one worker."""
-        self._ask(Request(Op.GROUP, 0, zygote, group, size_bytes=memory_bytes))
+    def make_group(self, zygote: int, group: int, memory_bytes: int, *, low: bool = False) -> None:
+        """A control group for one worker, of low priority if that is wanted."""
+        self._ask(Request(Op.GROUP, 0, zygote, group, argument=int(low), size_bytes=memory_bytes))
 
     def limit(self, zygote: int, group: int, memory_bytes: int) -> None:
         """Another limit on a group's memory."""
@@ -653,10 +701,11 @@ class Spawner:
 
     def bind(self, zygote: int, pidfd: int, cpus: Iterable[int]) -> None:
         """Has every thread of the process run on these CPUs only."""
-        mask = bytearray(CPUS_MAX // 8)
-        for cpu in cpus:
-            mask[cpu // 8] |= 1 << cpu % 8
-        self._ask(Request(Op.AFFINITY, 0, zygote, cpus=bytes(mask)), [pidfd])
+        self._ask(Request(Op.AFFINITY, 0, zygote, cpus=_mask(cpus)), [pidfd])
+
+    def clear(self, zygote: int, pidfd: int, off: Iterable[int], to: Iterable[int]) -> bool:
+        """Once it was killed: has it, and what it started, end elsewhere; False while it may still run there."""
+        return bool(self._ask(Request(Op.CLEAR, 0, zygote, cpus=_mask(off), others=_mask(to)), [pidfd])[0].number)
 
     def close(self) -> None:
         """Returns when everything that it started, and it itself, is gone. Safe to call twice."""

@@ -6,6 +6,7 @@ it is done, and what becomes of it is told there.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import selectors
@@ -14,12 +15,16 @@ import time
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+import msgspec
+
 from rfaas_mpi import messages as msg
 from rfaas_mpi.agent import core as agent_core
 from rfaas_mpi.agent import sandbox
 from rfaas_mpi.agent.core import AgentCore, Exit, Meter, Page
+from rfaas_mpi.agent.memory import WATCH_S, MemoryGuard
 from rfaas_mpi.agent.pool import WorkerHandle, ZygoteHandle, ZygoteKind, oom_kills
 from rfaas_mpi.agent.priority import NO_PRIORITY
+from rfaas_mpi.agent.spawner import Spawner, SpawnerLost
 from rfaas_mpi.errors import ServiceError
 
 __all__ = ["Employer", "Workers"]
@@ -56,6 +61,9 @@ class Employer(Protocol):
     def lease_failed(self, lease: int, why: str) -> None:
         """Its workers can't be started: it has to end."""
 
+    def spawner_lost(self, why: str) -> None:
+        """Nothing can be started or ended for other users any more: the agent has to end."""
+
 
 class Workers:
     """Owns the processes, their sockets, pages and pipes, and does the core's actions. close() ends them all."""
@@ -71,6 +79,18 @@ class Workers:
         self._zygote_idle_s = zygote_idle_s
         self._handles: dict[int, WorkerHandle] = {}
         self._oom_kills = oom_kills()
+        self._spawner: Spawner | None = None
+        self._guard = MemoryGuard("watch")
+        self._look_at = float("inf")         # when to look at the workers' memory
+
+    def serve_users(self, spawner: Spawner) -> None:
+        """From now on zygotes of a kind with a uid are that user's. The spawner is closed with us."""
+        self._spawner = spawner
+        self._selector.register(spawner, READ, lambda _m: self._on_spawner())
+
+    def guard_memory(self, wanted: str) -> None:
+        """Bounds each worker's memory from now on as the setting says. ServiceError if it can't be had."""
+        self._guard = MemoryGuard(wanted, self._spawner)
 
     # ---- time ------------------------------------------------------------------------------------
 
@@ -80,7 +100,7 @@ class Workers:
                  if handle.lines.since is not None]
         times += [zygote.idle_since + self._zygote_idle_s for zygote in self.zygotes.values() if not zygote.workers]
         due = self.core.next_deadline(now)
-        return times if due is None else [*times, due]
+        return [*times, self._look_at] if due is None else [*times, self._look_at, due]
 
     def check(self, now: float) -> None:
         """Time limits, kills after their grace, forks that waited."""
@@ -88,7 +108,13 @@ class Workers:
             pages = {number: self._handles[number].read_page() for number in self.core.watched
                      if number in self._handles}
             self.act(self.core.check_limits(pages, now, time.monotonic_ns()))
+        if now >= self._look_at:
+            self._look_at = now + WATCH_S if self._guard.watches else float("inf")
+            for number in self._guard.over():
+                self._end_for_memory(number)
         self.act(self.core.tick(now))
+        if self._spawner is not None and self._spawner.has_news:
+            self._on_spawner()
 
     def tidy(self, now: float) -> None:
         """Shows unfinished lines, ends zygotes that nobody needs."""
@@ -114,6 +140,11 @@ class Workers:
                 log.warning("worker=%d pid=%d was killed and has not ended", handle.number, handle.pid)
             handle.close()
         self._handles.clear()
+        self._guard.close()
+        if self._spawner is not None:
+            self._unregister(self._spawner)
+            self._spawner.close()
+            self._spawner = None
 
     # ---- what ranks want of them -----------------------------------------------------------------
 
@@ -160,6 +191,10 @@ class Workers:
         return [{"key": key, "pid": zygote.pid, "ready": zygote.ready, "workers": len(zygote.workers),
                  "sandbox": zygote.sandbox}
                 for key, zygote in self.zygotes.items()]
+
+    def memory_status(self) -> dict[str, str]:
+        """What bounds workers' memory, and why nothing better does."""
+        return self._guard.status()
 
     # ---- the core's actions ----------------------------------------------------------------------
 
@@ -304,7 +339,13 @@ class Workers:
         handle = self._handles.get(number)
         if handle is None:
             return
+        if not handle.gone():
+            # Another user's zygote may say what it likes.
+            self._end_then_tell(handle, how)
+            return
         now = time.monotonic()
+        if self._guard.end(number):
+            how = dataclasses.replace(how, oom=True)
         while True:
             data, ended = handle.read_output()
             self._show(handle, handle.lines.feed(data, now))
@@ -322,7 +363,13 @@ class Workers:
         key = kind.key
         zygote = self.zygotes.get(key)
         if zygote is None:
-            zygote = self.zygotes[key] = ZygoteHandle(kind, now, low=self.low)
+            spawner = None
+            if kind.uid is not None:
+                spawner = self._spawner
+                if spawner is None:
+                    raise ServiceError(f"this agent can't start a worker of uid {kind.uid}",
+                                       hint="only an agent that root starts, with RFAAS_SERVICE_USER, serves others")
+            zygote = self.zygotes[key] = ZygoteHandle(kind, now, spawner, self.low if spawner is None else NO_PRIORITY)
             self._selector.register(zygote.channel, READ, lambda _m: self._on_zygote(key, zygote))
             self._selector.register(zygote.errors, READ, lambda _m: self._on_zygote_errors(zygote))
             log.info("zygote=%s pid=%d started for %s", key, zygote.pid, os.fsdecode(kind.executable))
@@ -338,15 +385,36 @@ class Workers:
         if not data:
             self._zygote_ended(key, zygote)
             return
-        match msg.unpack_from_zygote(data):
+        try:
+            self._heard(key, zygote, data, fds)
+        except SpawnerLost as error:
+            self._employer.spawner_lost(str(error))
+        except (ServiceError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            # It is its user's, who may have made it say anything.
+            log.error("zygote=%s pid=%d says what makes no sense (%s); it is killed", key, zygote.pid, error)
+            zygote.process.kill()
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _heard(self, key: str, zygote: ZygoteHandle, data: bytes, fds: list[int]) -> None:
+        said = msg.unpack_from_zygote(data)
+        if not isinstance(said, msg.ZygoteReady) and said.worker not in zygote.workers and said.worker != 0:
+            log.debug("zygote=%s tells of worker %d, which it doesn't have", key, said.worker)
+            return
+        match said:
             case msg.ZygoteReady(sandbox=level):
                 zygote.sandbox = level
                 zygote.became_ready()
                 log.info("zygote=%s pid=%d ready, sandbox %s", key, zygote.pid, sandbox.level_text(level))
             case msg.WorkerForked(worker=number, pid=pid):
                 handle = self._handles.get(number)
-                if handle is not None and fds:
-                    handle.pid, handle.pidfd = pid, fds.pop()
+                if handle is not None and fds and handle.pidfd < 0:
+                    pid = handle.forked(fds.pop(), pid)
+                    self._guard.begin(handle)
+                    if self._guard.watches:
+                        self._look_at = min(self._look_at, time.monotonic() + WATCH_S)
+                    handle.admit()
                     self.act(self.core.forked(number, pid))
             case msg.WorkerExited(worker=number) as exited:
                 kills = oom_kills()
@@ -359,8 +427,18 @@ class Workers:
                 if number in self._handles:
                     self._employer.lease_failed(self._handles[number].lease, text.strip().splitlines()[-1])
                     self._worker_ended(number, Exit(lost=True))
-        for fd in fds:
-            os.close(fd)
+
+    def _on_spawner(self) -> None:
+        assert self._spawner is not None
+        try:
+            ended = {each.zygote: each.code for each in self._spawner.ended()}
+        except SpawnerLost as error:
+            self._unregister(self._spawner)
+            self._employer.spawner_lost(str(error))
+            return
+        for zygote in self.zygotes.values():
+            if zygote.spawner is not None and zygote.number in ended:
+                zygote.process.returncode = ended[zygote.number]
 
     def _on_zygote_errors(self, zygote: ZygoteHandle) -> None:
         said = zygote.read_errors()
@@ -381,12 +459,19 @@ class Workers:
                 continue
             if not was_ready:
                 self._employer.lease_failed(handle.lease, f"the interpreter for workers did not start: {why}")
-            if handle.gone():
-                self._worker_ended(number, Exit(lost=True))
-            else:
-                handle.kill()
-                self._selector.register(handle.pidfd, READ,
-                                        lambda _m, number=number: self._worker_ended(number, Exit(lost=True)))
+            self._worker_ended(number, Exit(lost=True))
+
+    def _end_then_tell(self, handle: WorkerHandle, how: Exit) -> None:
+        handle.kill()
+        self._unregister(handle.pidfd)
+        self._selector.register(handle.pidfd, READ, lambda _m: self._worker_ended(handle.number, how))
+
+    def _end_for_memory(self, number: int) -> None:
+        handle = self._handles.get(number)
+        if handle is not None:
+            log.warning("lease=%d worker=%d pid=%d holds more than the %d bytes that it was granted: it is killed",
+                        handle.lease, number, handle.pid, handle.memory_bytes)
+            self.act(self.core.over_memory(number, handle.read_page()))
 
     def _close_zygote(self, key: str) -> None:
         zygote = self.zygotes.pop(key)

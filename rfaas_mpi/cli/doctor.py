@@ -52,7 +52,7 @@ def examine(**which: str) -> list[Check]:
     """
     groups: Sequence[tuple[str, Callable[[], Iterable[Check]]]] = (
         ("python", _python), ("packages", _packages), ("extension", _extension), ("system calls", _system_calls),
-        ("runtime directory", _runtime_directory), ("sandbox", _sandbox),
+        ("runtime directory", _runtime_directory), ("sandbox", _sandbox), ("memory limit", _memory_limit),
         ("cores and memory", _cores_and_memory), ("mpi", _mpi),
         ("numba", _numba), ("transports", _transports),
         ("service", lambda: _service(**which)))
@@ -243,6 +243,17 @@ def _sandbox() -> Iterable[Check]:
         return
     yield Check("sandbox", policy == "off" or not level["lacks"], sandbox.level_text(level),
                 "nothing to do where you trust your kernels as your ranks; else mend the two lines above")
+
+
+def _memory_limit() -> Iterable[Check]:
+    from rfaas_mpi import config
+    from rfaas_mpi.agent.groups import Roots
+    wanted, why_not = config.Settings.load().memory_limit, Roots.find().why_not
+    yield Check("memory limit", wanted != "cgroup" or not why_not,
+                "control groups can bound workers' memory" if not why_not else
+                f"an agent looks at what workers hold, and kills: {why_not}",
+                "start the agent as root on a node whose control groups have the memory controller, or set "
+                "RFAAS_MEMORY_LIMIT=auto", needed=wanted == "cgroup")
 
 
 # --- the place for sockets and locks ----------------------------------------------

@@ -87,6 +87,10 @@ def describe(data: dict[str, Any]) -> Iterator[str]:
         yield f"cores      none to lend: {cores['why_none'] or 'every core is kept'}"
     yield f"memory     {_gib(memory['free_bytes'])} of {_gib(memory['lendable_bytes'])} free"
     yield from _levels(data)
+    if limit := data.get("memory_limit"):
+        yield from textwrap.wrap({"cgroup": "a control group bounds each worker's memory"}.get(
+            limit["means"], f"what workers hold is looked at: {limit['why']}"), 79, initial_indent="limit      ",
+            subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False)
     yield f"ranks      {len(data['sessions'])}" + (f", {data['waiting']} waiting for cores" if data["waiting"] else "")
     for rank in data["sessions"]:
         where = f" at {rank['where']}" if rank.get("where") else ""

@@ -1,0 +1,181 @@
+"""Keeps each worker within the memory that it was granted.
+
+Its own allocations are bounded by its data limit (child.py), which makes them raise MemoryError. That bounds neither
+what it starts nor what it maps or writes to a tmpfs. So it gets a control group, in which the kernel ends what takes
+too much; where no group can be made, the agent looks at what it holds, and ends it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+from rfaas_mpi.agent.groups import Group, Roots, maker, remove_stale
+from rfaas_mpi.agent.kernel_files import read_text
+from rfaas_mpi.agent.reclaim import started_by
+from rfaas_mpi.agent.spawner import Spawner, SpawnerLost
+from rfaas_mpi.errors import ServiceError
+
+__all__ = ["MemoryGuard", "Means", "WATCH_S", "held_bytes"]
+
+log = logging.getLogger("rfaas_mpi.agent")
+
+WATCH_S = 0.5                        # how often those without a group are looked at
+# What a worker has before its first kernel: interpreter, numpy, its copies of the zygote's pages. It
+# leaves room above the data limit, too, so that an honest kernel meets that one, and can go on.
+BASE_BYTES = 64 << 20
+
+
+class Means(StrEnum):
+    """What bounds memory, the best first."""
+
+    CGROUP = "cgroup"
+    WATCH = "watch"
+
+
+class Guarded(Protocol):
+    """A worker, as pool.py holds it."""
+
+    number: int
+    pid: int
+    pidfd: int
+    memory_bytes: int
+
+    @property
+    def spawned_by(self) -> tuple[Spawner, int] | None:
+        """The spawner and its number for the worker's zygote; None if that is our own child."""
+
+
+@dataclass
+class _Kept:
+    worker: Guarded
+    group: Group | None = None       # made by us, or, if it is the spawner's, to look at
+    with_spawner: bool = False       # made by the spawner
+
+
+class MemoryGuard:
+    """Of all workers of one agent. close() removes what it made."""
+
+    def __init__(self, wanted: str = "auto", spawner: Spawner | None = None, root: Path = Path("/")) -> None:
+        """`wanted` is auto, cgroup or watch. ServiceError where cgroup is wanted and can't be had."""
+        self._roots = Roots.find(root, to_look=spawner is not None) if wanted != "watch" else Roots()
+        why = spawner.why_no_groups if spawner is not None else self._roots.why_not
+        if wanted == "watch":
+            why = "no control groups are to be made"
+        self.why_no_groups = why
+        if wanted == "cgroup" and why:
+            raise ServiceError(f"memory_limit=cgroup can't be kept on node {os.uname().nodename}: {why}",
+                               hint="start the agent as root on a node whose control groups have the memory "
+                                    "controller, or set RFAAS_MEMORY_LIMIT=auto")
+        self._maker = maker() if spawner is None else maker(spawner.pid)
+        self._kept: dict[int, _Kept] = {}
+        self._removing: list[Group] = []
+        if spawner is None and not why:
+            for name in remove_stale(self._roots):
+                log.info("ended what was left in %s", name)
+
+    @property
+    def means(self) -> Means:
+        """What bounds the next worker's memory."""
+        return Means.WATCH if self.why_no_groups else Means.CGROUP
+
+    def status(self) -> dict[str, str]:
+        """For people and programs."""
+        return {"means": str(self.means), "why": self.why_no_groups}
+
+    def begin(self, worker: Guarded) -> None:
+        """From here on it is bounded, once its process exists."""
+        kept = self._kept[worker.number] = _Kept(worker)
+        if self.why_no_groups or not worker.memory_bytes:
+            return
+        limit, name = worker.memory_bytes + BASE_BYTES, f"{self._maker}-w{worker.number}"
+        try:
+            if (spawned := worker.spawned_by) is not None:
+                spawner, zygote = spawned
+                spawner.make_group(zygote, worker.number, limit)
+                kept.with_spawner, kept.group = True, Group(name, self._roots)
+                spawner.enter(zygote, worker.number, worker.pidfd)
+            else:
+                kept.group = Group.make(name, self._roots, limit)
+                kept.group.enter(worker.pid)
+        except ProcessLookupError:
+            return                    # it has ended already
+        except SpawnerLost:
+            raise
+        except OSError as error:
+            log.warning("worker=%d pid=%d has no control group: %s", worker.number, worker.pid, error)
+
+    def end(self, number: int) -> bool:
+        """The worker's process has ended, and so does all that it started: whether its limit has killed there."""
+        kept = self._kept.pop(number, None)
+        if kept is None:
+            return False
+        if kept.with_spawner and (spawned := kept.worker.spawned_by) is not None:
+            spawner, zygote = spawned
+            try:
+                return spawner.remove_group(zygote, number) > 0
+            except SpawnerLost:
+                raise
+            except OSError as error:
+                log.debug("worker=%d group: %s", number, error)   # it went with its zygote
+                return False
+        if kept.group is None or kept.with_spawner:
+            return False
+        kills = kept.group.oom_kills()
+        if not kept.group.remove():
+            self._removing.append(kept.group)
+        return kills > 0
+
+    def over(self) -> list[int]:
+        """Workers that hold more than they were granted, or have lost a part for that: they are to be killed.
+
+        Call it every WATCH_S while `watches`.
+        """
+        self._removing = [group for group in self._removing if not group.remove()]
+        return [number for number, kept in self._kept.items() if self._is_over(kept)]
+
+    def _is_over(self, kept: _Kept) -> bool:
+        if kept.group is not None:
+            # Version 2 kills all that is in the group, version 1 one process, which need not be the worker.
+            return not kept.group.unified and kept.group.oom_kills() > 0
+        return (kept.worker.memory_bytes > 0 and kept.worker.pid > 0
+                and held_bytes(kept.worker.pid) > kept.worker.memory_bytes + BASE_BYTES)
+
+    @property
+    def watches(self) -> bool:
+        """Whether over() has anything to look at."""
+        return bool(self._removing) or any(
+            kept.worker.memory_bytes and (kept.group is None or not kept.group.unified)
+            for kept in self._kept.values())
+
+    def close(self) -> None:
+        """Ends what is in groups of ours, and removes them. Safe to call twice."""
+        groups = [kept.group for kept in self._kept.values() if kept.group is not None and not kept.with_spawner]
+        groups += self._removing
+        self._kept.clear()
+        self._removing = []
+        for group in groups:
+            try:
+                group.close()
+            except OSError as error:
+                log.error("%s", error)
+
+
+def held_bytes(pid: int) -> int:
+    """Memory of a process and all that it started, swapped out or not, that is nobody else's; 0 if it is gone."""
+    return sum(map(_own_bytes, _tree(pid)))
+
+
+def _tree(pid: int) -> Iterable[int]:
+    yield pid
+    yield from started_by(pid)
+
+
+def _own_bytes(pid: int) -> int:
+    return sum(int(line.split()[1]) << 10 for line in read_text(Path(f"/proc/{pid}/status")).splitlines()
+               if line.startswith(("RssAnon:", "VmSwap:")))

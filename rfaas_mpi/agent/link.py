@@ -402,7 +402,9 @@ class ManagerLink:
                 self._tell(ReportDue())
             until = min([due, *([sent + COALESCE_S] if waits else []), *([sent + ANSWER_S] if awaits else [])])
             try:
-                await asyncio.wait_for(self._news.wait(), max(0.0, until - now))
+                # Not wait_for: up to Python 3.11 it loses a cancellation that comes with the news.
+                async with asyncio.timeout(max(0.0, until - now)):
+                    await self._news.wait()
             except TimeoutError:
                 continue
 

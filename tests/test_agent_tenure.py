@@ -42,14 +42,14 @@ def test_news_of_what_ended_already_is_none(tenures):
 
 
 def test_exactly_the_workers_on_cores_that_are_not_lent_any_more_stop(tenures):
-    assert tenures.lend({2, 9}, 0.5, 100.0) == [Stop(7, (1,), Cause.REVOKED, 0.5)]
+    assert tenures.lend({2, 9}, 0.5, 100.0) == [Stop(7, (1,), Cause.REVOKED, 0.5, owned=True)]
     assert tenures.lend({2, 9}, 0.5, 100.1) == []
 
 
 def test_a_worker_stops_if_one_of_its_cores_is_wanted_back():
     table = Tenures()
     table.begin(7, 70, 1000, 1, workers((2, 3), (4, 5)), 0, None)
-    assert table.lend({2, 4, 5}, 0.0, 0.0) == [Stop(7, (0,), Cause.REVOKED, 0.0)]
+    assert table.lend({2, 4, 5}, 0.0, 0.0) == [Stop(7, (0,), Cause.REVOKED, 0.0, owned=True)]
 
 
 def test_a_rank_is_told_before_the_last_of_its_workers_stop_and_only_once(tenures):
@@ -83,12 +83,17 @@ def test_an_order_that_is_repeated_changes_nothing_and_a_sooner_one_does(tenures
     assert tenures.order(StopOrder(7, (0,), Cause.REVOKED, 1.0), 0.1) == [Stop(7, (0,), Cause.REVOKED, 1.0)]
 
 
+def test_cores_that_somebody_on_the_node_wants_back_are_given_up(tenures):
+    assert tenures.reclaim(7, [1], 2.0, 0.0, owned=False) == [Stop(7, (1,), Cause.REVOKED, 2.0)]
+    assert tenures.reclaim(9, [0], 2.0, 0.0, owned=True) == []
+
+
 def test_a_hard_end_comes_by_our_own_clock_and_bounds_every_grace():
     table = Tenures()
     table.begin(7, 70, 1000, 1, workers((2,), (3,)), 0, 20.0)
     assert table.next_deadline() == 20.0
     assert table.tick(19.9) == []
-    assert table.lend({3}, 60.0, 15.0) == [Stop(7, (0,), Cause.REVOKED, 5.0)]
+    assert table.lend({3}, 60.0, 15.0) == [Stop(7, (0,), Cause.REVOKED, 5.0, owned=True)]
     assert table.tick(20.0) == [Ended(1, 7, Cause.EXPIRED), Stop(7, (1,), Cause.EXPIRED, 0.0)]
     assert table.next_deadline() is None
     assert table.tick(21.0) == []

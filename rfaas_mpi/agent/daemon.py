@@ -16,7 +16,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from rfaas_mpi.agent.kernel_files import ranges
 from rfaas_mpi.agent.link import LinkLost, ManagerLink, News, ReportDue
 from rfaas_mpi.agent.observer import NodeWatch, Observer, own_step
 from rfaas_mpi.agent.pool import full_cpuset
+from rfaas_mpi.agent.priority import Lowering, remove_stale_groups
 from rfaas_mpi.agent.server import REASONS, AgentServer, Offer, SessionHandle
 from rfaas_mpi.agent.tenure import Tenures
 from rfaas_mpi.config import Settings
@@ -47,6 +48,8 @@ __all__ = ["Agent", "Options", "run"]
 log = logging.getLogger("rfaas_mpi.agent.daemon")
 
 LEAVE_S = 5.0                        # what doesn't end with its grace is killed after this
+EMPTY_S = 2.0                        # a group whose processes were killed is empty after this
+EMPTY_AGAIN_S = 0.01
 SAY_S = 2.0                          # and so long the manager is told that we leave, if it can be reached
 SOCKET_PATH_MAX = 107
 _WILDCARDS = frozenset(("0.0.0.0", "::"))
@@ -58,7 +61,9 @@ class Options:
 
     `cores` None: what the detector finds, less `keep`, the CPUs of the agent itself
     (None: the first physical core that it may use). `unix` False: ranks aren't told of
-    the socket. `grace_s` is left to workers whose cores are wanted back.
+    the socket. `grace_s` is left to workers whose cores are wanted back. With
+    `low_priority` workers run when nobody else wants their core (None: unless cores
+    are named, which says that they are nobody's).
     """
 
     directory: Path
@@ -69,6 +74,7 @@ class Options:
     cores: tuple[int, ...] | None = None
     keep: tuple[int, ...] | None = None
     grace_s: float = 0.0
+    low_priority: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,8 @@ class Agent(AgentServer):
         self._link: ManagerLink | None = None
         self._lost = ""                                      # why the manager can't be reached
         self._watch: NodeWatch | None = None
+        self._lowering: Lowering | None = None
+        self._memory_of: dict[int, int] = {}                 # lease → of each worker
         self._changed = False                                # since the last report
         self._next_line = 1
         self._told_to_leave = False
@@ -125,13 +133,19 @@ class Agent(AgentServer):
         self.begin()
         allowed = full_cpuset()
         self._facts = node_cores.read_node_facts(affinity=allowed)
-        keep = _kept(self.options, self._facts)
+        remove_stale_groups()
+        low = self.options.low_priority
+        if low or (low is None and self.options.cores is None):
+            self._lowering = Lowering()
+            self.workers.low = self._lowering.priority
+        self.core.own_cores = keep = _kept(self.options, self._facts)
         if keep:
             # Zygotes start here too, and not on a core that is lent or an owner's.
             os.sched_setaffinity(0, keep)
         if self.options.cores is None:
-            self._watch = NodeWatch(Detector(Policy(never=frozenset(keep), memory_reserve=self.settings.memory_reserve)),
-                                    Observer(usable=self._facts.cpuset, ours=own_step()))
+            policy = Policy(never=frozenset(keep), memory_reserve=self.settings.memory_reserve,
+                            low_priority=self.workers.low.means is not None)
+            self._watch = NodeWatch(Detector(policy), Observer(usable=self._facts.cpuset, ours=own_step()))
             self.selector.register(self._watch, 1, lambda _m: self._look(time.monotonic()))
         self._look(time.monotonic())
         self.door.listen_unix(self.socket)
@@ -164,6 +178,22 @@ class Agent(AgentServer):
         if self._watch is not None:
             self._watch.close()
             self._watch = None
+        if self._lowering is not None:
+            lowering, self._lowering = self._lowering, None
+            self._remove(lowering)
+
+    def _remove(self, lowering: Lowering) -> None:
+        deadline = time.monotonic() + EMPTY_S
+        while True:
+            try:
+                lowering.close()
+                return
+            except OSError as error:
+                # What a zygote had forked ahead ends with it, but not before it.
+                if time.monotonic() >= deadline:
+                    log.warning("node=%s the group of low priority stays: %s", self.node, error)
+                    return
+            time.sleep(EMPTY_AGAIN_S)
 
     # ---- the node --------------------------------------------------------------------------------
 
@@ -247,13 +277,13 @@ class Agent(AgentServer):
             match action:
                 case tenure.Ended(session=session, lease=lease, cause=cause):
                     self.tell_lease_ended(session, lease, cause)
-                case tenure.Stop(lease=lease, seats=seats, cause=cause, grace_s=grace_s):
+                case tenure.Stop(lease=lease, seats=seats, cause=cause, grace_s=grace_s, owned=owned):
                     log.info("lease=%d seats=%s stop: %s, grace %g s", lease, seats, cause, grace_s)
                     if cause is Cause.RELEASED:
                         # Its rank took what it wanted; the end of the current
                         # kernel is waited for only so that its output is whole.
                         grace_s = max(grace_s, agent_core.QUIT_GRACE_S)
-                    self.workers.act(self.core.stop(lease, seats, REASONS[cause], grace_s, now))
+                    self.workers.act(self.core.stop(lease, seats, REASONS[cause], grace_s, now, owned=owned))
                 case tenure.Forbid(lease=lease):
                     if self._admission is not None:
                         self._admission.forbid(lease, time.monotonic_ns())
@@ -313,9 +343,8 @@ class Agent(AgentServer):
             case msg.KillRequest(lease=lease) | msg.ReleaseRequest(lease=lease):
                 if visit is None or visit.lease != lease:
                     raise ServiceError(f"lease {lease} is not this session's")
-            case msg.StatusRequest() | msg.DownRequest():
-                if visit is not None:
-                    raise ServiceError("in a lease's session there is nothing but the lease")
+            case _ if visit is not None and not isinstance(request, msg.Use):
+                raise ServiceError("in a lease's session there is nothing but the lease")
 
     def request(self, session: SessionHandle, request: msg.AnyRequest, now: float) -> None:
         match request:
@@ -360,6 +389,7 @@ class Agent(AgentServer):
             return
         body = self._usable(visit, admit=True)
         hard_end = None if body.hard_end_ns is None else body.hard_end_ns / 1e9
+        self._memory_of[body.lease] = body.memory_per_worker
         self.tenures.begin(body.lease, body.epoch, body.uid, session.number, body.workers, body.memory_per_worker,
                            hard_end)
         told, actions = self.start_lease(body.lease, body.epoch, session,
@@ -412,19 +442,27 @@ class Agent(AgentServer):
     def fail(self, lease: int, now: float) -> None:
         self._do(self.tenures.fail(lease, now), now)
 
-    def stopped(self, lease: int, seat: int, now: float) -> None:
+    def give_up(self, seats: Mapping[int, Sequence[int]], grace_s: float, now: float, *, owned: bool) -> None:
+        for lease, numbers in seats.items():
+            self._do(self.tenures.reclaim(lease, numbers, grace_s, now, owned=owned), now)
+
+    def freed(self, lease: int, seat: int, cores: tuple[int, ...], now: float) -> None:
         self._changed |= self.tenures.freed(lease, seat)
 
+    def stopped(self, lease: int, seat: int, now: float) -> None:
+        self._changed |= self.tenures.freed(lease, seat)
+        if lease not in self.leases:
+            self._memory_of.pop(lease, None)
+
     def used(self, meter: agent_core.Meter, pid: int) -> None:
-        found = self.tenures.get(meter.lease)
-        if found is None or self._link is None:
+        if self._link is None:
             return
         number, self._next_line = self._next_line, self._next_line + 1
         # The page is the worker's to write: more than all of its time it can't have used.
         def seconds(ns: int) -> float:
             return min(ns / 1e9, meter.held_s)
         self._link.used([api.UsedLine(
-            number=number, lease=meter.lease, cores=meter.cores, memory_bytes=found.memory_per_worker,
+            number=number, lease=meter.lease, cores=meter.cores, memory_bytes=self._memory_of[meter.lease],
             held_s=meter.held_s, cpu_s=meter.cpu_s, exec_s=seconds(meter.exec_ns), poll_s=seconds(meter.poll_ns),
             invocations=min(meter.count, (1 << 60) - 1))])
         self._changed = True

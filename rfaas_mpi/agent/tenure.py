@@ -25,12 +25,13 @@ _NEWS = frozenset((Cause.REVOKED, Cause.EXPIRED, Cause.NODE_LOST))
 
 @dataclass(frozen=True)
 class Stop:
-    """Stop the workers of these seats, at the latest `grace_s` from now."""
+    """Stop the workers of these seats, at the latest `grace_s` from now; `owned`: an owner is on their cores."""
 
     lease: int
     seats: tuple[int, ...]
     cause: Cause
     grace_s: float
+    owned: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,16 @@ class Tenures:
         return self._stop(tenure, order.workers or tenure.seats, order.cause, order.grace_s, now)
 
     def lend(self, spare: Collection[int], grace_s: float, now: float) -> list[Action]:
-        """The node lends these cores: exactly the workers on others have to go."""
+        """The node lends these cores: exactly the workers on others have to go, whose owners are there."""
         return [action for tenure in self.all
                 for action in self._stop(tenure, [seat for seat, cores in tenure.seats.items()
                                                   if not all(core in spare for core in cores)],
-                                         Cause.REVOKED, grace_s, now)]
+                                         Cause.REVOKED, grace_s, now, owned=True)]
+
+    def reclaim(self, lease: int, seats: Iterable[int], grace_s: float, now: float, *, owned: bool) -> list[Action]:
+        """Somebody on the node wants the cores of these seats."""
+        tenure = self._live.get(lease)
+        return [] if tenure is None else self._stop(tenure, seats, Cause.REVOKED, grace_s, now, owned=owned)
 
     def leave(self, grace_s: float, now: float) -> list[Action]:
         """The agent ends."""
@@ -179,7 +185,8 @@ class Tenures:
         tenure = self._live.get(lease)
         return [] if tenure is None else self._stop(tenure, tenure.seats, cause, grace_s, now)
 
-    def _stop(self, tenure: Tenure, seats: Iterable[int], cause: Cause, grace_s: float, now: float) -> list[Action]:
+    def _stop(self, tenure: Tenure, seats: Iterable[int], cause: Cause, grace_s: float, now: float, *,
+              owned: bool = False) -> list[Action]:
         """Stops those that were not told to stop as soon already; its rank hears it first."""
         until = now + max(0.0, grace_s)
         if tenure.hard_end is not None:
@@ -193,4 +200,4 @@ class Tenures:
         if cause in _NEWS and tenure.ending and not tenure.told:
             tenure.told = True
             actions.append(Ended(tenure.session, tenure.lease, cause))
-        return [*actions, Stop(tenure.lease, stop, cause, until - now)]
+        return [*actions, Stop(tenure.lease, stop, cause, until - now, owned)]

@@ -33,6 +33,8 @@ SITE_DIRECTORY = Path("/run/rfaas")
               help="Cores for the agent itself, which are never lent.  [default: the first physical core]")
 @click.option("--grace", "grace_s", metavar="SECONDS", type=click.FloatRange(0, 86400), default=0.0, show_default=True,
               help="How long what runs on a core may go on that is wanted back.")
+@click.option("--priority", type=click.Choice(["auto", "low", "normal"]), default="auto", show_default=True,
+              help="Of workers, beside what else runs on their cores; auto: normal on cores that are named, else low.")
 @click.option("--directory", metavar="DIRECTORY", type=click.Path(file_okay=False, path_type=Path), default=None,
               help="Its files.  [default: agent-NODE in /run/rfaas for root, else in the runtime directory]")
 @click.option("--foreground", is_flag=True, hidden=True, expose_value=False, help="The default.")
@@ -59,7 +61,7 @@ def agent(out: Output, **options: Any) -> None:
 
 
 def _serve(ready: Any, *, manager: str | None, listen: tuple[str, ...], socket: str | None, node: str | None,
-           cores: str | None, keep: str | None, grace_s: float, directory: Path | None) -> None:
+           cores: str | None, keep: str | None, grace_s: float, priority: str, directory: Path | None) -> None:
     _need_the_extra()
     from rfaas_mpi.agent import daemon
     from rfaas_mpi.config import Settings
@@ -73,7 +75,8 @@ def _serve(ready: Any, *, manager: str | None, listen: tuple[str, ...], socket: 
     daemon.run(daemon.Options(
         directory=place, node=name, socket=Path(socket).absolute() if socket is not None and unix else None, unix=unix,
         listen=tuple(Address.parse(each, port_0=True) for each in listen), cores=_cores("--cores", cores),
-        keep=_cores("--keep", keep), grace_s=grace_s), settings, ready)
+        keep=_cores("--keep", keep), grace_s=grace_s,
+        low_priority={"auto": None, "low": True, "normal": False}[priority]), settings, ready)
 
 
 def _directory(settings: Any) -> Path:

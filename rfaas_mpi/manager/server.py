@@ -240,7 +240,9 @@ class ManagerServer:
 
     async def _durable(self, written: asyncio.Future[None]) -> None:
         try:
-            await asyncio.wait_for(asyncio.shield(written), WRITE_WAIT_S)
+            # wait_for (3.11) swallows a cancellation that comes with the news.
+            async with asyncio.timeout(WRITE_WAIT_S):
+                await asyncio.shield(written)
         except TimeoutError:
             raise _Refusal(503, "the manager can't write to its disk at the moment",
                            "try again with the same request; leases that run are not affected") from None
@@ -253,7 +255,8 @@ class ManagerServer:
             pause = max(0.0, min(TICK_MAX_S, self.cluster.next_deadline() - self._clock()))
             self._sooner.clear()
             try:
-                await asyncio.wait_for(self._sooner.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._sooner.wait()
             except TimeoutError:
                 continue
 

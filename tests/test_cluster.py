@@ -1,0 +1,358 @@
+"""Ranks over a cluster: a real manager, real agents, leases from several nodes, and what becomes of them.
+
+Here everything is on this node's loopback and Unix sockets, and needs no root;
+test_cluster_nodes.py has agents in network namespaces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Iterator
+
+import faults
+import numpy as np
+import pytest
+from cluster import Cluster, finished, tell, wait_until
+
+from rfaas_mpi import Executor, api
+from rfaas_mpi import cluster as cluster_module
+from rfaas_mpi.errors import ConfigError, LeaseDenied, ServiceError, ServiceLost
+from rfaas_mpi.session import Session
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Cluster]:
+    """Two agents of two cores each for all tests that don't break them: one is reached on a Unix socket, too."""
+    with Cluster(["0-1", "0-1"], sockets=[0]) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def broken() -> Iterator[Cluster]:
+    """The same to break, over the network alone."""
+    with Cluster(["0-1", "0-1"]) as cluster:
+        yield cluster
+
+
+def executor(cluster: Cluster, workers: object = 4, **settings: object) -> Executor:
+    return Executor(workers, manager=cluster.environment["RFAAS_MANAGER"],
+                    manager_user=cluster.environment["RFAAS_MANAGER_USER"], **settings)
+
+
+def all_free(cluster: Cluster, cores: int = 4) -> None:
+    """Returns once nothing is lent any more."""
+    wait_until(lambda: cluster.free() == cores and not cluster.leases(), "every core came back")
+
+
+def pids_of(ex: Executor, calls: int = 64) -> set[int]:
+    """Where so many calls have run."""
+    return {future.result() for future in [ex.submit(os.getpid) for _ in range(calls)]}
+
+
+# --- what works --------------------------------------------------------------------------------
+
+def test_a_lease_of_one_agent_runs_kernels_in_all_styles(pair):
+    with executor(pair, 1, fallback=False) as ex:
+        assert ex.submit(faults.plus_one, 41).result() == 42
+        assert list(ex.map(faults.plus_one, range(100), chunksize=7)) == list(range(1, 101))
+        x = np.random.default_rng(1).random(300_000)
+        assert (ex.Invoke(faults.adds_one, x, np.empty_like(x)) == x + 1).all()
+        near, out = ex.array(x), ex.zeros(len(x))
+        assert (ex.Invoke(faults.adds_one, near, out) == x + 1).all()
+        copies = faults.native("rfm_echo")
+        assert (ex.Invoke(copies, x, np.empty_like(x)) == x).all()
+        [lease] = pair.leases()
+        assert (lease.uid, lease.state, len(lease.workers)) == (os.geteuid(), "active", 1)
+    all_free(pair)
+
+
+def test_workers_of_several_agents_have_numbers_of_their_own(pair):
+    with executor(pair, fallback=False) as ex:
+        assert len(pair.leases()) == 2
+        assert len(ex.workers) == len(set(ex.workers)) == 4
+        assert set(faults.worker_pids(ex)) == set(ex.workers)
+        wait_until(lambda: len(pids_of(ex)) == 4, "all four work")
+    all_free(pair)
+
+
+def test_invocations_travel_in_shared_memory_where_they_can_and_over_tcp_where_not(pair):
+    with executor(pair, fallback=False) as ex:
+        assert ex._crew.transport == "shm+tcp"
+        x = ex.full(200_000, 3.0)
+        outs = [ex.zeros(200_000) for _ in range(16)]
+        requests = [ex.Iinvoke(faults.adds_one, x, out) for out in outs]
+        for request in requests:
+            request.Wait()
+        assert all((out == 4.0).all() for out in outs)
+        assert len({request.worker for request in requests} | set(ex.workers)) == 4
+    with executor(pair, fallback=False, transport="tcp") as ex:
+        assert ex._crew.transport == "tcp"
+        assert list(ex.map(faults.plus_one, range(50))) == list(range(1, 51))
+    all_free(pair)
+
+
+def test_one_request_asks_for_all_that_is_spare(pair):
+    with executor(pair, None) as ex:
+        assert len(ex.workers) == 4
+        with pytest.raises(LeaseDenied, match="4|spare|free"):
+            executor(pair, 1, lease_timeout_s=0)
+    all_free(pair)
+
+
+def test_another_process_of_the_user_joins_leases_of_several_nodes(pair, tmp_path):
+    held = tmp_path / "grant"
+    with executor(pair, fallback=False) as ex:
+        held.write_bytes(pickle.dumps(ex._grant))
+        assert pair.run("""
+            with Executor._join(pickle.loads(Path(sys.argv[1]).read_bytes()), fallback=False) as ex:
+                say(len(ex.workers), sum(ex.map(faults.plus_one, range(10))))
+            """, held) == "4 55\n"
+        assert sum(ex.map(faults.plus_one, range(10))) == 55
+        assert len(ex.workers) == 4, "the other one's end gave nothing back"
+    all_free(pair)
+
+
+def test_what_a_kernel_prints_comes_with_the_worker_s_number_here(pair, capfd):
+    with executor(pair, fallback=False) as ex:
+        futures = [ex.submit(print, "here") for _ in range(16)]
+        numbers = {future._raw.worker for future in futures if future.result() is None}
+    said = capfd.readouterr().err
+    assert numbers
+    assert all(f"[rfaas worker {number}] here" in said for number in numbers)
+    all_free(pair)
+
+
+def test_a_kernel_that_ends_its_worker_fails_with_that_worker_s_number_and_another_takes_its_place(pair):
+    with executor(pair, fallback=False) as ex:
+        for _ in range(2):
+            future = ex.submit(faults.do, "segfault")
+            error = future.exception()
+            assert error.signal == signal.SIGSEGV, error
+            wait_until(lambda: len(ex.workers) == 4, "another one has come")
+        assert sum(ex.map(faults.plus_one, range(50))) == 1275
+    all_free(pair)
+
+
+def test_a_kernel_is_stopped_by_force_on_any_node(pair):
+    with executor(pair, fallback=False) as ex:
+        begun = [pair.directory / f"forced-{n}" for n in range(4)]
+        futures = [ex.submit(faults.begin_then_wait, name, "/nowhere", 1) for name in begun]
+        wait_until(lambda: all(name.exists() for name in begun), "all have begun")
+        for future in futures:
+            assert future.cancel(force=True)
+        wait_until(lambda: all(future.cancelled() for future in futures), "all were cancelled")
+        assert sum(ex.map(faults.plus_one, range(50))) == 1275
+    all_free(pair)
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+def test_a_manager_and_a_service_are_not_both_used(pair):
+    with pytest.raises(ConfigError, match="RFAAS_SERVICE"):
+        executor(pair, 1, service="tcp://127.0.0.1:1")
+
+
+def test_without_a_manager_it_is_said_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster_module, "_RESTART_S", 0.0)
+    with pytest.raises(ServiceLost, match="nobody.sock"):
+        Executor(1, manager=f"unix:{tmp_path}/nobody.sock")
+
+
+def test_shared_memory_alone_is_refused_by_agents_behind_a_network(pair):
+    with pytest.raises(ConfigError, match="shm"):
+        executor(pair, transport="shm")
+    all_free(pair)
+
+
+def test_a_demand_that_no_node_can_meet_is_denied_with_the_reason(pair):
+    with pytest.raises(LeaseDenied, match="3"):
+        executor(pair, 1, cores_per_worker=3, lease_timeout_s=0)
+
+
+# --- agents that end -----------------------------------------------------------------------------
+
+def test_an_agent_that_cant_be_reached_costs_its_workers_and_no_more(broken, caplog):
+    broken.agents[1].kill()
+    with executor(broken, fallback=False) as ex:
+        assert len(ex.workers) == 2
+        assert sum(ex.map(faults.plus_one, range(50))) == 1275
+        assert "node1" in caplog.text and "2 worker(s) are missing" in caplog.text
+        # Its agent may have begun it, so that its cores wait for the agent's word.
+        assert {lease.node: lease.state for lease in broken.leases()} == {
+            broken.names[0]: "active", broken.names[1]: "revoking"}
+
+
+def test_where_no_agent_can_be_reached_the_first_error_is_raised_and_nothing_stays_lent(broken):
+    for agent in broken.agents:
+        agent.kill()
+    with pytest.raises(ServiceError, match="can't be reached"):
+        executor(broken)
+    assert {lease.state for lease in broken.leases()} == {"revoking"}
+
+
+@contextlib.contextmanager
+def in_flight(cluster: Cluster, ex: Executor) -> Iterator[list]:
+    """A kernel on each of its workers, all begun; they end when the block does."""
+    flag = cluster.directory / "flag"
+    begun = [cluster.directory / f"in-flight-{n}" for n in range(len(ex.workers))]
+    futures = [ex.submit(faults.begin_then_wait, name, flag, n) for n, name in enumerate(begun)]
+    wait_until(lambda: all(name.exists() for name in begun), "all have begun")
+    assert len({name.read_text() for name in begun}) == len(begun), "each is on a worker of its own"
+    try:
+        yield futures
+    finally:
+        flag.touch()
+
+
+def test_what_an_agent_had_in_flight_when_it_was_killed_runs_elsewhere(broken):
+    with executor(broken, fallback=False) as ex:
+        workers = broken.workers_of(1)
+        with in_flight(broken, ex) as futures:
+            broken.agents[1].kill()
+            wait_until(lambda: len(ex.workers) == 2, "its workers are gone")
+        assert [future.result() for future in futures] == [0, 1, 2, 3]
+        wait_until(lambda: not [pid for pid in workers if faults.alive(pid)], "its processes ended with it")
+        assert sum(ex.map(faults.plus_one, range(50))) == 1275
+
+
+def test_when_every_agent_is_gone_the_rank_runs_what_is_left(broken):
+    with executor(broken) as ex:
+        with in_flight(broken, ex) as futures:
+            for agent in broken.agents:
+                agent.kill()
+            wait_until(lambda: not ex.workers, "no worker is left")
+        assert [future.result() for future in futures] == [0, 1, 2, 3]
+        assert ex.submit(os.getpid).result() == os.getpid()
+
+
+def test_a_stopped_agent_is_started_again_and_lends_again(broken):
+    broken.agents[0].stop()
+    broken.agents[0].start()
+    with executor(broken, fallback=False) as ex:
+        assert len(ex.workers) == 4
+    all_free(broken)
+
+
+def test_a_drained_node_s_workers_go_and_the_others_do_its_work(broken):
+    with executor(broken, fallback=False) as ex:
+        with in_flight(broken, ex) as futures:
+            broken.call("drain", api.DrainNodes((broken.nodes()[0].node,)))
+            wait_until(lambda: len(ex.workers) == 2, "its workers are gone")
+            wait_until(lambda: len(broken.leases()) == 1, "its lease has ended")
+        assert [future.result() for future in futures] == [0, 1, 2, 3]
+        broken.call("undrain", api.UndrainNodes())
+    all_free(broken)
+
+
+def test_a_revoked_lease_ends_with_the_reason_where_nothing_may_run_on_the_rank(broken):
+    with executor(broken, 2, fallback=False) as ex:
+        [lease] = broken.leases()
+        with in_flight(broken, ex) as futures:
+            broken.call("revoke", api.RevokeLease(), lease=lease.id)
+            wait_until(lambda: not ex.workers, "its workers are gone")
+        for future in futures:
+            assert "revoked" in str(future.exception())
+    all_free(broken)
+
+
+# --- managers that end -----------------------------------------------------------------------------
+
+def test_leases_are_used_while_the_manager_is_gone_and_known_when_it_is_back(broken):
+    with executor(broken, 2, fallback=False) as ex:
+        before = broken.leases()
+        broken.manager.kill()
+        assert sum(ex.map(faults.plus_one, range(50))) == 1275
+        killed = min(pids_of(ex))
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: len(pids := pids_of(ex)) == 2 and killed not in pids, "a killed worker is replaced meanwhile")
+        assert sum(ex.map(faults.plus_one, range(50))) == 1275
+        broken.manager.start()
+        wait_until(lambda: broken.free() == 2, "it has heard of both nodes again")
+        assert [lease.id for lease in broken.leases()] == [lease.id for lease in before]
+        with executor(broken, 2, fallback=False) as other:
+            assert sum(other.map(faults.plus_one, range(50))) == 1275
+    all_free(broken)
+
+
+def test_a_lease_that_ended_while_the_manager_was_gone_is_free_when_it_is_back(broken):
+    with executor(broken, fallback=False):
+        broken.manager.kill()
+    broken.manager.start()
+    all_free(broken)
+
+
+def test_a_rank_that_asks_while_the_manager_is_restarted_gets_its_workers(broken):
+    broken.manager.kill()
+    with broken.running("""
+            say("asking")
+            with Executor(workers=4, fallback=False) as ex:
+                say(sum(ex.map(faults.plus_one, range(10))))
+            """) as rank:
+        assert faults.line(rank) == "asking"
+        broken.manager.start()
+        assert finished(rank) == "55\n"
+    all_free(broken)
+
+
+# --- ranks that end ----------------------------------------------------------------------------------
+
+def test_a_killed_rank_s_cores_come_back(pair):
+    with pair.running("""
+            ex = Executor(workers=4, fallback=False)
+            say(sum(ex.map(faults.plus_one, range(10))))
+            ex.submit(time.sleep, 600)
+            sys.stdin.readline()
+            """) as rank:
+        assert faults.line(rank) == "55"
+        assert not pair.free()
+        rank.kill()
+    all_free(pair)
+
+
+def test_a_rank_that_waits_for_cores_and_is_killed_gets_none(pair):
+    with executor(pair, fallback=False) as ex:
+        with pair.running("""
+                say("asking")
+                Executor(workers=1, lease_timeout_s=600)
+                """) as rank:
+            assert faults.line(rank) == "asking"
+            rank.kill()
+        assert sum(ex.map(faults.plus_one, range(10))) == 55
+    all_free(pair)
+
+
+GIL_S = int(os.environ.get("RFAAS_SOAK_GIL_SECONDS", "3"))
+
+
+def test_a_rank_that_holds_the_gil_for_long_keeps_its_leases(pair):
+    assert pair.run("""
+        import ctypes
+        with Executor(workers=4, fallback=False) as ex:
+            before = ex.workers
+            # PyDLL keeps the GIL: no other thread of this process runs meanwhile.
+            ctypes.PyDLL(None).sleep(int(sys.argv[1]))
+            assert ex.workers == before
+            say(sum(ex.map(faults.plus_one, range(10))))
+        """, GIL_S, RFAAS_TCP_IDLE_S="1", RFAAS_TCP_PROBE_S="1", RFAAS_TCP_PROBES="1", RFAAS_TCP_TIMEOUT_S="1") == "55\n"
+    all_free(pair)
+
+
+# --- what the agents' sessions do --------------------------------------------------------------------
+
+def test_leases_are_begun_at_the_same_time(pair, monkeypatch):
+    """So that ten nodes cost one round trip: nobody's begin waits for another one's."""
+    together = threading.Barrier(2)
+    use = Session.use
+
+    def both(session: Session) -> object:
+        together.wait(60)            # breaks unless both are here
+        return use(session)
+
+    monkeypatch.setattr(Session, "use", both)
+    with executor(pair, fallback=False) as ex:
+        assert len(ex.workers) == 4
+    all_free(pair)

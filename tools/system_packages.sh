@@ -40,6 +40,7 @@ if [ "$purpose" = tests ]; then
     program llvm-cov llvm
     ls "$(clang -print-resource-dir 2>/dev/null)"/lib/*/libclang_rt.fuzzer*.a >/dev/null 2>&1 || need libclang-rt-dev
     program munged munge
+    program bwrap bubblewrap
     [ -e /usr/include/infiniband/verbs.h ] || need libibverbs-dev
     [ -e /usr/include/rdma/rdma_cma.h ] || need librdmacm-dev
     ls /usr/lib/*/libibverbs/librxe-*.so >/dev/null 2>&1 || need ibverbs-providers

@@ -455,10 +455,13 @@ class AgentServer:
         if not join.observer:
             environment = {os.fsdecode(name): os.fsdecode(value) for name, value in join.environment}
             sandbox.required(Settings.load(environment).sandbox, sandbox.probe())
-            if session.where:
+            uid = self.user_of(session)
+            if session.where and uid is None:
+                # Another user's files may not be ours to see: there the zygote says what is missing.
                 _check_places(join)
             session.kind = ZygoteKind.of(join, self.device if session.where else None,
-                                         prefix=self.prefix(environment), uid=self.user_of(session))
+                                         prefix=self.prefix(environment), uid=uid)
+            _check_program(session.kind)
             self.joined(session, join, environment)
         session.join = join
         offer = self.offer(session, now)
@@ -470,7 +473,10 @@ class AgentServer:
             host=socket.gethostname()))
         if session.kind is not None and offer.cores and not session.closed:
             # Warm by the time the rank asks for a lease.
-            self.workers.warm(session.kind, now)
+            try:
+                self.workers.warm(session.kind, now)
+            except ServiceError as error:
+                log.error("session=%d %s", session.number, error)    # which its first lease will tell
 
     # ---- leases ----------------------------------------------------------------------------------
 
@@ -598,6 +604,13 @@ def _check_places(join: msg.Join) -> None:
             raise ServiceError(f"{socket.gethostname()} has no {os.fsdecode(path)!r}, the rank's {what}",
                                hint="both nodes need the same files under the same paths: start the rank from a "
                                     "file system that they share")
+
+
+def _check_program(kind: ZygoteKind) -> None:
+    """ServiceError unless the command that its workers are started through is there."""
+    if kind.prefix and not os.access(kind.prefix[0], os.X_OK):
+        raise ServiceError(f"{socket.gethostname()} can't run {kind.prefix[0]}, through which workers are started",
+                           hint="install it there, or correct worker_prefix (RFAAS_WORKER_PREFIX)")
 
 
 def _transports() -> tuple[str, ...]:

@@ -26,6 +26,7 @@ import select
 import selectors
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -42,10 +43,10 @@ from rfaas_mpi.agent import child
 from rfaas_mpi.agent.groups import Group, Roots, maker, remove_stale
 from rfaas_mpi.agent.kernel_files import pid_of
 from rfaas_mpi.agent.reclaim import Clearing
-from rfaas_mpi.errors import ServiceError
+from rfaas_mpi.errors import ConfigError, ServiceError
 
 __all__ = ["Answer", "Command", "Ended", "Identity", "Op", "Request", "Spawner", "SpawnerLost", "become_user",
-           "identity", "main", "pack_command", "unsafe_places"]
+           "identity", "leave_root", "main", "pack_command", "service_identity", "unsafe_places"]
 
 log = logging.getLogger("rfaas_mpi.spawner")
 
@@ -217,6 +218,35 @@ def become_user(who: Identity) -> None:
         raise OSError(errno.EPERM, f"capabilities are left after becoming uid {who.uid}: {', '.join(left)}")
 
 
+def service_identity(user: str) -> Identity:
+    """The service's user, by name or uid. ConfigError if there is none, or it is root."""
+    try:
+        uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
+    except KeyError:
+        raise ConfigError(f"this node has no user {user!r}, whom service_user names",
+                          hint=f"make it: useradd --system --no-create-home {user}") from None
+    try:
+        return identity(uid, 1)
+    except PermissionError as error:
+        raise ConfigError(f"service_user={user!r} is not possible: {error.strerror}",
+                          hint="name a user of its own, that is neither root nor anybody's") from None
+
+
+def leave_root(who: Identity, *paths: Path) -> None:
+    """Root becomes the service's user for ever, who owns these directories and the files in them from now on."""
+    for top in paths:
+        for path in (top, *top.iterdir()):
+            fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                facts = os.fstat(fd)
+                # Whoever was that user before could have left a second name of somebody else's file there.
+                if path == top or stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1:
+                    os.chown(f"/proc/self/fd/{fd}", who.uid, who.gid)
+            finally:
+                os.close(fd)
+    become_user(who)
+
+
 def unsafe_places(paths: Iterable[str], uid_min: int = UID_MIN) -> list[str]:
     """Of these and what is above them, what a user that is served could change; one line each."""
     found: dict[str, None] = {}
@@ -248,9 +278,10 @@ class _Zygote:
 class _Server:
     """Does what the agent asks, one request after another; knows nothing but what it started."""
 
-    def __init__(self, channel: socket.socket, uid_min: int) -> None:
+    def __init__(self, channel: socket.socket, uid_min: int, never: int) -> None:
         self.channel = channel
         self.uid_min = uid_min
+        self.never = never
         self.pid = os.getpid()
         self.roots = Roots.find()
         self.maker = maker()
@@ -374,6 +405,8 @@ class _Server:
             raise FileExistsError(errno.EEXIST, f"zygote {request.zygote} exists already")
         if request.uid < max(1, self.uid_min) or request.uid >= 0xFFFF_FFFE:
             raise PermissionError(errno.EPERM, f"uid {request.uid} is not served: users begin at {self.uid_min}")
+        if request.uid == self.never:
+            raise PermissionError(errno.EPERM, f"uid {request.uid} is not served: it is the agent's own")
         group = None
         if self.roots.memory is not None:
             group = Group.make(f"{self.maker}-z{request.zygote}", self.roots)
@@ -547,8 +580,6 @@ def _become_zygote(uid: int, uid_min: int, fds: list[int], parent: int, group: G
             group.enter()
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text(_GUEST_OOM_SCORE)
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, range(CPUS_MAX))
         for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
@@ -579,8 +610,8 @@ def _above(fd: int) -> int:
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 64)
 
 
-def main(fd: int, uid_min: int) -> None:
-    """Entry of the exec'ed root process: never returns. `fd` is the socket to the agent."""
+def main(fd: int, uid_min: int, never: int) -> None:
+    """Entry of the exec'ed root process: never returns. `fd` is the socket to the agent, which is to run as `never`."""
     os.set_inheritable(fd, False)
     channel = socket.socket(fileno=fd)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr,
@@ -596,7 +627,7 @@ def main(fd: int, uid_min: int) -> None:
             Path("/proc/self/oom_score_adj").write_text("-900")
         child.name_process("rfaas-spawner")
         child.adopt_orphans()
-        server = _Server(channel, uid_min)
+        server = _Server(channel, uid_min, never)
         for name in remove_stale(server.roots):
             log.warning("ended what was left in %s, by one before", name)
         server._tell(Answer(0, 0, text=server.roots.why_not), [])
@@ -626,8 +657,11 @@ class Spawner:
         self._next_zygote = 1
 
     @classmethod
-    def start(cls, uid_min: int = UID_MIN) -> Spawner:
-        """Started by root, before it becomes the service's user. ServiceError where that can't be done safely."""
+    def start(cls, uid_min: int = UID_MIN, never: int = 0) -> Spawner:
+        """Started by root, before it becomes the service's user `never`. ServiceError where that can't be done safely.
+
+        No program is started as a user below `uid_min`, or as `never`, who could end the agent.
+        """
         if os.geteuid() != 0:
             raise ServiceError("only root can start programs as other users",
                                hint="start the agent as root, with RFAAS_SERVICE_USER naming the user that it becomes")
@@ -639,7 +673,7 @@ class Spawner:
                                hint="install rfaas_mpi and its Python where only root writes, or raise RFAAS_UID_MIN")
         here, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         code = (f"import sys; sys.path[:] = {path!r}; from rfaas_mpi.agent.spawner import main; "
-                f"main({theirs.fileno()}, {uid_min})")
+                f"main({theirs.fileno()}, {uid_min}, {never})")
         try:
             with theirs:
                 process = subprocess.Popen([sys.executable, "-I", "-S", "-B", "-c", code], stdin=subprocess.DEVNULL,

@@ -32,6 +32,7 @@ __all__ = ["Employer", "Workers"]
 log = logging.getLogger("rfaas_mpi.agent.workers")
 
 PARTIAL_LINE_S = 0.2                 # an unfinished line is shown after this
+IDLE_ZYGOTES = 4                     # of one user, that wait for another lease
 ENDS_S = 5.0                         # killed workers are waited for, at our own end
 
 READ = selectors.EVENT_READ
@@ -359,7 +360,7 @@ class Workers:
     # ---- zygotes ---------------------------------------------------------------------------------
 
     def warm(self, kind: ZygoteKind, now: float) -> ZygoteHandle:
-        """The zygote of that kind, started if there is none. OSError if it can't be."""
+        """The zygote of that kind, started if there is none. ServiceError if it can't be."""
         key = kind.key
         zygote = self.zygotes.get(key)
         if zygote is None:
@@ -369,11 +370,26 @@ class Workers:
                 if spawner is None:
                     raise ServiceError(f"this agent can't start a worker of uid {kind.uid}",
                                        hint="only an agent that root starts, with RFAAS_SERVICE_USER, serves others")
-            zygote = self.zygotes[key] = ZygoteHandle(kind, now, spawner, self.low if spawner is None else NO_PRIORITY)
+            try:
+                zygote = ZygoteHandle(kind, now, spawner, self.low if spawner is None else NO_PRIORITY)
+            except OSError as error:
+                what = kind.prefix[0] if kind.prefix else os.fsdecode(kind.executable)
+                raise ServiceError(f"{socket.gethostname()} can't start {what} for workers: "
+                                   f"{error.strerror or error}") from None
+            self.zygotes[key] = zygote
             self._selector.register(zygote.channel, READ, lambda _m: self._on_zygote(key, zygote))
             self._selector.register(zygote.errors, READ, lambda _m: self._on_zygote_errors(zygote))
             log.info("zygote=%s pid=%d started for %s", key, zygote.pid, os.fsdecode(kind.executable))
+            self._end_idle(kind.uid, but=key)
         return zygote
+
+    def _end_idle(self, uid: int | None, but: str) -> None:
+        """No user fills the node with zygotes that nobody needs."""
+        idle = sorted((zygote.idle_since, key) for key, zygote in self.zygotes.items()
+                      if zygote.kind.uid == uid and not zygote.workers and key != but)
+        for _, key in idle[:max(0, len(idle) - IDLE_ZYGOTES)]:
+            log.info("zygote=%s pid=%d ends: its user has enough others", key, self.zygotes[key].pid)
+            self._close_zygote(key)
 
     def _on_zygote(self, key: str, zygote: ZygoteHandle) -> None:
         try:

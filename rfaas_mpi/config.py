@@ -152,6 +152,8 @@ class Settings:
     service_user: str = _setting("", str, "the user that a node's agent becomes if root starts it, to serve every user")
     uid_min: int = _setting(1000, _number(int, 1, 0x7FFFFFFF), "the lowest uid that such an agent serves")
     memory_reserve: int = _setting(512 << 20, _size, "memory of the node that is never lent")
+    low_priority: str = _setting("auto", _choice("auto", "yes", "no"),
+                                 "workers leave their cores to whoever else wants them; auto: where owners may be")
     fallback: bool = _setting(True, _flag, "run on the rank what no worker could run")
     integrity: bool = _setting(False, _flag, "check what travels over tcp once more, with a crc32c")
     device: str = _setting("", str, "the device for verbs, like mlx5_0; default: the first that works")

@@ -382,6 +382,8 @@ class Lending:
         match event:
             case msg.Log():
                 self._print(event)
+            case msg.Revoking():
+                self._use_no_more(event)
             case msg.WorkerReady():
                 self._replace(event)
             case msg.WorkerEnded():
@@ -410,6 +412,15 @@ class Lending:
             number = self._number(event.lease, event.worker)
             sys.stderr.write(msg.log_text(msgspec.structs.replace(event, worker=number)))
             sys.stderr.flush()
+
+    def _use_no_more(self, event: msg.Revoking) -> None:
+        """Sends nothing more to workers that end soon. What they have already ends with them at the latest."""
+        with self._lock:
+            channels = [self._channels.get((event.lease, worker)) for worker in event.workers]
+        for channel in channels:
+            if channel is not None:
+                channel.drain()
+        self._look()
 
     def _replace(self, event: msg.WorkerReady) -> None:
         with self._lock:

@@ -23,6 +23,7 @@ PROTOCOL = 1
 HELLO = struct.Struct("<8sHHIQIi16sQQ")
 FRAME = struct.Struct("<IHHQ")
 MAX_BODY = 64 << 20
+GRACE_MAX_S = 86400.0
 PROOF_BYTES = 32
 PROOF_ANSWER = struct.Struct("<i32s")
 GRANT_LENGTH = struct.Struct("<I")

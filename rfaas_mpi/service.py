@@ -25,6 +25,7 @@ from rfaas_mpi._version import __version__
 from rfaas_mpi.agent import core as agent_core
 from rfaas_mpi.agent import cores as node_cores
 from rfaas_mpi.agent.pool import CoreLocks, Taking, full_cpuset
+from rfaas_mpi.agent.priority import Lowering, remove_stale_groups
 from rfaas_mpi.agent.server import REASONS, AgentServer, Offer, SessionHandle
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import RFaaSError, ServiceError
@@ -49,10 +50,13 @@ NODE = "local"
 class Service(AgentServer):
     """Owns the manager, its store, and the locks of the cores that it lends, besides what every agent does."""
 
-    def __init__(self, directory: Path, *, linger_s: float, zygote_idle_s: float, memory_reserve: int) -> None:
+    def __init__(self, directory: Path, *, linger_s: float, zygote_idle_s: float, memory_reserve: int,
+                 low_priority: bool = False) -> None:
         super().__init__(directory, zygote_idle_s=zygote_idle_s)
         self.linger_s = linger_s
         self.memory_reserve = memory_reserve
+        self._lowering: Lowering | None = None
+        self._low_priority = low_priority
         self.stay = False
         self._idle_since: float | None = self.started
         self._next_report = 0.0
@@ -82,6 +86,10 @@ class Service(AgentServer):
         # Held while cores are looked at, so that no other service of this user
         # takes our look for a loan.
         self._taking = Taking(cores_directory / "taking")
+        if self._low_priority:
+            remove_stale_groups()
+            self._lowering = Lowering()
+            self.workers.low = self._lowering.priority
         self.door.listen_unix(self.socket)
         self.watch_signals()
         log.info("pid=%d version=%s listens in %s", os.getpid(), __version__, self.directory)
@@ -133,6 +141,11 @@ class Service(AgentServer):
         super().close()
         self._locks.close()
         self._store.close()
+        if self._lowering is not None:
+            try:
+                self._lowering.close()
+            except OSError as error:
+                log.warning("the group of low priority is left behind: %s", error)
 
     # ---- sessions --------------------------------------------------------------------------------
 
@@ -369,6 +382,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--linger-s", type=float, default=2.0)
     parser.add_argument("--zygote-idle-s", type=float, default=300.0)
     parser.add_argument("--memory-reserve", type=int, default=512 << 20)
+    parser.add_argument("--low-priority", action="store_true")
     parser.add_argument("--foreground", action="store_true")
     arguments = parser.parse_args(argv)
     ready = arguments.ready_fd
@@ -390,7 +404,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr,
                         format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s")
     service = Service(arguments.directory, linger_s=arguments.linger_s, zygote_idle_s=arguments.zygote_idle_s,
-                      memory_reserve=arguments.memory_reserve)
+                      memory_reserve=arguments.memory_reserve, low_priority=arguments.low_priority)
     try:
         service.start()
     except (OSError, RFaaSError) as error:

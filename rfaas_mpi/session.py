@@ -292,7 +292,8 @@ def _start(directory: Path, settings: Settings, deadline: float) -> None:
                     [sys.executable, "-P", "-m", "rfaas_mpi.service", "--directory", str(directory),
                      "--ready-fd", str(tell), "--linger-s", str(settings.linger_s),
                      "--zygote-idle-s", str(settings.zygote_idle_s),
-                     "--memory-reserve", str(settings.memory_reserve)],
+                     "--memory-reserve", str(settings.memory_reserve),
+                     *(["--low-priority"] if settings.low_priority == "yes" else [])],
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=service_log, cwd="/",
                     env=environment, pass_fds=(tell,), start_new_session=True)
         except OSError as error:
@@ -768,8 +769,10 @@ class Session:
         """Takes lent cores back, all if none is named; returns once nothing of the service's workers may run there.
 
         `grace_s` is what running kernels get. With `owned`, because somebody uses those cores already, only workers
-        of low priority get it. Raises ServiceError from another node, or for a grace that makes no sense.
+        of low priority get it. ServiceError from another node; ValueError for a grace that is not from 0 to a day.
         """
+        if not 0 <= grace_s <= msg.GRACE_MAX_S:
+            raise ValueError(f"grace_s is {grace_s}; it lies between 0 and {msg.GRACE_MAX_S:g}")
         return self._ask(msg.ReclaimRequest(next(self._ids), tuple(cores), grace_s, owned), msg.Reclaimed,
                          self.settings.start_timeout_s + grace_s)
 

@@ -7,14 +7,23 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import faults
 import pytest
+import tiny
+from tiny import Rank
 
+from rfaas_mpi import Executor
+from rfaas_mpi import messages as msg
 from rfaas_mpi.agent.core import AgentCore, Exit, Fork, Freed, Halt, Kill, Move, Page, Quit, Stopped, Tell
 from rfaas_mpi.agent.reclaim import Clearing, threads
+from rfaas_mpi.errors import ServiceError
 from rfaas_mpi.messages import Revoking
+from rfaas_mpi.session import Session
 
 LEASE, OWNER, OTHER = 7, 100, 200
 CORES = sorted(os.sched_getaffinity(0))
@@ -62,6 +71,13 @@ def test_a_worker_that_ends_within_its_grace_is_not_killed():
     actions = core.ended(worker, Exit(), Page(), 10.1)
     assert [Freed(LEASE, 0, (1,)), Stopped(LEASE, 0)] == actions[-2:]
     assert core.tick(11.0) == []
+
+
+def test_a_worker_that_was_told_to_end_may_close_its_socket_first():
+    core, [worker] = serving()
+    core.stop(LEASE, [0], "revoked", 0.5, 10.0)
+    assert core.cut_off(worker) == []
+    assert core.tick(10.5) == [Kill(worker), Move(worker)]
 
 
 def test_a_second_wish_can_only_shorten_the_grace():
@@ -283,3 +299,185 @@ def test_what_a_process_started_and_left_behind_leaves_the_core_with_it(spun, wa
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         libc.prctl(subreaper, 0, 0, 0, 0)
+
+
+# --- a service and its workers --------------------------------------------------------------------
+
+@pytest.fixture
+def small(tmp_path_factory, monkeypatch):
+    """Workers serve lines instead of kernels."""
+    monkeypatch.syspath_prepend(str(tiny.make_view(tmp_path_factory.mktemp("view"))))
+
+
+@pytest.fixture
+def rank(small) -> Iterator[Rank]:
+    """With the last core lent, so that the service keeps the others to itself."""
+    with Rank(tiny.settings(cores=CORES[-1:])) as rank:
+        yield rank
+
+
+def loops_in(rank: Rank, first: str = "") -> int:
+    """The worker's pid; it runs a kernel that never ends."""
+    line = rank.dial()
+    pid = line.ask("os.getpid()")
+    line.do(f"{first}; tiny.run(5); [0 for _ in iter(int, 1)]" if first else "tiny.run(5); [0 for _ in iter(int, 1)]")
+    return pid
+
+
+def running(rank: Rank) -> bool:
+    return any(worker["running"] for worker in rank.session.status()["workers"])
+
+
+@two_cores
+@pytest.mark.parametrize("first", [
+    "", "[__import__('threading').Thread(target=time.sleep, args=(600,), daemon=True).start() for _ in range(8)]",
+    "os.fork() or time.sleep(600)", "os.kill(os.getpid(), signal.SIGSTOP)"],
+    ids=["one that spins", "one with threads", "one with a child", "one that is stopped"])
+def test_no_thread_of_a_worker_may_run_on_a_core_that_was_taken_back(rank, wait_until, first):
+    line = rank.dial()
+    pid = line.ask("os.getpid()")
+    line.do(f"tiny.run(5); {first or 'None'}; [0 for _ in iter(int, 1)]")
+    wait_until(lambda: running(rank), "the kernel runs")
+    started = children_of(pid)
+    assert rank.session.reclaim(CORES[-1:]).cores == tuple(CORES[-1:])
+    assert not any(may_run_on(each, CORES[-1]) for each in {pid, *started})
+    told = rank.events.wait(msg.WorkerEnded)
+    assert (told.cause, told.reason) == ("infrastructure", "revoked")
+    wait_until(lambda: not any(faults.alive(each) for each in {pid, *started}), "all of it has ended")
+
+
+def test_ranks_are_told_before_their_worker_ends_and_that_the_lease_is_over(rank):
+    loops_in(rank)
+    rank.session.reclaim()
+    rank.events.wait(msg.WorkerEnded)
+    kinds = [type(event) for event in rank.events.seen if not isinstance(event, msg.Log)]
+    assert kinds.index(msg.Revoking) < kinds.index(msg.WorkerEnded)
+    assert rank.events.wait(msg.LeaseEnded).cause == "revoked"
+    assert rank.events.wait(msg.Revoking).workers == (rank.worker,)
+
+
+def test_the_memory_of_a_worker_is_free_once_its_end_is_told(rank, wait_until):
+    line = rank.dial()
+    pid = line.ask("os.getpid()")
+    line.do("tiny.run(5); held = bytearray(1 << 28); [0 for _ in iter(int, 1)]")
+    wait_until(lambda: int(Path(f"/proc/{pid}/statm").read_text().split()[1]) > 1 << 15, "it holds 256 MiB")
+    rank.session.reclaim()
+    rank.events.wait(msg.WorkerEnded)
+    assert not faults.alive(pid)
+
+
+def test_a_kernel_that_goes_on_and_on_ends_with_its_grace(rank, wait_until):
+    pid = loops_in(rank)
+    wait_until(lambda: running(rank), "the kernel runs")
+    rank.session.reclaim(grace_s=0.2)
+    assert rank.events.wait(msg.Revoking).grace_s == 0.2
+    assert rank.events.wait(msg.WorkerEnded).signal == signal.SIGKILL
+    assert not faults.alive(pid)
+
+
+def test_an_idle_worker_leaves_without_waiting_for_its_grace(rank):
+    rank.dial().connection.close()
+    rank.session.reclaim(grace_s=3600)
+    assert rank.events.wait(msg.WorkerEnded).signal == 0
+
+
+def test_beside_an_owner_a_worker_of_ordinary_priority_has_no_grace(rank, wait_until):
+    loops_in(rank)
+    wait_until(lambda: running(rank), "the kernel runs")
+    rank.session.reclaim(grace_s=3600, owned=True)
+    assert rank.events.wait(msg.WorkerEnded).signal == signal.SIGKILL
+
+
+def test_nothing_ends_where_nothing_is_lent(rank):
+    assert rank.session.reclaim([4095]).cores == (4095,)
+    assert rank.dial().ask("1") == 1
+
+
+@pytest.mark.parametrize("grace_s", [-1.0, float("inf"), 1e9])
+def test_a_grace_that_makes_no_sense_is_an_error_and_takes_nothing(rank, grace_s):
+    with pytest.raises(ValueError, match="grace"):
+        rank.session.reclaim(grace_s=grace_s)
+    request = msg.ReclaimRequest(next(rank.session._ids), grace_s=grace_s if grace_s > 1 and grace_s < 1e300 else -1.0)
+    with pytest.raises(ServiceError, match="grace"):
+        rank.session._ask(request, msg.Reclaimed)
+    assert rank.dial().ask("1") == 1
+
+
+def test_cores_that_were_taken_back_can_be_lent_again(rank):
+    rank.session.reclaim()
+    rank.events.wait(msg.WorkerEnded)
+    assert rank.session.request(1, 1).workers
+
+
+# --- what becomes of invocations --------------------------------------------------------------------
+
+def over(executor: Executor) -> Session:
+    """Another session with the executor's service."""
+    return Session.open(executor._crew.lending.session.settings, start=False, observer=True)
+
+
+def test_a_kernel_that_ends_within_the_grace_delivers_its_result(tmp_path, wait_until):
+    with Executor(workers=1) as executor, over(executor) as owner:
+        begun, flag = tmp_path / "begun", tmp_path / "flag"
+        future = executor.submit(faults.begin_then_wait, begun, flag, 7)
+        wait_until(begun.exists, "the kernel runs")
+        pid = int(begun.read_text())
+        taken = threading.Thread(target=owner.reclaim, kwargs={"grace_s": 60.0})
+        taken.start()
+        wait_until(lambda: not faults.worker_pids(executor), "the rank sends it nothing more")
+        assert faults.alive(pid)
+        flag.touch()
+        assert future.result() == 7
+        assert int(begun.read_text()) == pid, "it ran once"
+        taken.join(60)
+        wait_until(lambda: not faults.alive(pid), "the worker is gone")
+
+
+@pytest.mark.parametrize("workers", [1, 2], ids=["on the rank", "elsewhere"])
+def test_what_ran_on_cores_that_were_taken_back_runs_elsewhere(workers, wait_until):
+    with Executor(workers=workers, cores=CORES[-workers:]) as executor, over(executor) as owner:
+        futures = [executor.submit(slow_square, number) for number in range(40)]
+        wait_until(lambda: any(future.done() for future in futures), "some ran")
+        owner.reclaim(CORES[-1:])
+        assert [future.result() for future in futures] == [number ** 2 for number in range(40)]
+
+
+def slow_square(number: int) -> int:
+    time.sleep(0.005)
+    return number ** 2
+
+
+# --- low priority ------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes cgroups: needs root")
+def test_every_worker_is_of_low_priority_before_it_runs_anything_and_its_successor_too(small, wait_until):
+    with Rank(tiny.settings(cores=CORES[-1:], low_priority="yes")) as rank:
+        [facts] = rank.session.status()["workers"]
+        line = rank.dial()
+        group = line.ask("open('/proc/self/cgroup').read()")
+        assert "/rfaas-low-" in group
+        assert rank.session.status()["workers"][0]["low_priority"]
+        assert rank.session.status()["low_priority"].startswith("cpu.")
+        line.do("tiny.run(5); os._exit(1)")
+        line = rank.dial(rank.events.wait(msg.WorkerReady).worker)
+        assert line.ask("open('/proc/self/cgroup').read()") == group
+        assert line.ask("__import__('subprocess').check_output(['cat', '/proc/self/cgroup'])").decode() == group
+        assert facts["cores"] == CORES[-1:]
+        name = next(part for text in group.splitlines() if (part := text.rpartition("/")[2]).startswith("rfaas-low-"))
+    wait_until(lambda: not list(Path("/sys/fs/cgroup").glob(f"**/{name}")), "its service took the group with it")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes cgroups: needs root")
+def test_beside_an_owner_a_worker_of_low_priority_has_its_grace(small, wait_until, tmp_path):
+    with Rank(tiny.settings(cores=CORES[-1:], low_priority="yes")) as rank:
+        line = rank.dial()
+        flag = tmp_path / "flag"
+        line.do(f"tiny.run(5); [time.sleep(0.002) for _ in iter(lambda: os.path.exists({str(flag)!r}), True)]; "
+                "tiny.idle(); os._exit(0)")
+        wait_until(lambda: running(rank), "the kernel runs")
+        taken = threading.Thread(target=rank.session.reclaim, kwargs={"grace_s": 60.0, "owned": True})
+        taken.start()
+        rank.events.wait(msg.Revoking)
+        flag.touch()
+        assert rank.events.wait(msg.WorkerEnded).signal == 0
+        taken.join(60)

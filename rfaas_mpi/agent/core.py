@@ -392,9 +392,12 @@ class AgentCore:
         return True, self._kill(worker, reason, invocation or page.invocation)
 
     def cut_off(self, number: int) -> list[Action]:
-        """It lives, and its end of the agent socket is closed: a kernel took what is not its own. It is killed."""
+        """It lives, and its end of the agent socket is closed: a kernel took what is not its own. It is killed.
+
+        One that was told to end is just doing so, and has until the end of its grace for it.
+        """
         worker = self.workers.get(number)
-        return self._kill(worker, "closed", 0) if worker is not None else []
+        return self._kill(worker, "closed", 0) if worker is not None and worker.state is not State.ENDING else []
 
     def over_memory(self, number: int, page: Page) -> list[Action]:
         """It holds more than it was granted, and no control group bounds it. It is killed."""

@@ -22,6 +22,7 @@ __all__ = ["NO_PRIORITY", "LowGroup", "LowPriority", "Lowering", "Means", "lower
            "remove_stale_groups", "session_can_be_lowered"]
 
 AUTOGROUP_NICE = 19
+_LEAVE_S = 2.0
 LOWER_WITHIN_S = 1.0                 # without privileges the kernel lets one session on the node be lowered each 100 ms
 
 
@@ -193,13 +194,21 @@ class Lowering:
             self.priority = NO_PRIORITY
 
     def close(self) -> None:
-        """Safe to call twice. OSError while a worker lives."""
+        """Returns when killed workers have left it. Safe to call twice. OSError if one doesn't."""
         if self._group is None:
             return
         if self.priority.entrance >= 0:
             os.close(self.priority.entrance)
             self.priority = NO_PRIORITY
-        self._group.close()
+        deadline = time.monotonic() + _LEAVE_S
+        while True:
+            try:
+                self._group.close()
+                return
+            except OSError:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(0.002)
 
 
 def _group_name(pid: int) -> str:

@@ -41,7 +41,6 @@ LOG_BUFFER_BYTES = 1 << 20           # lines are dropped for a rank that reads s
 SESSION_BUFFER_BYTES = 64 << 20      # and it is given up beyond this
 LOG_BYTES = 1 << 20                  # a longer log is begun anew
 LIFE_LOCK_S = 5.0                    # the one before may need so long to end
-GRACE_MAX_S = 86400.0
 
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
@@ -520,8 +519,8 @@ class AgentServer:
         if session.where:
             raise ServiceError("only from its own node are an agent's cores taken back",
                                hint="run `rfaas drain` where the manager is")
-        if not 0 <= request.grace_s <= GRACE_MAX_S:
-            raise ServiceError(f"a grace of {request.grace_s} s", hint=f"choose one from 0 to {GRACE_MAX_S:g}")
+        if not 0 <= request.grace_s <= msg.GRACE_MAX_S:
+            raise ServiceError(f"a grace of {request.grace_s} s", hint=f"choose one from 0 to {msg.GRACE_MAX_S:g}")
         wanted = set(request.cores)
         seats = {seat: held for seat, held in self.core.seats.items() if not wanted or wanted & set(held.cores)}
         cores = request.cores or tuple(sorted({core for held in seats.values() for core in held.cores}))

@@ -29,6 +29,7 @@ class Options:
     runs: int = 3
     core: int | None = None
     quick: bool = False
+    of: tuple[str, ...] = ()  # which workers are reclaimed; none named: each kind
     progress: Callable[[str], None] = field(default=lambda _text: None, compare=False)
 
     def cycles(self, full: int) -> int:

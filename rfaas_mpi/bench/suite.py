@@ -16,6 +16,7 @@ from rfaas_mpi.bench.latency import measure_latency
 from rfaas_mpi.bench.network import measure_network_latency, measure_network_payload
 from rfaas_mpi.bench.null import measure_null
 from rfaas_mpi.bench.payload import measure_payload
+from rfaas_mpi.bench.reclaim import measure_reclaim
 from rfaas_mpi.bench.stage import Options
 from rfaas_mpi.bench.throughput import measure_throughput
 from rfaas_mpi.errors import ConfigError
@@ -25,12 +26,14 @@ __all__ = ["NAMES", "Options", "check_writable", "keep", "measure"]
 _BENCHMARKS: dict[str, Callable[[Options], dict]] = {
     "latency": measure_latency, "throughput": measure_throughput, "payload": measure_payload, "cold": measure_cold}
 NAMES = tuple(_BENCHMARKS)
+# No part of "all": they measure something else than invocations.
+_APART: dict[str, Callable[[Options], dict]] = {"reclaim": measure_reclaim}
 _OVER_A_NETWORK: dict[str, Callable[[Options], dict]] = {
     "latency": measure_network_latency, "payload": measure_network_payload}
 
 
 def measure(what: str, options: Options) -> dict:
-    """Measures one of NAMES, or "all"; the figures, how they were made, and where.
+    """Measures one of NAMES, "all" of them, or "reclaim"; the figures, how they were made, and where.
 
     The figures of one benchmark lie on the top level; of "all", one level down. BenchError where there is no core to
     borrow.
@@ -38,6 +41,8 @@ def measure(what: str, options: Options) -> dict:
     benchmarks = _BENCHMARKS if options.transport == "shm" else _OVER_A_NETWORK
     if options.provider == "null":
         benchmarks = {"latency": measure_null}
+    if what in _APART and options.transport == "shm":
+        benchmarks = _APART
     if options.provider != "device" and (what, options.transport) != ("latency", "verbs"):
         raise ConfigError(f"provider {options.provider} is for the latency of verbs",
                           hint=f"rfaas bench latency --transport verbs --provider {options.provider}")

@@ -280,6 +280,22 @@ def cold(out: Output, **arguments: Any) -> None:
     _bench(out, "cold", arguments)
 
 
+@bench.command(epilog=examples("rfaas bench reclaim --json", "rfaas bench reclaim --of memory"))
+@measured
+@click.option("--of", type=click.Choice(["spin", "threads", "memory"]), multiple=True,
+              help="Workers of this kind only; may be repeated.")
+@click.pass_obj
+def reclaim(out: Output, **arguments: Any) -> None:
+    """How soon cores that are wanted back are free.
+
+    And how soon their ranks know.
+
+    Real workers that spin, have 64 threads or hold 1 GiB are revoked, with and without a grace. Runs a service of its
+    own beside the one that may be running; as root its workers have low priority.
+    """
+    _bench(out, "reclaim", arguments)
+
+
 @bench.command(name="all", epilog=examples("rfaas bench all --json --out benchmarks/laptop.json >/dev/null"))
 @measured
 @click.pass_obj

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,20 +14,21 @@ from typing import Any
 from rfaas_mpi.manager.cluster import Policy
 from rfaas_mpi.manager.ledger import Ledger
 from rfaas_mpi.manager.server import ManagerServer
+from rfaas_mpi.remote import Address
 
 GUARD_S = 60.0
 ME = os.geteuid()
 
 
 class Managed:
-    """Serves from `with` to its end; `listen` may open more doors than its Unix socket."""
+    """Serves from `with` to its end, with `callers` on a port of 127.0.0.1, too: behind TLS if there is a context."""
 
-    def __init__(self, directory: Path, *, listen: Callable[[ManagerServer], Awaitable[None]] | None = None,
-                 **options: Any) -> None:
+    def __init__(self, directory: Path, *, tls: ssl.SSLContext | None = None, **options: Any) -> None:
         self.directory = directory
         self.socket = directory / "manager.sock"
+        self.network = ""                    # http://127.0.0.1:PORT
         self.server: ManagerServer | None = None
-        self._listen = listen
+        self._tls = tls
         self._options = {"policy": Policy(lenders=frozenset((ME,)), admins=frozenset((ME,))), **options}
         self._ready = threading.Event()
         self._failure: BaseException | None = None
@@ -68,7 +70,7 @@ class Managed:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
         async with ManagerServer(Ledger(self.directory / "ledger.db"), **self._options) as self.server:
             await self.server.listen_unix(self.socket)
-            if self._listen is not None:
-                await self._listen(self.server)
+            if "callers" in self._options:
+                self.network = await self.server.listen_network(Address("127.0.0.1", 0), self._tls)
             self._ready.set()
             await self._end.wait()

@@ -260,6 +260,15 @@ def test_close_does_not_wait_for_a_manager_that_says_nothing(tmp_path):
         assert agent.told.empty()
 
 
+def test_close_does_not_wait_for_a_manager_that_hangs(manager):
+    agent = Agent(manager.unix)
+    agent.link.start()
+    agent.hears(api.Orders)
+    manager.stop()
+    agent.link.close()
+    assert not agent.link._thread.is_alive()
+
+
 def test_a_wrong_address_is_said_when_the_line_is_made():
     with pytest.raises(ConfigError, match="RFAAS_MANAGER"):
         Agent(None)

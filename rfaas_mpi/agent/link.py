@@ -11,8 +11,10 @@ run.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
+import socket
 import threading
 import time
 from collections import deque
@@ -42,6 +44,7 @@ ANSWER_S = 30.0                  # a manager whose disk is full says so after 5
 PING_S = 10.0
 LINES_MAX = 1000                 # of usage, in one report
 MESSAGE_BYTES_MAX = 4 << 20
+TURNS = 8                        # of the loop, in which a connection ends that was closed
 
 
 @dataclass(frozen=True)
@@ -189,10 +192,16 @@ class _Connection:
         self._seal: identity.Channel | None = None
 
     async def close(self) -> None:
-        """Safe to call twice."""
+        """Waits for nobody. Safe to call twice."""
         if self._socket is not None:
+            # A farewell would wait for its answer.
+            if (open_socket := self._socket.get_extra_info("socket")) is not None:
+                with contextlib.suppress(OSError):
+                    open_socket.shutdown(socket.SHUT_RDWR)
             await self._socket.close()
         await self._session.close()
+        for _ in range(TURNS):
+            await asyncio.sleep(0)
 
     async def register(self, start: api.StartAgent) -> api.Admitted:
         """The number for reports. Errors as ManagerClient.call, and aiohttp's."""

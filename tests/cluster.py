@@ -76,15 +76,18 @@ class Star:
         netns.ip("link", "set", f"to{agent}", state, node=self.rank)
         netns.ip("link", "set", "rank0", state, node=self.agents[agent])
 
-    def lose(self, agent: int, everything: bool) -> None:
+    def lose(self, agent: int) -> None:
         """Has every packet of a link get lost, while both ends see it up: each sends to a device that is not there."""
         for node, device, last in ((self.rank, f"to{agent}", 1), (self.agents[agent], "rank0", 2)):
-            address = f"198.51.100.{4 * agent + last}"
-            if everything:
-                netns.ip("neighbour", "replace", address, "lladdr", "02:00:00:00:00:99", "nud", "permanent",
-                         "dev", device, node=node)
-            else:
-                netns.ip("neighbour", "del", address, "dev", device, node=node)
+            netns.ip("neighbour", "replace", f"198.51.100.{4 * agent + last}", "lladdr", "02:00:00:00:00:99",
+                     "nud", "permanent", "dev", device, node=node)
+
+    def heal(self) -> None:
+        """Every link is whole again."""
+        for number, node in enumerate(self.agents):
+            for where, device in ((self.rank, f"to{number}"), (node, "rank0")):
+                netns.ip("neighbour", "flush", "dev", device, "nud", "permanent", node=where)
+            self.link(number, "up")
 
     def close(self) -> None:
         """Safe to call twice."""
@@ -193,6 +196,12 @@ class Cluster:
             self.close()
             raise
         return self
+
+    def restart_manager(self) -> None:
+        """Starts it again; returns when it has heard of all agents that live."""
+        self.manager.start()
+        wait_until(lambda: sum(not view.silent for view in self.nodes()) == sum(agent.alive for agent in self.agents),
+                   "it has heard of all agents")
 
     def _check(self) -> None:
         for daemon in (self.manager, *self.agents):

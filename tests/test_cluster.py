@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import faults
 import numpy as np
 import pytest
-from cluster import Cluster, finished, tell, wait_until
+from cluster import IMPATIENT, Cluster, finished, wait_until
 
 from rfaas_mpi import Executor, api
 from rfaas_mpi import cluster as cluster_module
@@ -268,7 +268,7 @@ def test_leases_are_used_while_the_manager_is_gone_and_known_when_it_is_back(bro
         assert sum(ex.map(faults.plus_one, range(50))) == 1275
         killed = min(pids_of(ex))
         os.kill(killed, signal.SIGKILL)
-        wait_until(lambda: len(pids := pids_of(ex)) == 2 and killed not in pids, "a killed worker is replaced meanwhile")
+        wait_until(lambda: len(pids := pids_of(ex)) == 2 and killed not in pids, "a killed worker is replaced")
         assert sum(ex.map(faults.plus_one, range(50))) == 1275
         broken.manager.start()
         wait_until(lambda: broken.free() == 2, "it has heard of both nodes again")
@@ -337,7 +337,7 @@ def test_a_rank_that_holds_the_gil_for_long_keeps_its_leases(pair):
             ctypes.PyDLL(None).sleep(int(sys.argv[1]))
             assert ex.workers == before
             say(sum(ex.map(faults.plus_one, range(10))))
-        """, GIL_S, RFAAS_TCP_IDLE_S="1", RFAAS_TCP_PROBE_S="1", RFAAS_TCP_PROBES="1", RFAAS_TCP_TIMEOUT_S="1") == "55\n"
+        """, GIL_S, **IMPATIENT) == "55\n"
     all_free(pair)
 
 

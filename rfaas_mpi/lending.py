@@ -434,8 +434,8 @@ class Lending:
         try:
             self._attach(lease, worker, self._reach(lease, worker))
         except RFaaSError as error:
-            log.log(logging.WARNING if self._dial_later(lease, worker) else logging.DEBUG, "lease=%d worker=%d can't be reached: %s",
-                    lease.id, worker, error)
+            log.log(logging.WARNING if self._dial_later(lease, worker) else logging.DEBUG,
+                    "lease=%d worker=%d can't be reached: %s", lease.id, worker, error)
             return
         with self._lock:
             self._awaited.pop(lease.id, None)

@@ -106,13 +106,17 @@ class Traits(Body, frozen=True):
 
 
 class Report(Body, frozen=True):
-    """All that an agent lends and runs now. Times: `clock_ns` is its own clock, `ends_in_s` from now."""
+    """All that an agent lends and runs now. Times: `clock_ns` is its own clock, `ends_in_s` from now.
+
+    `over` are leases that it won't begin (again), though their grants aren't late yet.
+    """
 
     incarnation: Number
     clock_ns: Number
     spare: Annotated[tuple[Core, ...], Meta(max_length=CORES_MAX)]
     memory_bytes: Size
     live: Annotated[tuple[LiveLease, ...], Meta(max_length=CORES_MAX)]
+    over: Annotated[tuple[Number, ...], Meta(max_length=CORES_MAX)] = ()
     numa: dict[Core, NumaNode] = {}
     ends_in_s: Seconds | None = None
     grace_s: Grace = 0.0

@@ -235,6 +235,22 @@ def test_what_is_forbidden_is_remembered_until_its_grant_is_late_and_no_longer(a
         agent.admit(changed(**body), late + 1, SPARE, ())
 
 
+def test_what_is_over_is_said_until_its_grant_is_late(agent):
+    assert agent.over(NOW, ()) == ()
+    agent.admit(GRANT, NOW, SPARE, ())
+    agent.forbid(7, NOW + 1)
+    assert agent.over(NOW + 1, {3}) == (7,), "it lives"
+    assert set(agent.over(NOW + 1, ())) == {3, 7}
+    assert agent.over(BODY.not_after_ns + 1, ()) == (7,)
+    assert agent.over(NOW + LIFE_MAX_NS + 2, ()) == ()
+
+
+def test_no_report_is_filled_with_what_is_over(agent):
+    for lease in range(10_000):
+        agent.forbid(lease, NOW)
+    assert agent.over(NOW, ()) == tuple(range(9999, 9999 - 4096, -1)), "the latest are said"
+
+
 def test_no_grant_is_longer_than_an_agent_reads():
     workers = tuple(GrantedWorker(number, (number,)) for number in range(4096))
     with pytest.raises(ConfigError, match=f"4096 workers has .* bytes, and {GRANT_BYTES_MAX}"):

@@ -132,6 +132,40 @@ def test_a_report_that_was_overtaken_does_not_end_what_began_after_it(book):
 
 # --- what became of a grant -------------------------------------------------
 
+def test_a_lease_that_began_and_ended_between_two_reports_is_over(book):
+    lease, idle = lease_of(book, demand(1)), lease_of(book, demand(2))
+    assert book.handle(report(1001, over=(lease.id, 10**6)), 1.0) == []
+    assert book.lease(lease.id).state is LeaseState.RELEASED
+    assert book.lease(idle.id).state is LeaseState.GRANTED
+    assert view(book).free == (1, 3, 4)
+
+
+def test_a_lease_that_was_given_back_unused_is_over_when_its_agent_says_so(book):
+    lease = lease_of(book, demand())
+    (stop,) = book.handle(Release(7, lease.id), 1.0)
+    assert isinstance(stop, StopWorkers) and book.lease(lease.id).state is LeaseState.REVOKING
+    assert book.handle(report(1002, over=(lease.id,)), 2.0) == []
+    assert book.lease(lease.id).state is LeaseState.RELEASED and view(book).free == (1, 2, 3, 4)
+
+
+def test_what_another_agent_says_is_over_is_not(book):
+    book.handle(report(1, node="n1", spare=()), 0.0)
+    lease = lease_of(book, demand())
+    book.handle(report(2, node="n1", spare=(), over=(lease.id,)), 1.0)
+    assert book.lease(lease.id).state is LeaseState.GRANTED
+    # An earlier agent's word comes too late.
+    assert book.handle(report(2000, incarnation=0x10, over=()), 2.0)
+    lease = lease_of(book, demand(9), 2.0)
+    assert book.handle(report(3000, incarnation=1, over=(lease.id,)), 3.0) == [Superseded("n0", 1)]
+    assert book.lease(lease.id).state is LeaseState.GRANTED
+
+
+def test_a_lease_that_lives_is_not_over_whatever_else_is_said(book):
+    lease = lease_of(book, demand())
+    book.handle(report(1001, lease, over=(lease.id,)), 1.0)
+    assert book.lease(lease.id).state is LeaseState.ACTIVE
+
+
 def test_a_reported_lease_is_active_and_once_it_is_missing_it_has_ended(book):
     lease = lease_of(book, demand())
     book.handle(report(1001, lease), 1.0)

@@ -100,7 +100,8 @@ class Agent:
             clock_ns=self.clock_ns(now), grace_s=1.0,
             live=tuple(LiveLease(lease_id, lease_id, tuple(
                 GrantedWorker(number, cores) for number, cores in workers.items()))
-                for lease_id, workers in self.begun.items()))
+                for lease_id, workers in self.begun.items()),
+            over=tuple(self.refused))
 
 
 class Ledger:

@@ -264,11 +264,12 @@ class Agent(AgentServer):
     def _report(self) -> None:
         if self._admission is None or self._link is None:
             return
-        leaving = self._told_to_leave
+        leaving, clock_ns = self._told_to_leave, time.monotonic_ns()
         self._link.report(api.Report(
-            incarnation=self._admission.incarnation, clock_ns=time.monotonic_ns(),
+            incarnation=self._admission.incarnation, clock_ns=clock_ns,
             spare=() if leaving else self.lendable.cores, memory_bytes=0 if leaving else self.lendable.memory_bytes,
-            live=self.tenures.live, numa={} if leaving else self.lendable.numa, grace_s=self.options.grace_s))
+            live=self.tenures.live, over=self._admission.over(clock_ns, self.tenures),
+            numa={} if leaving else self.lendable.numa, grace_s=self.options.grace_s))
 
     # ---- what is to be done ----------------------------------------------------------------------
 
@@ -287,6 +288,7 @@ class Agent(AgentServer):
                 case tenure.Forbid(lease=lease):
                     if self._admission is not None:
                         self._admission.forbid(lease, time.monotonic_ns())
+                        self._changed = True  # its cores are free
 
     # ---- time ------------------------------------------------------------------------------------
 

@@ -483,6 +483,7 @@ class LeaseBook:
             return []
         actions: list[Action] = []
         live = {lease.lease_id: lease for lease in report.live or ()}
+        over = frozenset(report.over)
         highest = max([report.incarnation,
                        *(max(lease.lease_id, lease.epoch) for lease in live.values())])
         if highest > self._epoch and report.lends_to_uid is None:
@@ -497,7 +498,7 @@ class LeaseBook:
 
         if report.live is not None:
             for lease_id in dict.fromkeys(node.held.values()):
-                actions += self._reconcile(self._live[lease_id], report, live.get(lease_id), now)
+                actions += self._reconcile(self._live[lease_id], report, live.get(lease_id), lease_id in over, now)
         busy = dict(report.busy)
         for begun in live.values():
             busy.update((core, begun.lease_id) for worker in begun.workers for core in worker.cores)
@@ -530,9 +531,9 @@ class LeaseBook:
             actions += self._stop(lease_id, workers, Cause.REVOKED, report.grace_s, now)
         return actions
 
-    def _reconcile(self, entry: _Entry, report: NodeReport, begun: LiveLease | None,
+    def _reconcile(self, entry: _Entry, report: NodeReport, begun: LiveLease | None, over: bool,
                    now: float) -> list[Action]:
-        """What a report says about a lease: it has begun, some of it has ended, or all."""
+        """What a report says about a lease: it has begun, some of it has ended, or all, or it never will begin."""
         lease = entry.lease
         if begun is not None and begun.epoch == lease.epoch:
             if not lease.seen_ns:
@@ -554,7 +555,7 @@ class LeaseBook:
                 for until, numbers in again.items()]
         if lease.incarnation != report.incarnation:
             cause = Cause.NODE_LOST             # its agent is gone, and it with it
-        elif lease.seen_ns:
+        elif lease.seen_ns or over:
             cause = Cause.RELEASED              # it was there and isn't any more
         elif 0 < lease.not_after_ns < report.clock_ns:
             cause = Cause.EXPIRED               # it never began and can't any more

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterable
 from typing import Annotated
 
 import msgspec
@@ -44,6 +44,7 @@ SIGNATURE_BYTES = 64
 SECRET_BYTES = 32                    # of a lease
 KEYS_MAX = 2                         # the key in use and the one before or after it
 LIFE_MAX_NS = 600 * 10**9            # how far ahead `not_after_ns` may lie: seen ids are kept so long
+OVER_MAX = 4096                      # leases of which a report says that they are over
 _PREFIX = b"rfaas_mpi grant\0"
 _HEAD_BYTES = 1 + KEY_ID_BYTES + SIGNATURE_BYTES
 _SEAL_PREFIX = b"rfaas_mpi lease secret\0"
@@ -188,7 +189,8 @@ class Admission:
         self._keys: dict[bytes, Ed25519PublicKey] = {}
         self._seen: dict[int, int] = {}              # grant id → the moment from which it is late anyway
         self._epochs: dict[int, int] = {}            # core → highest epoch
-        self._forbidden: dict[int, int] = {}         # lease → the moment from which its grant is late anyway
+        self._used: dict[int, int] = {}              # lease → the moment from which its grant is late anyway
+        self._forbidden: dict[int, int] = {}         # likewise
         self.rotate(keys)
 
     def rotate(self, keys: Iterable[bytes]) -> None:
@@ -218,6 +220,15 @@ class Admission:
         """Refuses this lease's grant from now on: its stop was faster."""
         self._forbidden[lease] = now_ns + LIFE_MAX_NS
 
+    def over(self, now_ns: int, live: Container[int]) -> tuple[int, ...]:
+        """What reports say of leases that never begin (again) here, the latest first: not live, and used or forbidden.
+
+        Only for as long as their grants aren't late: then that says it.
+        """
+        self._forget(now_ns)
+        known = {**self._used, **self._forbidden}
+        return tuple(lease for lease in reversed(known) if lease not in live)[:OVER_MAX]
+
     def admit(self, grant: bytes, now_ns: int, spare: Collection[int], in_use: Collection[int]) -> GrantBody:
         """What may be started now; the same grant is refused from here on.
 
@@ -225,12 +236,16 @@ class Admission:
         which something of ours may still run. Raises GrantRefused.
         """
         body = self.check(grant, now_ns, spare, in_use)
-        self._seen = {seen: late for seen, late in self._seen.items() if late >= now_ns}
-        self._forbidden = {lease: late for lease, late in self._forbidden.items() if late >= now_ns}
-        self._seen[body.grant_id] = body.not_after_ns
+        self._forget(now_ns)
+        self._seen[body.grant_id] = self._used[body.lease] = body.not_after_ns
         for core in body.cores:
             self._epochs[core] = body.epoch
         return body
+
+    def _forget(self, now_ns: int) -> None:
+        for known in (self._seen, self._used, self._forbidden):
+            for number in [number for number, late in known.items() if late < now_ns]:
+                del known[number]
 
     def _verified(self, grant: bytes) -> GrantBody:
         if not _HEAD_BYTES < len(grant) <= GRANT_BYTES_MAX:

@@ -200,7 +200,8 @@ class NodeReport(msgspec.Struct, frozen=True, tag=True):
     that Admit gave to the agent and its clock, which rises from one to the next:
     an older report changes nothing. `live` then says which leases it has begun,
     and stands for Activated and WorkersStopped: a lease that was there and isn't
-    any more has ended, and so have all of an earlier incarnation.
+    any more has ended, and so have all of an earlier incarnation. One that began
+    and ended between two reports, or that the agent will never begin, is in `over`.
     """
 
     node: str
@@ -214,6 +215,7 @@ class NodeReport(msgspec.Struct, frozen=True, tag=True):
     incarnation: int = 0
     clock_ns: int = 0
     live: tuple[LiveLease, ...] | None = None
+    over: tuple[int, ...] = ()
     traits: NodeTraits = NodeTraits()
 
 

@@ -334,7 +334,7 @@ class ManagerServer:
         report = NodeReport(
             node=node, spare=body.spare, memory_bytes=body.memory_bytes, numa=body.numa, grace_s=body.grace_s,
             hard_end=None if body.ends_in_s is None else now + body.ends_in_s, incarnation=body.incarnation,
-            clock_ns=body.clock_ns, live=body.live)
+            clock_ns=body.clock_ns, live=body.live, over=body.over)
         name = self.cluster.node_name(uid, node)
         known = self.directory.get(name, body.incarnation) is not None
         if not known:

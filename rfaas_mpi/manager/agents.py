@@ -44,6 +44,14 @@ class Agents:
         """How many are `heard` of, `silent`, and `dead` since they were."""
         return {"heard": len(self._heard) - len(self._silent), "silent": len(self._silent), "dead": len(self._dead)}
 
+    @property
+    def silent(self) -> frozenset[str]:
+        return frozenset(self._silent)
+
+    @property
+    def dead(self) -> frozenset[str]:
+        return frozenset(self._dead)
+
     def heard(self, node: str, now: float) -> None:
         """It said something new."""
         self._dead.discard(node)

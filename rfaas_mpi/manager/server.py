@@ -251,7 +251,7 @@ class ManagerServer:
         while True:
             now = self._clock()
             if now >= self.cluster.next_deadline():
-                self._do(self.cluster.tick(now))
+                self._tick(now)
             pause = max(0.0, min(TICK_MAX_S, self.cluster.next_deadline() - self._clock()))
             self._sooner.clear()
             try:
@@ -259,6 +259,15 @@ class ManagerServer:
                     await self._sooner.wait()
             except TimeoutError:
                 continue
+
+    def _tick(self, now: float) -> None:
+        agents = self.cluster.agents
+        silent, dead = agents.silent, agents.dead
+        self._do(self.cluster.tick(now))
+        for node in sorted(agents.silent - silent):
+            log.warning("node=%s is silent: its leases go on, nothing more is lent there", node)
+        for node in sorted(agents.dead - dead):
+            log.error("node=%s is dead: its leases are lost", node)
 
     async def _keep_keys(self) -> None:
         while True:
@@ -324,6 +333,8 @@ class ManagerServer:
                                         body.host))
         self.registry.agents(name, self.directory.of_node(name))
         await self._durable(self._do(actions))
+        log.info("node=%s agent=%s uid=%d is admitted as %d, at %s", name, body.agent, uid, incarnation,
+                 " ".join(body.addresses))
         return api.Admitted(name, incarnation, self.keys.public)
 
     async def _report(self, uid: int, request: web.Request, body: api.Report) -> api.Orders:

@@ -20,6 +20,7 @@ import faults
 import msgspec
 import pytest
 from cluster import GUARD_S, Cluster, Daemon, descendants, wait_until
+from owners import CPUS, Groups
 
 from rfaas_mpi import Executor, api
 from rfaas_mpi import messages as msg
@@ -88,8 +89,8 @@ def worker_pids(cluster: Cluster) -> list[int]:
         return [each["pid"] for each in own(msg.StatusRequest(1), msg.StatusAnswer).data["workers"] if each["pid"]]
 
 
-def all_free(cluster: Cluster) -> None:
-    wait_until(lambda: cluster.free() == 2 and not cluster.leases(), "both cores came back")
+def all_free(cluster: Cluster, cores: int = 2) -> None:
+    wait_until(lambda: cluster.free() == cores and not cluster.leases(), "every core came back")
 
 
 def state_of(cluster: Cluster, lent: api.LentLease) -> LeaseState:
@@ -261,7 +262,7 @@ def test_an_agent_that_takes_a_node_over_ends_the_one_before(cluster, tmp_path):
     try:
         assert first.wait() == 1
         assert "another agent has taken node node0 over" in first.said()
-        wait_until(lambda: [view.spare for view in cluster.nodes()] == [(1,)], "the manager lends what the new one does")
+        wait_until(lambda: [view.spare for view in cluster.nodes()] == [(1,)], "only the new one's core is lent")
         with Rank(cluster, lend(cluster)) as rank:
             rank.use()
     finally:
@@ -327,6 +328,34 @@ def test_exactly_the_workers_on_cores_that_somebody_wants_back_stop(cluster):
         assert state_of(cluster, lent) is LeaseState.ACTIVE
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes cgroups: needs root")
+def test_a_job_s_core_is_given_back_at_once_and_lent_again_after_it():
+    """Found by the detector: nobody names the cores, and a batch job comes and goes on one of them."""
+    lost = max(CPUS)
+    groups = Groups(f"t{os.getpid()}")
+    cluster = Cluster(["0-1"], sockets=[0])
+    words = ["agent", "--manager", f"unix:{cluster.socket}", "--node", "node0", "--keep", "", "--priority", "normal",
+             "--directory", cluster.directory / "node0"]
+    cluster.agents = [Daemon(cluster.directory / "node0.log", words, None, **cluster.environment)]
+    try:
+        with cluster:
+            all_free(cluster, len(CPUS))
+            lent = lend(cluster, len(CPUS))
+            with Rank(cluster, lent) as rank:
+                workers = {worker.cores[0]: worker.number for worker in rank.use().workers}
+                assert sorted(workers) == CPUS
+                groups.begin(1, [lost])
+                gone = rank.hears(msg.WorkerEnded)
+                assert (gone.worker, gone.cause, gone.reason) == (workers[lost], "infrastructure", "revoked")
+                wait_until(lambda: lost not in cluster.nodes()[0].spare, "it is lent no more")
+                assert state_of(cluster, lent) is LeaseState.ACTIVE, "the other workers go on"
+                groups.end(1)
+                wait_until(lambda: cluster.free() == 1, "it is lent again")
+    finally:
+        cluster.close()
+        groups.close()
+
+
 @contextlib.contextmanager
 def looked_at(cluster: Cluster) -> Iterator[Callable[[msg.RankRequest, type], msg.Answer]]:
     """A session of the agent's own user on its Unix socket, which may look and command."""
@@ -357,7 +386,8 @@ def test_its_own_user_sees_how_things_stand_and_sends_it_down(cluster):
             status = own(msg.StatusRequest(2), msg.StatusAnswer).data
             assert (status["node"], [each["id"] for each in status["leases"]]) == ("node0", [lease.id])
             assert status["cores"]["lent"] == list(lease.workers[0].cores) and not status["manager_lost"]
-            assert isinstance(own(msg.KillRequest(3, lease.id, lease.workers[0].number, "cancel"), msg.Done), msg.Failed)
+            kill = msg.KillRequest(3, lease.id, lease.workers[0].number, "cancel")
+            assert isinstance(own(kill, msg.Done), msg.Failed)
             own(msg.DownRequest(4), msg.Done)
         assert cluster.agents[0].wait() == 0
 

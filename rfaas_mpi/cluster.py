@@ -19,7 +19,15 @@ from rfaas_mpi import messages as msg
 from rfaas_mpi.client import ManagerClient, ManagerRefused
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errands import each
-from rfaas_mpi.errors import ClosedError, ConfigError, NestedError, RFaaSError, ServiceError, ServiceLost
+from rfaas_mpi.errors import (
+    ClosedError,
+    ConfigError,
+    LeaseDenied,
+    NestedError,
+    RFaaSError,
+    ServiceError,
+    ServiceLost,
+)
 from rfaas_mpi.messages import Grant, GrantLease, WorkerEnded
 from rfaas_mpi.session import Lent, Session
 
@@ -32,6 +40,8 @@ _RESTART_S = 5.0
 _AGAIN_S = 0.1
 # It can't write now, or has not heard of every agent again since it was restarted.
 _NOT_NOW = 503
+# A manager takes a while to notice that an agent is gone: so often it is asked for another one's cores.
+_ATTEMPTS = 3
 
 
 class _Line:
@@ -104,8 +114,9 @@ class ClusterSession:
                 memory_per_worker: int | None = None, timeout_s: float | None = None) -> Grant:
         """Leases with workers_min … workers_max workers in all; waits up to `timeout_s` for cores.
 
-        A lease whose agent can't be reached is given back, and its workers are
-        missing; where none can be, the first one's error is raised. Raises
+        A lease whose agent can't be reached is given back, and the manager asked
+        for what other nodes have; if that isn't enough, workers are missing, and
+        where there is none at all the first agent's error is raised. Raises
         LeaseDenied where not even workers_min can be met in time, ServiceLost
         where the manager can't be reached.
         """
@@ -116,20 +127,40 @@ class ClusterSession:
                               hint="0 <= min <= max, max >= 1, cores_per_worker >= 1")
         if memory_per_worker is None:
             memory_per_worker = self.settings.memory_per_worker
-        answer = self._ask(api.AskLease(self._name, next(self._ids), workers_min, workers_max, cores_per_worker,
-                                        memory_per_worker, timeout_s))
-        begun = each(self._begin, answer.leases)
-        leases, failures = [], []
-        for lent, found in zip(answer.leases, begun, strict=True):
-            if isinstance(found, GrantLease):
-                leases.append(found)
-                continue
-            failures.append(found)
-            log.warning("lease=%d node=%s %d worker(s) are missing: %s", lent.id, lent.node, len(lent.workers), found)
-            self._give_up(lent)
+        leases: list[GrantLease] = []
+        failures: list[RFaaSError] = []
+        reason = ""
+        for attempt in range(_ATTEMPTS):
+            have = sum(len(lease.workers) for lease in leases)
+            try:
+                answer = self._ask(api.AskLease(
+                    self._name, next(self._ids), max(0, workers_min - have), workers_max - have, cores_per_worker,
+                    memory_per_worker, timeout_s if attempt == 0 else 0.0))
+            except LeaseDenied as denied:
+                if attempt == 0:
+                    raise
+                log.info("no other node has what is missing: %s", denied)
+                break
+            reason = answer.reason
+            failed = self._begin_all(answer.leases, leases)
+            if not failed:
+                break
+            failures += failed
         if failures and not leases:
             raise failures[0]
-        return Grant(tuple(leases), answer.reason or (str(failures[0]) if failures else ""))
+        return Grant(tuple(leases), reason or (str(failures[0]) if failures else ""))
+
+    def _begin_all(self, lent: tuple[api.LentLease, ...], begun: list[GrantLease]) -> list[RFaaSError]:
+        """Has the agents begin their leases, all at the same time, and adds them; why those failed that did."""
+        failures = []
+        for one, found in zip(lent, each(self._begin, lent), strict=True):
+            if isinstance(found, GrantLease):
+                begun.append(found)
+                continue
+            failures.append(found)
+            log.warning("lease=%d node=%s %d worker(s) are missing: %s", one.id, one.node, len(one.workers), found)
+            self._give_up(one)
+        return failures
 
     def _ask(self, ask: api.AskLease) -> api.LeaseGrant:
         """The manager's answer, also where it is restarted meanwhile: the same request gets the same leases."""

@@ -186,6 +186,20 @@ def test_an_agent_that_cant_be_reached_costs_its_workers_and_no_more(broken, cap
             broken.names[0]: "active", broken.names[1]: "revoking"}
 
 
+def test_instead_of_an_agent_that_cant_be_reached_another_node_lends(broken):
+    """The manager takes half a minute to notice, and grants there until then."""
+    broken.agents[0].kill()
+    for _ in range(2):
+        with executor(broken, 1, fallback=False) as ex:
+            assert sum(ex.map(faults.plus_one, range(50))) == 1275
+    broken.agents[0].start()
+    all_free(broken)
+    broken.agents[1].kill()
+    for _ in range(2):
+        with executor(broken, 1, fallback=False) as ex:
+            assert sum(ex.map(faults.plus_one, range(50))) == 1275
+
+
 def test_where_no_agent_can_be_reached_the_first_error_is_raised_and_nothing_stays_lent(broken):
     for agent in broken.agents:
         agent.kill()

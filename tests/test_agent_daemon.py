@@ -230,7 +230,7 @@ def test_sigterm_tells_ranks_and_the_manager_and_leaves_nothing(cluster):
         assert agent.stop() == 0
         assert rank.hears(msg.LeaseEnded).cause == "revoked"
         rank.hears(msg.ServiceEnded)
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    wait_until(lambda: not [pid for pid in pids if Path(f"/proc/{pid}").exists()], "nothing of it is left")
     assert not (cluster.directory / "node0" / "socket").exists()
     (view,) = cluster.nodes()
     assert view.spare == () and not cluster.leases()

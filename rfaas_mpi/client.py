@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import http.client
 import os
-import pwd
 import re
 import socket
 import ssl
@@ -24,11 +23,11 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from rfaas_mpi import api, identity, remote
-from rfaas_mpi.config import Settings
+from rfaas_mpi.config import Settings, site_users, user_id
 from rfaas_mpi.errors import AuthError, ClosedError, ConfigError, LeaseDenied, RFaaSError, ServiceError, ServiceLost
 
 __all__ = ["ManagerAddress", "ManagerClient", "ManagerRefused", "check_owner", "prover_of", "read_challenge", "refusal",
-           "target", "tls_of", "user_id"]
+           "target", "tls_of"]
 
 WAIT_S = 60.0                    # for an answer; a demand may wait longer at the manager, and says so
 ANSWER_BYTES_MAX = 1 << 28       # all leases of a large cluster, for an administrator
@@ -225,7 +224,7 @@ def check_owner(dialled: socket.socket, address: ManagerAddress, settings: Setti
     """AuthError unless who listens on that Unix socket is root, the caller, or the manager's user."""
     # What it grants is where our code and data will go.
     uid = struct.unpack("3i", dialled.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
-    if uid not in (0, os.geteuid()) and uid != user_id(settings.manager_user):
+    if uid not in site_users(settings):
         raise AuthError(f"the manager at {address} runs as uid {uid}",
                         hint=f"if that is right, set RFAAS_MANAGER_USER={uid}")
 
@@ -291,14 +290,3 @@ def refusal(name: str, status: int, answer: bytes) -> RFaaSError:
     refused = ManagerRefused(problem.error, hint=problem.hint)
     refused.status = status
     return refused
-
-
-def user_id(user: str) -> int:
-    """The uid of a user given by name or number. ConfigError for one that this node doesn't know."""
-    if user.isascii() and user.isdigit():
-        return int(user)
-    try:
-        return pwd.getpwnam(user).pw_uid
-    except (KeyError, ValueError):
-        raise ConfigError(f"this node knows no user {user!r}",
-                          hint="RFAAS_MANAGER_USER is a user's name or uid: the one as whom the manager runs") from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import pwd
 import re
 import shlex
 import stat
@@ -21,7 +22,7 @@ from rfaas_mpi.types import TcpOptions
 
 __all__ = [
     "Given", "Places", "Settings", "core_list", "describe", "environment", "files", "inside_worker", "places",
-    "scrubbed", "slurm_job",
+    "scrubbed", "site_users", "slurm_job", "user_id",
 ]
 
 PREFIX = "RFAAS_"
@@ -314,6 +315,22 @@ def inside_worker(environment: Mapping[str, str] | None = None) -> bool:
 def slurm_job(environment: Mapping[str, str] | None = None) -> str:
     """The id of the Slurm job around this process, or an empty string."""
     return (os.environ if environment is None else environment).get("SLURM_JOB_ID", "")
+
+
+def user_id(user: str) -> int:
+    """The uid of a user given by name or number. ConfigError for one that this node doesn't know."""
+    if user.isascii() and user.isdigit():
+        return int(user)
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except (KeyError, ValueError):
+        raise ConfigError(f"this node knows no user {user!r}",
+                          hint="RFAAS_MANAGER_USER is a user's name or uid: the one as whom the manager runs") from None
+
+
+def site_users(settings: Settings) -> frozenset[int]:
+    """The users whose daemons on this node we have to do with: root, ourselves, the manager's. ConfigError."""
+    return frozenset((0, os.geteuid(), user_id(settings.manager_user)))
 
 
 @dataclass(frozen=True)

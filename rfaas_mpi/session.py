@@ -226,15 +226,21 @@ def _receive(connection: socket.socket, count: int, deadline: float) -> bytes:
     return data
 
 
-def _connect(path: Path, timeout_s: float, *, ours: bool = True) -> socket.socket:
-    """A connection to who listens there: a process of our own user, or anybody, who has to prove something then."""
+def _connect(path: Path, timeout_s: float, site: Settings | None = None) -> socket.socket:
+    """A connection to who listens there: our own user, or one whose daemons these settings let us have to do with.
+
+    An agent proves who it is besides; but a proof could be fetched from it by whoever listens in its place.
+    """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         connection.settimeout(timeout_s)
         connection.connect(str(path))
         peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         uid = int.from_bytes(peer[4:8], sys.byteorder)
-        if ours and uid != os.geteuid():
+        if site is not None and uid not in config.site_users(site):
+            raise AuthError(f"the agent at {path} runs as uid {uid}",
+                            hint=f"if that is right, set RFAAS_MANAGER_USER={uid}")
+        if site is None and uid != os.geteuid():
             raise AuthError(f"the service at {path} runs as uid {uid}, not as {os.geteuid()}",
                             hint="name another directory with RFAAS_RUNTIME_DIR")
     except BaseException:
@@ -578,7 +584,7 @@ class Session:
         """A session on which both sides have proved the lease's secret, not joined yet; no failure but RFaaSError."""
         try:
             if isinstance(place, Path):
-                connection = _connect(place, max(0.1, deadline - time.monotonic()), ours=False)
+                connection = _connect(place, max(0.1, deadline - time.monotonic()), settings)
             else:
                 connection = remote.connect(place, settings.tcp, deadline)
         except OSError as error:
@@ -866,8 +872,8 @@ class Session:
         """A connection on which both sides have proved the lease's secret, and the service's nonce on it."""
         try:
             if isinstance(place, Path):
-                # An agent runs as its own user; its proof says who it is.
-                connection = _connect(place, max(0.1, deadline - time.monotonic()), ours=not lease.endpoint)
+                connection = _connect(place, max(0.1, deadline - time.monotonic()),
+                                      self.settings if lease.endpoint else None)
             else:
                 connection = remote.connect(place, self.settings.tcp, deadline)
         except OSError as error:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
+import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -718,13 +720,18 @@ def as_another_user(uid: int, act: Callable[[], object]) -> str:
 
 
 @pytest.fixture
-def open_agent() -> Iterator[Agent]:
-    """An agent whose socket every user of this node can reach."""
-    import tempfile
+def open_directory() -> Iterator[Path]:
+    """One in which every user of this node may make what he likes."""
     with tempfile.TemporaryDirectory(prefix="rfaas-test-", dir="/tmp") as directory:
-        os.chmod(directory, 0o755)
-        with running(Path(directory)) as agent:
-            yield agent
+        os.chmod(directory, 0o777)
+        yield Path(directory)
+
+
+@pytest.fixture
+def open_agent(open_directory) -> Iterator[Agent]:
+    """An agent whose socket every user of this node can reach."""
+    with running(open_directory) as agent:
+        yield agent
 
 
 def knock_unix(path: Path, kind: int, lease: int, worker: int = 0) -> msg.Hello:
@@ -734,6 +741,37 @@ def knock_unix(path: Path, kind: int, lease: int, worker: int = 0) -> msg.Hello:
         connection.sendall(msg.Hello.make(kind, bytes(16), lease=lease, worker=worker).pack())
         data = connection.recv(64, socket.MSG_WAITALL)
         return msg.Hello.unpack(data)
+
+
+@as_root
+def test_what_another_user_listens_at_is_no_agent(open_directory):
+    """He could have the proof made by the real one, and stand in between."""
+    path = open_directory / "socket"
+    listening, listen = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.setresuid(OTHER_UID, OTHER_UID, OTHER_UID)
+        with socket.socket(socket.AF_UNIX) as fake:
+            fake.bind(str(path))
+            fake.listen()
+            os.write(listen, b"x")
+            signal.pause()
+        os._exit(0)
+    try:
+        assert os.read(listening, 1) == b"x"
+        lent = Lent(1, b"", bytes(32), (f"unix:{path}",))
+        with pytest.raises(AuthError, match=f"runs as uid {OTHER_UID}.*RFAAS_MANAGER_USER={OTHER_UID}"):
+            opened(lent)
+        here, there = socket.socketpair()
+        with there, Session(here, Address("n1", 1), SETTINGS, None) as session:
+            lease = msg.GrantLease(1, 1, bytes(32), (), 0, endpoint=f"unix:{path}")
+            with pytest.raises(AuthError, match=f"runs as uid {OTHER_UID}"):
+                session.dial(lease, 1)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(listening)
+        os.close(listen)
 
 
 @as_root
@@ -792,7 +830,6 @@ def test_a_user_who_fills_the_door_keeps_no_other_out(open_agent):
         os.setresuid(OTHER_UID, OTHER_UID, OTHER_UID)
         os.write(hold, b"%d" % fill())
         os.close(hold)
-        import signal
         signal.pause()
         os._exit(0)
     try:
@@ -804,7 +841,7 @@ def test_a_user_who_fills_the_door_keeps_no_other_out(open_agent):
         assert open_agent.host.door.counts["accepted"] >= many
     finally:
         os.close(held)
-        os.kill(pid, 9)
+        os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rfaas_mpi.client import user_id
+from rfaas_mpi.config import user_id
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import ConfigError
 from rfaas_mpi.remote import Address

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from pathlib import Path
 
@@ -34,6 +35,10 @@ class Munged:
             return False
         return True
 
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
     def close(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
         self._process.terminate()
         self._process.wait(30)

@@ -8,6 +8,7 @@ import http.client
 import json
 import logging
 import secrets
+import signal
 import socket
 import ssl
 import subprocess
@@ -15,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from ipaddress import ip_address
@@ -393,6 +395,38 @@ class His(Munge):
 
 def test_without_tls_an_answer_is_never_sent_unsealed(site):
     refused(site, proof(site, "key", seals=False).header, said="without TLS an answer is sealed")
+
+
+def test_a_munged_that_hangs_holds_up_nobody_who_does_not_need_it(tmp_path, wait_until):
+    with contextlib.ExitStack() as stack:
+        top = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rfaas-munge-")))
+        daemon = Munged(top / "a", secrets.token_bytes(128))
+        stack.callback(daemon.close)
+        wait_until(daemon.serves, "munged serves")
+        site = stack.enter_context(site_at(tmp_path / "m", daemon.socket))
+        headers = [proof(site, "munge", "GET", "/v1/leases", b"").header for _ in range(6)]
+        pool = stack.enter_context(ThreadPoolExecutor(len(headers)))
+        daemon.signal(signal.SIGSTOP)
+        waiting = [pool.submit(exchange, site.authority, "GET", "/v1/leases", Authorization=header)
+                   for header in headers]
+        with site.client("key") as call:
+            assert call.call("leases").leases == ()
+        assert site.leases() == ()
+        daemon.signal(signal.SIGCONT)
+        assert all(future.result(GUARD_S)[0] in (200, 401) for future in waiting)
+
+
+def test_a_caller_whose_node_is_gone_is_noticed(site):
+    with socket.create_connection(("127.0.0.1", int(site.authority.rpartition(":")[2]))) as near:
+        near.sendall(b"GET /v1/challenge HTTP/1.1\r\nHost: m\r\n\r\n")
+        assert near.recv(1)
+        options = site.manager.do(lambda server: [
+            tuple(far.getsockopt(*option) for option in (
+                (socket.SOL_SOCKET, socket.SO_KEEPALIVE), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+                (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)))
+            for handler in server._runner.server.connections
+            if (far := handler.transport.get_extra_info("socket")).family == socket.AF_INET])
+    assert options == [(1, 5, 15000)]
 
 
 # --- who answers --------------------------------------------------------------------

@@ -33,7 +33,8 @@ from rfaas_mpi.manager.metrics import CONTENT_TYPE, Metrics
 from rfaas_mpi.manager.registry import Group, Registry
 from rfaas_mpi.messages import LeaseRequest
 from rfaas_mpi.placement import pick_cores
-from rfaas_mpi.remote import Address, listen
+from rfaas_mpi.remote import Address, listen, tune
+from rfaas_mpi.types import TcpOptions
 
 __all__ = ["ManagerServer"]
 
@@ -154,6 +155,8 @@ class ManagerServer:
             listener, bound = await asyncio.to_thread(listen, address)
         except OSError as error:
             raise ConfigError(f"the manager can't listen on {address}: {error.strerror or error}") from None
+        # Each connection has it from its listener: a caller whose node is gone doesn't wait for ever.
+        tune(listener, TcpOptions())
         await web.SockSite(runner, listener, ssl_context=tls).start()
         return bound
 

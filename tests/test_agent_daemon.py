@@ -437,6 +437,22 @@ def test_one_directory_has_one_agent(shared):
     assert (shared.directory / "node0" / "socket").exists()
 
 
+def test_what_lies_where_it_should_listen_is_left_alone(shared, tmp_path):
+    text = tmp_path / "notes"
+    text.write_text("mine")
+    taken = shared.directory / "node0" / "socket"
+    for place, said in ((text, "no socket"), (taken, "somebody listens")):
+        process = subprocess.run(
+            [*faults.command("from rfaas_mpi.cli import main\nsys.exit(main(sys.argv[1:]))"), "agent", "--manager",
+             f"unix:{shared.socket}", "--node", "other", "--cores", "0", "--directory", str(tmp_path / "agent"),
+             "--socket", str(place)], env=faults.environment(), capture_output=True, text=True, timeout=GUARD_S)
+        assert process.returncode == 1 and said in process.stderr, process.stderr
+    assert text.read_text() == "mine"
+    with Rank(shared, lend(shared)) as rank:
+        rank.use()
+        rank.session.release(rank.lent.id)
+
+
 def test_a_lost_lease_s_calls_run_on_the_rank(cluster):
     with Executor(1, manager=cluster.environment["RFAAS_MANAGER"],
                   manager_user=cluster.environment["RFAAS_MANAGER_USER"]) as ex:

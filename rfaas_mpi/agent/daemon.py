@@ -52,6 +52,7 @@ EMPTY_S = 2.0                        # a group whose processes were killed is em
 EMPTY_AGAIN_S = 0.01
 SAY_S = 2.0                          # and so long the manager is told that we leave, if it can be reached
 SOCKET_PATH_MAX = 107
+SESSIONS_MAX = 1024                  # of one lease: each process of its user on a large node has one
 _WILDCARDS = frozenset(("0.0.0.0", "::"))
 
 
@@ -121,6 +122,7 @@ class Agent(AgentServer):
         self._watch: NodeWatch | None = None
         self._lowering: Lowering | None = None
         self._memory_of: dict[int, int] = {}                 # lease → of each worker
+        self._listens = False
         self._changed = False                                # since the last report
         self._next_line = 1
         self._told_to_leave = False
@@ -148,7 +150,9 @@ class Agent(AgentServer):
             self._watch = NodeWatch(Detector(policy), Observer(usable=self._facts.cpuset, ours=own_step()))
             self.selector.register(self._watch, 1, lambda _m: self._look(time.monotonic()))
         self._look(time.monotonic())
+        _check_place(self.socket)
         self.door.listen_unix(self.socket)
+        self._listens = True
         if self.options.listen:
             # No key: over TCP there are sessions of leases only.
             self.door.listen_tcp(self.options.listen, b"", self.settings.tcp)
@@ -169,6 +173,8 @@ class Agent(AgentServer):
 
     def close(self) -> None:
         """Ends everything that was started. Safe to call twice."""
+        if not self._listens:
+            self.socket = self.directory / "socket"          # what lies elsewhere isn't ours
         super().close()
         if self._link is not None:
             if self._told_to_leave and not self._lost and not self._link.flush(SAY_S):
@@ -331,6 +337,10 @@ class Agent(AgentServer):
         return self._agent_key.open(body.sealed, lease, body.epoch)
 
     def lease_came(self, guest: Guest, lease: int, grant: bytes) -> None:
+        if sum(visit.lease == lease for visit in self._visits.values()) >= SESSIONS_MAX:
+            log.warning("lease=%d %s is sent away: it has %d sessions already", lease, guest, SESSIONS_MAX)
+            guest.connection.close()
+            return
         session = self.begin_session(guest, guest.secret, (msg.ROLE_LEASE_RANK, msg.ROLE_LEASE_AGENT))
         self._visits[session.number] = _Visit(lease, grant, guest.uid)
 
@@ -498,6 +508,18 @@ def _kept(options: Options, facts: node_cores.NodeFacts) -> tuple[int, ...]:
         return tuple(core for core in options.keep if core in facts.cpuset)
     first = facts.core_of.get(facts.cpuset[0], facts.cpuset[0])
     return tuple(core for core in facts.cpuset if facts.core_of.get(core, core) == first)
+
+
+def _check_place(path: Path) -> None:
+    """ConfigError where something lies that is no socket, ServiceError where somebody listens."""
+    if path.is_symlink() or (path.exists() and not path.is_socket()):
+        raise ConfigError(f"{path} is there and no socket", hint="name another place with --socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return                    # of an agent that was killed
+    raise ServiceError(f"somebody listens on {path} already", hint="name another place with --socket")
 
 
 def run(options: Options, settings: Settings, ready: Callable[[dict[str, Any]], None]) -> None:

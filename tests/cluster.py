@@ -100,7 +100,9 @@ class Daemon:
 
     def __init__(self, log: Path, words: Sequence[object], node: Node | None = None, **changes: str) -> None:
         self.log = log
-        self._command = [sys.executable, "-m", "rfaas_mpi.cli", *map(str, words)]
+        # Tests that are killed close nothing: it ends with them.
+        self._command = ["setpriv", "--pdeathsig", "TERM", "--", sys.executable, "-m", "rfaas_mpi.cli",
+                         *map(str, words)]
         self._node = node
         # Where one hangs, SIGABRT has it say where.
         self._environment = faults.environment(PYTHONFAULTHANDLER="1", **changes)

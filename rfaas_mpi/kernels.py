@@ -18,6 +18,7 @@ import inspect
 import io
 import os
 import pickle
+import socket
 import struct
 import sys
 import threading
@@ -178,8 +179,7 @@ def _import(ref: _Reference) -> types.ModuleType:
 
 
 def _not_importable(ref: _Reference, error: Exception) -> BadKernel:
-    return BadKernel(f"kernel {ref.module}.{ref.qualname} can't be imported in a worker: "
-                     f"{type(error).__name__}: {error}",
+    return BadKernel(f"kernel {ref.module}.{ref.qualname} can't be imported in a worker: {_why(error)}",
                      hint="its module must be importable from the worker's sys.path without MPI or an Executor at "
                           "its top level")
 
@@ -731,13 +731,21 @@ def load_blob(digest: bytes, blob: Any) -> tuple[int, Any]:
     raise BadKernel(f"a kernel of the unknown form {form!r}", hint="rank and worker must run the same version")
 
 
+def _why(error: Exception) -> str:
+    """The error; of a module that is missing also where, and where it was looked for."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, ModuleNotFoundError):
+        text += f" on node {socket.gethostname()}, where {sys.executable} looks in {', '.join(filter(None, sys.path))}"
+    return text
+
+
 def _unpickled(data: Any) -> Any:
     try:
         return pickle.loads(data)
     except BadKernel:
         raise
     except Exception as error:  # unpickling imports modules and runs constructors
-        raise BadKernel(f"the kernel can't be rebuilt in a worker: {type(error).__name__}: {error}",
+        raise BadKernel(f"the kernel can't be rebuilt in a worker: {_why(error)}",
                         hint="what it refers to must be importable there too") from error
 
 

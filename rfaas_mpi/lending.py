@@ -51,6 +51,7 @@ _FENCED_S = 5.0
 
 # So often a worker is dialled again that could not be reached.
 _AGAIN_S = 1.0
+_WHY_S = 1.0                         # a lease whose workers can't be started ends within this
 
 # As many workers as an executor can have.
 _WORKERS_MAX = 256
@@ -137,9 +138,20 @@ class Lending:
             if failure is None:
                 continue
             if not self._channels or isinstance(failure, ConfigError):
-                raise failure
+                cause = self._cause(lease, failure)
+                raise cause from (None if cause is failure else failure)
             log.warning("lease=%d not every worker was reached: %s", lease.id, failure)
         self._look()
+
+    def _cause(self, lease: GrantLease, failure: RFaaSError) -> RFaaSError:
+        """Why a lease's workers can't be reached: they could not be started, if that is told within a moment."""
+        deadline = time.monotonic() + _WHY_S
+        while isinstance(failure, TransportError) and time.monotonic() < deadline:
+            with self._lock:
+                if lease.id not in self._leases and self.why is not None:
+                    return self.why
+            time.sleep(0.005)
+        return failure
 
     def _connect(self, lease: GrantLease) -> RFaaSError | None:
         """Connects to all workers of a lease; why one of them was not reached."""
@@ -453,7 +465,8 @@ class Lending:
                 self._leases.pop(event.lease, None)
             if event.lease in self._leases:
                 self._awaited[event.lease] = time.monotonic() + REPLACEMENT_S
-            if self.why is None or isinstance(self.why, WorkerLost):
+            # A lease that has ended already said why, for all of its workers.
+            if self.why is None or (isinstance(self.why, WorkerLost) and event.lease in self._leases):
                 self.why = lost_error(told)
         if channel is not None:
             if event.reason == "service":

@@ -8,7 +8,9 @@ import hashlib
 import importlib
 import math
 import operator
+import os
 import pickle
+import socket
 import statistics
 import subprocess
 import sys
@@ -195,6 +197,15 @@ def test_a_module_that_can_not_be_imported_there_is_named(module, tmp_path):
     blob.write_bytes(object_kernel(mod.f).blob)
     says = in_a_fresh_interpreter("import sys; sys.refuse = 1\n" + LOAD_BLOB, str(blob))
     assert "BadKernel" in says and f"{mod.__name__}.f" in says and "only in the rank" in says
+
+
+def test_a_module_that_the_node_lacks_is_named_with_the_node_and_where_it_was_looked_for(module, tmp_path):
+    mod = module("import sys\nif hasattr(sys, 'far'):\n    import no_such_module\ndef f(x):\n    return x\n")
+    blob = tmp_path / "blob"
+    blob.write_bytes(object_kernel(mod.f).blob)
+    says = in_a_fresh_interpreter("import sys; sys.far = 1\n" + LOAD_BLOB, str(blob))
+    assert all(word in says for word in ("BadKernel", "no_such_module", socket.gethostname(), sys.executable,
+                                         os.path.dirname(np.__path__[0])))
 
 
 # --- by value -----------------------------------------------------------------------------

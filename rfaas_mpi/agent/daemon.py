@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import socket
 import time
 from collections import deque
@@ -34,8 +35,9 @@ from rfaas_mpi.agent.kernel_files import ranges
 from rfaas_mpi.agent.link import LinkLost, ManagerLink, News, ReportDue
 from rfaas_mpi.agent.observer import NodeWatch, Observer, own_step
 from rfaas_mpi.agent.pool import full_cpuset
-from rfaas_mpi.agent.priority import Lowering, remove_stale_groups
+from rfaas_mpi.agent.priority import NO_PRIORITY, Lowering, Means, remove_stale_groups
 from rfaas_mpi.agent.server import REASONS, AgentServer, Offer, SessionHandle
+from rfaas_mpi.agent.spawner import Spawner, leave_root, service_identity
 from rfaas_mpi.agent.tenure import Tenures
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import ConfigError, LeaseDenied, ServiceError
@@ -121,6 +123,7 @@ class Agent(AgentServer):
         self._lost = ""                                      # why the manager can't be reached
         self._watch: NodeWatch | None = None
         self._lowering: Lowering | None = None
+        self._spawner: Spawner | None = None                 # closed with the workers
         self._memory_of: dict[int, int] = {}                 # lease → of each worker
         self._listens = False
         self._changed = False                                # since the last report
@@ -137,16 +140,22 @@ class Agent(AgentServer):
         self._facts = node_cores.read_node_facts(affinity=allowed)
         remove_stale_groups()
         low = self.options.low_priority
-        if low or (low is None and self.options.cores is None):
+        if low is None:
+            low = self.options.cores is None
+        if low:
             self._lowering = Lowering()
             self.workers.low = self._lowering.priority
         self.core.own_cores = keep = _kept(self.options, self._facts)
         if keep:
             # Zygotes start here too, and not on a core that is lent or an owner's.
             os.sched_setaffinity(0, keep)
+        by_group = self.workers.low.means not in (None, Means.AUTOGROUP)
+        if self.settings.service_user:
+            self._serve_users()
+        self.workers.guard_memory(self.settings.memory_limit, low=by_group)
         if self.options.cores is None:
             policy = Policy(never=frozenset(keep), memory_reserve=self.settings.memory_reserve,
-                            low_priority=self.workers.low.means is not None)
+                            low_priority=by_group or self.workers.low.means is not None)
             self._watch = NodeWatch(Detector(policy), Observer(usable=self._facts.cpuset, ours=own_step()))
             self.selector.register(self._watch, 1, lambda _m: self._look(time.monotonic()))
         self._look(time.monotonic())
@@ -163,6 +172,21 @@ class Agent(AgentServer):
         self._link.start()
         log.info("node=%s pid=%d version=%s lends %s, listens at %s", self.node, os.getpid(), __version__,
                  ranges(self.lendable.cores) or "nothing", " ".join(self.addresses))
+
+    def _serve_users(self) -> None:
+        """From now on this is the service's user's process, and a spawner starts workers as theirs."""
+        who = service_identity(self.settings.service_user)
+        if os.geteuid() == who.uid:
+            return                    # started as that user: it serves that one alone
+        if self._lowering is not None and self.workers.low.means is not Means.AUTOGROUP:
+            # Its entrance would let a user in who could take others' processes along; the spawner makes groups.
+            self._lowering.close()
+            self._lowering, self.workers.low = None, NO_PRIORITY
+        self._spawner = Spawner.start(self.settings.uid_min, who.uid)
+        self.workers.serve_users(self._spawner)
+        leave_root(who, self.options.directory)
+        log.info("node=%s runs as uid %d, and workers as any user from %d on", self.node, who.uid,
+                 self.settings.uid_min)
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -233,17 +257,23 @@ class Agent(AgentServer):
 
     def woken(self) -> None:
         while self._news:
-            now = time.monotonic()
-            match self._news.popleft():
-                case api.Admitted() as admitted:
-                    self._admitted(admitted, now)
-                case api.Orders() as orders:
-                    self._ordered(orders, now)
-                case ReportDue():
-                    self._changed = True
-                case LinkLost(reason=reason):
-                    self._lost = reason
-                    log.warning("node=%s the manager can't be reached, leases run on: %s", self.node, reason)
+            try:
+                self._hear(self._news.popleft(), time.monotonic())
+            except ConfigError as error:
+                # Keys that are none. What runs here doesn't end for a manager that is out of order.
+                log.error("node=%s what the manager says makes no sense: %s", self.node, error)
+
+    def _hear(self, news: News, now: float) -> None:
+        match news:
+            case api.Admitted():
+                self._admitted(news, now)
+            case api.Orders():
+                self._ordered(news, now)
+            case ReportDue():
+                self._changed = True
+            case LinkLost(reason=reason):
+                self._lost = reason
+                log.warning("node=%s the manager can't be reached, leases run on: %s", self.node, reason)
 
     def _admitted(self, admitted: api.Admitted, now: float) -> None:
         self._lost = ""
@@ -262,10 +292,10 @@ class Agent(AgentServer):
             log.error("node=%s another agent has taken this node over; this one ends", self.node)
             self.superseded = self.leaving = True
             return
-        if orders.keys and self._admission is not None:
-            self._admission.rotate(orders.keys)
         for order in orders.stop:
             self._do(self.tenures.order(order, now), now)
+        if orders.keys and self._admission is not None:
+            self._admission.rotate(orders.keys)
 
     def _report(self) -> None:
         if self._admission is None or self._link is None:
@@ -386,8 +416,13 @@ class Agent(AgentServer):
         return Offer(body.cores, body.cores, body.memory_per_worker * len(body.workers))
 
     def session_over(self, session: SessionHandle, now: float) -> None:
-        self._visits.pop(session.number, None)
+        visit = self._visits.pop(session.number, None)
         self._do(self.tenures.session_over(session.number, now), now)
+        if (visit is not None and session.join is not None and visit.lease not in self.tenures
+                and not any(other.lease == visit.lease for other in self._visits.values())):
+            # Nobody is left who would use it: its cores needn't wait until it can't begin any more.
+            # (Who didn't get as far as to join may try another address.)
+            self._do([tenure.Forbid(visit.lease)], now)
 
     # ---- leases ----------------------------------------------------------------------------------
 
@@ -426,10 +461,31 @@ class Agent(AgentServer):
         """LeaseDenied unless workers can be started as the lease's user, who is the one that came."""
         if visit.uid not in (-1, 0, body.uid):
             raise LeaseDenied(f"lease {body.lease} is uid {body.uid}'s, and uid {visit.uid} came with it")
-        if body.uid != os.geteuid():
+        if self._spawner is not None and (body.uid < self.settings.uid_min or body.uid == os.geteuid()):
+            raise LeaseDenied(f"the agent of {self.node} starts workers as users from uid {self.settings.uid_min} on, "
+                              f"and lease {body.lease} is uid {body.uid}'s",
+                              hint="call as an ordinary user, or set RFAAS_UID_MIN at the agent")
+        if self._spawner is None and body.uid != os.geteuid():
             raise LeaseDenied(f"the agent of {self.node} runs as uid {os.geteuid()} and can't start workers as uid "
                               f"{body.uid}, whose lease this is",
-                              hint="an agent that serves several users has to run as root")
+                              hint="an agent that serves several users is started by root, with RFAAS_SERVICE_USER")
+
+    def user_of(self, session: SessionHandle) -> int | None:
+        visit = self._visits.get(session.number)
+        if self._spawner is None or visit is None:
+            return None
+        if not visit.grant:
+            found = self.tenures.get(visit.lease)
+            if found is None:
+                raise ServiceError(f"lease {visit.lease} has ended")
+            return found.uid
+        if self._admission is None:
+            raise ServiceError(f"the agent of {self.node} is leaving")
+        return self._admission.peek(visit.grant).uid
+
+    def prefix(self, environment: Mapping[str, str]) -> tuple[str, ...]:
+        # The site's container, or none: what a user wants to be in he starts from his kernel.
+        return tuple(shlex.split(self.settings.worker_prefix))
 
     def _standing(self, lease: int) -> msg.GrantLease:
         """A lease that has begun, as it is now."""
@@ -474,7 +530,7 @@ class Agent(AgentServer):
         def seconds(ns: int) -> float:
             return min(ns / 1e9, meter.held_s)
         self._link.used([api.UsedLine(
-            number=number, lease=meter.lease, cores=meter.cores, memory_bytes=self._memory_of[meter.lease],
+            number=number, lease=meter.lease, cores=meter.cores, memory_bytes=self._memory_of.get(meter.lease, 0),
             held_s=meter.held_s, cpu_s=meter.cpu_s, exec_s=seconds(meter.exec_ns), poll_s=seconds(meter.poll_ns),
             invocations=min(meter.count, (1 << 60) - 1))])
         self._changed = True
@@ -486,7 +542,8 @@ class Agent(AgentServer):
         in_use = self.tenures.in_use
         return {
             **super().status(),
-            "node": self.node, "manager": self.settings.manager, "manager_lost": self._lost,
+            "node": self.node, "serves_users_from": self.settings.uid_min if self._spawner is not None else None,
+            "manager": self.settings.manager, "manager_lost": self._lost,
             "incarnation": self._admission.incarnation if self._admission is not None else 0,
             "cores": {"spare": list(self.lendable.cores), "lent": sorted(in_use),
                       "free": [core for core in self.lendable.cores if core not in in_use],

@@ -61,8 +61,13 @@ class _Kept:
 class MemoryGuard:
     """Of all workers of one agent. close() removes what it made."""
 
-    def __init__(self, wanted: str = "auto", spawner: Spawner | None = None, root: Path = Path("/")) -> None:
-        """`wanted` is auto, cgroup or watch. ServiceError where cgroup is wanted and can't be had."""
+    def __init__(self, wanted: str = "auto", spawner: Spawner | None = None, *, low: bool = False,
+                 root: Path = Path("/")) -> None:
+        """`wanted` is auto, cgroup or watch. ServiceError where cgroup is wanted and can't be had.
+
+        With `low` the groups have low priority: on version 2 a process is in one group only, and
+        those of other users' workers can't be let into one of ours (priority.py).
+        """
         self._roots = Roots.find(root, to_look=spawner is not None) if wanted != "watch" else Roots()
         why = spawner.why_no_groups if spawner is not None else self._roots.why_not
         if wanted == "watch":
@@ -72,6 +77,7 @@ class MemoryGuard:
             raise ServiceError(f"memory_limit=cgroup can't be kept on node {os.uname().nodename}: {why}",
                                hint="start the agent as root on a node whose control groups have the memory "
                                     "controller, or set RFAAS_MEMORY_LIMIT=auto")
+        self._low = low and (spawner is not None or self._roots.unified)
         self._maker = maker() if spawner is None else maker(spawner.pid)
         self._kept: dict[int, _Kept] = {}
         self._removing: list[Group] = []
@@ -97,18 +103,23 @@ class MemoryGuard:
         try:
             if (spawned := worker.spawned_by) is not None:
                 spawner, zygote = spawned
-                spawner.make_group(zygote, worker.number, limit)
+                spawner.make_group(zygote, worker.number, limit, low=self._low)
                 kept.with_spawner, kept.group = True, Group(name, self._roots)
                 spawner.enter(zygote, worker.number, worker.pidfd)
             else:
-                kept.group = Group.make(name, self._roots, limit)
+                kept.group = Group.make(name, self._roots, limit, low=self._low)
                 kept.group.enter(worker.pid)
         except ProcessLookupError:
-            return                    # it has ended already
+            return                    # it has ended already, and end() removes its group
         except SpawnerLost:
             raise
         except OSError as error:
             log.warning("worker=%d pid=%d has no control group: %s", worker.number, worker.pid, error)
+
+    def lowered(self, number: int) -> bool:
+        """Whether its group gives it low priority."""
+        kept = self._kept.get(number)
+        return self._low and kept is not None and kept.group is not None
 
     def end(self, number: int) -> bool:
         """The worker's process has ended, and so does all that it started: whether its limit has killed there."""

@@ -415,8 +415,7 @@ class WorkerHandle:
         `others` are the pids of its zygote's workers. OSError if it can't be moved.
         """
         if self.zygote.spawner is not None:
-            self.zygote.spawner.bind(self.zygote.number, self.pidfd, to)
-            return False              # what it started only its user and root could move
+            return self.zygote.spawner.clear(self.zygote.number, self.pidfd, off, to)
         leaving = Clearing(self.pid, tuple(off), tuple(to), parent=self.zygote.pid, others=tuple(others))
         try:
             return leaving.cleared()

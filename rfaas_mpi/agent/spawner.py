@@ -233,7 +233,10 @@ def service_identity(user: str) -> Identity:
 
 
 def leave_root(who: Identity, *paths: Path) -> None:
-    """Root becomes the service's user for ever, who owns these directories and the files in them from now on."""
+    """Root becomes the service's user for ever, who owns these directories and the files in them from now on.
+
+    ConfigError if that user can't go on, since it may not read what is running here.
+    """
     for top in paths:
         for path in (top, *top.iterdir()):
             fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -245,6 +248,10 @@ def leave_root(who: Identity, *paths: Path) -> None:
             finally:
                 os.close(fd)
     become_user(who)
+    for place in (os.__file__, __file__):
+        if not os.access(place, os.R_OK):
+            raise ConfigError(f"the service's user (uid {who.uid}) may not read {place}, which it runs",
+                              hint="install Python and rfaas_mpi where every user can read them")
 
 
 def unsafe_places(paths: Iterable[str], uid_min: int = UID_MIN) -> list[str]:

@@ -89,9 +89,12 @@ class Workers:
         self._spawner = spawner
         self._selector.register(spawner, READ, lambda _m: self._on_spawner())
 
-    def guard_memory(self, wanted: str) -> None:
-        """Bounds each worker's memory from now on as the setting says. ServiceError if it can't be had."""
-        self._guard = MemoryGuard(wanted, self._spawner)
+    def guard_memory(self, wanted: str, *, low: bool = False) -> None:
+        """Bounds each worker's memory from now on as the setting says. ServiceError if it can't be had.
+
+        With `low` their groups have low priority, where workers have it from no other one.
+        """
+        self._guard = MemoryGuard(wanted, self._spawner, low=low)
 
     # ---- time ------------------------------------------------------------------------------------
 
@@ -315,7 +318,7 @@ class Workers:
 
     def _look_at_priority(self, handle: WorkerHandle) -> None:
         low = handle.zygote.low
-        if low.has(handle.pid):
+        if self._guard.lowered(handle.number) or low.has(handle.pid):
             self.core.low(handle.number)
         elif low.means is not None:
             log.warning("worker=%d pid=%d has no low priority, though it should have it by %s", handle.number,

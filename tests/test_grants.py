@@ -241,6 +241,7 @@ def test_what_is_over_is_said_until_its_grant_is_late(agent):
     agent.forbid(7, NOW + 1)
     assert agent.over(NOW + 1, {3}) == (7,), "it lives"
     assert set(agent.over(NOW + 1, ())) == {3, 7}
+    assert set(agent.over(BODY.not_after_ns, ())) == {3, 7}
     assert agent.over(BODY.not_after_ns + 1, ()) == (7,)
     assert agent.over(NOW + LIFE_MAX_NS + 2, ()) == ()
 
@@ -290,6 +291,8 @@ def test_junk_is_no_sealed_secret(junk):
 
 
 @given(lease=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**64 - 1))
+@example(lease=3, epoch=8)
+@example(lease=4, epoch=9)
 def test_a_secret_is_good_for_its_lease_and_epoch_only(lease, epoch):
     if (lease, epoch) != (3, 9):
         with pytest.raises(GrantRefused, match=f"secret of lease {lease}"):

@@ -824,6 +824,10 @@ def test_a_user_who_fills_the_door_keeps_no_other_out(open_agent):
         # The last one is looked at: so are all before it.
         return knock_unix(open_agent.path, msg.KIND_LEASE, 1).status
 
+    # Who came before him, and is slow, stays too.
+    slow = socket.socket(socket.AF_UNIX)
+    slow.settimeout(GUARD_S)
+    slow.connect(str(open_agent.path))
     held, hold = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -835,6 +839,8 @@ def test_a_user_who_fills_the_door_keeps_no_other_out(open_agent):
     try:
         os.close(hold)
         assert os.read(held, 8) == b"0"
+        with slow:
+            assert Rank(slow, 1).answer.status == msg.HELLO_OK
         assert open_agent.host.door.counts["crowded_out"] >= 10
         with opened(open_agent.lend("unix")) as session:
             assert session.use()

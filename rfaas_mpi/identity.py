@@ -21,6 +21,7 @@ import base64
 import hashlib
 import hmac
 import ipaddress
+import os
 import secrets
 import struct
 from collections import deque
@@ -466,6 +467,11 @@ class Verifier:
         uid, how, means = self._means(shown)
         try:
             proved = means.prover(b"request", covered, shown.proof)
+        except munge.MungeError as error:
+            hint = error.hint
+            if error.refusal is munge.Refusal.UNAUTHORIZED:
+                hint = f"the manager runs as uid {os.geteuid()}: set RFAAS_MANAGER_USER={os.geteuid()}"
+            raise Unproved(Exception.__str__(error), hint, kind="munge") from None
         except RFaaSError as error:
             raise Unproved(Exception.__str__(error), error.hint) from None
         return Caller(uid if proved is None else proved, how, means, covered, shown.public)

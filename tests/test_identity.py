@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import logging
+import resource
 import secrets
 import signal
 import socket
@@ -38,7 +39,7 @@ from rfaas_mpi.client import ManagerClient
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import AuthError, ConfigError, LeaseDenied, ServiceLost
 from rfaas_mpi.identity import Challenges, Key, KeyRing, Munge, Prover, Unproved, meant_for
-from rfaas_mpi.manager.callers import Callers, Muffler
+from rfaas_mpi.manager.callers import STRANGER_S, STRANGERS_MAX, Audit, Callers, Muffler, Strangers
 from rfaas_mpi.munge import MungeError, Refusal
 from rfaas_mpi.remote import make_key
 
@@ -334,6 +335,12 @@ def test_a_key_that_the_manager_does_not_hold_is_refused(site):
     stolen_name = changed(proof(site, "key", by=Key(secrets.token_bytes(32))).header,
                           key=site.means("key").key_name)
     refused(site, stolen_name, said="another key")
+
+
+def test_who_takes_the_manager_for_another_user_is_told_which_one_it_is(site):
+    with site.client("munge", manager_user="4711") as call:
+        with pytest.raises(AuthError, match=f"MUNGE: .*RFAAS_MANAGER_USER={ME}"):
+            call.call("leases")
 
 
 def test_means_that_the_manager_does_not_take_are_refused(tmp_path, munged):
@@ -804,6 +811,22 @@ def test_a_body_that_makes_no_sense_does_not_get_into_the_audit_log(site):
     assert entries(site)[-1]["asked"] == {"unreadable": len(body)}
 
 
+def test_on_a_full_disk_the_audit_log_keeps_whole_lines_and_goes_on(tmp_path):
+    audit = Audit(tmp_path / "audit.log")
+    with contextlib.closing(audit):
+        audit.write({"what": "first"})
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (audit.path.stat().st_size + 5, hard))
+        try:
+            with pytest.raises(OSError):
+                audit.write({"what": "second"})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        audit.write({"what": "third"})
+    audit.close()
+    assert [json.loads(text)["what"] for text in audit.path.read_text().splitlines()] == ["first", "third"]
+
+
 def test_refusals_are_counted_and_said_once_in_a_while(site, caplog):
     with caplog.at_level(logging.WARNING, "rfaas_mpi.manager.callers"):
         for _ in range(50):
@@ -814,7 +837,44 @@ def test_refusals_are_counted_and_said_once_in_a_while(site, caplog):
     assert len(said) == 2 and "127.0.0.1" in said[0].getMessage()
 
 
+def test_who_says_nothing_is_shown_the_door_and_who_proved_himself_stays(site, wait_until):
+    with contextlib.ExitStack() as stack:
+        mute, fetching, proved = (http.client.HTTPConnection(site.authority, timeout=GUARD_S) for _ in range(3))
+        for connection in (mute, fetching, proved):
+            stack.callback(connection.close)
+            connection.connect()
+        header = proof(site, "key", "GET", "/v1/leases", b"").header
+        for connection, path, headers in ((fetching, identity.CHALLENGE_PATH, {}),
+                                          (proved, "/v1/leases", {"Authorization": header})):
+            connection.request("GET", path, headers=headers)
+            with connection.getresponse() as response:
+                assert response.status == 200 and response.read()
+        wait_until(lambda: len(site.callers._strangers._since) >= 2, "both have been seen")
+        site.clock[0] += STRANGER_S
+        assert mute.sock.recv(1) == b"" and fetching.sock.recv(1) == b""
+        header = proof(site, "key", "GET", "/v1/leases", b"").header
+        proved.request("GET", "/v1/leases", headers={"Authorization": header})
+        with proved.getresponse() as response:
+            assert response.status == 200 and response.read()
+    assert site.callers.refused["stranger"] == 2
+
+
 # --- pure -------------------------------------------------------------------------------
+
+def test_strangers_have_their_time_and_too_many_push_the_oldest_out():
+    strangers = Strangers()
+    assert strangers.to_end(["a", "b"], 0.0) == []
+    strangers.knows("b")
+    assert strangers.to_end(["a", "b", "c"], 5.0) == []
+    assert strangers.to_end(["a", "b", "c"], 10.0) == ["a"]
+    assert strangers.to_end(["b", "c"], 14.9) == []
+    assert strangers.to_end(["b", "c"], 15.0) == ["c"]
+    assert strangers.to_end(["b"], 1000.0) == []
+    many = [str(number) for number in range(STRANGERS_MAX)]
+    assert strangers.to_end([*many, "b"], 1001.0) == []
+    assert strangers.to_end([*many, "b", "x", "y"], 1002.0) == many[:2]
+    assert strangers.to_end([], 1003.0) == []
+
 
 def test_what_happens_often_is_said_once_in_a_while_with_its_count():
     muffler = Muffler(every_s=10)

@@ -208,7 +208,8 @@ class _Connection:
         data, path = msgspec.json.encode(start), "/v1/agents"
         asked, headers = await self._proved("POST", path, data)
         headers["Content-Type"] = "application/json"
-        async with self._session.post(self._base + path, data=data, headers=headers) as response:
+        async with self._session.post(self._base + path, data=data, headers=headers,
+                                      allow_redirects=False) as response:
             answer, proof = await response.read(), response.headers.get(identity.ANSWER_HEADER)
         if asked is not None and not (response.status == 401 and proof is None):
             answer = await asyncio.to_thread(asked.open, response.status, proof, answer)
@@ -250,7 +251,7 @@ class _Connection:
     async def _proved(self, method: str, path: str, data: bytes) -> tuple[identity.Asked | None, dict[str, str]]:
         if self._prover is None:
             return None, {}
-        async with self._session.get(self._base + identity.CHALLENGE_PATH) as response:
+        async with self._session.get(self._base + identity.CHALLENGE_PATH, allow_redirects=False) as response:
             challenge = read_challenge(self._address, response.status, await response.read())
         # munged may take its time.
         asked = await asyncio.to_thread(self._prover.ask, method, path, data, challenge)

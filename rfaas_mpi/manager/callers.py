@@ -15,7 +15,7 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
@@ -29,11 +29,14 @@ from rfaas_mpi.errors import AuthError, ConfigError, StoreError
 from rfaas_mpi.identity import Caller, Unproved
 from rfaas_mpi.remote import make_key
 
-__all__ = ["AgentChannel", "Audit", "Callers", "Muffler"]
+__all__ = ["AgentChannel", "Audit", "Callers", "Muffler", "Strangers"]
 
 log = logging.getLogger("rfaas_mpi.manager.callers")
 
 SAYS_EVERY_S = 10.0              # a kind of refusal, in the log
+STRANGER_S = 10.0                # for somebody to prove who he is, once connected
+STRANGERS_MAX = 4096             # who have not yet; a thousand agents may come at once
+LOOK_S = 1.0                     # how often that is looked at
 MUNGE_THREADS = 4                # a munged that hangs holds up no more than proofs
 _caller_of: ContextVar[Caller | None] = ContextVar("caller", default=None)     # of the request that this task handles
 # What agents say all the time is no change that somebody asked for.
@@ -78,14 +81,37 @@ class Muffler:
         self._every_s = every_s
         self._said: dict[str, tuple[float, int]] = {}       # when last, and the count then
 
-    def hear(self, what: str, now: float) -> int | None:
-        """How often it happened since it was last said, this time included; None: not to be said now."""
-        self.counts[what] += 1
+    def hear(self, what: str, now: float, times: int = 1) -> int | None:
+        """How often it happened since it was last said, these times included; None: not to be said now."""
+        self.counts[what] += times
         when, count = self._said.get(what, (-self._every_s, 0))
         if now < when + self._every_s:
             return None
         self._said[what] = (now, self.counts[what])
         return self.counts[what] - count
+
+
+class Strangers:
+    """Connections on which nobody has proved who he is, pure: which of them are to end."""
+
+    def __init__(self) -> None:
+        self._since: dict[Hashable, float] = {}      # the oldest first
+        self._known: set[Hashable] = set()
+
+    def knows(self, connection: Hashable) -> None:
+        """Somebody has proved who he is there."""
+        self._known.add(connection)
+
+    def to_end(self, connections: Sequence[Hashable], now: float) -> list[Hashable]:
+        """Of all connections that there are now: those that had their time, and the oldest of too many."""
+        there = set(connections)
+        self._known &= there
+        before = self._since
+        self._since = {each: since for each, since in before.items() if each in there and each not in self._known}
+        self._since |= {each: now for each in connections if each not in self._known and each not in before}
+        late = [each for each, since in self._since.items() if now >= since + STRANGER_S]
+        young = [each for each, since in self._since.items() if now < since + STRANGER_S]
+        return late + young[:max(0, len(young) - STRANGERS_MAX)]
 
 
 class Audit:
@@ -102,7 +128,10 @@ class Audit:
     def write(self, entry: Mapping[str, object]) -> None:
         """Adds a line, whole. OSError on a full disk."""
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+        end = os.fstat(self._fd).st_size
         if os.write(self._fd, line) != len(line):
+            # Half a line would spoil the next one.
+            os.ftruncate(self._fd, end)
             raise OSError("the disk is full")
 
     def close(self) -> None:
@@ -133,6 +162,18 @@ class Callers:
         self._muffler = Muffler()
         self._threads = ThreadPoolExecutor(MUNGE_THREADS, thread_name_prefix="rfaas-munge")
         self._audit = None if audit is None else Audit(audit)
+        self._strangers = Strangers()
+
+    async def watch(self, server: web.Server[Any]) -> None:
+        """Ends connections on which nobody proves who he is, until it is cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            ended = self._strangers.to_end(server.connections, self._clock())
+            for connection in ended:
+                if connection.transport is not None:
+                    connection.transport.abort()
+            if ended and (times := self._muffler.hear("stranger", self._clock(), len(ended))) is not None:
+                log.warning("%d connections ended on which nobody proved who he is", times)
 
     def close(self) -> None:
         """Safe to call twice."""
@@ -170,6 +211,7 @@ class Callers:
         """The uid that the caller has proved; Unproved, which the middleware answers, if he has proved none."""
         caller = await self._caller(request)
         _caller_of.set(caller)
+        self._strangers.knows(request.protocol)
         return caller.uid
 
     async def _caller(self, request: web.Request) -> Caller:

@@ -116,7 +116,8 @@ class ManagerServer:
         self._runner = web.AppRunner(application, access_log=None, handle_signals=False, handler_cancellation=True)
         await self._runner.setup()
         self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._keep_time()),
-                       asyncio.create_task(self._keep_keys())]
+                       asyncio.create_task(self._keep_keys()),
+                       asyncio.create_task(self.callers.watch(self._runner.server))]
         return self
 
     async def wait(self) -> None:

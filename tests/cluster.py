@@ -13,9 +13,11 @@ here is who gets what and what becomes of it, not how fast it is.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -234,6 +236,16 @@ class Cluster:
     def leases(self) -> tuple[Lease, ...]:
         """Live leases."""
         return self.call("leases").leases
+
+    def waiting(self) -> int:
+        """Demands that wait for cores, by the manager's figures."""
+        with socket.socket(socket.AF_UNIX) as connection, contextlib.closing(http.client.HTTPConnection("m")) as http_:
+            connection.connect(str(self.socket))
+            http_.sock = connection
+            http_.request("GET", "/metrics")
+            figures = dict(line.rsplit(" ", 1) for line in http_.getresponse().read().decode().splitlines()
+                           if not line.startswith("#"))
+        return int(float(figures["rfaas_manager_demands_waiting"]))
 
     def agent_of(self, lease: Lease | LentLease) -> Daemon:
         return self.agents[self.names.index(lease.node.partition("/")[0])]

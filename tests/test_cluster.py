@@ -327,6 +327,39 @@ def test_a_killed_rank_s_cores_come_back(pair):
     all_free(pair)
 
 
+@pytest.mark.parametrize("end", ["", "sys.exit(0)", "os._exit(0)", "os.kill(os.getpid(), signal.SIGINT)"])
+def test_a_rank_that_ends_without_shutdown_is_quiet_and_gives_back_what_it_had(pair, end):
+    with pair.running(f"""
+            ex = Executor(workers=4, fallback=False)
+            say(sum(ex.map(faults.plus_one, range(10))))
+            future = ex.submit(time.sleep, 600)
+            {end}
+            """) as rank:
+        out, err = rank.communicate(timeout=60)
+    assert out == "55\n"
+    assert (rank.returncode, err) == (0, "") or "KeyboardInterrupt" in err and "SIGINT" in end
+    all_free(pair)
+
+
+def test_ctrl_c_takes_back_a_demand_that_waits(pair):
+    with executor(pair, fallback=False) as ex:
+        with pair.running("""
+                say("asking")
+                try:
+                    Executor(workers=1, lease_timeout_s=600)
+                except KeyboardInterrupt:
+                    say("interrupted")
+                sys.stdin.readline()
+                """) as rank:
+            assert faults.line(rank) == "asking"
+            wait_until(lambda: pair.waiting() == 1, "it waits for the manager's answer")
+            rank.send_signal(signal.SIGINT)
+            assert faults.line(rank) == "interrupted"
+            wait_until(lambda: pair.waiting() == 0, "its demand is not there any more")
+            ex.shutdown()
+            all_free(pair)
+
+
 def test_a_rank_that_waits_for_cores_and_is_killed_gets_none(pair):
     with executor(pair, fallback=False) as ex:
         with pair.running("""
@@ -334,7 +367,9 @@ def test_a_rank_that_waits_for_cores_and_is_killed_gets_none(pair):
                 Executor(workers=1, lease_timeout_s=600)
                 """) as rank:
             assert faults.line(rank) == "asking"
+            wait_until(lambda: pair.waiting() == 1, "it waits for the manager's answer")
             rank.kill()
+            wait_until(lambda: pair.waiting() == 0, "its demand is not there any more")
         assert sum(ex.map(faults.plus_one, range(10))) == 55
     all_free(pair)
 

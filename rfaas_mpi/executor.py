@@ -52,7 +52,8 @@ class Executor(concurrent.futures.Executor):
     for all cores that are spare. Where none is granted, kernels run on the rank
     and one warning says why. `transport="inline"` runs every kernel in this
     process, for a debugger. `service="tcp://HOST:PORT"` and `key_file` name a
-    service on another node. `initializer(*initargs)` runs once in each worker
+    service on another node; `manager` names a cluster's, and workers are then on
+    whichever of its nodes have cores to spare. `initializer(*initargs)` runs once in each worker
     before its first call. `fallback=False`: nothing is ever run on the rank
     instead. The rest are settings (see `config.Settings`).
 

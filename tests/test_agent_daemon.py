@@ -24,6 +24,8 @@ from owners import CPUS, Groups
 
 from rfaas_mpi import Executor, api
 from rfaas_mpi import messages as msg
+from rfaas_mpi.agent.daemon import Agent, Options
+from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import LeaseDenied, ServiceError
 from rfaas_mpi.leases import LeaseState
 from rfaas_mpi.leases.grants import GrantBody, GrantSigner
@@ -206,6 +208,16 @@ def denied(cluster: Cluster, lent: api.LentLease) -> bool:
     return False
 
 
+def test_a_lease_that_nobody_is_left_to_use_is_free_at_once(cluster):
+    lent = lend(cluster, 2)
+    with Rank(cluster, lent), Rank(cluster, lent):
+        pass
+    all_free(cluster)
+    assert denied(cluster, lent)
+    with Rank(cluster, lend(cluster, 2)) as rank:
+        rank.use()
+
+
 def test_a_rank_that_is_killed_gives_its_lease_back(cluster):
     with cluster.running("""
         with Executor(2, fallback=False) as ex:
@@ -310,6 +322,17 @@ def test_an_agent_that_starts_before_its_manager_lends_once_it_is_there(tmp_path
         wait_until(lambda: cluster.free() == 1, "its core can be had")
     finally:
         cluster.close()
+
+
+@pytest.mark.parametrize("keys", [(), (b"short",), (bytes(32),) * 3], ids=["none", "short", "three"])
+def test_a_manager_s_keys_that_are_none_end_nothing(tmp_path, caplog, keys):
+    agent = Agent(Options(tmp_path, "node0", cores=(0,)), Settings(manager=f"unix:{tmp_path}/m"))
+    try:
+        agent._news.append(api.Admitted("node0", 1, keys))
+        agent.woken()
+        assert not agent.leaving and "makes no sense" in caplog.text
+    finally:
+        agent.close()
 
 
 # --- cores that are wanted back -----------------------------------------------------------------

@@ -53,9 +53,9 @@ class Executor(concurrent.futures.Executor):
     and one warning says why. `transport="inline"` runs every kernel in this
     process, for a debugger. `service="tcp://HOST:PORT"` and `key_file` name a
     service on another node; `manager` names a cluster's, and workers are then on
-    whichever of its nodes have cores to spare. `initializer(*initargs)` runs once in each worker
-    before its first call. `fallback=False`: nothing is ever run on the rank
-    instead. The rest are settings (see `config.Settings`).
+    whichever of its nodes have cores to spare. `initializer(*initargs)` runs once
+    in each worker before its first call. `fallback=False`: nothing is ever run on
+    the rank instead. The rest are settings (see `config.Settings`).
 
     Raises LeaseDenied where `min` workers can't be had, ServiceError where the
     service can't be reached, ConfigError for a setting that is not possible,

@@ -49,12 +49,12 @@ def all_free(cluster: Cluster, cores: int = AGENTS) -> None:
     wait_until(lambda: cluster.free() == cores and not cluster.leases(), "every core came back")
 
 
-def main_job(cluster: Cluster, report: Path, *more: object) -> list[str]:
+def main_job(cluster: Cluster, report: Path, *more: object, ranks: int = 1) -> list[str]:
     """Black-Scholes under mpiexec on the ranks' node, with a worker of each agent."""
     launcher = Path(sys.executable).with_name("mpiexec")
     return cluster.star.rank.command([
-        launcher if launcher.exists() else "mpiexec", "-n", 1, sys.executable, APPS / "blackscholes.py",
-        "--options", 200_000, "--workers", AGENTS, "--json", report, *more])
+        launcher if launcher.exists() else "mpiexec", "-n", ranks, sys.executable, APPS / "blackscholes.py",
+        "--options", 200_000, "--workers", AGENTS // ranks, "--json", report, *more])
 
 
 def test_agents_and_ranks_reach_each_other_by_their_links_alone(nodes, star):
@@ -79,7 +79,7 @@ def test_the_main_job_has_a_worker_of_each_node_and_survives_one_that_is_killed(
 
 
 def test_the_main_job_is_right_while_nodes_are_killed_drained_cut_off_and_the_manager_is_away(nodes, star, tmp_path):
-    """One fault in each round, until no worker is left."""
+    """One fault in each round of two ranks, until no worker is left."""
     def kill_a_worker() -> None:
         os.kill(max(nodes.workers_of(1)), signal.SIGKILL)
 
@@ -93,7 +93,7 @@ def test_the_main_job_is_right_while_nodes_are_killed_drained_cut_off_and_the_ma
              nodes.restart_manager, drain, nodes.agents[3].kill]
     report = tmp_path / "report.json"
     said = []
-    process = subprocess.Popen(main_job(nodes, report, "--rounds", len(deeds) + 3),
+    process = subprocess.Popen(main_job(nodes, report, "--rounds", len(deeds) + 3, ranks=2),
                                env=faults.environment(**nodes.environment), stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     try:

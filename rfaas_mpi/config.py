@@ -130,7 +130,7 @@ class Settings:
     auth: str = _setting("auto", _choice("auto", "munge", "key"),
                          "how to prove to a manager who calls; auto: a key if there is one, else munge")
     manager_key_file: str | None = _setting(None, str, "the key that stands for you at a cluster's manager")
-    manager_user: str = _setting("root", str, "the user as whom the manager runs, by name or uid")
+    manager_user: str = _setting("root", str, "the user as whom the manager and its agents run, by name or uid")
     munge_socket: str | None = _setting(None, str, "where munged listens; default: where libmunge looks")
     ca_file: str | None = _setting(None, str, "who certifies the manager, for https; default: whom the system trusts")
     transport: str = _setting("auto", _choice("auto", "shm", "tcp", "verbs", "inline"),

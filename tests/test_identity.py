@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import logging
+import os
 import resource
 import secrets
 import signal
@@ -44,6 +45,8 @@ from rfaas_mpi.munge import MungeError, Refusal
 from rfaas_mpi.remote import make_key
 
 MEANS = ("munge", "key")
+# Proofs that somebody made wrong: 5 000 of each kind in `make soak`.
+EXAMPLES = int(os.environ.get("RFAAS_SOAK_PROOFS", "150"))
 
 
 def looks(secret: bytes) -> tuple[bytes, ...]:
@@ -351,7 +354,7 @@ def test_means_that_the_manager_does_not_take_are_refused(tmp_path, munged):
 
 
 @pytest.mark.parametrize("means", MEANS)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_proof_with_a_bit_turned_or_an_end_missing_is_refused(lasting, means, data):
     header = proof(lasting, means).header
@@ -367,7 +370,7 @@ def test_a_proof_with_a_bit_turned_or_an_end_missing_is_refused(lasting, means, 
     refused(lasting, "RFaaS " + base64.urlsafe_b64encode(raw).decode())
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(junk=st.binary(max_size=300))
 def test_junk_is_refused(lasting, junk):
     refused(lasting, "RFaaS " + base64.urlsafe_b64encode(junk).decode())

@@ -100,6 +100,13 @@ class ManagerClient:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @property
+    def known_by(self) -> str:
+        """How the manager knows who calls, in words."""
+        if self._prover is None:
+            return "from the kernel"
+        return f"by {self._prover.means.name}" + ("" if self._prover.seals else ", within TLS")
+
     def close(self) -> None:
         """Ends the calls under way in other threads (ClosedError there) and takes no more. Safe to call twice."""
         with self._lock:

@@ -105,6 +105,10 @@ def test_by_a_key_and_nobody_gets_in_with_another(tmp_path):
         wrong = {**means, "RFAAS_MANAGER_KEY_FILE": str(other)}
         with pytest.raises(AuthError, match="holds no key"):
             Executor(1, **as_arguments(wrong))
+        found = {check["name"]: check for check in json.loads(rfaas(means, "doctor", "--json").stdout)["checks"]}
+        assert found["manager"]["ok"] and "by key; cores that you could have now: 2" in found["manager"]["reason"]
+        found = {check["name"]: check for check in json.loads(rfaas(wrong, "doctor", "--json").stdout)["checks"]}
+        assert not found["manager"]["ok"] and "holds no key" in found["manager"]["reason"]
         refused = rfaas(wrong, "lease", "ls")
         assert refused.returncode != 0 and "holds no key" in refused.stderr and "Traceback" not in refused.stderr
 

@@ -55,7 +55,7 @@ def examine(**which: str) -> list[Check]:
         ("runtime directory", _runtime_directory), ("sandbox", _sandbox), ("memory limit", _memory_limit),
         ("cores and memory", _cores_and_memory), ("mpi", _mpi),
         ("numba", _numba), ("transports", _transports),
-        ("service", lambda: _service(**which)))
+        ("service", lambda: _service(**which)), ("manager", _manager))
     found: list[Check] = []
     for name, group in groups:
         try:
@@ -441,3 +441,19 @@ def _service(**which: str) -> Iterable[Check]:
         yield Check("service", False, f"none runs{where}", "`rfaas up --listen` on that node starts one")
     else:
         yield Check("service", True, "does not run; the first Executor starts it")
+
+
+def _manager() -> Iterable[Check]:
+    from rfaas_mpi import client, config
+    settings = config.Settings.load()
+    if settings.manager is None:
+        return
+    try:
+        with client.ManagerClient(settings) as manager:
+            nodes = manager.call("nodes", wait_s=settings.start_timeout_s).nodes
+    except RFaaSError as error:
+        yield Check("manager", False, Exception.__str__(error), error.hint)
+        return
+    free = sum(len(view.free) for view in nodes)
+    yield Check("manager", True, f"{manager.address} knows who you are {manager.known_by}; cores that you could have "
+                                 f"now: {free}, on {len(nodes)} node{'' if len(nodes) == 1 else 's'}")

@@ -503,6 +503,7 @@ class ZygoteSetup(msgspec.Struct, frozen=True, tag_field="t", tag="setup"):
     environment: tuple[tuple[bytes, bytes], ...]
     low: str = ""                    # by which means workers take low priority; of a group, its entrance follows
     low_group: str = ""
+    spares: bool = False             # whether to tell of forks that wait for their order
 
 
 class Entrance(msgspec.Struct, frozen=True, tag_field="t", tag="entrance"):
@@ -522,6 +523,12 @@ class ZygoteReady(msgspec.Struct, frozen=True, tag_field="t", tag="zygote_ready"
 
     pid: int
     sandbox: dict[str, Any]
+
+
+class SpareForked(msgspec.Struct, frozen=True, tag_field="t", tag="spare"):
+    """A process that will be some worker. Descriptor: a pidfd of it."""
+
+    pid: int
 
 
 class WorkerForked(msgspec.Struct, frozen=True, tag_field="t", tag="forked"):
@@ -548,7 +555,7 @@ class ZygoteProblem(msgspec.Struct, frozen=True, tag_field="t", tag="problem"):
 
 
 AnyToZygote = ZygoteSetup | Entrance | ForkWorker
-AnyFromZygote = ZygoteReady | WorkerForked | WorkerExited | ZygoteProblem
+AnyFromZygote = ZygoteReady | SpareForked | WorkerForked | WorkerExited | ZygoteProblem
 _decode_to_zygote: msgspec.json.Decoder[AnyToZygote] = msgspec.json.Decoder(AnyToZygote)
 _decode_from_zygote: msgspec.json.Decoder[AnyFromZygote] = msgspec.json.Decoder(AnyFromZygote)
 

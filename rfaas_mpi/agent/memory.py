@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rfaas_mpi.agent.groups import Group, Roots, maker, remove_stale
-from rfaas_mpi.agent.kernel_files import read_text
+from rfaas_mpi.agent.kernel_files import pid_of, read_text
 from rfaas_mpi.agent.reclaim import started_by
 from rfaas_mpi.agent.spawner import Spawner, SpawnerLost
 from rfaas_mpi.errors import ServiceError
@@ -38,6 +38,13 @@ class Means(StrEnum):
     WATCH = "watch"
 
 
+class Parent(Protocol):
+    """A zygote, as pool.py holds it."""
+
+    spawner: Spawner | None          # None: it is our own child
+    number: int                      # the spawner's for it
+
+
 class Guarded(Protocol):
     """A worker, as pool.py holds it."""
 
@@ -47,15 +54,49 @@ class Guarded(Protocol):
     memory_bytes: int
 
     @property
-    def spawned_by(self) -> tuple[Spawner, int] | None:
-        """The spawner and its number for the worker's zygote; None if that is our own child."""
+    def zygote(self) -> Parent: ...
+
+
+class _Bound:
+    """A process in a control group of its own, made by us or by the spawner."""
+
+    def __init__(self, zygote: Parent, number: int, name: str, roots: Roots, low: bool) -> None:
+        """OSError if it can't be made."""
+        self.number = number
+        self.spawner, self.zygote = zygote.spawner, zygote.number
+        if self.spawner is None:
+            self.group = Group.make(name, roots, low=low)
+        else:
+            self.spawner.make_group(self.zygote, number, 0, low=low)
+            self.group = Group(name, roots)       # to look at
+
+    def enter(self, pid: int, pidfd: int) -> None:
+        if self.spawner is None:
+            self.group.enter(pid)
+        else:
+            self.spawner.enter(self.zygote, self.number, pidfd)
+
+    def limit(self, memory_bytes: int) -> None:
+        if self.spawner is None:
+            self.group.limit(memory_bytes)
+        else:
+            self.spawner.limit(self.zygote, self.number, memory_bytes)
+
+    def remove(self) -> tuple[bool, int]:
+        """Ends what is in it: whether it is removed already, and how often its limit had killed there."""
+        if self.spawner is None:
+            kills = self.group.oom_kills()
+            return self.group.remove(), kills
+        try:
+            return True, self.spawner.remove_group(self.zygote, self.number)
+        except (ProcessLookupError, FileNotFoundError, SpawnerLost):
+            return True, 0            # it went with its zygote, or will with the spawner
 
 
 @dataclass
 class _Kept:
     worker: Guarded
-    group: Group | None = None       # made by us, or, if it is the spawner's, to look at
-    with_spawner: bool = False       # made by the spawner
+    bound: _Bound | None = None
 
 
 class MemoryGuard:
@@ -80,6 +121,8 @@ class MemoryGuard:
         self._low = low and (spawner is not None or self._roots.unified)
         self._maker = maker() if spawner is None else maker(spawner.pid)
         self._kept: dict[int, _Kept] = {}
+        self._spares: dict[int, tuple[Parent, _Bound]] = {}      # by pid
+        self._next_group = 1
         self._removing: list[Group] = []
         if spawner is None and not why:
             for name in remove_stale(self._roots):
@@ -94,53 +137,65 @@ class MemoryGuard:
         """For people and programs."""
         return {"means": str(self.means), "why": self.why_no_groups}
 
+    def prepare(self, zygote: Parent, pidfd: int) -> None:
+        """A process of it waits to become a worker: it gets its group now, since entering one may take 20 ms."""
+        self.forget(zygote)           # it has one at a time, whatever it says
+        if self.why_no_groups:
+            return
+        try:
+            pid = pid_of(pidfd)
+            self._spares[pid] = zygote, self._bind(zygote, pid, pidfd)
+        except (ProcessLookupError, ValueError):
+            return                    # it has ended already, or was none
+        except OSError as error:
+            log.warning("a fork has no control group: %s", error)
+
+    def forget(self, zygote: Parent) -> None:
+        """What it had forked ahead will be no worker."""
+        for pid in [pid for pid, (parent, _) in self._spares.items() if parent is zygote]:
+            self._drop(self._spares.pop(pid)[1])
+
     def begin(self, worker: Guarded) -> None:
         """From here on it is bounded, once its process exists."""
         kept = self._kept[worker.number] = _Kept(worker)
+        _, kept.bound = self._spares.pop(worker.pid, (None, None))
         if self.why_no_groups or not worker.memory_bytes:
             return
-        limit, name = worker.memory_bytes + BASE_BYTES, f"{self._maker}-w{worker.number}"
         try:
-            if (spawned := worker.spawned_by) is not None:
-                spawner, zygote = spawned
-                spawner.make_group(zygote, worker.number, limit, low=self._low)
-                kept.with_spawner, kept.group = True, Group(name, self._roots)
-                spawner.enter(zygote, worker.number, worker.pidfd)
-            else:
-                kept.group = Group.make(name, self._roots, limit, low=self._low)
-                kept.group.enter(worker.pid)
+            if kept.bound is None:
+                kept.bound = self._bind(worker.zygote, worker.pid, worker.pidfd)
+            kept.bound.limit(worker.memory_bytes + BASE_BYTES)
         except ProcessLookupError:
-            return                    # it has ended already, and end() removes its group
-        except SpawnerLost:
-            raise
+            return                    # it has ended already
         except OSError as error:
             log.warning("worker=%d pid=%d has no control group: %s", worker.number, worker.pid, error)
+
+    def _bind(self, zygote: Parent, pid: int, pidfd: int) -> _Bound:
+        number, self._next_group = self._next_group, self._next_group + 1
+        bound = _Bound(zygote, number, f"{self._maker}-w{number}", self._roots, self._low)
+        try:
+            bound.enter(pid, pidfd)
+        except BaseException:
+            self._drop(bound)
+            raise
+        return bound
+
+    def _drop(self, bound: _Bound) -> bool:
+        """Whether its limit had killed."""
+        removed, kills = bound.remove()
+        if not removed:
+            self._removing.append(bound.group)
+        return kills > 0
 
     def lowered(self, number: int) -> bool:
         """Whether its group gives it low priority."""
         kept = self._kept.get(number)
-        return self._low and kept is not None and kept.group is not None
+        return self._low and kept is not None and kept.bound is not None
 
     def end(self, number: int) -> bool:
         """The worker's process has ended, and so does all that it started: whether its limit has killed there."""
         kept = self._kept.pop(number, None)
-        if kept is None:
-            return False
-        if kept.with_spawner and (spawned := kept.worker.spawned_by) is not None:
-            spawner, zygote = spawned
-            try:
-                return spawner.remove_group(zygote, number) > 0
-            except SpawnerLost:
-                raise
-            except OSError as error:
-                log.debug("worker=%d group: %s", number, error)   # it went with its zygote
-                return False
-        if kept.group is None or kept.with_spawner:
-            return False
-        kills = kept.group.oom_kills()
-        if not kept.group.remove():
-            self._removing.append(kept.group)
-        return kills > 0
+        return kept is not None and kept.bound is not None and self._drop(kept.bound)
 
     def over(self) -> list[int]:
         """Workers that hold more than they were granted, or have lost a part for that: they are to be killed.
@@ -151,9 +206,9 @@ class MemoryGuard:
         return [number for number, kept in self._kept.items() if self._is_over(kept)]
 
     def _is_over(self, kept: _Kept) -> bool:
-        if kept.group is not None:
+        if kept.bound is not None:
             # Version 2 kills all that is in the group, version 1 one process, which need not be the worker.
-            return not kept.group.unified and kept.group.oom_kills() > 0
+            return not kept.bound.group.unified and kept.bound.group.oom_kills() > 0
         return (kept.worker.memory_bytes > 0 and kept.worker.pid > 0
                 and held_bytes(kept.worker.pid) > kept.worker.memory_bytes + BASE_BYTES)
 
@@ -161,14 +216,15 @@ class MemoryGuard:
     def watches(self) -> bool:
         """Whether over() has anything to look at."""
         return bool(self._removing) or any(
-            kept.worker.memory_bytes and (kept.group is None or not kept.group.unified)
+            kept.worker.memory_bytes and (kept.bound is None or not kept.bound.group.unified)
             for kept in self._kept.values())
 
     def close(self) -> None:
         """Ends what is in groups of ours, and removes them. Safe to call twice."""
-        groups = [kept.group for kept in self._kept.values() if kept.group is not None and not kept.with_spawner]
-        groups += self._removing
+        bounds = [kept.bound for kept in self._kept.values()] + [bound for _, bound in self._spares.values()]
+        groups = [bound.group for bound in bounds if bound is not None and bound.spawner is None] + self._removing
         self._kept.clear()
+        self._spares.clear()
         self._removing = []
         for group in groups:
             try:

@@ -121,7 +121,7 @@ class ZygoteHandle:
     """
 
     def __init__(self, kind: ZygoteKind, now: float, spawner: Spawner | None = None,
-                 low: LowPriority = NO_PRIORITY) -> None:
+                 low: LowPriority = NO_PRIORITY, *, tell_spares: bool = False) -> None:
         self.kind = kind
         self.low = low
         self.spawner = spawner
@@ -137,7 +137,8 @@ class ZygoteHandle:
         setup = os.memfd_create("rfaas-setup", os.MFD_CLOEXEC)
         try:
             with open(setup, "wb", closefd=False) as file:
-                file.write(msg.pack_plain(msg.ZygoteSetup(kind.path, kind.environment, low.means or "", low.group)))
+                file.write(msg.pack_plain(msg.ZygoteSetup(kind.path, kind.environment, low.means or "", low.group,
+                                                          tell_spares)))
             # Whatever the rank's interpreter found its packages with.
             environment = dict(kind.environment)
             environment[b"PYTHONPATH"] = b":".join(kind.path)
@@ -383,11 +384,6 @@ class WorkerHandle:
             self.send(frame, fds)
             for fd in fds:
                 os.close(fd)
-
-    @property
-    def spawned_by(self) -> tuple[Spawner, int] | None:
-        """The spawner and its number for the zygote; None if that is our own child."""
-        return None if self.zygote.spawner is None else (self.zygote.spawner, self.zygote.number)
 
     def kill(self) -> None:
         """SIGKILL, never to another process that got its number."""

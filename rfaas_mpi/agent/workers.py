@@ -21,7 +21,7 @@ from rfaas_mpi import messages as msg
 from rfaas_mpi.agent import core as agent_core
 from rfaas_mpi.agent import sandbox
 from rfaas_mpi.agent.core import AgentCore, Exit, Meter, Page
-from rfaas_mpi.agent.memory import WATCH_S, MemoryGuard
+from rfaas_mpi.agent.memory import WATCH_S, Means, MemoryGuard
 from rfaas_mpi.agent.pool import WorkerHandle, ZygoteHandle, ZygoteKind, oom_kills
 from rfaas_mpi.agent.priority import NO_PRIORITY
 from rfaas_mpi.agent.spawner import Spawner, SpawnerLost
@@ -253,7 +253,7 @@ class Workers:
         try:
             free = handle.clear(self.core.workers[number].seat.cores, self.core.own_cores,
                                 [other.pid for other in self._handles.values() if other.zygote is handle.zygote])
-        except OSError as error:
+        except (OSError, SpawnerLost) as error:
             log.warning("worker=%d pid=%d can't be moved off its cores: %s", number, handle.pid, error)
             return
         if free:
@@ -374,7 +374,8 @@ class Workers:
                     raise ServiceError(f"this agent can't start a worker of uid {kind.uid}",
                                        hint="only an agent that root starts, with RFAAS_SERVICE_USER, serves others")
             try:
-                zygote = ZygoteHandle(kind, now, spawner, self.low if spawner is None else NO_PRIORITY)
+                zygote = ZygoteHandle(kind, now, spawner, self.low if spawner is None else NO_PRIORITY,
+                                      tell_spares=self._guard.means is Means.CGROUP)
             except OSError as error:
                 what = kind.prefix[0] if kind.prefix else os.fsdecode(kind.executable)
                 raise ServiceError(f"{socket.gethostname()} can't start {what} for workers: "
@@ -418,14 +419,17 @@ class Workers:
 
     def _heard(self, key: str, zygote: ZygoteHandle, data: bytes, fds: list[int]) -> None:
         said = msg.unpack_from_zygote(data)
-        if not isinstance(said, msg.ZygoteReady) and said.worker not in zygote.workers and said.worker != 0:
-            log.debug("zygote=%s tells of worker %d, which it doesn't have", key, said.worker)
+        number = 0 if isinstance(said, msg.ZygoteReady | msg.SpareForked) else said.worker
+        if number not in zygote.workers and number != 0:
+            log.debug("zygote=%s tells of worker %d, which it doesn't have", key, number)
             return
         match said:
             case msg.ZygoteReady(sandbox=level):
                 zygote.sandbox = level
                 zygote.became_ready()
                 log.info("zygote=%s pid=%d ready, sandbox %s", key, zygote.pid, sandbox.level_text(level))
+            case msg.SpareForked() if fds:
+                self._guard.prepare(zygote, fds[0])
             case msg.WorkerForked(worker=number, pid=pid):
                 handle = self._handles.get(number)
                 if handle is not None and fds and handle.pidfd < 0:
@@ -494,6 +498,7 @@ class Workers:
 
     def _close_zygote(self, key: str) -> None:
         zygote = self.zygotes.pop(key)
+        self._guard.forget(zygote)
         self._unregister(zygote.channel)
         self._unregister(zygote.errors)
         zygote.close()

@@ -45,7 +45,7 @@ def main(fd: int, setup_fd: int, parent: int) -> None:
             setup = msg.unpack_to_zygote(file.read())
         assert isinstance(setup, msg.ZygoteSetup)
         _become_like_the_rank(setup)
-        status = serve(channel, _low_priority(setup, channel))
+        status = serve(channel, _low_priority(setup, channel), tell_spares=setup.spares)
     except ConnectionError:
         status = 0
     except BaseException:
@@ -91,10 +91,11 @@ def threads() -> int:
 
 
 class _Zygote:
-    def __init__(self, channel: socket.socket, plan: sandbox.Plan, low: LowPriority) -> None:
+    def __init__(self, channel: socket.socket, plan: sandbox.Plan, low: LowPriority, tell_spares: bool) -> None:
         self.channel = channel
         self.plan = plan
         self.low = low
+        self.tell_spares = tell_spares
         needs_scratch = plan.landlock is not None and plan.landlock.scratch
         self.scratch = sandbox.Scratch() if needs_scratch else None
         self.workers: dict[int, int] = {}        # pid → worker
@@ -148,8 +149,15 @@ class _Zygote:
 
     def make_spare(self) -> None:
         """Forks the next worker ahead of its order."""
-        if self.spare is None:
-            self._fork(None, [])
+        if self.spare is not None:
+            return
+        pid = self._fork(None, [])
+        if self.tell_spares:
+            pidfd = os.pidfd_open(pid)
+            try:
+                _say(self.channel, msg.SpareForked(pid), [pidfd])
+            finally:
+                os.close(pidfd)
 
     def reap(self) -> None:
         """Tells of every worker that ended, once nothing that it started runs any more."""
@@ -254,7 +262,7 @@ def _run_worker(order: msg.ForkWorker | None, fds: list[int], orders: socket.soc
         os._exit(status & 0xFF)
 
 
-def serve(channel: socket.socket, low: LowPriority) -> int:
+def serve(channel: socket.socket, low: LowPriority, *, tell_spares: bool = False) -> int:
     """Forks on demand until the service is gone; returns the exit status."""
     from rfaas_mpi.agent import child
     _import_all()
@@ -274,7 +282,7 @@ def serve(channel: socket.socket, low: LowPriority) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     plan = sandbox.plan(config.Settings.load().sandbox, sandbox.probe(), sandbox.places())
-    zygote = _Zygote(channel, plan, low)
+    zygote = _Zygote(channel, plan, low, tell_spares)
     # Once for all workers, which inherit it: nothing here needs what is denied there.
     child.gain_no_privileges()
     sandbox.filter_calls(plan)

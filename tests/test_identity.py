@@ -476,14 +476,18 @@ class Between:
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
 
+    def cut(self) -> None:
+        """Every connection breaks."""
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         if self._threads[0].ident is not None:
             self._threads[0].join(GUARD_S)
-        for end in self._ends:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+        self.cut()
         for thread in self._threads[1:]:
             thread.join(GUARD_S)
         for end in self._ends:
@@ -573,6 +577,23 @@ def test_an_order_that_was_changed_on_its_way_is_not_obeyed(tmp_path, munged, wa
             agent.link.used([used_line(1, 1)])
             agent.say()
             wait_until(lambda: agent.link.unwritten == 0, "a report is answered")
+        finally:
+            agent.link.close()
+
+
+def test_an_agent_whose_key_is_gone_for_a_while_comes_back_with_it(tmp_path, munged, wait_until):
+    with between() as way, site_at(tmp_path / "m", munged, (way.authority,)) as site:
+        way.to(site.authority)
+        agent = line(site, "key", f"http://{way.authority}")
+        try:
+            agent.hears(api.Admitted)
+            away = site.key.rename(tmp_path / "away")
+            before = agent.link._attempt
+            way.cut()
+            agent.hears(LinkLost)
+            wait_until(lambda: agent.link._attempt >= before + 3, "it tries again")
+            away.rename(site.key)
+            agent.hears(api.Admitted)
         finally:
             agent.link.close()
 

@@ -353,8 +353,9 @@ class ManagerLink:
     async def _keep(self) -> None:
         reached = True
         while True:
-            connection = _Connection(self._settings, self._address)
+            connection = None
             try:
+                connection = _Connection(self._settings, self._address)
                 admitted = await connection.register(self._start)
                 await connection.open(self._start.node)
                 reached = True
@@ -370,7 +371,8 @@ class ManagerLink:
             finally:
                 with self._lock:
                     self._outbox.lost()
-                await connection.close()
+                if connection is not None:
+                    await connection.close()
             await asyncio.sleep(retry_s(self._attempt, random.random()))
             self._attempt += 1
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -107,6 +109,28 @@ def test_it_ends_at_once_while_somebody_waits_for_cores(tmp_path):
                     asked.call("nodes")
             assert manager.stop() == 0
             assert b"503" in waiting.recv(65536)
+
+
+def test_a_thousand_agents_may_come_at_once(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    agents = min(1500, hard - 200)
+    with contextlib.ExitStack() as stack, RfaasManager(tmp_path / "state") as manager:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        os.kill(manager.pid, signal.SIGSTOP)
+        coming = []
+        try:
+            for _ in range(agents):
+                # Refused at once (EAGAIN) where there is no room to wait.
+                coming.append(stack.enter_context(socket.socket(socket.AF_UNIX)))
+                coming[-1].setblocking(False)
+                coming[-1].connect(manager.address.removeprefix("unix:"))
+                coming[-1].send(b"GET /v1/nodes HTTP/1.1\r\nHost: m\r\n\r\n")
+        finally:
+            os.kill(manager.pid, signal.SIGCONT)
+        for one in coming:
+            one.settimeout(60)
+            assert one.recv(4096).startswith(b"HTTP/1.1 200")
 
 
 def metrics(path: str) -> bytes:

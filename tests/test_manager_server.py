@@ -413,6 +413,30 @@ def test_a_manager_that_ends_answers_those_who_wait(tmp_path):
     asyncio.run(asyncio.wait_for(whole(), GUARD_S))
 
 
+def test_an_agent_that_does_not_read_holds_up_nobody(play):
+    async def scenario(call: Caller) -> None:
+        deaf, other = Agent(call), Agent(call, "nid2")
+        await deaf.register()
+        await other.register()
+        async with call.session.ws_connect("http://manager/v1/agents/nid1/channel", autoping=False) as channel:
+            await channel.send_json(report(deaf.admitted["incarnation"], cores=1, clock_ns=1))
+
+            async def lent() -> bool:
+                return (await call("GET", "/v1/nodes"))["nodes"] != []
+            await until(lent)
+            [lease] = (await call.ask(1))["leases"]
+            # Each is an order to stop sooner than the one before, more than the sockets hold.
+            for grace in range(4000, 0, -1):
+                await call("POST", f"/v1/leases/{lease['id']}/revoke", {"grace_s": float(grace)})
+            await other.report()
+            assert (await call.ask(1))["leases"][0]["node"] == "nid2"
+            begin = time.monotonic()
+            await call.manager.close()
+            assert time.monotonic() - begin < GUARD_S / 2, "its end waits for who doesn't read"
+            channel._response.connection.transport.abort()
+    play(scenario)
+
+
 # --- figures ------------------------------------------------------------------------
 
 def test_the_metrics_say_what_somebody_would_be_woken_up_for(play):

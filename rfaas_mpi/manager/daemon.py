@@ -13,6 +13,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -89,6 +90,9 @@ def run(options: Options, ready: Callable[[Facts], None]) -> None:
     or address, where it can't start, and what ended it if it could not go on.
     """
     tls = _tls(options)
+    # A connection for each agent, and one for each rank that asks.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with _owned(options.directory):
         keys = Keys.of(options.directory)
         asyncio.run(_serve(options, keys, tls, ready))

@@ -41,11 +41,14 @@ __all__ = ["ManagerServer"]
 log = logging.getLogger("rfaas_mpi.manager.server")
 
 BODY_BYTES_MAX = 4 << 20
+BACKLOG = 8192                   # all agents come at once when the manager is back
 WRITE_RETRY_S = 1.0              # the disk was full
 WRITE_WAIT_S = 5.0               # who waits longer for it is told so
 TICK_MAX_S = 5.0
 EVENTS_KEPT = 10_000
+TELLING_MAX = 10_000             # orders that are on their way to agents
 AGENT_PING_S = 10.0
+CLOSE_S = 2.0                    # how long an end waits for who doesn't listen
 KEYS_EVERY_S = 2.0               # how soon other keys in its directory are seen
 
 
@@ -93,6 +96,7 @@ class ManagerServer:
         # Above those of a manager that was here before.
         self._next_event = int(time.time()) * 1000
         self._tasks: list[asyncio.Task[None]] = []
+        self._telling: set[asyncio.Task[None]] = set()
         self._runner: web.AppRunner | None = None
         self._metrics_runner: web.AppRunner | None = None
         self._decoders = {route.body: msgspec.json.Decoder(route.body) for route in api.ROUTES if route.body}
@@ -113,7 +117,8 @@ class ManagerServer:
         application.router.add_get("/v1/agents/{node}/channel", self._channel)
         self.callers.add_routes(application.router)
         # A caller that is gone must not hold up others.
-        self._runner = web.AppRunner(application, access_log=None, handle_signals=False, handler_cancellation=True)
+        self._runner = web.AppRunner(application, access_log=None, handle_signals=False, handler_cancellation=True,
+                                     shutdown_timeout=CLOSE_S)
         await self._runner.setup()
         self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._keep_time()),
                        asyncio.create_task(self._keep_keys()),
@@ -129,7 +134,7 @@ class ManagerServer:
     async def listen_unix(self, path: Path, mode: int = 0o666) -> None:
         """Listens there; everybody may connect, since the kernel says who it is."""
         assert self._runner is not None
-        await web.UnixSite(self._runner, str(path)).start()
+        await web.UnixSite(self._runner, str(path), backlog=BACKLOG).start()
         path.chmod(mode)
 
     async def listen_network(self, address: Address, tls: ssl.SSLContext | None = None) -> str:
@@ -158,7 +163,7 @@ class ManagerServer:
             raise ConfigError(f"the manager can't listen on {address}: {error.strerror or error}") from None
         # Each connection has it from its listener: a caller whose node is gone doesn't wait for ever.
         tune(listener, TcpOptions())
-        await web.SockSite(runner, listener, ssl_context=tls).start()
+        await web.SockSite(runner, listener, ssl_context=tls, backlog=BACKLOG).start()
         return bound
 
     async def close(self) -> None:
@@ -168,15 +173,17 @@ class ManagerServer:
             for waiting in asked.waiting:
                 if not waiting.done():
                     waiting.set_exception(_Refusal(503, "the manager is ending", "ask again when it is back"))
-        for channel in list(self._channels.values()):
-            await channel.close()
+        closing = [asyncio.create_task(channel.close()) for channel in self._channels.values()]
+        if closing:
+            await asyncio.wait(closing, timeout=CLOSE_S)
         for runner in (self._runner, self._metrics_runner):
             if runner is not None:
                 await runner.cleanup()
         self._runner = self._metrics_runner = None
-        for task in self._tasks:
+        ending = [*self._tasks, *self._telling, *closing]
+        for task in ending:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*ending, return_exceptions=True)
         self._tasks = []
         self._ledger.close()
         self.callers.close()
@@ -213,11 +220,11 @@ class ManagerServer:
                     group = Group()          # the registry has kept the other
                     await asyncio.sleep(WRITE_RETRY_S)
             for action in actions:
-                await self._act(action)
+                self._act(action)
             if written is not None and not written.done():
                 written.set_result(None)
 
-    async def _act(self, action: Action) -> None:
+    def _act(self, action: Action) -> None:
         match action:
             case Granted(session=session, request=request) | Refused(session=session, request=request):
                 self._count(action)
@@ -227,7 +234,7 @@ class ManagerServer:
                             waiting.set_result(action)
             case StopWorkers(node=node):
                 if (channel := self._channels.get(node)) is not None:
-                    await _say(channel, api.Orders(stop=(_order(action),)))
+                    self._tell(channel, api.Orders(stop=(_order(action),)))
             case Notify():
                 lease = self.book.lease(action.lease_id)
                 if lease is not None:
@@ -235,6 +242,13 @@ class ManagerServer:
                         self._next_event, time.time(), lease.node, lease.uid, action.lease_id, action.workers,
                         action.cause, action.grace_s)))
                     self._next_event += 1
+
+    def _tell(self, channel: AgentChannel, orders: api.Orders) -> None:
+        """Without waiting: an agent that doesn't read holds nobody up. What is left out comes with its next report."""
+        if len(self._telling) < TELLING_MAX:
+            task = asyncio.create_task(_say(channel, orders))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
 
     def _count(self, answer: Granted | Refused) -> None:
         if isinstance(answer, Granted):

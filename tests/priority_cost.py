@@ -1,9 +1,10 @@
 """What an owner loses to a worker that spins on the owner's own core, in another session and another cgroup.
 
-    python tests/priority_cost.py [--rounds N]
+    python tests/priority_cost.py [--rounds N] [--service]
 
 Prints one JSON object: the owner's fixed work, as a multiple of the same work alone, in each way of having low
-priority, alternating. Needs root; the owner and the worker share the last CPU.
+priority, alternating. With --service the worker is a real one: a service lends the core, and a native kernel spins
+there. Needs root; the owner and the worker share the last CPU.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
@@ -137,7 +142,72 @@ def measure(rounds: int) -> dict:
             "slowdown_least": {way: round(min(took) / min(times["alone"]), 3) for way, took in times.items()}}
 
 
+def measure_service(rounds: int) -> dict:
+    """The same beside workers of a service, with and without low priority, and alone."""
+    from rfaas_mpi.config import Settings
+    from rfaas_mpi.fabric import Invoker
+    from rfaas_mpi.kernels import Kernel
+    from rfaas_mpi.session import Session
+
+    theirs = make_group(f"rfaas-priority-{os.getpid()}-probe")
+    assert theirs is not None, "no group can be made here; be root"
+    top = theirs.directory.parent
+    theirs.close()
+    owner = top / f"rfaas-priority-{os.getpid()}-owner"
+    owner.mkdir()
+    library = Path(sys.modules["rfaas_mpi"].__file__).parent / "_native_kernels.so"
+    code = Kernel.from_library(str(library), "rfm_bad_loop")
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    times: dict[str, list[float]] = {}
+
+    def take(way: str, number: int) -> None:
+        # Now this first, now that: a service that has just forked a worker forks the next one, too.
+        for part, cgroup in sorted({"a cgroup": owner, "no cgroup": None}.items(), reverse=number % 2 == 1):
+            times.setdefault(f"{way}, owner in {part}", []).append(owner_s(cgroup))
+
+    def runs(session: Session) -> bool:
+        return any(worker["running"] for worker in session.status()["workers"])
+
+    directory = Path(tempfile.mkdtemp(prefix="rfaas-b-"))
+    try:
+        means = ""
+        for number in range(rounds):
+            take("alone", number)
+            for low in ("yes", "no"):
+                chosen = Settings.load(runtime_dir=str(directory / low), cores=(CPU,), low_priority=low, linger_s=60.0)
+                with Session.open(chosen) as session:
+                    means = session.status()["low_priority"] or means
+                    [lease] = session.request(1, 1).leases
+                    invoker = Invoker()
+                    worker = lease.workers[0].number
+                    invoker.attach(session.dial(lease, worker), lease=lease.id, worker=worker)
+                    x, y = np.zeros(1), np.zeros(1)
+                    request = invoker.request(invoker.kernel(code.kind, code.digest, code.blob), [x], [y],
+                                              code.meta([x], [y]))
+                    request.start()
+                    while not runs(session):
+                        time.sleep(0.001)
+                    take("a worker of low priority" if low == "yes" else "a worker of ordinary priority", number)
+                    session.reclaim()
+                    request.wait()
+                    request.close()
+                    invoker.close()
+                    if number == rounds - 1:
+                        session.down()
+    finally:
+        owner.rmdir()
+        shutil.rmtree(directory, ignore_errors=True)
+    alone = {part: statistics.median(times[f"alone, owner in {part}"]) for part in ("a cgroup", "no cgroup")}
+    return {"bench": "owner beside a service's worker", "command": ["python", *sys.argv], "rounds": rounds,
+            "kernel": platform.release(), "means": means, "stat": "median over rounds",
+            "alone_ms": {part: round(1000 * took, 2) for part, took in alone.items()},
+            "slowdown": {way: round(statistics.median(took) / alone[way.rpartition("owner in ")[2]], 3)
+                         for way, took in times.items()}}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    print(json.dumps(measure(parser.parse_args().rounds), indent=2))
+    parser.add_argument("--service", action="store_true")
+    given = parser.parse_args()
+    print(json.dumps((measure_service if given.service else measure)(given.rounds), indent=2))

@@ -36,7 +36,7 @@ from rfaas_mpi.config import Settings
 from rfaas_mpi.kernels import Kernel, kernel
 from rfaas_mpi.session import Session
 
-__all__ = ["measure_reclaim"]
+__all__ = ["KINDS", "measure_reclaim"]
 
 RECLAIMS = 200
 HELD_BYTES = 1 << 30
@@ -53,12 +53,16 @@ def _begun(name: np.ndarray) -> None:
     Path(name.tobytes().decode()).touch()
 
 
+def _hold() -> mmap.mmap:
+    """Memory of which each page is there."""
+    return mmap.mmap(-1, HELD_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+
+
 @kernel
 def _holds(name: np.ndarray, out: np.ndarray) -> None:
-    held = mmap.mmap(-1, HELD_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    np.frombuffer(held, np.uint8)[::mmap.PAGESIZE] = 1
+    held = _hold()
     _begun(name)
-    while True:
+    while held:
         pass
 
 
@@ -74,6 +78,17 @@ def _threads(name: np.ndarray, out: np.ndarray) -> None:
         threading.Thread(target=spin, daemon=True).start()
     _begun(name)
     spin()
+
+
+def _spins() -> Kernel:
+    return Kernel.from_library(str(LIBRARY), "rfm_bad_loop")
+
+
+BARE = "bare"
+KINDS: dict[str, tuple[Callable[[], Kernel], float]] = {
+    f"{kind}{suffix}": (code, grace_s)
+    for kind, code in (("spin", _spins), ("threads", lambda: _threads), ("memory", lambda: _holds))
+    for suffix, grace_s in (("", 0.0), ("_grace", GRACE_S))} | {BARE: (_spins, 0.0)}
 
 
 # --- one reclaim ------------------------------------------------------------------
@@ -204,11 +219,10 @@ def _bare(core: int) -> float:
     pid = os.fork()
     if pid == 0:
         os.sched_setaffinity(0, {core})
-        held = mmap.mmap(-1, HELD_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        for page in range(0, HELD_BYTES, mmap.PAGESIZE):
-            held[page] = 1
+        held = _hold()
         os.write(writing, b"x")
-        signal.pause()
+        while held:
+            pass
     pidfd = os.pidfd_open(pid)
     try:
         os.close(writing)
@@ -233,8 +247,7 @@ def measure_reclaim(options: Options, *, reclaims: int = RECLAIMS) -> dict:
     check_quiet(options.progress)
     count = options.cycles(reclaims)
     directory = Path(tempfile.mkdtemp(prefix="rfaas-b-"))
-    all_kernels = {"spin": Kernel.from_library(str(LIBRARY), "rfm_bad_loop"), "threads": _threads, "memory": _holds}
-    kernels = {name: code for name, code in all_kernels.items() if not options.of or name in options.of}
+    wanted = [label for label in KINDS if not options.of or label in options.of]
     figures: dict[str, dict] = {}
     try:
         with environment.pinned(options.core) as cores:
@@ -243,25 +256,24 @@ def measure_reclaim(options: Options, *, reclaims: int = RECLAIMS) -> dict:
             heard = _Heard()
             with Session.open(settings, on_event=heard) as session:
                 means = session.status()["low_priority"]
-                for name, code in kernels.items():
-                    memory = 2 * HELD_BYTES if code is _holds else None
-                    for grace_s in (0.0, GRACE_S):
-                        label = f"{name}_grace" if grace_s else name
-                        times = []
-                        for number in range(count):
-                            if number % 50 == 0:
-                                options.progress(f"{label}: {number} of {count}")
-                            with _lent(session, settings, code, directory, memory) as pid:
-                                times.append(_reclaim(session, heard, pid, lent, grace_s))
-                            _wait(lambda: not session.status()["leases"], "the lease has ended")
-                        figures |= _figures(label, times, grace_s)
-                if "memory" in kernels:
-                    options.progress("bare processes that hold as much")
-                    bare = [_bare(next(iter(lent))) for _ in range(max(5, count // 4))]
-                    figures["bare_memory_free_us"] = _figure(bare)
+                for label in wanted:
+                    if label == BARE:
+                        options.progress("bare processes that hold as much")
+                        bare = [_bare(next(iter(lent))) for _ in range(max(5, count // 4))]
+                        figures["bare_memory_free_us"] = _figure(bare)
+                        continue
+                    code, grace_s = KINDS[label]
+                    times = []
+                    for number in range(count):
+                        if number % 50 == 0:
+                            options.progress(f"{label}: {number} of {count}")
+                        with _lent(session, settings, code(), directory, 2 * HELD_BYTES) as pid:
+                            times.append(_reclaim(session, heard, pid, lent, grace_s))
+                        _wait(lambda: not session.status()["leases"], "the lease has ended")
+                    figures |= _figures(label, times, grace_s)
                 session.down()
             return {**measure.flat(figures), "low_priority": means, "held_bytes": HELD_BYTES, "threads": THREADS,
-                    "grace_s": GRACE_S, "pinning": {"rank_and_service": cores.rank, "lent": sorted(lent)}}
+                    "grace_s": GRACE_S, "pinning": {"rank": cores.rank, "lent": sorted(lent)}}
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

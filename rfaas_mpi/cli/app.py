@@ -282,8 +282,8 @@ def cold(out: Output, **arguments: Any) -> None:
 
 @bench.command(epilog=examples("rfaas bench reclaim --json", "rfaas bench reclaim --of memory"))
 @measured
-@click.option("--of", type=click.Choice(["spin", "threads", "memory"]), multiple=True,
-              help="Workers of this kind only; may be repeated.")
+@click.option("--of", type=click.Choice(["spin", "spin_grace", "threads", "threads_grace", "memory", "memory_grace", "bare"]),
+              multiple=True, help="Only this; may be repeated.")
 @click.pass_obj
 def reclaim(out: Output, **arguments: Any) -> None:
     """How soon cores that are wanted back are free.

@@ -76,7 +76,7 @@ class Service(Daemon):
 class Site:
     """A manager, an agent that lends `cores`, and ranks of users; close() ends everything."""
 
-    def __init__(self, cores: str = "0-1", **changes: str) -> None:
+    def __init__(self, cores: str = "0-1", words: Sequence[str] = (), **changes: str) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="rfaas-s-"))
         self.directory.chmod(0o755)
         (self.directory / "manager").mkdir()
@@ -87,7 +87,7 @@ class Site:
             "manager", "--directory", self.directory / "manager", "--socket", self.socket])
         self.agent = Service(0, self.directory / "agent.log", [
             "agent", "--manager", f"unix:{self.socket}", "--node", "node0", "--cores", cores, "--directory",
-            self.directory / "node0", "--listen", "127.0.0.1:0"], RFAAS_SERVICE_USER=str(SERVICE),
+            self.directory / "node0", "--listen", "127.0.0.1:0", *words], RFAAS_SERVICE_USER=str(SERVICE),
             RFAAS_UID_MIN=str(UID_MIN), **self.changes, **changes)
 
     def start(self) -> Site:
@@ -103,6 +103,11 @@ class Site:
     def _check(self) -> None:
         for daemon in (self.manager, self.agent):
             assert daemon.alive, f"{daemon.log.name} ended:\n{daemon.said()}"
+
+    def call(self, name: str, *arguments: object, **parameters: object) -> object:
+        """Asks the manager, as an administrator."""
+        with ManagerClient(Settings.load({**os.environ, **self.changes})) as client:
+            return client.call(name, *arguments, **parameters)
 
     def free(self) -> int:
         """Cores that could be lent now; 0 while the manager can't be asked."""

@@ -13,6 +13,8 @@ import pytest
 from cluster import tell, wait_until
 from site_of_users import ALICE, BOB, SERVICE, Site
 
+from rfaas_mpi import api
+
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="an agent of several users is started by root")
 
 
@@ -175,6 +177,55 @@ def test_a_lease_s_connection_of_another_user_is_refused_though_he_knows_its_num
         assert said == "refused\n"
         tell(alices, "go on")
         assert faults.line(alices) == "unharmed"
+
+
+# --- what the agent does to others' workers ----------------------------------------------------------
+
+def test_workers_of_users_have_low_priority_where_it_is_wanted_beside_their_memory_s_limit():
+    with Site(words=["--priority", "low"]) as low, low.running(ALICE, HOLDS) as alices:
+        worker, *_ = map(int, faults.line(alices).split())
+        groups = {controller: path for _, controllers, path in
+                  (line.split(":", 2) for line in Path(f"/proc/{worker}/cgroup").read_text().splitlines())
+                  for controller in controllers.split(",")}
+        assert all(f".{low.spawner}." in groups[controller] for controller in ("cpu", "memory") if controller in groups)
+        assert any("rfaas-" in path for path in groups.values())
+        tell(alices, "go on")
+        assert faults.line(alices) == "unharmed"
+
+
+def test_too_much_memory_is_the_kernel_s_error_for_a_user_of_a_cluster_too(site):
+    said = site.run(ALICE, """
+        import test_memory_limit
+        with Executor(workers=1, memory_per_worker="128M") as ex:
+            try:
+                ex.submit(test_memory_limit.take_in_children, 256 << 20).result()
+            except rfaas_mpi.KernelError as error:
+                say(error)
+            say(ex.submit(os.getuid).result())
+    """)
+    assert "134217728 bytes" in said and said.endswith(f"{ALICE}\n")
+
+
+def test_a_user_s_worker_is_off_its_core_when_that_is_wanted_back(site):
+    with site.running(ALICE, HOLDS) as alices:
+        worker, zygote, _ = map(int, faults.line(alices).split())
+        (lease,) = site.call("leases").leases
+        site.call("revoke", api.RevokeLease(), lease=lease.id)
+        wait_until(lambda: not faults.alive(worker) and site.free() == 2, "its core is free")
+        assert faults.alive(zygote) and "can't be moved" not in site.agent.said()
+        tell(alices, "go on")
+        alices.wait(60)
+
+
+def test_a_kernel_that_is_cancelled_by_force_is_ended_though_it_is_another_user_s(site):
+    assert site.run(BOB, """
+        with Executor(workers=1) as ex:
+            future = ex.submit(time.sleep, 600)
+            while not future.running():
+                time.sleep(0.01)
+            assert future.cancel(force=True)
+            say(ex.submit(faults.plus_one, 2).result())
+    """) == "3\n"
 
 
 # --- ends -------------------------------------------------------------------------------------------

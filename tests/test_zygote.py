@@ -37,8 +37,8 @@ def kind(view: Path, *before: Path, **environment: str) -> ZygoteKind:
 class Fork:
     """A zygote and what it said."""
 
-    def __init__(self, of: ZygoteKind) -> None:
-        self.zygote = ZygoteHandle(of, time.monotonic())
+    def __init__(self, of: ZygoteKind, **more: bool) -> None:
+        self.zygote = ZygoteHandle(of, time.monotonic(), **more)
         self.workers: dict[int, WorkerHandle] = {}
 
     def hear(self) -> tuple[object, list[int]]:
@@ -101,6 +101,15 @@ def test_what_a_worker_is_sent_before_it_is_admitted_arrives_then(forker):
         handle.admit()
     said, _ = forker.hear()
     assert (said.worker, said.exit_code) == (1, 0)
+
+
+def test_a_fork_that_waits_is_told_if_that_is_wanted_and_becomes_the_next_worker(view):
+    with contextlib.closing(Fork(kind(view), tell_spares=True)) as forker:
+        said, fds = forker.hear()
+        assert isinstance(said, msg.SpareForked)
+        os.close(fds[0])
+        forker.start()
+        assert forker.fork(1).pid == said.pid
 
 
 def test_what_is_no_process_is_not_taken_for_a_worker(forker):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import queue
@@ -20,6 +21,7 @@ from rfaas_mpi.errors import (
     AuthError,
     ClosedError,
     ConfigError,
+    LeaseDenied,
     LeaseExpired,
     LeaseRevoked,
     RFaaSError,
@@ -81,6 +83,7 @@ class Lending:
         self._ways: dict[int, str] = {}                  # lease → transport
         self._errands: dict[int, Errands] = {}           # where there are several leases
         self._early: set[tuple[int, int]] = set()
+        self._leaving: set[tuple[int, int]] = set()      # their agent takes them back: they may finish
         self._awaited: dict[int, float] = {}
         self._broken: dict[tuple[int, int], float] = {}
         self._unreached: dict[tuple[int, int], float] = {}
@@ -112,9 +115,12 @@ class Lending:
         where fewer than `workers_min` can be had, ServiceError and
         TransportError where the service fails.
         """
+        if workers_min > _WORKERS_MAX:
+            raise LeaseDenied(f"{workers_min} workers are more than an executor can have ({_WORKERS_MAX})",
+                              hint="share the work between several executors")
         if workers_max is None:
-            workers_max = max(1, workers_min, min(_WORKERS_MAX, len(self.session.spare) // cores_per_worker))
-        grant = self.session.request(workers_min, workers_max, cores_per_worker, memory_per_worker)
+            workers_max = max(1, workers_min, len(self.session.spare) // cores_per_worker)
+        grant = self.session.request(workers_min, min(workers_max, _WORKERS_MAX), cores_per_worker, memory_per_worker)
         if not grant.leases:
             reason = getattr(grant, "reason", "") or self.session.why_none or "no core is spare"
             self.why = WorkerLost(f"no worker was lent: {reason}")
@@ -352,7 +358,7 @@ class Lending:
                                if key[0] in self._leases and key not in self._early and not self._closed}
             due = [(self._leases[lease], worker) for (lease, worker), at in self._unreached.items() if at <= now]
         for lease, worker in due:
-            self._have_done("dial", lease.id, worker, lambda lease=lease, worker=worker: self._dial_new(lease, worker))
+            self._have_done("dial", lease.id, worker, functools.partial(self._dial_new, lease, worker))
 
     def _mend(self) -> None:
         """Replaces workers whose connection ended without them: over a network that happens."""
@@ -361,7 +367,8 @@ class Lending:
             if self._closed or not self._networked:
                 return
             self._broken = {key: self._broken.get(key, now) for key, channel in self._channels.items()
-                            if not channel.alive and key[0] in self._leases and self._ways[key[0]] != "shm"}
+                            if not channel.alive and key[0] in self._leases and self._ways[key[0]] != "shm"
+                            and key not in self._leaving}
             # Once it is fenced it is known what broke it, which is soon.
             overdue = [key for key, since in self._broken.items()
                        if now - since >= (_BROKEN_S if self._channels[key].fenced else _FENCED_S)]
@@ -370,9 +377,11 @@ class Lending:
                 self._whys[key] = self._channels[key].why
         for lease, worker in overdue:
             log.warning("lease=%d worker=%d is replaced: %s", lease, worker, self._broke(lease, worker))
-            # If it is ours: it may still run what is run elsewhere now. Its successor is told as any other.
-            self._have_done("mend", lease, worker, lambda lease=lease, worker=worker: (
-                self.session.kill(lease, worker, "link") if self._own else self._dial_again(lease, worker)))
+            if self._own:
+                # It may still run what is run elsewhere now. Its successor is told as any other.
+                self._have_done("mend", lease, worker, functools.partial(self.session.kill, lease, worker, "link"))
+            else:
+                self._have_done("mend", lease, worker, functools.partial(self._dial_again, lease, worker))
 
     def _dial_again(self, lease: int, worker: int) -> None:
         """Another connection to a worker that belongs to another process."""
@@ -428,6 +437,7 @@ class Lending:
     def _use_no_more(self, event: msg.Revoking) -> None:
         """Sends nothing more to workers that end soon. What they have already ends with them at the latest."""
         with self._lock:
+            self._leaving.update((event.lease, worker) for worker in event.workers)
             channels = [self._channels.get((event.lease, worker)) for worker in event.workers]
         for channel in channels:
             if channel is not None:
@@ -439,7 +449,7 @@ class Lending:
             lease = self._leases.get(event.lease)
             if lease is None or self._closed:
                 return
-        self._have_done("dial", lease.id, event.worker, lambda: self._dial_new(lease, event.worker))
+        self._have_done("dial", lease.id, event.worker, functools.partial(self._dial_new, lease, event.worker))
 
     def _dial_new(self, lease: GrantLease, worker: int) -> None:
         """Connects to a worker that took another one's place, now or later."""
@@ -458,6 +468,7 @@ class Lending:
         with self._lock:
             channel = self._channels.pop((event.lease, event.worker), None)
             self._unreached.pop((event.lease, event.worker), None)
+            self._leaving.discard((event.lease, event.worker))
             if channel is None:
                 self._early.add((event.lease, event.worker))
             if event.reason == "released":

@@ -20,7 +20,10 @@ from cluster import IMPATIENT, Cluster, finished, wait_until
 
 from rfaas_mpi import Executor, api
 from rfaas_mpi import cluster as cluster_module
+from rfaas_mpi import lending as lending_module
+from rfaas_mpi import messages as msg
 from rfaas_mpi.errors import ConfigError, LeaseDenied, ServiceError, ServiceLost
+from rfaas_mpi.lending import Lending
 from rfaas_mpi.session import Session
 
 
@@ -146,6 +149,39 @@ def test_a_kernel_is_stopped_by_force_on_any_node(pair):
             assert future.cancel(force=True)
         wait_until(lambda: all(future.cancelled() for future in futures), "all were cancelled")
         assert sum(ex.map(faults.plus_one, range(50))) == 1275
+    all_free(pair)
+
+
+def test_a_worker_that_is_taken_back_may_finish_what_it_has_over_a_network(pair, tmp_path, monkeypatch):
+    """That it takes nothing more is no sign of a broken connection, for which it would be replaced."""
+    monkeypatch.setattr(lending_module, "_FENCED_S", 0.0)
+    monkeypatch.setattr(lending_module, "_BROKEN_S", 0.0)
+    looked = threading.Semaphore(0)
+    real = Lending._mend
+    monkeypatch.setattr(Lending, "_mend", lambda self: (real(self), looked.release()))
+    begun, flag = tmp_path / "begun", tmp_path / "flag"
+    with executor(pair, 1, fallback=False, transport="tcp") as ex:
+        future = ex.submit(faults.begin_then_wait, begun, flag, 5)
+        faults.wait_for(begun)
+        lending = ex._crew.lending
+        [lease] = lending.grant.leases
+        lending._events.put(msg.Revoking(lease.id, tuple(worker.number for worker in lease.workers), "revoked"))
+        wait_until(lambda: not ex.workers, "it takes nothing more")
+        while looked.acquire(blocking=False):
+            pass
+        for _ in range(3):
+            assert looked.acquire(timeout=60)
+        flag.touch()
+        assert future.result() == 5
+        assert future._raw.attempts == 1
+    all_free(pair)
+
+
+def test_more_workers_than_an_executor_can_have_are_refused_and_so_many_at_most_are_asked_for(pair):
+    with pytest.raises(LeaseDenied, match="256"):
+        executor(pair, (257, 300))
+    with executor(pair, (1, 100_000), fallback=False) as ex:
+        assert len(ex.workers) == 4
     all_free(pair)
 
 

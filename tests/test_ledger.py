@@ -388,3 +388,35 @@ def test_a_manager_killed_at_any_point_forgets_no_grant_and_repeats_none(tmp_pat
     assert world.grants > kills, "the test exercises too little"
     with contextlib.closing(Ledger(tmp_path / "ledger.db")) as ledger:
         assert not any(one.state.live for one in ledger.load(remember_s=1e9).leases)
+
+
+CLOSE_UNDER_A_WRITER = """
+import sys, threading
+from pathlib import Path
+from rfaas_mpi.errors import StoreError
+from rfaas_mpi.manager.ledger import Ledger, Usage
+
+def write(ledger, begun):
+    for number in range(10**6):
+        begun.set()
+        try:
+            ledger.write([], [Usage("nid1", 1, 300 * number + i, 1, 1, 1, 1, 1.0, 1.0) for i in range(300)])
+        except StoreError:
+            return                       # it is closed
+
+for round in range(20):
+    ledger, begun = Ledger(Path(sys.argv[1]) / f"{round}.db"), threading.Event()
+    writer = threading.Thread(target=write, args=(ledger, begun))
+    writer.start()
+    for _ in range(1 + round % 5):
+        begun.clear()
+        begun.wait()
+    ledger.close()
+    writer.join()
+"""
+
+
+def test_a_ledger_that_is_closed_while_somebody_writes_takes_nobody_down(tmp_path):
+    done = subprocess.run([sys.executable, "-c", CLOSE_UNDER_A_WRITER, str(tmp_path)], capture_output=True, text=True,
+                          timeout=100)
+    assert done.returncode == 0 and done.stderr == "", done

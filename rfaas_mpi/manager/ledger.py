@@ -339,8 +339,10 @@ class Ledger:
         self._db.execute("DELETE FROM jobs WHERE at < ? AND session NOT IN (SELECT session FROM leases)", (before,))
 
     def close(self) -> None:
-        """Lets go of the file. Safe to call twice."""
-        self._db.close()
+        """Lets go of the file, once nobody writes or reads. Safe to call twice."""
+        # SQLite crashes where a statement's connection is closed under it.
+        with self._lock:
+            self._db.close()
 
 
 def _boot_id() -> str:

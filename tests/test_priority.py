@@ -14,6 +14,7 @@ from rfaas_mpi.agent.priority import (
     Lowering,
     LowPriority,
     Means,
+    can_be_had,
     lower_session,
     make_group,
     remove_stale_groups,
@@ -59,6 +60,19 @@ def test_without_the_cpu_controller_there_is_no_group(tmp_path):
     point = fake(tmp_path, "")
     (point / "cgroup.subtree_control").write_text("memory pids\n")
     assert make_group("x", tmp_path) is None
+
+
+def test_what_could_be_had_is_told_without_making_anything(tmp_path):
+    point = fake(tmp_path, "cpu,cpuacct")
+    before = sorted(point.iterdir())
+    assert can_be_had(tmp_path) == ("group", f"a group below {point}")
+    assert sorted(point.iterdir()) == before
+    (tmp_path / "proc/self/mountinfo").write_text("")
+    how, why = can_be_had(tmp_path)
+    assert how == "" and "cpu controller" in why and "sessions" in why
+    (tmp_path / "proc/sys/kernel").mkdir(parents=True)
+    (tmp_path / "proc/sys/kernel/sched_autogroup_enabled").write_text("1\n")
+    assert can_be_had(tmp_path)[0] == Means.AUTOGROUP
 
 
 @pytest.mark.parametrize("groups, enabled, can", [

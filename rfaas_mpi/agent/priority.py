@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rfaas_mpi.agent.kernel_files import cgroup_mounts, read_text
 
-__all__ = ["NO_PRIORITY", "LowGroup", "LowPriority", "Lowering", "Means", "lower_session", "make_group",
+__all__ = ["NO_PRIORITY", "LowGroup", "LowPriority", "Lowering", "Means", "can_be_had", "lower_session", "make_group",
            "remove_stale_groups", "session_can_be_lowered"]
 
 AUTOGROUP_NICE = 19
@@ -179,6 +179,17 @@ class LowPriority:
 NO_PRIORITY = LowPriority()
 
 _GROUP = re.compile(r"rfaas-low-(\d+)-(\d+)-(\d+)")
+
+
+def can_be_had(root: Path = Path("/")) -> tuple[str, str]:
+    """What low priority this process could give to workers ("": none), and where or why not. Makes nothing."""
+    where = _cpu_root(root)
+    if where is not None and os.access(where, os.W_OK):
+        return "group", f"a group below {where}"
+    no_group = f"{where} is not ours to make groups in" if where is not None else "no cgroup here has the cpu controller"
+    if session_can_be_lowered(root):
+        return Means.AUTOGROUP, f"the session's autogroup, since {no_group}"
+    return "", f"{no_group}, and sessions have no group of their own"
 
 
 class Lowering:

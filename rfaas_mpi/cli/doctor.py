@@ -53,7 +53,7 @@ def examine(**which: str) -> list[Check]:
     groups: Sequence[tuple[str, Callable[[], Iterable[Check]]]] = (
         ("python", _python), ("packages", _packages), ("extension", _extension), ("system calls", _system_calls),
         ("runtime directory", _runtime_directory), ("sandbox", _sandbox), ("memory limit", _memory_limit),
-        ("cores and memory", _cores_and_memory), ("mpi", _mpi),
+        ("low priority", _low_priority), ("cores and memory", _cores_and_memory), ("mpi", _mpi),
         ("numba", _numba), ("transports", _transports),
         ("service", lambda: _service(**which)), ("manager", _manager))
     found: list[Check] = []
@@ -254,6 +254,14 @@ def _memory_limit() -> Iterable[Check]:
                 f"an agent looks at what workers hold, and kills: {why_not}",
                 "start the agent as root on a node whose control groups have the memory controller, or set "
                 "RFAAS_MEMORY_LIMIT=auto", needed=wanted == "cgroup")
+
+
+def _low_priority() -> Iterable[Check]:
+    from rfaas_mpi.agent import priority
+    how, where = priority.can_be_had()
+    yield Check("low priority", bool(how), f"workers can leave their core to its owner: {where}" if how else
+                f"{where}: an agent that you start lends no idle cores of a job, and stops a worker as soon as its "
+                "core has an owner", "nothing to do on your own machine; on batch nodes start the agent as root")
 
 
 # --- the place for sockets and locks ----------------------------------------------

@@ -30,9 +30,10 @@ from rfaas_mpi.leases import (
     WorkersStopped,
 )
 from rfaas_mpi.leases.nodes import Chooser, Picker
+from rfaas_mpi.manager.ledger import Ledger
 from rfaas_mpi.placement import Placer, Settings, pick_cores
 
-__all__ = ["NODES", "Cluster", "measure_control"]
+__all__ = ["NODES", "Cluster", "measure_book"]
 
 NODES = 1000
 CORES = 64
@@ -53,10 +54,10 @@ class Cluster:
     """
 
     def __init__(self, nodes: int = NODES, live: int = LIVE, seed: int = 1, *,
-                 pick: Picker | Chooser | None = None) -> None:
+                 pick: Picker | Chooser | None = None, now: float = 0.0) -> None:
         self.book = LeaseBook(Placer() if pick is None else pick, remember_s=10.0, durable=True)
         self.nodes = nodes
-        self._now = 0.0
+        self._now = now
         self.granted: deque[tuple[Lease, ...]] = deque()
         self._requests = count(1)
         choose = random.Random(seed)
@@ -98,15 +99,22 @@ class Cluster:
             self.book.handle(Release(lease.session, lease.id), self._now)
             self.book.handle(WorkersStopped(lease.id), self._now)
 
-    def lives(self, number: int) -> None:
-        """So many grants begin and end, one for another."""
+    def keep(self, ledger: Ledger) -> int:
+        """Writes down what has changed; how many leases that were."""
+        changes = self.book.changes()
+        ledger.write([changes])
+        return len(changes.leases)
+
+    def lives(self, number: int, *, tidy: bool = True) -> None:
+        """So many grants begin and end, one for another; `tidy`: what changed is forgotten as if it was written."""
         for step in range(number):
             self.grant()
             self.end()
             if step % GROUP == 0:
                 self._now += 0.001 * GROUP
                 self.book.handle(Tick(), self._now)
-                self.book.changes()
+                if tidy:
+                    self.book.changes()
 
     def reports(self) -> Iterator[NodeReport]:
         """A report of each node as it stands, for ever."""
@@ -132,7 +140,7 @@ class Cluster:
             raise BenchError("the book and the bench disagree about which leases live")
 
 
-def measure_control(options: Options, *, nodes: int = NODES, live: int = LIVE) -> dict:
+def measure_book(options: Options, *, nodes: int = NODES, live: int = LIVE) -> dict:
     """Rates in 1/s and grants in µs, of books whose nodes are about half lent.
 
     `book_grants_per_s` counts whole lives: asked for, granted, activated, given back, gone, with the default policy;

@@ -13,6 +13,8 @@ def as_text(data: dict) -> list[str]:
     for name in NAMES if data["bench"] == "all" else (data["bench"],):
         part = data[name] if data["bench"] == "all" else data
         lines += ["", name, *(_payload(part) if "rows" in part else _figures(part))]
+        if name == "control":
+            lines += _control(part)
     return lines
 
 
@@ -36,6 +38,17 @@ def _figures(part: dict) -> Iterator[str]:
     for name, value in part["figures"].items():
         aa = _number(value["aa"]["p50"]) if "aa" in value else ""
         yield f"  {name:32}{_number(value['p50']):>11}{_number(value['p99']):>11}{aa:>11}{value['count']:>9}"
+
+
+def _control(part: dict) -> Iterator[str]:
+    for level in part.get("http_levels", ()):
+        yield (f"  {level['offered_per_s']:g} leases/s asked for: {level['leases_per_s']:g} given, "
+               f"p50 {level['p50_ms']:g}, p99 {level['p99_ms']:g} ms")
+    if "nodes" in part:
+        yield f"  with {part['http_agents']} agents; enough for {part['nodes']} nodes with a lease a minute each"
+    if "restart_s" in part:
+        yield (f"  from start to answer: {part['restart_s']:g} s with the records of {part['restart_records']} "
+               f"leases, {part['start_s']:g} s with none")
 
 
 def _payload(part: dict) -> Iterator[str]:

@@ -23,17 +23,32 @@ from rfaas_mpi.errors import ConfigError
 
 __all__ = ["NAMES", "Options", "check_writable", "keep", "measure"]
 
+def measure_control(options: Options) -> dict:
+    """The control plane's parts that `options.of` names, else all three."""
+    try:
+        from rfaas_mpi.bench import control, manager
+    except ImportError as error:
+        raise ConfigError(f"the control plane needs {error.name}", hint="pip install 'rfaas_mpi[cluster]'") from None
+    parts = {"book": control.measure_book, "http": manager.measure_http, "restart": manager.measure_restart}
+    found: dict = {"figures": {}}
+    for name in options.of or parts:
+        part = parts[name](options)
+        found["figures"] |= part.pop("figures", {})
+        found |= part
+    return found
+
+
 _BENCHMARKS: dict[str, Callable[[Options], dict]] = {
     "latency": measure_latency, "throughput": measure_throughput, "payload": measure_payload, "cold": measure_cold}
 NAMES = tuple(_BENCHMARKS)
 # No part of "all": they measure something else than invocations.
-_APART: dict[str, Callable[[Options], dict]] = {"reclaim": measure_reclaim}
+_APART: dict[str, Callable[[Options], dict]] = {"reclaim": measure_reclaim, "control": measure_control}
 _OVER_A_NETWORK: dict[str, Callable[[Options], dict]] = {
     "latency": measure_network_latency, "payload": measure_network_payload}
 
 
 def measure(what: str, options: Options) -> dict:
-    """Measures one of NAMES, "all" of them, or "reclaim"; the figures, how they were made, and where.
+    """Measures one of NAMES, "all" of them, "reclaim" or "control"; the figures, how they were made, and where.
 
     The figures of one benchmark lie on the top level; of "all", one level down. BenchError where there is no core to
     borrow.

@@ -296,6 +296,22 @@ def reclaim(out: Output, **arguments: Any) -> None:
     _bench(out, "reclaim", arguments)
 
 
+@bench.command(epilog=examples("rfaas bench control --json", "rfaas bench control --of http"))
+@measured
+@click.option("--of", type=click.Choice(["book", "http", "restart"]), multiple=True,
+              help="This part only; may be repeated.")
+@click.pass_obj
+def control(out: Output, **arguments: Any) -> None:
+    """How many leases a cluster's manager grants.
+
+    The lease book alone, with 1 000 nodes; a real manager through HTTP, pinned
+    to one core, while 1 000 agents that are played on the other one report and
+    leases are asked for at rising rates; and a manager's start, with the records
+    of 100 000 leases and with none.
+    """
+    _bench(out, "control", arguments)
+
+
 @bench.command(name="all", epilog=examples("rfaas bench all --json --out benchmarks/laptop.json >/dev/null"))
 @measured
 @click.pass_obj

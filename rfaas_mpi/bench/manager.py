@@ -34,7 +34,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from rfaas_mpi import api
+from rfaas_mpi import api, config
 from rfaas_mpi.agent.link import COALESCE_S, heartbeat_s
 from rfaas_mpi.bench import control
 from rfaas_mpi.bench.raw import BenchError
@@ -86,7 +86,8 @@ class _Manager:
 def _managing(directory: Path, core: int) -> Iterator[_Manager]:
     """Starts a manager on that core; BenchError if it doesn't listen in time. Ends it."""
     path = directory / "bench.sock"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RFAAS_")}
+    environment = {name: value for name, value in config.environment().items()
+                   if not name.startswith(config.PREFIX)}
     process = subprocess.Popen(
         ["taskset", "-c", str(core), sys.executable, "-m", "rfaas_mpi.cli", "manager", "--directory",
          str(directory / "manager"), "--socket", str(path)],

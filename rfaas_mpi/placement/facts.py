@@ -73,6 +73,19 @@ class NodeFacts:
         # What follows from those three; the rest of what is kept still holds.
         for stale in ("domain_busy", "domain_load", "domain_free", "unshared", "_usable"):
             facts.pop(stale, None)
+        taken, back = lent - self.lent, self.lent - lent
+        if not self.busy and len(self.spare) - len(taken) + len(back) == len(spare):
+            # Spare ones were lent, lent ones are spare, and nothing else: counting all of them again takes longer.
+            free, busy, numa = dict(self.domain_free), dict(self.domain_busy), self.numa
+            for core in taken:
+                domain = numa.get(core, 0)
+                free[domain] -= 1
+                busy[domain] = busy.get(domain, 0) + 1
+            for core in back:
+                domain = numa.get(core, 0)
+                free[domain] = free.get(domain, 0) + 1
+                busy[domain] -= 1
+            facts["domain_free"], facts["domain_busy"] = free, busy
         return other
 
     def ends_within(self, survival: Survival, at: float, for_s: float) -> float:

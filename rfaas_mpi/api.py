@@ -215,6 +215,37 @@ class LeaseGrant(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
+class Terms(msgspec.Struct, frozen=True):
+    """What the next worker on a node costs, in seconds of its time (docs/placement.md)."""
+
+    total_s: float
+    queueing_s: float
+    transfer_s: float
+    slowdown_s: float
+    eviction_s: float
+    fairness_s: float
+
+
+class ExplainedNode(msgspec.Struct, frozen=True):
+    """`chosen` workers would go there, `room` fit; `refused`: every reason against it, in words."""
+
+    node: str
+    chosen: int
+    room: int
+    refused: tuple[str, ...]
+    terms: Terms | None
+
+
+class Explanation(msgspec.Struct, frozen=True):
+    """What a demand would get if it came now; nothing is granted."""
+
+    policy: str
+    granted: bool
+    workers: int
+    reason: str
+    nodes: tuple[ExplainedNode, ...]
+
+
 class RevokeLease(Body, frozen=True):
     grace_s: Grace = 0.0
 
@@ -269,8 +300,14 @@ class UsageSums(msgspec.Struct, frozen=True):
 
 
 class PolicyView(msgspec.Struct, frozen=True):
+    """Who may do what, how nodes are chosen, and what holds for the caller: his quota of cores (None: none), weight."""
+
     lenders: tuple[int, ...]
     admins: tuple[int, ...]
+    placement: str = "default"
+    cores_max: int | None = None
+    half_life_s: float = 86_400.0
+    weight: float = 1.0
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -327,6 +364,8 @@ ROUTES = (
     Route("POST", "/v1/agents/{node}/reports", "report", "What an agent lends and runs", Report, Orders),
     Route("POST", "/v1/leases", "ask", "Ask for workers; answered when they are there or the time is over", AskLease,
           LeaseGrant),
+    Route("POST", "/v1/explain", "explain", "What a demand would get now, and why, node by node; grants nothing", AskLease,
+          Explanation),
     Route("GET", "/v1/leases", "leases", "The caller's live leases; an administrator's are all", None, Leases),
     Route("GET", "/v1/leases/{lease}", "lease", "One of the caller's leases, also one that ended not long ago", None,
           LeaseView),

@@ -17,17 +17,18 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 import msgspec
 
 from rfaas_mpi import api, identity, remote
-from rfaas_mpi.config import Settings, site_users, user_id
+from rfaas_mpi.config import Settings, core_list, site_users, user_id
 from rfaas_mpi.errors import AuthError, ClosedError, ConfigError, LeaseDenied, RFaaSError, ServiceError, ServiceLost
 
-__all__ = ["ManagerAddress", "ManagerClient", "ManagerRefused", "check_owner", "prover_of", "read_challenge", "refusal",
-           "target", "tls_of"]
+__all__ = ["ManagerAddress", "ManagerClient", "ManagerRefused", "check_owner", "here", "prover_of", "read_challenge",
+           "refusal", "target", "tls_of"]
 
 WAIT_S = 60.0                    # for an answer; a demand may wait longer at the manager, and says so
 ANSWER_BYTES_MAX = 1 << 28       # all leases of a large cluster, for an administrator
@@ -297,3 +298,16 @@ def refusal(name: str, status: int, answer: bytes) -> RFaaSError:
     refused = ManagerRefused(problem.error, hint=problem.hint)
     refused.status = status
     return refused
+
+
+def here(root: Path = Path("/")) -> api.Place:
+    """Where this process runs: its host's name, and the NUMA node that it is bound to, if it is bound to one."""
+    mine = os.sched_getaffinity(0)
+    nodes = {}
+    for directory in root.glob("sys/devices/system/node/node[0-9]*"):
+        try:
+            nodes[int(directory.name.removeprefix("node"))] = set(core_list((directory / "cpulist").read_text()))
+        except (OSError, ValueError):
+            continue
+    bound = [number for number, cores in nodes.items() if mine <= cores]
+    return api.Place(node=socket.gethostname(), numa=bound[0] if len(nodes) > 1 and bound else None)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from rfaas_mpi import api, config
 from rfaas_mpi import messages as msg
-from rfaas_mpi.client import ManagerClient, ManagerRefused
+from rfaas_mpi.client import ManagerClient, ManagerRefused, here
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errands import each
 from rfaas_mpi.errors import (
@@ -135,7 +135,8 @@ class ClusterSession:
             try:
                 answer = self._ask(api.AskLease(
                     self._name, next(self._ids), max(0, workers_min - have), workers_max - have, cores_per_worker,
-                    memory_per_worker, timeout_s if attempt == 0 else 0.0))
+                    memory_per_worker, timeout_s if attempt == 0 else 0.0,
+                    duration_s=self.settings.lease_duration_s, place=here()))
             except LeaseDenied as denied:
                 if attempt == 0:
                     raise

@@ -63,7 +63,8 @@ def _number(kind: Callable[[str], Any], low: float, high: float = float("inf")) 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
-def _size(text: str) -> int:
+def size_of(text: str) -> int:
+    """Bytes of a size like `512M`; ValueError if it isn't one."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
     if match is None:
         raise ValueError("a size looks like 512M, 2GiB or 1048576")
@@ -139,12 +140,14 @@ class Settings:
     cores: tuple[int, ...] = _setting((), core_list, "lend exactly these cores, like 2-5,8; default: find out")
     linger_s: float = _setting(2.0, _number(float, 0), "how long the service stays after its last rank")
     start_timeout_s: float = _setting(20.0, _number(float, 0.1), "how long to wait for the service to start or answer")
+    lease_duration_s: float | None = _setting(
+        None, _number(float, 0.001, 1e9), "when leases end at the latest; default: when they are given back")
     lease_timeout_s: float = _setting(10.0, _number(float, 0), "how long to wait for cores when none is spare")
     zygote_idle_s: float = _setting(300.0, _number(float, 0), "how long a zygote without workers stays")
     spin_us: int = _setting(1000, _number(int, 0, 10_000_000), "how long a waiter spins before it sleeps")
     slots: int = _setting(16, _number(int, 2, 64), "slots of a connection from rank to worker")
-    slot_bytes: int = _setting(16384, _number(_size, 64, 1 << 20), "size of one slot")
-    memory_per_worker: int | None = _setting(None, _size, "memory a worker may use; default: a fair share")
+    slot_bytes: int = _setting(16384, _number(size_of, 64, 1 << 20), "size of one slot")
+    memory_per_worker: int | None = _setting(None, size_of, "memory a worker may use; default: a fair share")
     sandbox: str = _setting("default", _choice("off", "default", "strict"),
                             "what a kernel in a worker may do; strict: read modules, write a scratch directory")
     memory_limit: str = _setting("auto", _choice("auto", "cgroup", "watch"),
@@ -152,7 +155,7 @@ class Settings:
     worker_prefix: str = _setting("", _command, "a command that workers are started through, as a container")
     service_user: str = _setting("", str, "the user that a node's agent becomes if root starts it, to serve every user")
     uid_min: int = _setting(1000, _number(int, 1, 0x7FFFFFFF), "the lowest uid that such an agent serves")
-    memory_reserve: int = _setting(512 << 20, _size, "memory of the node that is never lent")
+    memory_reserve: int = _setting(512 << 20, size_of, "memory of the node that is never lent")
     low_priority: str = _setting("auto", _choice("auto", "yes", "no"),
                                  "workers leave their cores to whoever else wants them; auto: where owners may be")
     fallback: bool = _setting(True, _flag, "run on the rank what no worker could run")
@@ -242,7 +245,7 @@ def _read_files(environment: Mapping[str, str]) -> Iterator[tuple[Path, dict[str
         if str(path) == os.devnull:
             continue
         try:
-            text = _trusted_text(path)
+            text = trusted_text(path)
         except (FileNotFoundError, NotADirectoryError):
             if must_exist:
                 raise ConfigError(f"{CONFIG_VARIABLE} names {path}, which isn't there") from None
@@ -261,7 +264,7 @@ def _read_files(environment: Mapping[str, str]) -> Iterator[tuple[Path, dict[str
         yield path, found
 
 
-def _trusted_text(path: Path) -> str:
+def trusted_text(path: Path) -> str:
     """What the file holds. Raises OSError, and ConfigError where others could have written it."""
     # not to wait for a FIFO
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

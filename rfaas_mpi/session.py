@@ -715,7 +715,7 @@ class Session:
         if memory_per_worker is None:
             memory_per_worker = self.settings.memory_per_worker
         granted = self._ask(msg.LeaseRequest(next(self._ids), workers_min, workers_max, cores_per_worker,
-                                             memory_per_worker, timeout_s),
+                                             memory_per_worker, timeout_s, self.settings.lease_duration_s),
                             msg.Granted, timeout_s=timeout_s + self.settings.start_timeout_s)
         if not self.remote:
             return Grant(granted.leases, granted.reason)

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from rfaas_mpi.leases import (
     Action,
@@ -33,7 +33,7 @@ from rfaas_mpi.leases import (
     Tick,
     WorkersStopped,
 )
-from rfaas_mpi.placement import pick_cores
+from rfaas_mpi.placement import POLICIES, Placer, Settings, pick_cores
 
 GIB = 2**30
 
@@ -401,6 +401,11 @@ NEXT_STATES = {
 }
 
 
+def chooser(policy: str):
+    """Who chooses a book's nodes: its own shelves, or a policy, which looks at a sample of more than two nodes."""
+    return pick_cores if policy == "shelves" else Placer(policy, Settings(exact_to=2, sample=1))
+
+
 class World:
     """Ranks and agents around a book: they do what its actions say, and check them.
 
@@ -409,7 +414,8 @@ class World:
     its knowledge comes from the events sent and the actions returned.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, policy: str = "default") -> None:
+        self.policy = policy
         self.now = 0.0
         self.stored = 0
         self.running: dict[str, dict[int, tuple[int, int]]] = {n: {} for n in NODES}
@@ -421,7 +427,7 @@ class World:
 
     def restart(self) -> None:
         """A new book from the stored epoch; old sessions are gone, workers run on."""
-        self.book = LeaseBook(pick_cores, epoch=self.stored, activate_within_s=20.0,
+        self.book = LeaseBook(chooser(self.policy), epoch=self.stored, activate_within_s=20.0,
                               remember_s=50.0)
         self.reports.clear()
         self.states: dict[int, LeaseState] = {}
@@ -669,11 +675,12 @@ OPERATIONS = {
 }
 
 
-def test_no_random_life_breaks_a_promise():
+@pytest.mark.parametrize("policy", ["shelves", *sorted(POLICIES)])
+def test_no_random_life_breaks_a_promise(policy):
     """RFAAS_SOAK_LEASES sets how many operations."""
-    count = int(os.environ.get("RFAAS_SOAK_LEASES", "100000"))
+    count = int(os.environ.get("RFAAS_SOAK_LEASES", "100000" if policy == "default" else "20000"))
     choose = random.Random(count)
-    world = World()
+    world = World(policy)
     operations = choose.choices(list(OPERATIONS), list(OPERATIONS.values()), k=count)
     for operation in operations:
         operation(world, choose)
@@ -684,9 +691,11 @@ def test_no_random_life_breaks_a_promise():
 class LeaseBookMachine(RuleBasedStateMachine):
     """The same world, driven by hypothesis, which finds the shortest failing life."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.world = World()
+    world: World
+
+    @initialize(policy=st.sampled_from(["shelves", *sorted(POLICIES)]))
+    def begins(self, policy: str) -> None:
+        self.world = World(policy)
 
     @rule(choose=st.randoms(use_true_random=False),
           operation=st.sampled_from(list(OPERATIONS)))
@@ -698,7 +707,8 @@ class LeaseBookMachine(RuleBasedStateMachine):
         self.world.check()
 
     def teardown(self) -> None:
-        self.world.end()
+        if hasattr(self, "world"):
+            self.world.end()
 
 
 TestLeaseBookMachine = LeaseBookMachine.TestCase

@@ -40,7 +40,7 @@ from rfaas_mpi.leases import (
     Tick,
     WorkersStopped,
 )
-from rfaas_mpi.placement import pick_cores
+from rfaas_mpi.placement import Placer
 
 GIB = 2**30
 NODES = ("n0", "n1", "n2")
@@ -161,7 +161,7 @@ class World:
 
     def restart_manager(self) -> None:
         """Whatever was not written down is forgotten; a book before this one sends nothing more."""
-        self.book = LeaseBook(pick_cores, epoch=self.ledger.epoch, activate_within_s=WITHIN_S,
+        self.book = LeaseBook(Placer(), epoch=self.ledger.epoch, activate_within_s=WITHIN_S,
                               remember_s=1e9, durable=True)
         self.book.restore(self.ledger.kept(), self.now)
 

@@ -524,10 +524,16 @@ GOOD: dict[str, tuple[str, str, dict]] = {
     "start_agent": ("POST", "/v1/agents", agent("nid1", "a")),
     "report": ("POST", "/v1/agents/nid1/reports", {
         "incarnation": 1, "clock_ns": 1, "spare": [0, 1], "memory_bytes": 1, "live": [], "numa": {"0": 0},
-        "ends_in_s": 1.0, "grace_s": 0.0, "used": []}),
+        "ends_in_s": 1.0, "grace_s": 0.0, "used": [], "traits": {
+            "window_age_s": 1.0, "classes": {"0": "free"}, "physical": {"0": 0}, "busy": [3], "cpu_type": "zen3",
+            "partition": "p", "switches": ["s1"], "nic_numa": 0, "network_load": 0.5, "memory_pressure": {"0": 0.5},
+            "speed": 1.0}}),
     "ask": ("POST", "/v1/leases", {
         "session": "s", "request_id": 1, "workers_min": 1, "workers_max": 1, "cores_per_worker": 1,
-        "memory_per_worker": 1, "timeout_s": 0.0, "duration_s": 60.0, "job": "4711"}),
+        "memory_per_worker": 1, "timeout_s": 0.0, "duration_s": 60.0, "job": "4711", "least_s": 1.0,
+        "place": {"node": "nid7", "numa": 0, "switches": ["s1"], "ranks": 1}, "bytes_per_s": 1.0}),
+    "explain": ("POST", "/v1/explain", {
+        "session": "s", "request_id": 1, "workers_min": 1, "workers_max": 1, "duration_s": 60.0}),
     "revoke": ("POST", "/v1/leases/1/revoke", {"grace_s": 0.0}),
     "drain": ("POST", "/v1/drain", {"nodes": ["nid1"], "grace_s": 0.0}),
     "undrain": ("POST", "/v1/undrain", {"nodes": ["nid1"]}),

@@ -165,8 +165,11 @@ def policy(manager: str | None) -> Answer:
     """Who may lend to all, and who administers."""
     with client(manager) as asked:
         found: api.PolicyView = asked.call("policy")
+    quota = "any number of cores" if found.cores_max is None else f"{_many(found.cores_max, 'core')} at a time"
     return plain(found), [f"lend to all   {', '.join(map(user_name, found.lenders))}",
-                          f"administer    {', '.join(map(user_name, found.admins))}"]
+                          f"administer    {', '.join(map(user_name, found.admins))}",
+                          f"placement     {found.placement}",
+                          f"you           {quota}, weight {found.weight:g}"]
 
 
 def events(found: api.Events) -> Iterator[str]:

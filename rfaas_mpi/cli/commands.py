@@ -52,6 +52,8 @@ def _named(context: click.Context) -> Path | None:
               help="What callers call it besides its host's name and address, where a proxy stands before it.")
 @click.option("--tls-cert", metavar="FILE", type=_FILE, default=None, help="Certificate for the network, PEM.")
 @click.option("--tls-key", metavar="FILE", type=_FILE, default=None, help="Its private key.")
+@click.option("--policy", metavar="FILE", type=_FILE, default=None,
+              help="Who lends, who administers, quotas, placement: a TOML file, read at the start.")
 @click.option("--metrics", metavar="HOST:PORT", default=None,
               help="Where Prometheus finds /metrics, and nothing else, without proving who it is.")
 @click.option("--foreground", is_flag=True, hidden=True, expose_value=False, help="The default.")
@@ -161,6 +163,28 @@ def lease_show(out: Output, number: int, manager: str | None) -> None:
     """Show one lease, also one that ended within the last hour."""
     from rfaas_mpi.cli import cluster
     out.answer(*cluster.lease(manager, number))
+
+
+@lease.command("explain", epilog=examples("rfaas lease explain --workers 4",
+                                         "rfaas lease explain --workers 1:16 --cores 2 --duration 600"))
+@click.option("--workers", metavar="N | MIN:MAX", default="1", show_default=True, help="How many would be asked for.")
+@click.option("--cores", type=click.IntRange(1), default=1, show_default=True, help="Cores of each.")
+@click.option("--memory", metavar="SIZE", default=None, help="Memory of each, like 2GiB.  [default: a fair share]")
+@click.option("--duration", "duration_s", metavar="S", type=click.FloatRange(0, min_open=True), default=None,
+              help="For how long they would be kept.")
+@click.option("--least", "least_s", metavar="S", type=click.FloatRange(0), default=0.0,
+              help="No node that is wanted back sooner.")
+@click.option("--at", metavar="HOST", default=None, help="Where the rank would run.  [default: here]")
+@asked
+@click.pass_obj
+def lease_explain(out: Output, manager: str | None, **options: Any) -> None:
+    """Say where workers would go now, and why not elsewhere; nothing is leased.
+
+    For each node the seconds that a worker would lose there, or every reason
+    against it.
+    """
+    from rfaas_mpi.cli import explain
+    out.answer(*explain.explain(manager, **options))
 
 
 @lease.command("revoke", epilog=examples("rfaas lease revoke 1700000012 --grace 2"))

@@ -27,7 +27,7 @@ def _need_the_extra() -> None:
 
 
 def serve(*, directory: Path | None, socket: Path | None, listen: tuple[str, ...], keys: tuple[str, ...], munge: bool,
-          names: tuple[str, ...], tls_cert: Path | None, tls_key: Path | None, metrics: str | None,
+          names: tuple[str, ...], tls_cert: Path | None, tls_key: Path | None, metrics: str | None, policy: Path | None,
           ready: Callable[[dict[str, Any], list[str]], None]) -> None:
     """Runs the manager until it is told to end; `ready` gets its facts once it listens."""
     _need_the_extra()
@@ -38,7 +38,7 @@ def serve(*, directory: Path | None, socket: Path | None, listen: tuple[str, ...
         directory=state, socket=daemon.socket_path(socket, state),
         listen=tuple(Address.parse(each, port_0=True) for each in listen), tls_cert=tls_cert, tls_key=tls_key,
         keys=dict(map(_key, keys)), munge=(Settings.load().munge_socket or "") if munge else None, names=names,
-        metrics=None if metrics is None else Address.parse(metrics, port_0=True))
+        metrics=None if metrics is None else Address.parse(metrics, port_0=True), policy=policy)
 
     def listening(facts: daemon.Facts) -> None:
         data = {"running": True, "directory": str(facts.directory), "listening": list(facts.listening),

@@ -247,6 +247,20 @@ class LeaseBook:
         whole = self._nodes.chooser is not None
         return sum(node.seats(cores_per_worker, whole=whole) for node in self._nodes.for_user(uid, now))
 
+    def would_grant(self, demand: Demand, now: float) -> tuple[dict[str, list[tuple[int, ...]]], str]:
+        """Node → the cores of each worker that a new demand would get now, and why not all; nothing is granted.
+
+        Fewer than `workers_min` where it would be refused, or would wait.
+        """
+        asked, over = self._within_quota(demand)
+        chosen = [] if asked is None else self._nodes.choose(asked, now, self._pick)
+        count = sum(len(workers) for _, workers in chosen)
+        reason = ""
+        if count < demand.workers_max:
+            reason = over.reason if asked is None or count == asked.workers_max else _shortfall(
+                asked, count, self._nodes.for_user(demand.uid, now), now)
+        return {node.name: workers for node, workers in chosen}, reason
+
     def quota_left(self, uid: int) -> int | None:
         """How many more cores the user may hold; None: any number."""
         most = self._quota(uid)

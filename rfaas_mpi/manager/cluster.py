@@ -29,25 +29,32 @@ from rfaas_mpi.leases import (
 )
 from rfaas_mpi.manager.agents import Agents
 from rfaas_mpi.manager.core import Action, Manager
+from rfaas_mpi.manager.policy import Policy
 from rfaas_mpi.messages import LeaseRequest
+from rfaas_mpi.placement import Placer, Verdict
+from rfaas_mpi.placement.fairness import debt_s
 
-__all__ = ["Cluster", "Policy", "session_number"]
+__all__ = ["Cluster", "Explained", "Policy", "session_number"]
+
+# A node's window is as old as its agent first said: clocks and networks make a little of each later report.
+WINDOW_SLACK_S = 5.0
 
 _NODE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?", re.ASCII)
 NAME_CHARS_MAX = 128
 
 
-@dataclass(frozen=True)
-class Policy:
-    """Who may do what. `lenders` are the uids whose agents lend to everybody; any other lends to its own user only."""
-
-    lenders: frozenset[int] = frozenset((0,))
-    admins: frozenset[int] = frozenset((0,))
-
-
 def session_number(uid: int, session: str) -> int:
     """The number under which leases of this user's session are kept; the same in every manager."""
     return int.from_bytes(hashlib.blake2b(f"{uid}:{session}".encode(), digest_size=8).digest()) >> 1
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What a demand would get: node → workers, each node's verdict, and why not all of `workers_max`."""
+
+    chosen: dict[str, int]
+    nodes: tuple[Verdict, ...]
+    reason: str
 
 
 class Cluster:
@@ -60,8 +67,14 @@ class Cluster:
     site's agent on that node.
     """
 
-    def __init__(self, book: LeaseBook, now: float, *, policy: Policy = Policy(), agents: Agents | None = None) -> None:
+    def __init__(self, book: LeaseBook, now: float, *, policy: Policy = Policy(), agents: Agents | None = None,
+                 placer: Placer | None = None) -> None:
         self.policy = policy
+        self._placer = placer                 # who chooses the book's nodes, if that is one
+        self._since: dict[str, float] = {}
+        self._now = now
+        if placer is not None:
+            placer.debt_s = self._debt_s
         self.manager = Manager(book)
         self.agents = agents or Agents()
         self.agents.expected(book.unheard, now)
@@ -86,8 +99,11 @@ class Cluster:
             raise ServiceError(f"the agent of {node} was never admitted as {report.incarnation}",
                                hint="register it again")
         before = self.book.heard(node)
-        actions = self.manager.report(
-            msgspec.structs.replace(report, node=node, lends_to_uid=None if trusted else uid), now)
+        self._at(now)
+        traits = msgspec.structs.replace(report.traits, host=report.traits.host or report.node,
+                                         since=self._window(node, report.traits.since))
+        actions = self.manager.report(msgspec.structs.replace(
+            report, node=node, lends_to_uid=None if trusted else uid, traits=traits), now)
         if self.book.heard(node) != before:
             self.agents.heard(node, now)
         return actions
@@ -103,7 +119,20 @@ class Cluster:
 
     def ask(self, uid: int, session: str, request: LeaseRequest, now: float) -> list[Action]:
         """A rank wants workers; the answer may come later. ValueError for a demand that makes no sense."""
+        self._at(now)
         return self.manager.demand(session_number(uid, _name("session", session)), uid, request, now)
+
+    def explain(self, uid: int, session: str, request: LeaseRequest, now: float) -> Explained:
+        """What `ask` would do now, and why, node by node; nothing is granted. ValueError as there."""
+        self._at(now)
+        demand = self.manager.as_demand(session_number(uid, _name("session", session)), uid, request)
+        chosen, reason = self.book.would_grant(demand, now)
+        if self._placer is None:
+            return Explained({name: len(workers) for name, workers in chosen.items()}, (), reason)
+        visible = {view.node for view in self.nodes(uid)}
+        return Explained(
+            {name: len(workers) for name, workers in chosen.items()},
+            tuple(verdict for verdict in self._placer.explain(demand, now) if verdict.node in visible), reason)
 
     def give_up(self, uid: int, session: str, request: int, now: float) -> list[Action]:
         """Whoever asked is gone and has no answer: nothing waits for him, and what he was granted is free again."""
@@ -133,6 +162,24 @@ class Cluster:
         if lease is None or (uid != lease.uid and uid not in self.policy.admins):
             raise ServiceError(f"uid {uid} has no lease {lease_id}", hint="`rfaas lease ls` shows those it has")
         return lease
+
+    def _at(self, now: float) -> None:
+        self._now = now
+        if self._placer is not None:
+            self._placer.waiting_cores = self.manager.waiting_cores
+
+    def _debt_s(self, uid: int) -> float:
+        cores = sum(len(view.spare) for view in self.book.nodes)
+        return debt_s(uid, self.book.held.had(self._now), self.policy.weights, cores) if cores else 0.0
+
+    def _window(self, node: str, since: float | None) -> float | None:
+        """Since when the node's window is open: as it was said first, as long as it is the same window."""
+        before = self._since.get(node)
+        if since is None:
+            self._since.pop(node, None)
+        elif before is None or abs(since - before) > WINDOW_SLACK_S + 0.001 * abs(self._now - before):
+            self._since[node] = since
+        return self._since.get(node)
 
     # ---- administrators --------------------------------------------------------------------------
 

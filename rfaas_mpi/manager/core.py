@@ -182,6 +182,12 @@ class Manager:
         """Anything else that the book should know; demands have an answer of their own."""
         return [action for action in self.book.handle(event, now) if not isinstance(action, (Grant, Refuse))]
 
+    def as_demand(self, session: int, uid: int, request: LeaseRequest) -> Demand:
+        """The request as the book has it, if it came now and waited for nothing. ValueError if it makes no sense."""
+        demand = self._demand(_Waiting(session, uid, request, 0.0), waits=False)
+        check_demand(demand)
+        return demand
+
     # ---- inside ----------------------------------------------------------------------------------
 
     def _can_be_met(self, waiting: _Waiting, now: float) -> bool:

@@ -20,14 +20,14 @@ import ssl
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rfaas_mpi.errors import ConfigError, ServiceError
 from rfaas_mpi.manager.callers import Callers
-from rfaas_mpi.manager.cluster import Policy
 from rfaas_mpi.manager.keys import Keys
 from rfaas_mpi.manager.ledger import Ledger
+from rfaas_mpi.manager.policy import Policy, load_policy
 from rfaas_mpi.manager.server import ManagerServer
 from rfaas_mpi.remote import Address
 
@@ -58,6 +58,7 @@ class Options:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     metrics: Address | None = None
+    policy: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ async def _serve(options: Options, keys: Keys, tls: ssl.SSLContext | None, ready
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    policy = Policy(lenders=frozenset((0, me)), admins=frozenset((0, me)))
+    policy = Policy() if options.policy is None else load_policy(options.policy)
+    # Who runs it could change its ledger.
+    policy = replace(policy, lenders=policy.lenders | {0, me}, admins=policy.admins | {0, me})
     callers = Callers(keys=options.keys, munge=options.munge, names=options.names,
                       audit=options.directory / "audit.log")
     for address in options.listen:

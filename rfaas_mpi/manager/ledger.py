@@ -260,6 +260,22 @@ class Ledger:
         names = (by, "workers", "core_s", "memory_byte_s", "cpu_s", "exec_s", "poll_s", "invocations")
         return [dict(zip(names, row, strict=True)) for row in rows]
 
+    def core_s(self, half_life_s: float) -> dict[int, float]:
+        """User → core-seconds that were held, half of them forgotten each half-life; by the hour, which is enough."""
+        now = self._wall()
+        had: dict[int, float] = {}
+        with self._lock:
+            ended = self._db.execute(
+                "SELECT uid, CAST(at / 3600 AS INTEGER) * 3600.0 + 1800.0, sum(held_s * cores) FROM usage "
+                "WHERE at > ? GROUP BY 1, 2", (now - 20 * half_life_s,)).fetchall()
+            live = [(granted_at, _decode_lease(body)) for granted_at, body in self._db.execute(
+                "SELECT granted_at, body FROM leases WHERE ended_at IS NULL")]
+        for uid, at, amount in ended:
+            had[uid] = had.get(uid, 0.0) + amount * 0.5 ** (max(0.0, now - at) / half_life_s)
+        for granted_at, lease in live:
+            had[lease.uid] = had.get(lease.uid, 0.0) + max(0.0, now - granted_at) * len(lease.cores)
+        return had
+
     # --- writing -----------------------------------------------------------------------------------
 
     def write(self, changes: Sequence[Changes], usage: Iterable[Usage] = (),

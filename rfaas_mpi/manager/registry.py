@@ -9,13 +9,14 @@ Killed at any point, the manager has said nothing that the next one doesn't know
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rfaas_mpi.errors import StoreError
 from rfaas_mpi.leases import Changes, Event, LeaseBook, Store
-from rfaas_mpi.leases.nodes import Picker
+from rfaas_mpi.leases.held import Held
+from rfaas_mpi.leases.nodes import Chooser, Picker
 from rfaas_mpi.manager.directory import Registration
 from rfaas_mpi.manager.ledger import Ledger, Usage
 
@@ -60,14 +61,15 @@ class Registry:
     said to anybody, and the next `write` begins with it.
     """
 
-    def __init__(self, ledger: Ledger, pick: Picker, now: float, *, begin_within_s: float = 20.0,
-                 remember_s: float = 3600.0) -> None:
+    def __init__(self, ledger: Ledger, pick: Picker | Chooser, now: float, *, begin_within_s: float = 20.0,
+                 remember_s: float = 3600.0, quota: Callable[[int], int | None] = lambda uid: None,
+                 held: Held | None = None) -> None:
         self.begin_within_s = begin_within_s
         self._ledger = ledger
         self._group = Group()
         self._unwritten: list[Group] = []
         self.book = LeaseBook(pick, epoch=ledger.epoch, activate_within_s=begin_within_s, remember_s=remember_s,
-                              durable=True)
+                              durable=True, quota=quota, held=held)
         with _no_collections():
             kept = ledger.load(remember_s=remember_s)
             try:

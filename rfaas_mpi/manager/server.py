@@ -22,8 +22,9 @@ from aiohttp import web
 
 from rfaas_mpi import api
 from rfaas_mpi.errors import AuthError, ConfigError, RFaaSError, ServiceError, StoreError
-from rfaas_mpi.leases import Lease, LeaseBook, NodeReport, Release
+from rfaas_mpi.leases import Lease, LeaseBook, NodeReport, NodeTraits, Release
 from rfaas_mpi.manager.callers import AgentChannel, Callers
+from rfaas_mpi.leases.held import Held
 from rfaas_mpi.manager.cluster import Cluster, Policy, session_number
 from rfaas_mpi.manager.core import Action, Admit, Granted, Notify, Refused, StopWorkers, Superseded
 from rfaas_mpi.manager.directory import Directory, Registration
@@ -31,8 +32,8 @@ from rfaas_mpi.manager.keys import Keys, check_agent_key, name_of
 from rfaas_mpi.manager.ledger import USAGE_BY, Ledger, Usage
 from rfaas_mpi.manager.metrics import CONTENT_TYPE, Metrics
 from rfaas_mpi.manager.registry import Group, Registry
-from rfaas_mpi.messages import LeaseRequest
-from rfaas_mpi.placement import pick_cores
+from rfaas_mpi.messages import LeaseRequest, RankAt
+from rfaas_mpi.placement import Placer
 from rfaas_mpi.remote import Address, listen, tune
 from rfaas_mpi.types import TcpOptions
 
@@ -80,8 +81,11 @@ class ManagerServer:
         self._clock = clock
         self.callers = callers or Callers()
         self._ledger = ledger
-        self.registry = Registry(ledger, pick_cores, clock())
-        self.cluster = Cluster(self.registry.book, clock(), policy=policy)
+        placer = Placer(policy.placement, policy.settings)
+        held = Held(policy.half_life_s)
+        held.add(ledger.core_s(policy.half_life_s), clock())
+        self.registry = Registry(ledger, placer, clock(), quota=policy.quota, held=held)
+        self.cluster = Cluster(self.registry.book, clock(), policy=policy, placer=placer)
         self.directory = Directory(ledger.agents())
         self.keys = keys or Keys.fresh()
         self.metrics = Metrics(self.cluster)
@@ -363,7 +367,7 @@ class ManagerServer:
         report = NodeReport(
             node=node, spare=body.spare, memory_bytes=body.memory_bytes, numa=body.numa, grace_s=body.grace_s,
             hard_end=None if body.ends_in_s is None else now + body.ends_in_s, incarnation=body.incarnation,
-            clock_ns=body.clock_ns, live=body.live, over=body.over)
+            clock_ns=body.clock_ns, live=body.live, over=body.over, traits=_traits(body.traits, now))
         name = self.cluster.node_name(uid, node)
         known = self.directory.get(name, body.incarnation) is not None
         if not known:
@@ -418,9 +422,7 @@ class ManagerServer:
     async def _ask(self, uid: int, _request: web.Request, body: api.AskLease) -> api.LeaseGrant:
         key = (session_number(uid, body.session), body.request_id)
         repeated = self.book.remembers(*key)
-        actions = self.cluster.ask(uid, body.session, LeaseRequest(
-            body.request_id, body.workers_min, body.workers_max, body.cores_per_worker, body.memory_per_worker,
-            body.timeout_s), self._clock())
+        actions = self.cluster.ask(uid, body.session, _request_of(body), self._clock())
         answer: asyncio.Future[Granted | Refused] = asyncio.get_running_loop().create_future()
         asked = self._asking.setdefault(key, _Asked())
         asked.waiting.append(answer)
@@ -476,6 +478,19 @@ class ManagerServer:
             lease, to, seen_ns=max(1, lease.not_after_ns - int(self.registry.begin_within_s * 1e9)),
             hard_end_ns=hard_end_ns, believed=self.directory.believed(lease.node),
             hard_end_in_s=None if lease.hard_end is None else max(0.0, lease.hard_end - now))
+
+    async def _explain(self, uid: int, _request: web.Request, body: api.AskLease) -> api.Explanation:
+        found = self.cluster.explain(uid, body.session, _request_of(body), self._clock())
+        workers = sum(found.chosen.values())
+        return api.Explanation(
+            policy=self.cluster.policy.placement, granted=workers >= body.workers_min, workers=workers,
+            reason=found.reason, nodes=tuple(api.ExplainedNode(
+                verdict.node, found.chosen.get(verdict.node, 0), verdict.workers, verdict.refused,
+                None if verdict.terms is None else api.Terms(
+                    total_s=verdict.terms.total_s, queueing_s=verdict.terms.queueing_s,
+                    transfer_s=verdict.terms.transfer_s, slowdown_s=verdict.terms.slowdown_s,
+                    eviction_s=verdict.terms.eviction_s, fairness_s=verdict.terms.fairness_s))
+                for verdict in found.nodes))
 
     async def _leases(self, uid: int, _request: web.Request) -> api.Leases:
         return api.Leases(tuple(map(self._view, self.cluster.leases(uid))))
@@ -540,9 +555,11 @@ class ManagerServer:
         return api.UsageSums(by, tuple(await asyncio.to_thread(
             self._ledger.usage, by=by, uid=None if everybody else uid)))
 
-    async def _policy(self, _uid: int, _request: web.Request) -> api.PolicyView:
+    async def _policy(self, uid: int, _request: web.Request) -> api.PolicyView:
         policy = self.cluster.policy
-        return api.PolicyView(tuple(sorted(policy.lenders)), tuple(sorted(policy.admins)))
+        return api.PolicyView(
+            tuple(sorted(policy.lenders)), tuple(sorted(policy.admins)), placement=policy.placement,
+            cores_max=policy.quota(uid), half_life_s=policy.half_life_s, weight=policy.weights.get(uid, 1.0))
 
     async def _events(self, uid: int, request: web.Request) -> api.Events:
         text = request.query.get("after", "0")
@@ -552,6 +569,22 @@ class ManagerServer:
         own = tuple(event for owner, event in self._told
                     if event.number > after and (owner == uid or uid in self.cluster.policy.admins))
         return api.Events(self._next_event - len(self._told), own)
+
+
+def _request_of(body: api.AskLease) -> LeaseRequest:
+    place = None if body.place is None else RankAt(
+        body.place.node, body.place.numa, body.place.switches, body.place.ranks)
+    return LeaseRequest(
+        body.request_id, body.workers_min, body.workers_max, body.cores_per_worker, body.memory_per_worker,
+        body.timeout_s, body.duration_s, body.least_s, place, body.bytes_per_s)
+
+
+def _traits(body: api.Traits, now: float) -> NodeTraits:
+    return NodeTraits(
+        since=None if body.window_age_s is None else now - body.window_age_s, classes=body.classes,
+        physical=body.physical, busy=body.busy, cpu_type=body.cpu_type, partition=body.partition,
+        switches=body.switches, nic_numa=body.nic_numa, network_load=body.network_load,
+        memory_pressure=body.memory_pressure, speed=body.speed)
 
 
 def _order(action: StopWorkers) -> api.StopOrder:

@@ -30,6 +30,7 @@ from rfaas_mpi.agent import core as agent_core
 from rfaas_mpi.agent import cores as node_cores
 from rfaas_mpi.agent import tenure
 from rfaas_mpi.agent.detector import Detector, Policy
+from rfaas_mpi.agent.detector import Report as Found
 from rfaas_mpi.agent.door import Guest
 from rfaas_mpi.agent.kernel_files import ranges
 from rfaas_mpi.agent.link import LinkLost, ManagerLink, News, ReportDue
@@ -39,6 +40,7 @@ from rfaas_mpi.agent.priority import NO_PRIORITY, Lowering, Means, remove_stale_
 from rfaas_mpi.agent.server import REASONS, AgentServer, Offer, SessionHandle
 from rfaas_mpi.agent.spawner import Spawner, leave_root, service_identity
 from rfaas_mpi.agent.tenure import Tenures
+from rfaas_mpi.agent.traits import traits_of
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import ConfigError, LeaseDenied, ServiceError
 from rfaas_mpi.leases import Cause
@@ -113,6 +115,7 @@ class Agent(AgentServer):
         self.device = settings.device
         self.tenures = Tenures()
         self.lendable = Lendable()
+        self._found: Found | None = None
         self.superseded = False
         self._agent_key = AgentKey()
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -236,7 +239,7 @@ class Agent(AgentServer):
                                   f"may use ({ranges(self._facts.cpuset)})", hint="correct --cores")
             seen = Lendable(explicit.cores, self._memory(), explicit.numa, explicit.kept)
         else:
-            report = self._watch.step(now)
+            report = self._found = self._watch.step(now)
             seen = Lendable(report.spare, min(report.memory_bytes, self._memory()),
                             {core.cpu: core.numa for core in report.cores if core.spare},
                             {core.cpu: core.why for core in report.cores if not core.spare})
@@ -305,7 +308,8 @@ class Agent(AgentServer):
             incarnation=self._admission.incarnation, clock_ns=clock_ns,
             spare=() if leaving else self.lendable.cores, memory_bytes=0 if leaving else self.lendable.memory_bytes,
             live=self.tenures.live, over=self._admission.over(clock_ns, self.tenures),
-            numa={} if leaving else self.lendable.numa, grace_s=self.options.grace_s))
+            numa={} if leaving else self.lendable.numa, grace_s=self.options.grace_s,
+            traits=api.Traits() if self._found is None else traits_of(self._found, time.monotonic())))
 
     # ---- what is to be done ----------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ from rfaas_mpi.agent.detector import Core, CoreClass, Report
 from rfaas_mpi.agent.traits import traits_of
 
 
-def core(cpu: int, which: CoreClass = CoreClass.FREE, *, physical: int | None = None, since: float | None = None) -> Core:
+def core(cpu: int, which: CoreClass = CoreClass.FREE, *, physical: int | None = None,
+         since: float | None = None) -> Core:
     return Core(cpu, cpu if physical is None else physical, 0, which, since is not None, since=since)
 
 

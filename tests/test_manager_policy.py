@@ -127,7 +127,8 @@ def test_explaining_a_demand_grants_nothing_and_tells_of_every_node():
 def test_explaining_shows_nobody_another_users_nodes():
     site = Site()
     site.report("a")
-    site.cluster.report(1001, NodeReport(node="x", spare=(0,), memory_bytes=GIB, incarnation=1, clock_ns=1, live=()), 0.0)
+    own = NodeReport(node="x", spare=(0,), memory_bytes=GIB, incarnation=1, clock_ns=1, live=())
+    site.cluster.report(1001, own, 0.0)
     assert [one.node for one in site.cluster.explain(1000, "s", LeaseRequest(1, 1, 1, 1), 0.0).nodes] == ["a"]
     assert [one.node for one in site.cluster.explain(1001, "s", LeaseRequest(1, 1, 1, 1), 0.0).nodes] == ["a", "x/1001"]
 

@@ -120,7 +120,8 @@ class _Reader:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
                 raise ConfigError(f"{self._path} sets {where}{name!r}, and there is no such key",
-                                  hint=f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(known))}")
+                                  hint=f"did you mean {near[0]!r}?" if near
+                                  else f"there are: {', '.join(sorted(known))}")
 
     def _table(self, name: str, found: dict[str, Any], known: set[str]) -> dict[str, Any]:
         table = found.get(name, {})

@@ -17,6 +17,7 @@ from rfaas_mpi.placement.policies import POLICIES, Policy, explain, fill, place
 from rfaas_mpi.placement.score import Settings
 from rfaas_mpi.placement.survival import Learned, LogNormals, Survival, Window
 
-__all__ = ["POLICIES", "Asked", "AskedFrom", "ClusterView", "Cohorts", "Learned", "LogNormals", "Needs", "NodeFacts", "Placed",
+__all__ = ["POLICIES", "Asked", "AskedFrom", "ClusterView", "Cohorts", "Learned", "LogNormals", "Needs", "NodeFacts",
+           "Placed",
            "Placement", "Placer", "Policy", "RankPlace", "Refusal", "Settings", "Survival", "Terms", "Verdict",
            "Window", "explain", "fill", "pick_cores", "place"]

@@ -149,8 +149,8 @@ def two_choices(search: Search) -> Iterator[Room]:
 def least_cost(search: Search) -> Iterator[Room]:
     """Each worker where it costs least, given those before it; the default.
 
-    Beyond `exact_to` nodes that may have room that is the least of `sample` rooms (those of the ranks' own nodes and leaf
-    switches first, the others by chance) as long as they have one left, then of all. Above `workers_min` it ends where
+    Beyond `exact_to` nodes that may have room that is the least of `sample` rooms (those of the ranks' own nodes and
+    leaf switches first, the others by chance) as long as they have one left, then of all. Above `workers_min` it ends where
     a worker would lose more time than it has.
     """
     needs, scorer = search.needs, search.scorer

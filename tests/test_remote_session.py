@@ -1020,7 +1020,7 @@ def test_an_idle_worker_whose_connection_ended_is_replaced_before_the_next_call(
         assert executor.submit(faults.plus_one, 1).result(GUARD_S) == 2
 
 
-def test_who_joined_a_lease_dials_again_and_ends_nobody_s_worker(over_tcp, real_workers):
+def test_who_joined_a_lease_dials_again_and_ends_nobody_s_worker(over_tcp, real_workers, wait_until):
     with Executor(workers=1, service=over_tcp.service, key_file=over_tcp.key_file, fallback=False) as owner:
         pid = owner.submit(os.getpid).result()
         before = links(over_tcp)

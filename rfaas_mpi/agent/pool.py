@@ -446,10 +446,10 @@ class WorkerHandle:
         if self.gone():
             return True
         try:
-            stat = Path(f"/proc/{self.pid}/stat").read_text()
+            stat = Path(f"/proc/{self.pid}/stat").read_bytes()       # its name is its own to choose, as any bytes
         except (FileNotFoundError, ProcessLookupError):
             return True
-        return bool(int(stat.rpartition(")")[2].split()[6]) & _PF_EXITING)
+        return bool(int(stat.rpartition(b")")[2].split()[6]) & _PF_EXITING)
 
     def read_output(self, most: int = 1 << 18) -> tuple[bytes, bool]:
         """What it printed, and whether that was all of it for ever."""

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from rfaas_mpi.agent import spawner as module
 from rfaas_mpi.agent.groups import Group, Roots, maker, remove_stale
+from rfaas_mpi.agent.memory import held_bytes
 from rfaas_mpi.agent.spawner import (
     ANSWER,
     Answer,
@@ -218,11 +219,11 @@ def test_others_processes_are_out_of_reach_whatever_pidfd_is_shown(spawner, star
     try:
         for fd in (own, its, bobs.pidfd):
             with pytest.raises(PermissionError):
-                spawner.signal(alices.number, fd, wait=True)
+                spawner.signal(alices.number, fd, signal.SIGSTOP, wait=True)
             with pytest.raises(PermissionError):
                 spawner.bind(alices.number, fd, [cpu])
         with pytest.raises(OSError, match="no pidfd"):
-            spawner.signal(alices.number, null, wait=True)
+            spawner.signal(alices.number, null, signal.SIGSTOP, wait=True)
         with pytest.raises(ProcessLookupError):
             spawner.signal(99, own, wait=True)
         with pytest.raises(PermissionError):
@@ -233,6 +234,56 @@ def test_others_processes_are_out_of_reach_whatever_pidfd_is_shown(spawner, star
         stranger.wait()
         for fd in (own, its, null):
             os.close(fd)
+
+
+def test_a_zygote_that_passes_another_process_off_as_its_own_is_ended_in_its_place(spawner, start):
+    liar, other = (start(ALICE, "/bin/sh", "-c", "echo; exec sleep 600") for _ in range(2))
+    assert liar.line() == other.line() == ""
+    own = pidfd(os.getpid())
+    try:
+        with pytest.raises(PermissionError):
+            spawner.signal(liar.number, own, wait=True)
+        assert liar.ended() and not gone(other.pid)
+    finally:
+        os.close(own)
+
+
+NAMED = ("import ctypes, time; ctypes.CDLL(None).prctl(15, ctypes.c_char_p({name!r}), 0, 0, 0); "
+         "print('on', flush=True); time.sleep(600)")
+
+
+@pytest.mark.parametrize("name", [b"gr\xc3", b"\xff\xfe", b"a\nUid:\t0", b"\x1cPPid:\t1"])
+def test_a_process_of_any_name_is_bound_and_killed(spawner, start, interpreter, name):
+    started = start(ALICE, interpreter, "-I", "-c", NAMED.format(name=name))
+    assert started.line() == "on"
+    cpu = min(os.sched_getaffinity(0))
+    spawner.bind(started.number, started.pidfd, [cpu])
+    assert os.sched_getaffinity(started.pid) == {cpu}
+    spawner.clear(started.number, started.pidfd, [], [cpu])
+    spawner.signal(started.number, started.pidfd, wait=True)
+    assert started.ended()
+
+
+def test_the_memory_of_a_process_of_any_name_is_known(start, interpreter):
+    started = start(ALICE, interpreter, "-I", "-c", NAMED.format(name=b"\x1cVmSwap:"))
+    assert started.line() == "on"
+    assert held_bytes(started.pid) > 0
+
+
+def test_a_process_with_more_ancestors_than_are_looked_at_is_nobodys(spawner, start, interpreter):
+    code = ("import os, sys, time\n"
+            f"for _ in range({module.ANCESTORS_MAX} + 2):\n"
+            "    if os.fork():\n"
+            "        time.sleep(600)\n"
+            "print(os.getpid(), flush=True)\n"
+            "time.sleep(600)\n")
+    started = start(ALICE, interpreter, "-I", "-S", "-c", code)
+    last = pidfd(int(started.line()))
+    try:
+        with pytest.raises(PermissionError, match="ancestors"):
+            spawner.signal(started.number, last, signal.SIGSTOP, wait=True)
+    finally:
+        os.close(last)
 
 
 # --- bytes that are no request ------------------------------------------------------------------------

@@ -105,9 +105,10 @@ def read_topology(root: Path = Path("/"), cpus: Iterable[int] | None = None) -> 
 
 def pid_of(pidfd: int) -> int:
     """The process that a pidfd is for. ValueError for another descriptor, ProcessLookupError if it was reaped."""
-    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "Pid":
+    # Of other descriptors it may have names of files, in any bytes.
+    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_bytes().split(b"\n"):
+        name, _, value = line.partition(b":")
+        if name == b"Pid":
             if int(value) <= 0:
                 raise ProcessLookupError(errno.ESRCH, "the process is gone")
             return int(value)

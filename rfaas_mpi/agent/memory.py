@@ -244,5 +244,6 @@ def _tree(pid: int) -> Iterable[int]:
 
 
 def _own_bytes(pid: int) -> int:
-    return sum(int(line.split()[1]) << 10 for line in read_text(Path(f"/proc/{pid}/status")).splitlines()
+    # The process' own name is in there, with any character that ends a line for splitlines().
+    return sum(int(line.split()[1]) << 10 for line in read_text(Path(f"/proc/{pid}/status")).split("\n")
                if line.startswith(("RssAnon:", "VmSwap:")))

@@ -53,6 +53,7 @@ log = logging.getLogger("rfaas_mpi.spawner")
 UID_MIN = 1000                       # users begin here
 CPUS_MAX = 1024
 FDS_MAX = 8                          # more than any request has: the rest is seen and refused
+ANCESTORS_MAX = 1000                 # of a process, up to its zygote: none of ours needs more than a few
 ANSWER_S = 10.0                      # a spawner that is silent for so long is given up
 REMOVE_RETRY_S = 0.002
 REMOVE_WAIT_S = 0.02
@@ -394,18 +395,29 @@ class _Server:
     def _own(self, zygote: _Zygote, pidfd: int) -> int:
         """The pid of a process that descends from us and is that zygote's user's. PermissionError for any other."""
         pid = pid_of(pidfd)
-        uids, parent = _uids_and_parent(pid)
-        if uids != {zygote.uid}:
-            raise PermissionError(errno.EPERM, f"pid {pid} is not a process of uid {zygote.uid}")
-        for _ in range(1000):
-            if parent == self.pid:
-                break
-            if parent <= 1:
-                raise PermissionError(errno.EPERM, f"pid {pid} was not started here")
-            _, parent = _uids_and_parent(parent)
+        why_not = self._why_foreign(zygote, pid)
+        # Once it is gone its number may be another one's, which was what we looked at.
         if pid_of(pidfd) != pid:
             raise ProcessLookupError(errno.ESRCH, "the process is gone")
+        if why_not:
+            raise PermissionError(errno.EPERM, why_not)
         return pid
+
+    def _why_foreign(self, zygote: _Zygote, pid: int) -> str:
+        """Why the process is none that the zygote could have started, or ""."""
+        try:
+            uids, parent = _uids_and_parent(pid)
+            if uids != {zygote.uid}:
+                return f"pid {pid} is not a process of uid {zygote.uid}"
+            for _ in range(ANCESTORS_MAX):
+                if parent == self.pid:
+                    return ""
+                if parent <= 1:
+                    return f"pid {pid} was not started here"
+                _, parent = _uids_and_parent(parent)
+        except ProcessLookupError:
+            return f"who started pid {pid} ended meanwhile"
+        return f"pid {pid} has more than {ANCESTORS_MAX} ancestors"
 
     def _start(self, request: Request, fds: list[int]) -> int:
         if request.zygote in self.zygotes or not request.zygote:
@@ -434,7 +446,16 @@ class _Server:
             # Our own child: its number is its own until we reap it.
             os.kill(zygote.pid, request.argument)
             return
-        self._own(zygote, fds[0])
+        try:
+            self._own(zygote, fds[0])
+        except ProcessLookupError:
+            raise
+        except (OSError, ValueError):
+            if request.argument == signal.SIGKILL:
+                # It passed off as its own what isn't. What it did start ends with it, whatever that is.
+                log.error("zygote=%d uid=%d is ended: what is to be killed is not its own", zygote.number, zygote.uid)
+                os.kill(zygote.pid, signal.SIGKILL)
+            raise
         signal.pidfd_send_signal(fds[0], request.argument)
 
     def _make_group(self, request: Request) -> None:
@@ -552,11 +573,12 @@ def _mask(cpus: Iterable[int]) -> bytes:
 
 def _uids_and_parent(pid: int) -> tuple[set[int], int]:
     try:
-        text = Path(f"/proc/{pid}/status").read_text()
+        # Bytes, since a process may give itself any name; the kernel escapes only the ends of lines in it.
+        status = Path(f"/proc/{pid}/status").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(errno.ESRCH, f"pid {pid} is gone") from None
-    facts = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    return {int(word) for word in facts["Uid"].split()}, int(facts["PPid"])
+    facts = dict(line.split(b":", 1) for line in status.split(b"\n") if b":" in line)
+    return {int(word) for word in facts[b"Uid"].split()}, int(facts[b"PPid"])
 
 
 def _children(pid: int) -> list[int]:

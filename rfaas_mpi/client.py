@@ -27,12 +27,14 @@ from rfaas_mpi import api, identity, remote
 from rfaas_mpi.config import Settings, core_list, site_users, user_id
 from rfaas_mpi.errors import AuthError, ClosedError, ConfigError, LeaseDenied, RFaaSError, ServiceError, ServiceLost
 
-__all__ = ["ManagerAddress", "ManagerClient", "ManagerRefused", "check_owner", "here", "prover_of", "read_challenge",
-           "refusal", "target", "tls_of"]
+__all__ = ["NO_ANSWER", "ManagerAddress", "ManagerClient", "ManagerRefused", "check_owner", "here", "prover_of",
+           "read_challenge", "refusal", "target", "tls_of"]
 
 WAIT_S = 60.0                    # for an answer; a demand may wait longer at the manager, and says so
 ANSWER_BYTES_MAX = 1 << 28       # all leases of a large cluster, for an administrator
 UNIX_HOST = "manager"            # HTTP wants a host's name; a socket has none
+# What decoding raises for some bytes or other: not only errors of msgspec's own.
+NO_ANSWER = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 _ROUTES = {route.name: route for route in api.ROUTES}
 _DECODERS = {route.name: msgspec.json.Decoder(route.answer) for route in api.ROUTES}
@@ -138,7 +140,7 @@ class ManagerClient:
             raise refusal(name, status, answer)
         try:
             return _DECODERS[name].decode(answer)
-        except msgspec.MsgspecError as error:
+        except NO_ANSWER as error:
             raise ServiceError(f"the manager at {self.address} answers what this version doesn't understand: {error}",
                                hint="run the same version everywhere") from None
 
@@ -265,7 +267,7 @@ def read_challenge(address: ManagerAddress, status: int, answer: bytes) -> bytes
     try:
         if status == 200:
             return _CHALLENGE.decode(answer).challenge
-    except msgspec.MsgspecError:
+    except NO_ANSWER:
         # Said below.
         status = 200
     raise ServiceError(f"what answers at {address} gives no challenge (HTTP status {status})",
@@ -289,7 +291,7 @@ def refusal(name: str, status: int, answer: bytes) -> RFaaSError:
     """The error that an answer other than 200 stands for, with the manager's text and way out."""
     try:
         problem = _PROBLEM.decode(answer)
-    except msgspec.MsgspecError:
+    except NO_ANSWER:
         problem = api.Problem(f"the manager answered {name} with HTTP status {status}")
     if status in (401, 403):
         return AuthError(problem.error, hint=problem.hint)

@@ -191,6 +191,40 @@ def test_without_a_manager_the_line_goes_on_trying_and_says_so_once(line_of, tmp
         assert "manager.sock" in lost.reason
 
 
+@pytest.mark.parametrize("answer", [b'{"node":"\xff"}', b'{"x":' + b"[" * 9000])
+def test_an_answer_that_can_t_be_read_breaks_the_line_and_no_more(line_of, tmp_path, answer):
+    path = tmp_path / "manager.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        agent = line_of(f"unix:{path}")
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(answer) + answer)
+            agent.hears(LinkLost)
+    path.unlink()
+    with ManagerProcess(tmp_path):
+        agent.hears(api.Admitted)
+        agent.link.close()
+
+
+def test_what_nobody_expected_is_logged_with_its_place_and_the_line_goes_on(line_of, manager, monkeypatch, caplog):
+    calls = iter([KeyError("a fault of ours")])
+    open_again = link_module._Connection.open
+
+    async def faulty(self: link_module._Connection, node: str) -> None:
+        for error in calls:
+            raise error
+        await open_again(self, node)
+
+    monkeypatch.setattr(link_module._Connection, "open", faulty)
+    agent = line_of(manager.unix)
+    assert "a fault of ours" in agent.hears(LinkLost).reason
+    agent.hears(api.Admitted)
+    assert "in faulty" in caplog.text
+
+
 def test_a_heartbeat_is_asked_for_when_nothing_changes(line_of, manager, monkeypatch):
     monkeypatch.setattr(link_module, "HEARTBEAT_S", 0.05)
     agent = line_of(manager.unix)

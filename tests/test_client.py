@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from managed import GUARD_S, ME, Managed
 
 from rfaas_mpi import api
-from rfaas_mpi.client import ManagerAddress, ManagerClient, ManagerRefused, target
+from rfaas_mpi.client import ManagerAddress, ManagerClient, ManagerRefused, read_challenge, target
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import (
     AuthError,
@@ -140,12 +140,23 @@ def speaking(path: Path, said: bytes) -> threading.Thread:
     (b"HTTP/1.1 200 OK\r\n\r\n{}", ServiceError, "says not how long"),
     (b"HTTP/1.1 200 OK\r\nContent-Length: 999999999999\r\n\r\n{}", ServiceError, "999999999999 bytes"),
     (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", ServiceError, "doesn't understand.*same version"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 24\r\n\r\n" + b'{"nodes":[{"node":"\xff"}]}', ServiceError,
+     "doesn't understand"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n" + b'{"x":' + b"[" * 8995, ServiceError,
+     "doesn't understand"),
+    (b"HTTP/1.1 409 Conflict\r\nContent-Length: 13\r\n\r\n" + b'{"error":"\xff"}', ManagerRefused, "HTTP status 409"),
     (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 2\r\n\r\nno", ManagerRefused, "HTTP status 502")])
 def test_what_is_no_manager_s_answer_is_an_error_and_no_hang(tmp_path, said, error, text):
     thread = speaking(tmp_path / "s", said)
     with ManagerClient(Settings(manager=f"unix:{tmp_path}/s")) as call, pytest.raises(error, match=text):
         call.call("nodes", wait_s=GUARD_S)
     thread.join(GUARD_S)
+
+
+@pytest.mark.parametrize("answer", [b"", b'{"challenge":"AAAA","means":["\xff"]}', b'{"x":' + b"[" * 9000])
+def test_what_is_no_challenge_is_a_service_error(answer):
+    with pytest.raises(ServiceError, match="gives no challenge"):
+        read_challenge(ManagerAddress.parse("http://m:1"), 200, answer)
 
 
 def test_a_manager_that_never_answers_is_given_up(tmp_path):

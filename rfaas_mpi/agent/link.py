@@ -27,7 +27,7 @@ import aiohttp
 import msgspec
 
 from rfaas_mpi import api, identity
-from rfaas_mpi.client import ManagerAddress, check_owner, prover_of, read_challenge, refusal, tls_of
+from rfaas_mpi.client import NO_ANSWER, ManagerAddress, check_owner, prover_of, read_challenge, refusal, tls_of
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import ConfigError, RFaaSError, ServiceLost
 
@@ -287,6 +287,7 @@ class ManagerLink:
         self._closed = False
         self._news = asyncio.Event()                 # of the loop
         self._attempt = 0
+        self._reached = True                         # or nobody was told yet that it isn't
         self._thread = threading.Thread(target=self._run, name="rfaas-manager-link", daemon=True)
 
     # ---- any thread ----
@@ -351,30 +352,42 @@ class ManagerLink:
                 self._loop = self._task = None
 
     async def _keep(self) -> None:
-        reached = True
         while True:
-            connection = None
             try:
-                connection = _Connection(self._settings, self._address)
-                admitted = await connection.register(self._start)
-                await connection.open(self._start.node)
-                reached = True
-                await self._serve(connection, admitted)
+                await self._live_once()
                 return
             except _Again:
                 log.info("node=%s the manager wants the agent to register again", self._start.node)
-            except (RFaaSError, msgspec.MsgspecError, aiohttp.ClientError, OSError, TimeoutError) as error:
-                if reached:
-                    log.warning("node=%s the line to the manager is broken: %s", self._start.node, error)
-                    self._tell(LinkLost(str(error) or type(error).__name__))
-                reached = False
-            finally:
-                with self._lock:
-                    self._outbox.lost()
-                if connection is not None:
-                    await connection.close()
+            except (RFaaSError, *NO_ANSWER, aiohttp.ClientError, OSError, TimeoutError) as error:
+                self._lost(error)
+            except Exception as error:
+                # Without its line the agent would lend nothing any more, and nobody would hear why.
+                self._lost(error, unexpected=True)
             await asyncio.sleep(retry_s(self._attempt, random.random()))
             self._attempt += 1
+
+    def _lost(self, error: Exception, *, unexpected: bool = False) -> None:
+        if not self._reached:
+            return
+        self._reached = False
+        log.log(logging.ERROR if unexpected else logging.WARNING, "node=%s the line to the manager is broken: %s",
+                self._start.node, error, exc_info=error if unexpected else None)
+        self._tell(LinkLost(str(error) or type(error).__name__))
+
+    async def _live_once(self) -> None:
+        """Until another agent took the node over; raises what broke the line."""
+        connection = None
+        try:
+            connection = _Connection(self._settings, self._address)
+            admitted = await connection.register(self._start)
+            await connection.open(self._start.node)
+            self._reached = True
+            await self._serve(connection, admitted)
+        finally:
+            with self._lock:
+                self._outbox.lost()
+            if connection is not None:
+                await connection.close()
 
     async def _serve(self, connection: _Connection, admitted: api.Admitted) -> None:
         """Until another agent took the node over; raises what broke the line."""

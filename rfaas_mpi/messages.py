@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import struct
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import msgspec
 
@@ -518,39 +518,56 @@ class ForkWorker(msgspec.Struct, frozen=True, tag_field="t", tag="fork"):
     memory_bytes: int
 
 
-class ZygoteReady(msgspec.Struct, frozen=True, tag_field="t", tag="zygote_ready"):
-    """`sandbox` is the level that its workers get (agent/sandbox.py), for people to see."""
+# A zygote is its user's, who may have it say anything: what is out of bounds is not decoded.
+_Pid = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+_WorkerNumber = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+_Word = Annotated[str, msgspec.Meta(max_length=1024)]
+_Words = Annotated[list[_Word], msgspec.Meta(max_length=16)]
 
-    pid: int
-    sandbox: dict[str, Any]
+
+class SandboxLevel(TypedDict):
+    """What agent/sandbox.py reaches, for people to see."""
+
+    policy: _Word
+    seccomp: bool
+    landlock: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
+    keeps: _Words
+    lacks: _Words
+
+
+class ZygoteReady(msgspec.Struct, frozen=True, tag_field="t", tag="zygote_ready"):
+    """`sandbox` is the level that its workers get."""
+
+    pid: _Pid
+    sandbox: SandboxLevel
 
 
 class SpareForked(msgspec.Struct, frozen=True, tag_field="t", tag="spare"):
     """A process that will be some worker. Descriptor: a pidfd of it."""
 
-    pid: int
+    pid: _Pid
 
 
 class WorkerForked(msgspec.Struct, frozen=True, tag_field="t", tag="forked"):
     """Descriptor: a pidfd of the worker."""
 
-    worker: int
-    pid: int
+    worker: _WorkerNumber
+    pid: _Pid
 
 
 class WorkerExited(msgspec.Struct, frozen=True, tag_field="t", tag="exited"):
-    worker: int
-    pid: int
-    signal: int
-    exit_code: int
-    cpu_s: float
-    max_rss_bytes: int
+    worker: _WorkerNumber
+    pid: _Pid
+    signal: Annotated[int, msgspec.Meta(ge=0, le=127)]
+    exit_code: Annotated[int, msgspec.Meta(ge=0, le=255)]
+    cpu_s: Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
+    max_rss_bytes: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
 class ZygoteProblem(msgspec.Struct, frozen=True, tag_field="t", tag="problem"):
     """A worker that could not be forked (worker > 0), or a zygote that can't fork at all (0)."""
 
-    worker: int
+    worker: _WorkerNumber
     message: str
 
 

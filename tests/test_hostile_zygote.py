@@ -2,13 +2,127 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
+import selectors
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 
-from rfaas_mpi.agent.pool import WorkerHandle
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rfaas_mpi import messages as msg
+from rfaas_mpi.agent.core import AgentCore, Meter
+from rfaas_mpi.agent.pool import WorkerHandle, ZygoteKind
+from rfaas_mpi.agent.workers import Workers
 
 NAMED = r"import ctypes; ctypes.CDLL(None).prctl(15, ctypes.c_char_p(b'gr\xc3) 1'), 0, 0, 0, 0); print(); input()"
+
+# A program in the zygote's place, which gives its end of the channel to the test and lives on.
+PUPPET = """
+import re, signal, socket, sys
+channel = socket.socket(fileno=int(re.search(r"main\\((\\d+)", sys.argv[-1])[1]))
+socket.send_fds(channel, [b"mine"], [channel.fileno()])
+channel.close()
+signal.pause()
+"""
+
+
+class Owner:
+    """For whom the workers are."""
+
+    def __init__(self, kind: ZygoteKind) -> None:
+        self.kind = kind
+        self.metered: list[Meter] = []
+        self.stopped: list[int] = []
+        self.failed: list[str] = []
+        self.refuse: Exception | None = None
+
+    def kind_for(self, lease: int) -> ZygoteKind:
+        return self.kind
+
+    def tell(self, session: int, event: object) -> None:
+        msgspec.json.encode(event)
+
+    def show(self, session: int, event: object) -> None:
+        msgspec.json.encode(event)
+
+    def used(self, meter: Meter, pid: int) -> None:
+        self.metered.append(meter)
+        if self.refuse is not None:
+            raise self.refuse
+
+    def cores_freed(self, lease: int, seat: int, cores: tuple[int, ...]) -> None:
+        msgspec.json.encode((lease, seat, cores))
+
+    def seat_stopped(self, lease: int, seat: int, last: bool) -> None:
+        self.stopped.append(lease)
+
+    def lease_failed(self, lease: int, why: str) -> None:
+        assert why
+        self.failed.append(why)
+
+    def spawner_lost(self, why: str) -> None:
+        raise AssertionError(why)
+
+
+class Node:
+    """An agent's workers, one of which is ordered, and the channel's other end in place of its zygote's."""
+
+    def __init__(self, program: str = PUPPET) -> None:
+        self.owner = Owner(ZygoteKind(os.fsencode(sys.executable), ("-I", "-S", "-c", program), (), b"/", ()))
+        self.selector = selectors.DefaultSelector()
+        self.core = AgentCore()
+        self.workers = Workers(self.selector, self.core, self.owner, zygote_idle_s=3600.0)
+        self.workers.act(self.core.start(1, 1, {0: (0,)}, 0, time.monotonic())[1])
+        [self.zygote] = self.workers.zygotes.values()
+        select.select([self.zygote.channel], [], [], 30)
+        _, fds, _, _ = socket.recv_fds(self.zygote.channel, 16, 1)
+        self.channel = socket.socket(fileno=fds[0])
+
+    def say(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+        """As the zygote; what was said when the agent had hung up already is lost."""
+        with contextlib.suppress(BrokenPipeError):
+            socket.send_fds(self.channel, [data], fds)
+        self.turn()
+
+    def turn(self, wait_s: float = 0.0) -> None:
+        """One turn of the agent's loop."""
+        for key, _ in self.selector.select(wait_s):
+            if self.selector.get_map().get(key.fd) == key:
+                key.data(0)
+        self.workers.check(time.monotonic())
+
+    def until(self, what: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not what():
+            assert time.monotonic() < deadline
+            self.turn(0.01)
+
+    def zygote_runs(self) -> bool:
+        try:
+            with open(f"/proc/{self.zygote.pid}/stat", "rb") as file:
+                return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+        except FileNotFoundError:
+            return False
+
+    def close(self) -> None:
+        self.channel.close()
+        self.zygote.process.kill()
+        self.workers.close()
+        self.selector.close()
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    with contextlib.closing(Node()) as node:
+        yield node
 
 
 def test_a_worker_may_have_any_name():
@@ -22,3 +136,67 @@ def test_a_worker_may_have_any_name():
             assert handle.ending()
         finally:
             os.close(handle.pidfd)
+
+
+LEVEL = {"policy": "basic", "seccomp": True, "landlock": 1, "keeps": [], "lacks": []}
+
+
+@pytest.mark.parametrize("said", [
+    {"t": "exited", "worker": 1, "pid": 5, "signal": 0, "exit_code": 0, "cpu_s": -1.0, "max_rss_bytes": 0},
+    {"t": "exited", "worker": 1, "pid": 5, "signal": 0, "exit_code": 0, "cpu_s": 1e300, "max_rss_bytes": 0},
+    {"t": "exited", "worker": 1, "pid": 5, "signal": -9, "exit_code": 0, "cpu_s": 0.0, "max_rss_bytes": 0},
+    {"t": "zygote_ready", "pid": 5, "sandbox": {}},
+    {"t": "zygote_ready", "pid": 5, "sandbox": {**LEVEL, "lacks": 7}},
+], ids=str)
+def test_what_makes_no_sense_ends_the_zygote_alone(node, said):
+    node.say(msgspec.json.encode(said))
+    node.until(lambda: not node.zygote_runs())
+    assert node.owner.metered == []
+
+
+def test_a_problem_without_a_word_is_one(node):
+    node.say(msg.pack_plain(msg.ZygoteProblem(1, "")))
+    assert node.owner.failed
+
+
+def test_a_zygote_that_is_ready_and_gone_ends_its_workers(node):
+    socket.send_fds(node.channel, [msg.pack_plain(msg.ZygoteReady(5, LEVEL))], [])
+    node.channel.close()
+    node.until(lambda: bool(node.owner.metered))
+
+
+def test_a_lease_ends_though_what_it_used_can_t_be_noted(node):
+    node.owner.refuse = ValueError("no such line")
+    node.workers.act(node.core.stop(1, [0], "revoked", 0.0, time.monotonic()))
+    node.zygote.process.kill()
+    node.channel.close()
+    node.until(lambda: node.owner.stopped == [1])
+    assert node.owner.metered
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+                    | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3)
+                    | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6)
+NUMBER = st.sampled_from((0, 1, 2)) | st.integers()
+FIELDS = {"worker": NUMBER, "pid": NUMBER, "signal": NUMBER, "exit_code": NUMBER, "max_rss_bytes": NUMBER,
+          "cpu_s": st.floats(allow_nan=False, allow_infinity=False), "message": st.text(max_size=8),
+          "sandbox": st.just(LEVEL) | JSON}
+MESSAGE = st.fixed_dictionaries(
+    {"t": st.sampled_from(("zygote_ready", "spare", "forked", "exited", "problem")), **FIELDS}).map(msgspec.json.encode)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(MESSAGE | st.binary(min_size=1, max_size=64) | JSON.map(msgspec.json.encode),
+                          st.sampled_from(("", "null", "zygote"))), min_size=1, max_size=6))
+def test_whatever_it_says_whenever_it_says_it_the_agent_goes_on(said):
+    with contextlib.closing(Node()) as node, open("/dev/null", "rb") as null:
+        pidfd = os.pidfd_open(node.zygote.pid)
+        try:
+            for data, what in said:
+                node.say(data, {"": (), "null": (null.fileno(),), "zygote": (pidfd,)}[what])
+            node.workers.act(node.core.stop(1, [0], "revoked", 0.0, time.monotonic()))
+            node.channel.close()
+            node.zygote.process.kill()
+            node.until(lambda: node.owner.stopped != [])
+        finally:
+            os.close(pidfd)

@@ -535,7 +535,7 @@ class Agent(AgentServer):
             return min(ns / 1e9, meter.held_s)
         self._link.used([api.UsedLine(
             number=number, lease=meter.lease, cores=meter.cores, memory_bytes=self._memory_of.get(meter.lease, 0),
-            held_s=meter.held_s, cpu_s=meter.cpu_s, exec_s=seconds(meter.exec_ns), poll_s=seconds(meter.poll_ns),
+            held_s=meter.held_s, cpu_s=max(0.0, meter.cpu_s), exec_s=seconds(meter.exec_ns), poll_s=seconds(meter.poll_ns),
             invocations=min(meter.count, (1 << 60) - 1))])
         self._changed = True
 

@@ -206,13 +206,14 @@ class ZygoteHandle:
             self._orders.append((data, [os.dup(fd) for fd in fds]))
 
     def became_ready(self) -> None:
-        """Sends the orders that waited."""
+        """Sends the orders that waited. OSError if it doesn't take them."""
         self.ready = True
         orders, self._orders = self._orders, []
-        for data, fds in orders:
-            try:
+        try:
+            for data, fds in orders:
                 socket.send_fds(self.channel, [data], fds)
-            finally:
+        finally:
+            for _, fds in orders:
                 for fd in fds:
                     os.close(fd)
 

@@ -35,6 +35,11 @@ PARTIAL_LINE_S = 0.2                 # an unfinished line is shown after this
 IDLE_ZYGOTES = 4                     # of one user, that wait for another lease
 ENDS_S = 5.0                         # killed workers are waited for, at our own end
 
+_PROBLEM_CHARS = 4000                # more doesn't come from a zygote of ours
+
+# What may come of what a zygote says or does, and of nothing else that is done with it.
+_NO_SENSE = (ServiceError, msgspec.MsgspecError, OSError, ValueError, LookupError, TypeError, RecursionError)
+
 READ = selectors.EVENT_READ
 
 
@@ -223,7 +228,11 @@ class Workers:
                     for number in sessions:
                         self._employer.tell(number, event)
                 case agent_core.Meter(worker=number):
-                    self._employer.used(action, self._handles[number].pid if number in self._handles else 0)
+                    try:
+                        self._employer.used(action, self._handles[number].pid if number in self._handles else 0)
+                    except ValueError:
+                        # What comes after it frees the cores.
+                        log.exception("lease=%d worker=%d what it used could not be noted", action.lease, number)
                 case agent_core.Close(worker=number):
                     self._close_worker(number)
                 case agent_core.Freed(lease=lease, seat=seat, cores=cores):
@@ -409,13 +418,16 @@ class Workers:
             self._heard(key, zygote, data, fds)
         except SpawnerLost as error:
             self._employer.spawner_lost(str(error))
-        except (ServiceError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-            # It is its user's, who may have made it say anything.
-            log.error("zygote=%s pid=%d says what makes no sense (%s); it is killed", key, zygote.pid, error)
-            zygote.process.kill()
+        except _NO_SENSE as error:
+            self._makes_no_sense(zygote, error)
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def _makes_no_sense(self, zygote: ZygoteHandle, why: object) -> None:
+        """It is its user's, who may have made it say anything: it is killed, with all of its workers."""
+        log.error("zygote=%s pid=%d makes no sense (%s); it is killed", zygote.kind.key, zygote.pid, why)
+        zygote.process.kill()
 
     def _heard(self, key: str, zygote: ZygoteHandle, data: bytes, fds: list[int]) -> None:
         said = msg.unpack_from_zygote(data)
@@ -425,7 +437,7 @@ class Workers:
             return
         match said:
             case msg.ZygoteReady(sandbox=level):
-                zygote.sandbox = level
+                zygote.sandbox = dict(level)
                 zygote.became_ready()
                 log.info("zygote=%s pid=%d ready, sandbox %s", key, zygote.pid, sandbox.level_text(level))
             case msg.SpareForked() if fds:
@@ -445,10 +457,12 @@ class Workers:
                 self._worker_ended(number, Exit(exited.signal, exited.exit_code, exited.cpu_s, exited.max_rss_bytes,
                                                 oom=oom))
             case msg.ZygoteProblem(worker=number, message=text):
+                text = text[-_PROBLEM_CHARS:]
                 log.error("zygote=%s %s", key, text)
-                zygote.stderr += text.encode() + b"\n"
+                zygote.stderr += text.encode(errors="replace") + b"\n"
                 if number in self._handles:
-                    self._employer.lease_failed(self._handles[number].lease, text.strip().splitlines()[-1])
+                    lines = text.strip().splitlines() or ["it doesn't say why"]
+                    self._employer.lease_failed(self._handles[number].lease, lines[-1])
                     self._worker_ended(number, Exit(lost=True))
 
     def _on_spawner(self) -> None:
@@ -487,7 +501,15 @@ class Workers:
     def _end_then_tell(self, handle: WorkerHandle, how: Exit) -> None:
         handle.kill()
         self._unregister(handle.pidfd)
-        self._selector.register(handle.pidfd, READ, lambda _m: self._worker_ended(handle.number, how))
+        self._selector.register(handle.pidfd, READ, lambda _m: self._ended_as_told(handle, how))
+
+    def _ended_as_told(self, handle: WorkerHandle, how: Exit) -> None:
+        try:
+            self._worker_ended(handle.number, how)
+        except SpawnerLost as error:
+            self._employer.spawner_lost(str(error))
+        except _NO_SENSE as error:
+            self._makes_no_sense(handle.zygote, error)
 
     def _end_for_memory(self, number: int) -> None:
         handle = self._handles.get(number)

@@ -827,8 +827,10 @@ def test_each_change_that_is_asked_for_is_a_line_of_the_audit_log(site):
     assert site.audit.stat().st_mode & 0o077 == 0
 
 
-def test_a_body_that_makes_no_sense_does_not_get_into_the_audit_log(site):
-    body = b'{"session": "' + b"x" * 3000 + b'\\u0000"'
+@pytest.mark.parametrize("body", [
+    b'{"session": "' + b"x" * 3000 + b'\\u0000"', b'{"session": "\xff"}', b'{"deep": ' + b"[" * 200_000],
+    ids=["half", "no UTF-8", "deep"])
+def test_a_body_that_makes_no_sense_does_not_get_into_the_audit_log(site, body):
     asked = proof(site, "key", body=body)
     status, answer, sent = exchange(site.authority, "POST", "/v1/leases", body, Authorization=asked.header)
     assert status == 400 and b"error" in asked.open(status, sent[identity.ANSWER_HEADER], answer)

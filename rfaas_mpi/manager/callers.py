@@ -29,7 +29,7 @@ from rfaas_mpi.errors import AuthError, ConfigError, StoreError
 from rfaas_mpi.identity import Caller, Unproved
 from rfaas_mpi.remote import make_key
 
-__all__ = ["AgentChannel", "Audit", "Callers", "Muffler", "Strangers"]
+__all__ = ["UNREADABLE", "AgentChannel", "Audit", "Callers", "Muffler", "Strangers"]
 
 log = logging.getLogger("rfaas_mpi.manager.callers")
 
@@ -38,6 +38,8 @@ STRANGER_S = 10.0                # for somebody to prove who he is, once connect
 STRANGERS_MAX = 4096             # who have not yet; a thousand agents may come at once
 LOOK_S = 1.0                     # how often that is looked at
 MUNGE_THREADS = 4                # a munged that hangs holds up no more than proofs
+# What decoding raises for some bytes or other: not only errors of msgspec's own.
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _caller_of: ContextVar[Caller | None] = ContextVar("caller", default=None)     # of the request that this task handles
 # What agents say all the time is no change that somebody asked for.
 QUIET = frozenset({"report"})
@@ -313,11 +315,11 @@ def entry(what: str, path: str, caller: Caller, where: str, body: bytes, status:
     """A line of the audit log, pure."""
     try:
         said = msgspec.json.decode(answer, type=_Said)
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         said = _Said(error="an answer that can't be read")
     try:
         asked = msgspec.to_builtins(msgspec.json.decode(body, type=_AskedFor))
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         asked = {"unreadable": len(body)}
     line = {"at": at, "uid": caller.uid, "proved": caller.how, "from": where, "what": what, "path": path,
             "asked": {field: value for field, value in asked.items() if value is not None}, "status": status}

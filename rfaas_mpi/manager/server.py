@@ -23,7 +23,7 @@ from aiohttp import web
 from rfaas_mpi import api
 from rfaas_mpi.errors import AuthError, ConfigError, RFaaSError, ServiceError, StoreError
 from rfaas_mpi.leases import Lease, LeaseBook, NodeReport, NodeTraits, Release
-from rfaas_mpi.manager.callers import AgentChannel, Callers
+from rfaas_mpi.manager.callers import UNREADABLE, AgentChannel, Callers
 from rfaas_mpi.leases.held import Held
 from rfaas_mpi.manager.cluster import Cluster, Policy, session_number
 from rfaas_mpi.manager.core import Action, Admit, Granted, Notify, Refused, StopWorkers, Superseded
@@ -311,13 +311,10 @@ class ManagerServer:
                 if route.body is None:
                     answer = await operation(uid, request)
                 else:
-                    answer = await operation(uid, request, self._decoders[route.body].decode(await request.read()))
+                    answer = await operation(uid, request, self._body(route.body, await request.read()))
                 return _json(200, answer)
             except _Refusal as problem:
                 return _json(problem.status, api.Problem(str(problem), problem.hint))
-            except msgspec.MsgspecError as problem:
-                return _json(400, api.Problem(f"the body is no {route.body.__name__ if route.body else 'body'}: "
-                                              f"{problem}", "see /openapi.json"))
             except AuthError as problem:
                 self.metrics.unproved.inc()
                 return _json(403, _problem(problem))
@@ -327,6 +324,12 @@ class ManagerServer:
                 return _json(400, api.Problem(str(problem)))
 
         return handle
+
+    def _body(self, kind: type[Any], data: bytes) -> Any:
+        try:
+            return self._decoders[kind].decode(data)
+        except UNREADABLE as problem:
+            raise _Refusal(400, f"the body is no {kind.__name__}: {problem}", "see /openapi.json") from None
 
     async def _openapi(self, _request: web.Request) -> web.Response:
         return web.Response(body=self._page, content_type="application/json")
@@ -401,13 +404,11 @@ class ManagerServer:
             return _json(403 if isinstance(problem, AuthError) else 409, _problem(problem))
         channel = self.callers.channel(request, heartbeat=AGENT_PING_S, max_msg_size=BODY_BYTES_MAX)
         await channel.open()
-        decode = self._decoders[api.Report].decode
         try:
             async for message in channel.messages():
                 try:
-                    report = decode(message)
-                    orders = await self._reported(uid, node, report)
-                except (msgspec.MsgspecError, RFaaSError, ValueError, _Refusal) as problem:
+                    orders = await self._reported(uid, node, self._body(api.Report, message))
+                except (RFaaSError, ValueError, _Refusal) as problem:
                     await _say(channel, api.Problem(f"the report was not taken: {problem}"))
                     continue
                 if not orders.superseded:

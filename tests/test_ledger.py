@@ -178,6 +178,20 @@ def test_usage_counts_once_however_often_it_is_told(opened):
         opened().usage(by="uid; DROP TABLE usage")
 
 
+def test_counts_that_no_worker_can_have_reached_spoil_nobody_s_sums(opened):
+    ledger = opened()
+    ledger.write([], [used(number, invocations=2**60 - 1) for number in range(1, 10)] + [used(1, node="n1", uid=1001)])
+    assert [(row["uid"], row["workers"], row["invocations"]) for row in ledger.usage()] == [
+        (1000, 9, 2**63 - 1), (1001, 1, 4)]
+
+
+def test_sums_that_can_t_be_read_are_an_error_that_names_the_file(opened):
+    ledger = opened()
+    ledger.close()
+    with pytest.raises(StoreError, match="ledger"):
+        ledger.usage()
+
+
 # --- a file that is no good -------------------------------------------------
 
 def test_a_second_manager_is_refused(opened, tmp_path, monkeypatch):

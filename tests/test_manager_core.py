@@ -199,6 +199,14 @@ def test_a_damaged_store_is_set_aside_and_epochs_begin_above_it(tmp_path):
     store.close()
 
 
+def test_counts_that_no_worker_can_have_reached_spoil_no_sums(tmp_path):
+    store = Store(tmp_path / "store.db")
+    for worker in range(3):
+        store.used(lease=1, worker=worker, pid=3, cores=4, held_s=2.0, cpu_s=1.0, exec_ns=0, poll_ns=0, count=2**64 - 1)
+    assert (store.usage()["workers"], store.usage()["invocations"]) == (3, 2**63 - 1)
+    store.close()
+
+
 def test_usage_is_cut_to_what_can_have_been_used(tmp_path):
     store = Store(tmp_path / "store.db")
     store.used(lease=1, worker=2, pid=3, cores=4, held_s=2.0, cpu_s=1.0, exec_ns=2**63, poll_ns=2**63, count=2**64 - 1)

@@ -248,15 +248,19 @@ class Ledger:
         return float(offset) - (self._wall() - self._monotonic())
 
     def usage(self, *, by: str = "uid", uid: int | None = None) -> list[dict[str, int | float | str]]:
-        """Sums of everything that is kept, by one of USAGE_BY; of one user only, or of all."""
+        """Sums of everything that is kept, by one of USAGE_BY; of one user only, or of all. StoreError."""
         if by not in USAGE_BY:
             raise StoreError(f"usage is not kept by {by!r}", hint=f"ask by {', '.join(USAGE_BY)}")
         column, of = USAGE_BY[by]
-        with self._lock:
-            rows = self._db.execute(
-                f"SELECT {column}, count(*), sum(held_s * cores), sum(held_s * memory_bytes), sum(cpu_s), "
-                f"sum(exec_s), sum(poll_s), sum(invocations) FROM {of} WHERE ?1 IS NULL OR usage.uid = ?1 "
-                f"GROUP BY 1 ORDER BY 1", (uid,)).fetchall()
+        try:
+            with self._lock:
+                # Workers say themselves how often they were called: a sum of integers that is too large is an error.
+                rows = self._db.execute(
+                    f"SELECT {column}, count(*), sum(held_s * cores), sum(held_s * memory_bytes), sum(cpu_s), "
+                    f"sum(exec_s), sum(poll_s), CAST(total(invocations) AS INTEGER) FROM {of} "
+                    f"WHERE ?1 IS NULL OR usage.uid = ?1 GROUP BY 1 ORDER BY 1", (uid,)).fetchall()
+        except sqlite3.Error as error:
+            raise self._trouble(error) from error
         names = (by, "workers", "core_s", "memory_byte_s", "cpu_s", "exec_s", "poll_s", "invocations")
         return [dict(zip(names, row, strict=True)) for row in rows]
 

@@ -87,8 +87,9 @@ class Store:
 
     def usage(self) -> dict[str, Any]:
         """Sums over everything that is kept."""
+        # The counts are workers' own: total() doesn't mind how large they are, sum() does.
         row = self._usage.execute("SELECT count(*), coalesce(sum(held_s * cores), 0), coalesce(sum(cpu_s), 0), "
-                                  "coalesce(sum(exec_s), 0), coalesce(sum(invocations), 0) FROM usage").fetchone()
+                                  "coalesce(sum(exec_s), 0), CAST(total(invocations) AS INTEGER) FROM usage").fetchone()
         return dict(zip(("workers", "core_s", "cpu_s", "exec_s", "invocations"), row, strict=True))
 
     def close(self) -> None:

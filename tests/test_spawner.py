@@ -532,6 +532,38 @@ def test_groups_of_who_lives_no_more_are_removed_with_what_runs_there_and_no_oth
             group.close()
 
 
+# --- whose files they are afterwards --------------------------------------------------------------
+
+def left_root(directory: Path) -> str:
+    """What a process of root's says that gives its files away and becomes ALICE."""
+    code = ("import sys; from pathlib import Path; from rfaas_mpi.agent.spawner import Identity, leave_root\n"
+            "try:\n"
+            f"    leave_root(Identity({ALICE}, {ALICE}, ({ALICE},)), Path(sys.argv[1]))\n"
+            "except Exception as error:\n"
+            "    print(error)")
+    return subprocess.run([sys.executable, "-c", code, directory], capture_output=True, text=True).stdout
+
+
+def test_the_services_user_gets_the_directory_and_the_files_there_and_nobody_elses(tmp_path):
+    place, elsewhere = tmp_path / "place", tmp_path / "elsewhere"
+    for directory in (place, elsewhere):
+        directory.mkdir()
+        (directory / "file").write_text("")
+    (place / "link").symlink_to(elsewhere / "file")
+    (place / "name").hardlink_to(elsewhere / "file")
+    left_root(place)
+    assert place.stat().st_uid == (place / "file").stat().st_uid == ALICE
+    assert elsewhere.stat().st_uid == (elsewhere / "file").stat().st_uid == 0
+
+
+def test_a_link_in_the_place_of_the_services_directory_gives_nothing_away(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("")
+    (tmp_path / "place").symlink_to(tmp_path / "elsewhere")
+    assert "is not a directory" in left_root(tmp_path / "place")
+    assert (tmp_path / "elsewhere" / "file").stat().st_uid == 0
+
+
 # --- what it runs from -----------------------------------------------------------------------------
 
 def test_it_does_not_start_from_files_that_a_user_it_serves_could_change(tmp_path, monkeypatch):

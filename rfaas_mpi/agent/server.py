@@ -13,6 +13,7 @@ import selectors
 import shlex
 import signal
 import socket
+import stat
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -140,14 +141,20 @@ class AgentServer:
     # ---- start -----------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Takes the life lock, before anything else is done in the directory. ServiceError if another one lives."""
+        """Takes the life lock, before anything else is done in the directory.
+
+        ServiceError if another one lives, or what lies there isn't ours alone to write: this may be root still, in
+        a directory of the service's user.
+        """
         deadline = time.monotonic() + LIFE_LOCK_S
         try:
             self._life.wait(deadline)
         except ServiceError:
             raise ServiceError(f"another service lives in {self.directory}") from None
-        if (log_file := self.directory / "log").exists() and log_file.stat().st_size > LOG_BYTES:
-            os.truncate(log_file, 0)
+        if not _has_one_name(self._life.fd):
+            raise ServiceError(f"{self._life.path} is no plain file, or has another name besides",
+                               hint="find out who made it, and remove it")
+        _shorten(self.directory / "log")
         os.ftruncate(self._life.fd, 0)
         os.pwrite(self._life.fd, b"%d\n" % os.getpid(), 0)
 
@@ -616,3 +623,25 @@ def _transports() -> tuple[str, ...]:
     # Later, and only for ranks of other nodes: the start of a service need not wait for it.
     from rfaas_mpi import fabric
     return fabric.transports()
+
+
+def _has_one_name(fd: int) -> bool:
+    """True for a plain file that is not somebody else's under a second name."""
+    facts = os.fstat(fd)
+    return stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1
+
+
+def _shorten(path: Path) -> None:
+    """Empties a log that has become long; what is no file of its own is left as it is."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        log.warning("%s is left as it is: %s", path, error.strerror)
+        return
+    try:
+        if _has_one_name(fd) and os.fstat(fd).st_size > LOG_BYTES:
+            os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)

@@ -239,20 +239,33 @@ def leave_root(who: Identity, *paths: Path) -> None:
     ConfigError if that user can't go on, since it may not read what is running here.
     """
     for top in paths:
-        for path in (top, *top.iterdir()):
-            fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                facts = os.fstat(fd)
-                # Whoever was that user before could have left a second name of somebody else's file there.
-                if path == top or stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1:
-                    os.chown(f"/proc/self/fd/{fd}", who.uid, who.gid)
-            finally:
-                os.close(fd)
+        try:
+            directory = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except NotADirectoryError:
+            raise ConfigError(f"{top} is not a directory (a link is not followed)",
+                              hint="name the directory itself") from None
+        try:
+            for name in os.listdir(directory):
+                _give(name, directory, who)
+            os.chown(directory, who.uid, who.gid)
+        finally:
+            os.close(directory)
     become_user(who)
     for place in (os.__file__, __file__):
         if not os.access(place, os.R_OK):
             raise ConfigError(f"the service's user (uid {who.uid}) may not read {place}, which it runs",
                               hint="install Python and rfaas_mpi where every user can read them")
+
+
+def _give(name: str, directory: int, who: Identity) -> None:
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        facts = os.fstat(fd)
+        # Whoever was that user before could have left a second name of somebody else's file there.
+        if stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1:
+            os.chown(f"/proc/self/fd/{fd}", who.uid, who.gid)
+    finally:
+        os.close(fd)
 
 
 def unsafe_places(paths: Iterable[str], uid_min: int = UID_MIN) -> list[str]:

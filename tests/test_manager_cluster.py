@@ -8,11 +8,12 @@ import pytest
 
 from rfaas_mpi.errors import AuthError, ServiceError
 from rfaas_mpi.leases import Cause, LeaseBook, LeaseState, LiveLease, NodeReport
+from rfaas_mpi.leases.held import Held
 from rfaas_mpi.manager.agents import DEAD_AFTER_S, SILENT_AFTER_S
 from rfaas_mpi.manager.cluster import Cluster, Policy, session_number
 from rfaas_mpi.manager.core import Admit, Granted, Notify, Refused, StopWorkers
 from rfaas_mpi.messages import LeaseRequest
-from rfaas_mpi.placement import pick_cores
+from rfaas_mpi.placement import Placer, pick_cores
 
 GIB = 1 << 30
 ROOT, ANNA, BERT = 0, 1000, 1001
@@ -22,8 +23,8 @@ _ids = itertools.count(1)
 class Site:
     """A cluster and the reports of its agents."""
 
-    def __init__(self) -> None:
-        self.cluster = Cluster(LeaseBook(pick_cores, activate_within_s=20.0, epoch=10), 0.0,
+    def __init__(self, book: LeaseBook | None = None, placer: Placer | None = None) -> None:
+        self.cluster = Cluster(book or LeaseBook(pick_cores, activate_within_s=20.0, epoch=10), 0.0, placer=placer,
                                policy=Policy(lenders=frozenset((ROOT, 500)), admins=frozenset((ROOT,))))
         self.numbers: dict[tuple[int, str], int] = {}
 
@@ -80,6 +81,19 @@ def test_a_second_configured_service_user_lends_to_all(site):
     site.start(500, "nid2")
     site.report(500, "nid2", 0.0, cores=9)
     assert lease_in(site.ask(ANNA, 9)).node == "nid2"
+
+
+def test_a_user_s_own_nodes_make_his_debt_no_smaller():
+    held = Held(86400.0)
+    held.add({ANNA: 1000.0, BERT: 100_000.0}, 0.0)
+    placer = Placer(Policy().placement, Policy().settings)
+    site = Site(LeaseBook(placer, epoch=10, held=held), placer)
+    site.start(ROOT, "nid1")
+    site.report(ROOT, "nid1", 1.0, cores=64)
+    before = placer.debt_s(BERT)
+    site.start(BERT, "mine")
+    site.report(BERT, "mine", 1.0, cores=4096)
+    assert placer.debt_s(BERT) == before > 700.0
 
 
 def test_a_user_s_agent_cannot_invent_its_number(site):

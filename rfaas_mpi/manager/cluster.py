@@ -169,7 +169,8 @@ class Cluster:
             self._placer.waiting_cores = self.manager.waiting_cores
 
     def _debt_s(self, uid: int) -> float:
-        cores = sum(len(view.spare) for view in self.book.nodes)
+        # What users' own agents say of themselves is no part of what is shared: it would make any debt small.
+        cores = sum(len(view.spare) for view in self.book.nodes if not _is_private(view.node))
         return debt_s(uid, self.book.held.had(self._now), self.policy.weights, cores) if cores else 0.0
 
     def _window(self, node: str, since: float | None) -> float | None:
@@ -211,7 +212,7 @@ class Cluster:
         """The nodes that this user's demands can be filled from; an administrator's are all."""
         own = f"/{uid}"
         return [view for view in self.book.nodes
-                if uid in self.policy.admins or "/" not in view.node or view.node.endswith(own)]
+                if uid in self.policy.admins or not _is_private(view.node) or view.node.endswith(own)]
 
     def administrator(self, uid: int, what: str) -> None:
         """AuthError unless the caller is one."""
@@ -230,6 +231,11 @@ class Cluster:
         agents = self.agents.next_deadline()
         own = self.manager.next_deadline()
         return own if agents is None else min(agents, own)
+
+
+def _is_private(node: str) -> bool:
+    """Whether a node of the book is a user's own (`Cluster.node_name`)."""
+    return "/" in node
 
 
 def _name(what: str, name: str) -> str:

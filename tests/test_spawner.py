@@ -163,7 +163,7 @@ def test_a_user_that_is_not_in_the_database_never_gets_somebody_elses_group():
     assert identity(61004) == (61004, 61004, (61004,))
 
 
-@pytest.mark.parametrize("uid", [0, 1, 999, UID_MIN - 1, 0xFFFF_FFFE, 0xFFFF_FFFF])
+@pytest.mark.parametrize("uid", [0, 1, 999, UID_MIN - 1, 65534, 0xFFFF_FFFE, 0xFFFF_FFFF])
 def test_root_and_who_is_no_user_is_refused(start, uid):
     with pytest.raises(PermissionError, match=f"uid {uid}"):
         start(uid, "/bin/true")
@@ -579,3 +579,46 @@ def test_it_does_not_start_from_files_that_a_user_it_serves_could_change(tmp_pat
     place.chmod(0o777)
     with pytest.raises(ServiceError, match="everybody"):
         Spawner.start(UID_MIN)
+
+
+def unsafe_in(tmp_path: Path, path: Path) -> list[str]:
+    return [line.removeprefix(f"{tmp_path}/") for line in unsafe_places([str(path)], UID_MIN) if str(tmp_path) in line]
+
+
+def test_a_way_through_a_users_directory_is_unsafe_wherever_it_leads(tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "users").mkdir()
+    (tmp_path / "users" / "link").symlink_to("../site")
+    (tmp_path / "first").symlink_to(tmp_path / "users" / "link")
+    assert unsafe_in(tmp_path, tmp_path / "first") == []
+    os.chown(tmp_path / "users", ALICE, -1)
+    assert unsafe_in(tmp_path, tmp_path / "first") == [f"users belongs to uid {ALICE}"]
+    assert unsafe_in(tmp_path, tmp_path / "site") == []
+
+
+def test_a_users_link_is_unsafe_also_where_only_owners_replace_theirs(tmp_path):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    (tmp_path / "site").mkdir()
+    (shared / "link").symlink_to(tmp_path / "site")
+    assert unsafe_in(tmp_path, shared / "link") == []
+    os.chown(shared / "link", ALICE, -1, follow_symlinks=False)
+    assert unsafe_in(tmp_path, shared / "link") == [f"shared/link belongs to uid {ALICE}"]
+    assert unsafe_in(tmp_path, shared) == ["shared can be written to by everybody"]
+    assert unsafe_in(tmp_path, shared / "site.zip") == ["shared/site.zip can be made by everybody"]
+
+
+def test_a_place_that_a_group_may_write_to_is_unsafe_unless_it_is_roots(tmp_path):
+    site = tmp_path / "site"
+    site.mkdir()
+    site.chmod(0o775)
+    assert unsafe_in(tmp_path, site / "package") == []
+    os.chown(site, -1, ALICE)
+    assert unsafe_in(tmp_path, site / "package") == [f"site can be written to by group {ALICE}"]
+
+
+def test_links_in_a_circle_lead_nowhere(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    assert unsafe_in(tmp_path, tmp_path / "a") == []

@@ -51,6 +51,7 @@ __all__ = ["Answer", "Command", "Ended", "Identity", "Op", "Request", "Spawner",
 log = logging.getLogger("rfaas_mpi.spawner")
 
 UID_MIN = 1000                       # users begin here
+NOBODY = 65534                       # whom files belong to whose owner can't be told here; not served
 CPUS_MAX = 1024
 FDS_MAX = 8                          # more than any request has: the rest is seen and refused
 ANCESTORS_MAX = 1000                 # of a process, up to its zygote: none of ours needs more than a few
@@ -67,6 +68,7 @@ OUTPUT_FD, CHANNEL_FD, SETUP_FD, START_FD = 2, 3, 4, 5
 
 _KEYCTL = {"x86_64": 250, "aarch64": 219}
 _JOIN_SESSION_KEYRING = 1
+_LINKS_MAX = 40
 _GUEST_OOM_SCORE = "900"             # below the workers' own 1000, far above the owners' jobs
 
 
@@ -187,8 +189,7 @@ def identity(uid: int, uid_min: int = UID_MIN) -> Identity:
 
     A uid that the database doesn't have gets the group with its own number, if that is nobody else's.
     """
-    if uid < max(1, uid_min) or uid >= 0xFFFF_FFFE:
-        raise PermissionError(errno.EPERM, f"uid {uid} is not served: users begin at {max(1, uid_min)}")
+    _check_served(uid, uid_min)
     try:
         entry = pwd.getpwuid(uid)
     except KeyError:
@@ -202,6 +203,13 @@ def identity(uid: int, uid_min: int = UID_MIN) -> Identity:
         raise PermissionError(errno.EPERM, f"uid {uid} has group 0, whose rights kernels must not have")
     groups = {entry.pw_gid, *os.getgrouplist(entry.pw_name, entry.pw_gid)} - {0}
     return Identity(uid, entry.pw_gid, tuple(sorted(groups)))
+
+
+def _check_served(uid: int, uid_min: int) -> None:
+    if uid < max(1, uid_min) or uid >= 0xFFFF_FFFE:
+        raise PermissionError(errno.EPERM, f"uid {uid} is not served: users begin at {max(1, uid_min)}")
+    if uid == NOBODY:
+        raise PermissionError(errno.EPERM, f"uid {uid} is not served: it is nobody's")
 
 
 def become_user(who: Identity) -> None:
@@ -271,19 +279,48 @@ def _give(name: str, directory: int, who: Identity) -> None:
 def unsafe_places(paths: Iterable[str], uid_min: int = UID_MIN) -> list[str]:
     """Of these and what is above them, what a user that is served could change; one line each."""
     found: dict[str, None] = {}
+    shared: set[Path] = set()
     for text in paths:
-        path = Path(text).resolve()
-        for place in (path, *path.parents):
+        *above, last = _way_to(Path(text).absolute()) or [Path("/")]
+        for place in (*above, last):
             try:
-                facts = place.stat()
+                facts = place.lstat()
             except OSError:
-                continue              # what isn't there is not read
-            sticky = facts.st_mode & 0o1000 and place != path
-            if facts.st_uid >= uid_min and facts.st_uid != 65534:
+                # What isn't there is not read, but where all may they can make it.
+                if place.parent in shared:
+                    found[f"{place} can be made by everybody"] = None
+                break
+            if facts.st_mode & stat.S_ISVTX and facts.st_mode & (stat.S_IWOTH | stat.S_IWGRP):
+                shared.add(place)
+            if facts.st_uid >= uid_min and facts.st_uid != NOBODY:
                 found[f"{place} belongs to uid {facts.st_uid}"] = None
-            elif facts.st_mode & 0o002 and not sticky:
+            elif stat.S_ISLNK(facts.st_mode) or facts.st_mode & stat.S_ISVTX and place != last:
+                continue              # it is as safe as what it lies in; in there only owners replace what is theirs
+            elif facts.st_mode & stat.S_IWOTH:
                 found[f"{place} can be written to by everybody"] = None
+            elif facts.st_mode & stat.S_IWGRP and facts.st_gid != 0:
+                found[f"{place} can be written to by group {facts.st_gid}"] = None
     return list(found)
+
+
+def _way_to(path: Path) -> list[Path]:
+    """Every directory and link that leads there, in the order in which the kernel meets them, and what is there."""
+    way, here, left = [Path("/")], Path("/"), list(reversed(path.parts[1:]))
+    links = 0
+    while left:
+        part = left.pop()
+        here = here.parent if part == ".." else here / part
+        way.append(here)
+        try:
+            target = Path(os.readlink(here))
+        except OSError:
+            continue                  # no link
+        links += 1
+        if links > _LINKS_MAX:
+            break                     # the kernel doesn't follow more
+        left += reversed(target.parts[1:] if target.is_absolute() else target.parts)
+        here = Path("/") if target.is_absolute() else here.parent
+    return way
 
 
 # --- the root process ---------------------------------------------------------------------
@@ -435,8 +472,7 @@ class _Server:
     def _start(self, request: Request, fds: list[int]) -> int:
         if request.zygote in self.zygotes or not request.zygote:
             raise FileExistsError(errno.EEXIST, f"zygote {request.zygote} exists already")
-        if request.uid < max(1, self.uid_min) or request.uid >= 0xFFFF_FFFE:
-            raise PermissionError(errno.EPERM, f"uid {request.uid} is not served: users begin at {self.uid_min}")
+        _check_served(request.uid, self.uid_min)
         if request.uid == self.never:
             raise PermissionError(errno.EPERM, f"uid {request.uid} is not served: it is the agent's own")
         group = None

@@ -268,6 +268,20 @@ def test_an_agent_that_the_manager_does_not_know_registers_again_before_it_lends
     play(scenario)
 
 
+def test_a_user_s_nodes_that_nobody_registered_are_not_kept(play):
+    async def scenario(call: Caller) -> None:
+        for number in range(5):
+            orders = await call.report(f"nid{number}", 1)
+            assert orders["register"] and not orders.get("clock_ns"), "what it used is said again"
+        assert (await call("GET", "/v1/nodes"))["nodes"] == []
+        first, second = await call.start("nid1"), await call.start("nid1")
+        assert not (await call.report("nid1", second))["register"]
+        assert (await call.report("nid1", first))["superseded"], "a node of his is one agent's"
+        await call.ask(1)
+        assert [node["node"] for node in (await call("GET", "/v1/nodes"))["nodes"]] == [f"nid1/{ME}"]
+    play(scenario, policy=Policy(lenders=frozenset((ME + 1,)), admins=frozenset((ME,))))
+
+
 def test_a_repeated_request_whose_leases_have_ended_says_so(play):
     async def scenario(call: Caller) -> None:
         agent = Agent(call)

@@ -372,6 +372,10 @@ class ManagerServer:
             hard_end=None if body.ends_in_s is None else now + body.ends_in_s, incarnation=body.incarnation,
             clock_ns=body.clock_ns, live=body.live, over=body.over, traits=_traits(body.traits, now))
         name = self.cluster.node_name(uid, node)
+        strange = not self.directory.of_node(name) and 1 <= body.incarnation <= self.book.epoch
+        if strange and uid not in self.cluster.policy.lenders:
+            # Only registering counts how many nodes a user has. No report is answered: it is to be said again.
+            return api.Orders(register=True)
         known = self.directory.get(name, body.incarnation) is not None
         if not known:
             # Nothing can be granted for it; what it runs still holds its cores.

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rfaas_mpi.agent import groups
 from rfaas_mpi.agent import spawner as module
 from rfaas_mpi.agent.groups import Group, Roots, maker, remove_stale
 from rfaas_mpi.agent.memory import held_bytes
@@ -529,6 +530,22 @@ def test_groups_of_who_lives_no_more_are_removed_with_what_runs_there_and_no_oth
         process.kill()
         process.wait()
         for group in (left, ours, elsewhere):
+            group.close()
+
+
+def test_a_group_that_can_not_be_removed_keeps_no_other_one_from_it(roots, monkeypatch):
+    monkeypatch.setattr(groups, "END_S", 0.05)
+    inode = os.stat("/proc/self/ns/pid").st_ino
+    stuck, dead = (Group.make(f"rfaas-{inode}.{1 << 23}.{number}-w1", roots) for number in (77, 78))
+    inner = stuck.memory / "inner"
+    inner.mkdir()
+    try:
+        removed = remove_stale(roots)
+        assert dead.name in removed and stuck.name not in removed
+        assert stuck.memory.exists() and not dead.memory.exists()
+    finally:
+        inner.rmdir()
+        for group in (stuck, dead):
             group.close()
 
 

@@ -10,6 +10,7 @@ Names carry who made them, so that what a killed maker left behind can be told a
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -22,6 +23,8 @@ from rfaas_mpi.agent.kernel_files import cgroup_mounts, read_text
 from rfaas_mpi.agent.priority import lower
 
 __all__ = ["Group", "Roots", "maker", "remove_stale"]
+
+log = logging.getLogger("rfaas_mpi.groups")
 
 PIDS_MAX = 4096                      # processes and threads of one worker, or of one zygote with its spare fork
 END_S = 5.0                          # killed processes need so long at the most to leave their group
@@ -194,10 +197,17 @@ class Group:
 
 
 def remove_stale(roots: Roots) -> list[str]:
-    """Ends what makers that live no more left behind; the names of groups that were removed."""
+    """Ends what makers that live no more left behind; the names of groups that were removed.
+
+    One that stays, since what is in it does not end, is logged: it keeps nobody from starting.
+    """
     removed = []
     for name in _stale(roots):
-        Group(name, roots, low=True).close()
+        try:
+            Group(name, roots, low=True).close()
+        except OSError as error:
+            log.error("%s", error)
+            continue
         removed.append(name)
     return removed
 

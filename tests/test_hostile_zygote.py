@@ -16,10 +16,12 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from site_of_users import ALICE, UID_MIN, interpreter
 
 from rfaas_mpi import messages as msg
 from rfaas_mpi.agent.core import AgentCore, Meter
 from rfaas_mpi.agent.pool import WorkerHandle, ZygoteKind
+from rfaas_mpi.agent.spawner import Spawner
 from rfaas_mpi.agent.workers import Workers
 
 NAMED = r"import ctypes; ctypes.CDLL(None).prctl(15, ctypes.c_char_p(b'gr\xc3) 1'), 0, 0, 0, 0); print(); input()"
@@ -75,11 +77,14 @@ class Owner:
 class Node:
     """An agent's workers, one of which is ordered, and the channel's other end in place of its zygote's."""
 
-    def __init__(self, program: str = PUPPET) -> None:
-        self.owner = Owner(ZygoteKind(os.fsencode(sys.executable), ("-I", "-S", "-c", program), (), b"/", ()))
+    def __init__(self, uid: int | None = None) -> None:
+        self.owner = Owner(ZygoteKind(os.fsencode(sys.executable if uid is None else interpreter()),
+                                      ("-I", "-S", "-c", PUPPET), (), b"/", (), (), uid))
         self.selector = selectors.DefaultSelector()
         self.core = AgentCore()
         self.workers = Workers(self.selector, self.core, self.owner, zygote_idle_s=3600.0)
+        if uid is not None:
+            self.workers.serve_users(Spawner.start(UID_MIN))
         self.workers.act(self.core.start(1, 1, {0: (0,)}, 0, time.monotonic())[1])
         [self.zygote] = self.workers.zygotes.values()
         select.select([self.zygote.channel], [], [], 30)
@@ -123,6 +128,47 @@ class Node:
 def node() -> Iterator[Node]:
     with contextlib.closing(Node()) as node:
         yield node
+
+
+@pytest.fixture
+def users_node(monkeypatch) -> Iterator[Node]:
+    """With a zygote of another user's."""
+    if os.geteuid() != 0:
+        pytest.skip("starts programs as other users: needs root")
+    monkeypatch.setattr("rfaas_mpi.agent.spawner.unsafe_places", lambda *_: [])
+    with contextlib.closing(Node(ALICE)) as node:
+        yield node
+
+
+@pytest.mark.parametrize("fate", ["said", "stopped", "silent"])
+def test_who_shows_another_process_as_his_worker_loses_his_zygote_and_the_lease_ends(users_node, fate):
+    node, pidfd = users_node, os.pidfd_open(os.getpid())
+    try:
+        if fate == "stopped":
+            node.workers.act(node.core.stop(1, [0], "revoked", 0.0, time.monotonic()))
+        node.say(msg.pack_plain(msg.WorkerForked(1, 1)), (pidfd,))
+        if fate == "said":
+            node.say(msg.pack_plain(msg.WorkerExited(1, 1, 0, 0, 0.0, 0)))
+    finally:
+        os.close(pidfd)
+    node.workers.act(node.core.stop(1, [0], "revoked", 0.0, time.monotonic()))
+    node.until(lambda: node.owner.stopped == [1])
+    assert not node.zygote_runs()
+
+
+def test_no_core_is_free_while_a_zygote_lives_that_has_not_shown_its_worker(users_node):
+    node = users_node
+    node.workers.act(node.core.stop(1, [0], "revoked", 0.0, time.monotonic()))
+    runs: list[bool] = []
+    node.owner.seat_stopped = lambda *_: runs.append(node.zygote_runs())
+    node.say(msg.pack_plain(msg.WorkerExited(1, 1, 0, 0, 0.0, 0)))
+    node.until(lambda: runs != [])
+    assert runs == [False]
+
+
+def test_a_worker_without_its_pidfd_is_none(users_node):
+    users_node.say(msg.pack_plain(msg.WorkerForked(1, 1)))
+    users_node.until(lambda: not users_node.zygote_runs())
 
 
 def test_a_worker_may_have_any_name():

@@ -131,6 +131,7 @@ class ZygoteHandle:
         self.workers: set[int] = set()
         self.idle_since = now
         self.stderr = b""
+        self.gone = False                    # with all that it started
         self._orders: list[tuple[bytes, list[int]]] = []
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         errors_r, errors_w = os.pipe2(os.O_CLOEXEC)
@@ -190,11 +191,12 @@ class ZygoteHandle:
         return self.process.pid
 
     def signal(self, pidfd: int, number: int = signal.SIGKILL) -> None:
-        """To a process of it, through the pidfd. ProcessLookupError if that is gone, and we know."""
+        """To a process of it, through the pidfd. ProcessLookupError if that is gone, other OSErrors if it is no
+        process of its."""
         if self.spawner is None:
             signal.pidfd_send_signal(pidfd, number)
         else:
-            self.spawner.signal(self.number, pidfd, number)
+            self.spawner.signal(self.number, pidfd, number, wait=True)
 
     def fork(self, order: msg.ForkWorker, fds: list[int]) -> None:
         """Orders a worker; keeps the order, and copies of its descriptors, until the zygote is ready."""
@@ -246,10 +248,12 @@ class ZygoteHandle:
         self._orders.clear()
         try:
             self.process.wait(wait_s if self.ready else 0.0)
+            self.gone = True
         except subprocess.TimeoutExpired:
             self.process.kill()
             try:
                 self.process.wait(_KILLED_S)
+                self.gone = True
             except subprocess.TimeoutExpired:
                 log.error("zygote pid=%d was killed and does not end", self.pid)
         self.read_errors()
@@ -325,6 +329,7 @@ class WorkerHandle:
     memory_bytes: int = 0
     pid: int = 0
     pidfd: int = -1
+    foreign: bool = False            # what its zygote shows as this worker is none of its processes
     frames: msg.FrameReader = field(default_factory=msg.FrameReader)
     closed: bool = False
     held: list[tuple[bytes, list[int]]] | None = field(default_factory=list)     # for one that isn't admitted yet
@@ -387,24 +392,27 @@ class WorkerHandle:
                 os.close(fd)
 
     def kill(self) -> None:
-        """SIGKILL, never to another process that got its number."""
-        if self.pidfd >= 0:
-            try:
-                self.zygote.signal(self.pidfd)
-            except ProcessLookupError:
-                return                # gone and reaped already
-            except SpawnerLost as error:
-                log.error("worker=%d pid=%d: %s", self.number, self.pid, error)
+        """SIGKILL, never to another process that got its number. Where that is refused its zygote is killed."""
+        self._signal(signal.SIGKILL)
 
     def halt(self) -> None:
         """SIGSTOP, the same way."""
-        if self.pidfd >= 0:
-            try:
-                self.zygote.signal(self.pidfd, signal.SIGSTOP)
-            except ProcessLookupError:
-                return
-            except SpawnerLost as error:
-                log.error("worker=%d pid=%d: %s", self.number, self.pid, error)
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: int) -> None:
+        if self.pidfd < 0 or self.foreign:
+            return
+        try:
+            self.zygote.signal(self.pidfd, number)
+        except ProcessLookupError:
+            return                    # gone and reaped already
+        except SpawnerLost as error:
+            log.error("worker=%d pid=%d: %s", self.number, self.pid, error)
+        except OSError as error:
+            log.error("worker=%d pid=%d can't be signalled, its zygote pid=%d is killed: %s", self.number, self.pid,
+                      self.zygote.pid, error)
+            self.foreign = True
+            self.zygote.process.kill()
 
     def clear(self, off: Iterable[int], to: Iterable[int], others: Iterable[int]) -> bool:
         """Once it was killed, takes all of it to other cores; True: nothing of it may run on `off` any more.
@@ -434,10 +442,25 @@ class WorkerHandle:
         self.pidfd = pidfd
         return self.pid
 
+    def verify(self) -> None:
+        """Has the spawner say whether that is a process of the zygote's. ServiceError if not."""
+        if self.zygote.spawner is None:
+            return                    # it is our own user's
+        try:
+            self.zygote.signal(self.pidfd, signal.SIGCONT)
+        except ProcessLookupError:
+            self.foreign = not self.gone()
+        except OSError as error:
+            self.foreign = True
+            raise ServiceError(f"worker {self.number} is no process of its: {error}") from None
+
     def gone(self, wait_s: float = 0.0) -> bool:
-        """True once its process has ended, for which it waits so long; true too if it was never forked."""
-        if self.pidfd < 0:
-            return True
+        """True once its process has ended, for which it waits so long; true too if it was never forked.
+
+        Of what another user's zygote has not shown the zygote's own end is all that counts.
+        """
+        if self.foreign or self.pidfd < 0:
+            return self.zygote.gone or (not self.foreign and self.zygote.spawner is None)
         poller = select.poll()
         poller.register(self.pidfd, select.POLLIN)
         return bool(poller.poll(max(0.0, wait_s) * 1000))

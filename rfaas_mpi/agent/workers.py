@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import select
 import selectors
 import socket
 import time
@@ -35,6 +36,7 @@ PARTIAL_LINE_S = 0.2                 # an unfinished line is shown after this
 IDLE_ZYGOTES = 4                     # of one user, that wait for another lease
 ENDS_S = 5.0                         # killed workers are waited for, at our own end
 
+_LAST_WORDS = 64                     # messages of a zygote that has ended
 _PROBLEM_CHARS = 4000                # more doesn't come from a zygote of ours
 
 # What may come of what a zygote says or does, and of nothing else that is done with it.
@@ -354,7 +356,10 @@ class Workers:
             return
         if not handle.gone():
             # Another user's zygote may say what it likes.
-            self._end_then_tell(handle, how)
+            if handle.pidfd < 0 or handle.foreign:
+                self._makes_no_sense(handle.zygote, f"it has not shown worker {number}")
+            else:
+                self._end_then_tell(handle, how)
             return
         now = time.monotonic()
         if self._guard.end(number):
@@ -444,8 +449,11 @@ class Workers:
                 self._guard.prepare(zygote, fds[0])
             case msg.WorkerForked(worker=number, pid=pid):
                 handle = self._handles.get(number)
-                if handle is not None and fds and handle.pidfd < 0:
+                if handle is not None and handle.pidfd < 0:
+                    if not fds:
+                        raise ServiceError(f"worker {number} without its pidfd")
                     pid = handle.forked(fds.pop(), pid)
+                    handle.verify()
                     self._guard.begin(handle)
                     if self._guard.watches:
                         self._look_at = min(self._look_at, time.monotonic() + WATCH_S)
@@ -473,9 +481,21 @@ class Workers:
             self._unregister(self._spawner)
             self._employer.spawner_lost(str(error))
             return
-        for zygote in self.zygotes.values():
+        for key, zygote in list(self.zygotes.items()):
             if zygote.spawner is not None and zygote.number in ended:
                 zygote.process.returncode = ended[zygote.number]
+                self._spawner_saw_it_end(key, zygote)
+
+    def _spawner_saw_it_end(self, key: str, zygote: ZygoteHandle) -> None:
+        """Its channel need not end with it: its user may have passed that on to a process that lives."""
+        poller = select.poll()
+        poller.register(zygote.channel, select.POLLIN)
+        for _ in range(_LAST_WORDS):
+            if self.zygotes.get(key) is not zygote or not poller.poll(0):
+                break
+            self._on_zygote(key, zygote)
+        if self.zygotes.get(key) is zygote:
+            self._zygote_ended(key, zygote)
 
     def _on_zygote_errors(self, zygote: ZygoteHandle) -> None:
         said = zygote.read_errors()
@@ -500,6 +520,10 @@ class Workers:
 
     def _end_then_tell(self, handle: WorkerHandle, how: Exit) -> None:
         handle.kill()
+        if handle.foreign:
+            if handle.gone():
+                self._worker_ended(handle.number, how)
+            return                    # with its zygote
         self._unregister(handle.pidfd)
         self._selector.register(handle.pidfd, READ, lambda _m: self._ended_as_told(handle, how))
 

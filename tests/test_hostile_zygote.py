@@ -35,6 +35,8 @@ channel.close()
 signal.pause()
 """
 
+CHATTERBOX = PUPPET.replace("signal.pause()", "while True: sys.stderr.write('x' * 65536)")
+
 
 class Owner:
     """For whom the workers are."""
@@ -77,9 +79,9 @@ class Owner:
 class Node:
     """An agent's workers, one of which is ordered, and the channel's other end in place of its zygote's."""
 
-    def __init__(self, uid: int | None = None) -> None:
+    def __init__(self, uid: int | None = None, program: str = PUPPET) -> None:
         self.owner = Owner(ZygoteKind(os.fsencode(sys.executable if uid is None else interpreter()),
-                                      ("-I", "-S", "-c", PUPPET), (), b"/", (), (), uid))
+                                      ("-I", "-S", "-c", program), (), b"/", (), (), uid))
         self.selector = selectors.DefaultSelector()
         self.core = AgentCore()
         self.workers = Workers(self.selector, self.core, self.owner, zygote_idle_s=3600.0)
@@ -218,6 +220,23 @@ def test_a_lease_ends_though_what_it_used_can_t_be_noted(node):
     node.channel.close()
     node.until(lambda: node.owner.stopped == [1])
     assert node.owner.metered
+
+
+def test_a_zygote_that_writes_without_end_holds_neither_the_loop_nor_the_log(caplog):
+    with contextlib.closing(Node(program=CHATTERBOX)) as node:
+        read = 0
+        take = node.zygote.read_errors
+
+        def counted() -> bytes:
+            nonlocal read
+            said = take()
+            read += len(said)
+            assert len(said) <= 1 << 16
+            return said
+
+        node.zygote.read_errors = counted
+        node.until(lambda: read > 4 << 20)
+        assert sum(len(record.getMessage()) for record in caplog.records) < 1 << 18
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)

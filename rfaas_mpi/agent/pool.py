@@ -38,6 +38,8 @@ _LINE_BYTES = 8192                   # longer lines are cut into pieces
 _BURST_BYTES = 8 << 20               # of output that a worker may print at once …
 _BYTES_PER_S = 4 << 20               # … and what it may print on and on
 _STDERR_KEPT = 8192
+_LOG_BURST_BYTES = 64 << 10          # of a zygote's stderr that may come to our log at once …
+_LOG_BYTES_PER_S = 256               # … and on and on
 _KILLED_S = 10.0
 
 
@@ -131,6 +133,8 @@ class ZygoteHandle:
         self.workers: set[int] = set()
         self.idle_since = now
         self.stderr = b""
+        self._log_bytes = float(_LOG_BURST_BYTES)
+        self._logged_at = now
         self.gone = False                    # with all that it started
         self._orders: list[tuple[bytes, list[int]]] = []
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -220,17 +224,24 @@ class ZygoteHandle:
                     os.close(fd)
 
     def read_errors(self) -> bytes:
-        """What it wrote to stderr since the last look; remembered for messages, too."""
+        """What it wrote to stderr, 64 KiB of it at most; its end is remembered for messages, too."""
         said = b""
         try:
-            while piece := os.read(self.errors, 1 << 16):
-                said += piece
+            said = os.read(self.errors, 1 << 16)
         except BlockingIOError:
             pass                      # nothing more for now
         except OSError as error:
             log.debug("zygote=%d stderr: %s", self.pid, error)
         self.stderr = (self.stderr + said)[-_STDERR_KEPT:]
         return said
+
+    def loggable(self, said: bytes, now: float) -> bytes:
+        """As much of it as one zygote may fill our log with."""
+        self._log_bytes = min(_LOG_BURST_BYTES, self._log_bytes + (now - self._logged_at) * _LOG_BYTES_PER_S)
+        self._logged_at = now
+        kept = said[:int(self._log_bytes)]
+        self._log_bytes -= len(kept)
+        return kept
 
     def why(self) -> str:
         """One line about its end, from what it said last."""

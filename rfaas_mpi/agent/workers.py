@@ -499,10 +499,10 @@ class Workers:
 
     def _on_zygote_errors(self, zygote: ZygoteHandle) -> None:
         said = zygote.read_errors()
-        if said:
-            log.warning("zygote pid=%d says: %s", zygote.pid, said.decode(errors="replace").rstrip())
-        else:
+        if not said:
             self._unregister(zygote.errors)
+        elif text := zygote.loggable(said, time.monotonic()).decode(errors="replace").rstrip():
+            log.warning("zygote pid=%d says: %s", zygote.pid, text)
 
     def _zygote_ended(self, key: str, zygote: ZygoteHandle) -> None:
         """With it, by the kernel's hand, all of its workers."""

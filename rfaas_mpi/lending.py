@@ -82,7 +82,9 @@ class Lending:
         self._homes: dict[int, tuple[int, int]] = {}     # and back
         self._ways: dict[int, str] = {}                  # lease → transport
         self._errands: dict[int, Errands] = {}           # where there are several leases
+        # What ended, and was told to have, before we had it.
         self._early: set[tuple[int, int]] = set()
+        self._early_leases: set[int] = set()
         self._leaving: set[tuple[int, int]] = set()      # their agent takes them back: they may finish
         self._awaited: dict[int, float] = {}
         self._broken: dict[tuple[int, int], float] = {}
@@ -137,7 +139,8 @@ class Lending:
         self.memory_limit = min((lease.memory_per_worker for lease in grant.leases), default=0)
         with self._lock:
             for lease in grant.leases:
-                self._leases[lease.id] = lease
+                if lease.id not in self._early_leases:
+                    self._leases[lease.id] = lease
                 if len(grant.leases) > 1:
                     self._errands[lease.id] = Errands(f"rfaas-lease-{lease.id}")
         for lease, failure in zip(grant.leases, each(self._connect, grant.leases), strict=True):
@@ -411,7 +414,7 @@ class Lending:
                 self._bury(event)
             case msg.LeaseEnded():
                 with self._lock:
-                    self._leases.pop(event.lease, None)
+                    self._drop(event.lease)
                     self._awaited.pop(event.lease, None)
                     self.why = lease_error(event)
                 self._look()
@@ -427,6 +430,11 @@ class Lending:
                     channel.kill()
                     channel.close()
                 self._look()
+
+    def _drop(self, lease: int) -> None:
+        """The lease has ended, perhaps before its grant is looked at. The caller holds the lock."""
+        if self._leases.pop(lease, None) is None:
+            self._early_leases.add(lease)
 
     def _print(self, event: msg.Log) -> None:
         if sys.stderr is not None:
@@ -473,7 +481,7 @@ class Lending:
                 self._early.add((event.lease, event.worker))
             if event.reason == "released":
                 # By another process: it leased what this one joined.
-                self._leases.pop(event.lease, None)
+                self._drop(event.lease)
             if event.lease in self._leases:
                 self._awaited[event.lease] = time.monotonic() + REPLACEMENT_S
             # A lease that has ended already said why, for all of its workers.

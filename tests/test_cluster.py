@@ -22,7 +22,7 @@ from rfaas_mpi import Executor, api
 from rfaas_mpi import cluster as cluster_module
 from rfaas_mpi import lending as lending_module
 from rfaas_mpi import messages as msg
-from rfaas_mpi.errors import ConfigError, LeaseDenied, ServiceError, ServiceLost
+from rfaas_mpi.errors import ConfigError, LeaseDenied, LeaseRevoked, ServiceError, ServiceLost
 from rfaas_mpi.lending import Lending
 from rfaas_mpi.session import Session
 
@@ -54,6 +54,26 @@ def all_free(cluster: Cluster, cores: int = 4) -> None:
 def pids_of(ex: Executor, calls: int = 64) -> set[int]:
     """Where so many calls have run."""
     return {future.result() for future in [ex.submit(os.getpid) for _ in range(calls)]}
+
+
+def ended_before_it_is_looked_at(cluster: Cluster, monkeypatch) -> None:
+    """Has every lease be revoked, and its end be heard, between the grant and the first look at it."""
+    heard = threading.Event()
+    handle, accept = Lending._handle, Lending._accept
+
+    def hear(self, event):
+        handle(self, event)
+        if isinstance(event, msg.LeaseEnded):
+            heard.set()
+
+    def accept_late(self, grant):
+        for lease in grant.leases:
+            cluster.call("revoke", api.RevokeLease(grace_s=0.0), lease=lease.id)
+        assert heard.wait(60)
+        accept(self, grant)
+
+    monkeypatch.setattr(Lending, "_handle", hear)
+    monkeypatch.setattr(Lending, "_accept", accept_late)
 
 
 # --- what works --------------------------------------------------------------------------------
@@ -296,6 +316,13 @@ def test_a_drained_node_s_workers_go_and_the_others_do_its_work(broken):
         assert [future.result() for future in futures] == [0, 1, 2, 3]
         broken.call("undrain", api.UndrainNodes())
     all_free(broken)
+
+
+def test_a_lease_that_ends_before_it_is_looked_at_has_ended(pair, monkeypatch):
+    ended_before_it_is_looked_at(pair, monkeypatch)
+    with pytest.raises(LeaseRevoked, match="revoked"):
+        executor(pair, 1, fallback=False)
+    all_free(pair)
 
 
 def test_a_revoked_lease_ends_with_the_reason_where_nothing_may_run_on_the_rank(broken):

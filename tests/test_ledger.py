@@ -392,14 +392,14 @@ def test_a_manager_killed_at_any_point_forgets_no_grant_and_repeats_none(tmp_pat
     world = KilledWorld(tmp_path / "ledger.db", choose)
     often = {**OPERATIONS, World.manager_is_killed: 3}
     try:
-        while world.kills < kills:
+        # How much is done before a kill depends on where it strikes.
+        while world.kills < kills or world.grants <= kills:
             operation = choose.choices(list(often), list(often.values()))[0]
             operation(world, choose)
             world.check()
         world.end()
     finally:
         world.book.close()
-    assert world.grants > kills, "the test exercises too little"
     with contextlib.closing(Ledger(tmp_path / "ledger.db")) as ledger:
         assert not any(one.state.live for one in ledger.load(remember_s=1e9).leases)
 

@@ -239,6 +239,16 @@ def test_a_zygote_that_writes_without_end_holds_neither_the_loop_nor_the_log(cap
         assert sum(len(record.getMessage()) for record in caplog.records) < 1 << 18
 
 
+def test_a_zygote_that_ignores_its_end_is_waited_for_by_nobody_and_killed_in_time(users_node):
+    node = users_node
+    node.zygote.workers.clear()
+    node.zygote.idle_since -= 3600.0
+    node.workers.tidy(time.monotonic())
+    assert node.workers.zygotes == {} and node.zygote_runs()
+    node.workers.tidy(time.monotonic() + 3600.0)
+    assert not node.zygote_runs()
+
+
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
                     | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3)
                     | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6)

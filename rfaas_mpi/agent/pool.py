@@ -135,6 +135,7 @@ class ZygoteHandle:
         self.stderr = b""
         self._log_bytes = float(_LOG_BURST_BYTES)
         self._logged_at = now
+        self._closed = False
         self.gone = False                    # with all that it started
         self._orders: list[tuple[bytes, list[int]]] = []
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -248,10 +249,24 @@ class ZygoteHandle:
         lines = [line for line in self.stderr.decode(errors="replace").splitlines() if line.strip()]
         return lines[-1].strip() if lines else f"exit status {self.process.returncode}"
 
+    @property
+    def ended(self) -> bool:
+        """Whether its process has."""
+        try:
+            self.process.wait(0.0)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def leave(self) -> None:
+        """Tells it to end, which it does in a moment if it is ours. close() it then."""
+        self.channel.close()
+
     def close(self, wait_s: float = 2.0) -> None:
-        """Safe to call twice; returns when it is gone."""
-        if self.channel.fileno() < 0:
+        """Safe to call twice; returns when it is gone, killed after `wait_s`."""
+        if self._closed:
             return
+        self._closed = True
         self.channel.close()
         for _, fds in self._orders:
             for fd in fds:

@@ -36,6 +36,9 @@ PARTIAL_LINE_S = 0.2                 # an unfinished line is shown after this
 IDLE_ZYGOTES = 4                     # of one user, that wait for another lease
 ENDS_S = 5.0                         # killed workers are waited for, at our own end
 
+_LEAVES_S = 2.0                      # a zygote that is told to end is killed after this
+_LEAVING_POLL_S = 0.05
+_HUNG_UP_S = 0.05                    # and another user's that has closed its channel after this
 _LAST_WORDS = 64                     # messages of a zygote that has ended
 _PROBLEM_CHARS = 4000                # more doesn't come from a zygote of ours
 
@@ -89,6 +92,7 @@ class Workers:
         self._oom_kills = oom_kills()
         self._spawner: Spawner | None = None
         self._guard = MemoryGuard("watch")
+        self._leaving: list[tuple[float, ZygoteHandle]] = []     # when to kill them
         self._look_at = float("inf")         # when to look at the workers' memory
 
     def serve_users(self, spawner: Spawner) -> None:
@@ -110,6 +114,7 @@ class Workers:
         times = [handle.lines.since + PARTIAL_LINE_S for handle in self._handles.values()
                  if handle.lines.since is not None]
         times += [zygote.idle_since + self._zygote_idle_s for zygote in self.zygotes.values() if not zygote.workers]
+        times += [min(due, now + _LEAVING_POLL_S) for due, _ in self._leaving]
         due = self.core.next_deadline(now)
         return [*times, self._look_at] if due is None else [*times, self._look_at, due]
 
@@ -135,14 +140,23 @@ class Workers:
         for key, zygote in list(self.zygotes.items()):
             if not zygote.workers and now >= zygote.idle_since + self._zygote_idle_s:
                 log.info("zygote=%s pid=%d ends: idle for %g s", key, zygote.pid, self._zygote_idle_s)
-                self._close_zygote(key)
+                self._leave_zygote(key)
+        leaving, self._leaving = self._leaving, []
+        for due, zygote in leaving:
+            if now >= due or zygote.ended:
+                zygote.close(0.0)
+            else:
+                self._leaving.append((due, zygote))
 
     def close(self) -> None:
         """Ends every process, and returns when they have ended. Safe to call twice."""
         for handle in self._handles.values():
             handle.kill()
         for key in list(self.zygotes):
-            self._close_zygote(key)
+            self._leave_zygote(key)
+        leaving, self._leaving = self._leaving, []
+        for due, zygote in leaving:
+            zygote.close(max(0.0, due - time.monotonic()))
         # A killed process lives on until the kernel has freed its memory. Who sent us
         # down hears of it by the end of his session, which is closed after this.
         deadline = time.monotonic() + ENDS_S
@@ -407,7 +421,7 @@ class Workers:
                       if zygote.kind.uid == uid and not zygote.workers and key != but)
         for _, key in idle[:max(0, len(idle) - IDLE_ZYGOTES)]:
             log.info("zygote=%s pid=%d ends: its user has enough others", key, self.zygotes[key].pid)
-            self._close_zygote(key)
+            self._leave_zygote(key)
 
     def _on_zygote(self, key: str, zygote: ZygoteHandle) -> None:
         try:
@@ -507,7 +521,9 @@ class Workers:
     def _zygote_ended(self, key: str, zygote: ZygoteHandle) -> None:
         """With it, by the kernel's hand, all of its workers."""
         was_ready = zygote.ready
-        self._close_zygote(key)
+        self._forget_zygote(key)
+        # Another user's may have closed its channel and go on: the others don't wait for it.
+        zygote.close(2.0 if zygote.spawner is None else _HUNG_UP_S)
         why = zygote.why()
         log.error("zygote=%s pid=%d ended: %s", key, zygote.pid, why)
         for number in list(zygote.workers):
@@ -542,9 +558,15 @@ class Workers:
                         handle.lease, number, handle.pid, handle.memory_bytes)
             self.act(self.core.over_memory(number, handle.read_page()))
 
-    def _close_zygote(self, key: str) -> None:
+    def _leave_zygote(self, key: str) -> None:
+        """Nobody waits for its end; what doesn't end is killed in time."""
+        zygote = self._forget_zygote(key)
+        zygote.leave()
+        self._leaving.append((time.monotonic() + _LEAVES_S, zygote))
+
+    def _forget_zygote(self, key: str) -> ZygoteHandle:
         zygote = self.zygotes.pop(key)
         self._guard.forget(zygote)
         self._unregister(zygote.channel)
         self._unregister(zygote.errors)
-        zygote.close()
+        return zygote

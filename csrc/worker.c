@@ -2125,6 +2125,21 @@ static void nap(struct rfm_worker *w)
     rfm_door_disarm(w->door);
 }
 
+/* Told to end before we saw their ends: what they sent still counts. */
+static void tell_refused(struct rfm_worker *w)
+{
+    for (uint32_t i = 0; i < w->n_conns; i++) {
+        uint32_t gone[2] = { w->conns[i]->number,
+                             rfm_load_relaxed(&w->conns[i]->n_refused) };
+        struct iovec iov = { gone, sizeof(gone) };
+
+        if (gone[1] != 0) {
+            (void)rfm_frame_send(w->attr.agent_fd, RFM_AGENT_GONE, 0, &iov, 1,
+                                 NULL, 0);
+        }
+    }
+}
+
 int rfm_worker_next(struct rfm_worker *w, bool wait, struct rfm_event *ev)
 {
     uint64_t since = 0;
@@ -2142,6 +2157,7 @@ int rfm_worker_next(struct rfm_worker *w, bool wait, struct rfm_event *ev)
             continue;
         }
         if (rfm_load_relaxed(&w->quit) != 0) {
+            tell_refused(w);
             memset(ev, 0, sizeof(*ev));
             ev->type = RFM_EV_END;
             return RFM_OK;

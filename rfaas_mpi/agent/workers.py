@@ -304,11 +304,12 @@ class Workers:
 
     # ---- workers ---------------------------------------------------------------------------------
 
-    def _on_agent_socket(self, handle: WorkerHandle) -> None:
+    def _on_agent_socket(self, handle: WorkerHandle) -> bool:
+        """True if there may be more to read."""
         try:
             data = handle.agent.recv(1 << 16)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data = b""
         if not data:
@@ -316,7 +317,7 @@ class Workers:
             self._unregister(handle.agent)
             if not handle.ending():
                 self.act(self.core.cut_off(handle.number))
-            return
+            return False
         now = time.monotonic()
         try:
             for frame in handle.frames.feed(data):
@@ -340,6 +341,8 @@ class Workers:
             log.error("worker=%d says what makes no sense (%s); it is killed", handle.number, error)
             self._unregister(handle.agent)
             handle.kill()
+            return False
+        return True
 
     def _look_at_priority(self, handle: WorkerHandle) -> None:
         low = handle.zygote.low
@@ -378,6 +381,9 @@ class Workers:
         now = time.monotonic()
         if self._guard.end(number):
             how = dataclasses.replace(how, oom=True)
+        # Its farewell may be there as late as the news of its end.
+        while self._on_agent_socket(handle):
+            pass
         while True:
             data, ended = handle.read_output()
             self._show(handle, handle.lines.feed(data, now))

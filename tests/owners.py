@@ -310,7 +310,7 @@ class Judge:
 
 
 def run(seconds: float, seed: int, blind: bool, least: int) -> dict:
-    """At least so long, and until so many cores of each kind were judged, but no longer than ten times as long."""
+    """At least so long, and until so many cores of each kind were judged, but no longer than thirty times as long."""
     name = f"rfaastest{os.getpid()}"
     groups = Groups(name)
     reading, writing = os.pipe()
@@ -328,7 +328,7 @@ def run(seconds: float, seed: int, blind: bool, least: int) -> dict:
         while True:
             took = time.monotonic() - began
             enough = all(judge.judged[which] >= least for which in (CoreClass.FREE, CoreClass.UNUSED))
-            if (took > seconds and (enough or judge.violations)) or took > 10 * seconds:
+            if (took > seconds and (enough or judge.violations)) or took > 30 * seconds:
                 break
             judge.samples.append(look(name))
             with suppress(BlockingIOError):

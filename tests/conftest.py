@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import uuid
@@ -72,6 +74,17 @@ def wait_until(condition: Callable[[], object], what: str, guard_s: float = 30.0
 def _wait_until() -> Callable[..., object]:
     """wait_until(condition, what, guard_s=30): for tests that wait for another process."""
     return wait_until
+
+
+@pytest.fixture
+def stderr_kept(tmp_path: Path) -> Callable[[], contextlib.AbstractContextManager[Callable[[], str]]]:
+    """with stderr_kept() as said: said() is all that went to sys.stderr; capfd loses what comes while it is read."""
+    @contextlib.contextmanager
+    def kept() -> Iterator[Callable[[], str]]:
+        path = tmp_path / "stderr"
+        with open(path, "a", buffering=1) as stderr, contextlib.redirect_stderr(stderr):
+            yield path.read_text
+    return kept
 
 
 # --- every transport --------------------------------------------------------------

@@ -142,7 +142,7 @@ def test_a_numba_kernel_runs_in_a_worker(ex):
     assert ex.Invoke(made, np.arange(4.0), np.zeros(4)).tolist() == [0, 3, 6, 9]
 
 
-def test_what_a_kernel_writes_warns_or_logs_reaches_the_rank(capfd, wait_until):
+def test_what_a_kernel_writes_warns_or_logs_reaches_the_rank(stderr_kept, wait_until):
     def talks(x):
         import ctypes
         import logging
@@ -156,18 +156,13 @@ def test_what_a_kernel_writes_warns_or_logs_reaches_the_rank(capfd, wait_until):
         os.write(1, b"raw\n")
         print("no end of line", end="")
         return x
-    with Executor(workers=1) as ex:
+    with stderr_kept() as said, Executor(workers=1) as ex:
         ex.Invoke(kernel(talks), np.ones(1), np.zeros(1))
-        seen = ""
-
-        def all_of_it():
-            nonlocal seen
-            seen += capfd.readouterr().err
-            return all(word in seen for word in ("printed 1.0", "to stderr", "UserWarning: warned", "logged",
-                                                 "from C", "raw", "no end of line"))
-        wait_until(all_of_it, "everything that the kernel said", 10)
-    for line in seen.splitlines():
-        assert line.startswith("[rfaas worker"), line
+        for words in ("printed 1.0", "to stderr", "UserWarning: warned", "logged", "from C", "raw", "no end of line"):
+            wait_until(lambda words=words: words in said(), words)
+        ex.shutdown()
+        for line in said().splitlines():
+            assert line.startswith("[rfaas worker"), line
 
 
 def test_a_crash_names_the_python_line_and_keeps_what_was_printed(ex):

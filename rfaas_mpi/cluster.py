@@ -29,7 +29,7 @@ from rfaas_mpi.errors import (
     ServiceLost,
 )
 from rfaas_mpi.messages import Grant, GrantLease, WorkerEnded
-from rfaas_mpi.session import Lent, Session
+from rfaas_mpi.session import Lent, Session, check_workers
 
 __all__ = ["ClusterSession"]
 
@@ -122,9 +122,7 @@ class ClusterSession:
         """
         if timeout_s is None:
             timeout_s = self.settings.lease_timeout_s
-        if workers_min < 0 or workers_max < max(1, workers_min) or cores_per_worker < 1:
-            raise ConfigError(f"workers=({workers_min}, {workers_max}) with {cores_per_worker} cores each is no demand",
-                              hint="0 <= min <= max, max >= 1, cores_per_worker >= 1")
+        check_workers(workers_min, workers_max, cores_per_worker)
         if memory_per_worker is None:
             memory_per_worker = self.settings.memory_per_worker
         leases: list[GrantLease] = []

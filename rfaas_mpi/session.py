@@ -370,6 +370,13 @@ def _directory() -> str:
         return "/"
 
 
+def check_workers(workers_min: int, workers_max: int, cores_per_worker: int) -> None:
+    """ConfigError for numbers that make no demand."""
+    if workers_min < 0 or workers_max < max(1, workers_min) or cores_per_worker < 1:
+        raise ConfigError(f"workers=({workers_min}, {workers_max}) with {cores_per_worker} cores each is no demand",
+                          hint="0 <= min <= max, max >= 1, cores_per_worker >= 1")
+
+
 class _Pending:
     __slots__ = ("answer", "done")
 
@@ -709,9 +716,7 @@ class Session:
         """
         if timeout_s is None:
             timeout_s = self.settings.lease_timeout_s
-        if workers_min < 0 or workers_max < max(1, workers_min) or cores_per_worker < 1:
-            raise ConfigError(f"workers=({workers_min}, {workers_max}) with {cores_per_worker} cores each is no demand",
-                              hint="0 <= min <= max, max >= 1, cores_per_worker >= 1")
+        check_workers(workers_min, workers_max, cores_per_worker)
         if memory_per_worker is None:
             memory_per_worker = self.settings.memory_per_worker
         granted = self._ask(msg.LeaseRequest(next(self._ids), workers_min, workers_max, cores_per_worker,

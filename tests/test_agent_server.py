@@ -21,9 +21,15 @@ def place(tmp_path: Path) -> Path:
     return tmp_path / "place"
 
 
+class Bare(AgentServer):
+    """Lends nothing: what a server does before anybody joins."""
+
+    offer = session_over = owns = release = fail = stopped = used = None
+
+
 @contextlib.contextmanager
 def begun(place: Path) -> Iterator[None]:
-    with contextlib.closing(AgentServer(place, zygote_idle_s=1.0)) as server:
+    with contextlib.closing(Bare(place, zygote_idle_s=1.0)) as server:
         server.begin()
         yield
 

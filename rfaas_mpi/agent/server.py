@@ -15,6 +15,7 @@ import signal
 import socket
 import stat
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,7 +112,7 @@ class _Reclaim:
     decided_ns: int
 
 
-class AgentServer:
+class AgentServer(ABC):
     """Owns the selector, the door, sessions and workers. close() ends them all.
 
     With `grants` sessions may begin with a grant, and ranks of all users may come.
@@ -225,9 +226,9 @@ class AgentServer:
 
     # ---- hooks: who decides about leases ---------------------------------------------------------
 
+    @abstractmethod
     def offer(self, session: SessionHandle, now: float) -> Offer:
         """What there is to lend to a session that joins, looked at now."""
-        raise NotImplementedError
 
     def check(self, session: SessionHandle, request: msg.AnyRequest) -> None:
         """ServiceError for what this session may not ask."""
@@ -239,21 +240,21 @@ class AgentServer:
     def joined(self, session: SessionHandle, join: msg.Join, environment: Mapping[str, str]) -> None:
         """A rank has joined, and is no observer."""
 
+    @abstractmethod
     def session_over(self, session: SessionHandle, now: float) -> None:
         """A session has ended: what it holds ends too."""
-        raise NotImplementedError
 
+    @abstractmethod
     def owns(self, session: int, lease: int) -> bool:
         """True if the session may release the lease."""
-        raise NotImplementedError
 
+    @abstractmethod
     def release(self, session: int, lease: int, now: float) -> None:
         """It does. Answered once its last seat has stopped."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fail(self, lease: int, now: float) -> None:
         """The lease's workers can't be started: it is taken back."""
-        raise NotImplementedError
 
     def give_up(self, seats: Mapping[int, Sequence[int]], grace_s: float, now: float, *, owned: bool) -> None:
         """Cores are wanted back: these seats of each lease are given up, down the ladder. It waits for nobody."""
@@ -263,13 +264,13 @@ class AgentServer:
     def freed(self, lease: int, seat: int, cores: tuple[int, ...], now: float) -> None:
         """Nothing of this seat may run on its cores any more. Its worker may still hold memory."""
 
+    @abstractmethod
     def stopped(self, lease: int, seat: int, now: float) -> None:
         """Nothing of this seat can run any more."""
-        raise NotImplementedError
 
+    @abstractmethod
     def used(self, meter: agent_core.Meter, pid: int) -> None:
         """What a worker that ended has used."""
-        raise NotImplementedError
 
     def status(self) -> dict[str, Any]:
         """Facts for people and programs, all of them JSON."""
@@ -337,8 +338,7 @@ class AgentServer:
         return None
 
     def lease_came(self, guest: Guest, lease: int, grant: bytes) -> None:
-        """The session of a lease begins."""
-        raise NotImplementedError
+        """The session of a lease begins. For those that take grants."""
 
     def begin_session(self, guest: Guest, key: bytes, roles: tuple[bytes, bytes]) -> SessionHandle:
         """Listens to it from now on; over TCP it is sealed with the key that it proved to know, rank's role first."""

@@ -181,6 +181,24 @@ def test_an_agent_that_was_replaced_is_told(play):
     play(scenario)
 
 
+def test_an_agent_that_is_replaced_is_told_at_once_and_only_once_its_successor_has_reported(play):
+    async def scenario(call: Caller) -> None:
+        old = await call.start("nid1")
+        async with call.session.ws_connect("http://manager/v1/agents/nid1/channel") as channel:
+            await channel.send_json(report(old))
+            assert not (await channel.receive_json())["superseded"]
+            new = await call.start("nid1")
+            await channel.send_json(report(old))
+            assert not (await channel.receive_json())["superseded"], "who registers may not get any further"
+            await call.report("nid1", new)
+            async with asyncio.timeout(GUARD_S):
+                assert (await channel.receive_json())["superseded"]
+            async with call.session.ws_connect("http://manager/v1/agents/nid1/channel") as other:
+                await other.send_json(report(new))
+                assert not (await other.receive_json())["superseded"], "nor is it said to the other one"
+    play(scenario)
+
+
 def test_the_end_of_a_session_answers_what_it_waits_for(play):
     async def scenario(call: Caller) -> None:
         await call.report("nid1", await call.start("nid1"))

@@ -95,7 +95,7 @@ class ManagerServer:
         self._written: asyncio.Future[None] | None = None
         self._wake = asyncio.Event()
         self._sooner = asyncio.Event()
-        self._channels: dict[str, AgentChannel] = {}
+        self._channels: dict[str, tuple[int, AgentChannel]] = {}       # and whose it is: the incarnation
         self._told: deque[tuple[int, api.Event]] = deque(maxlen=EVENTS_KEPT)       # (uid, event)
         # Above those of a manager that was here before.
         self._next_event = int(time.time()) * 1000
@@ -177,7 +177,7 @@ class ManagerServer:
             for waiting in asked.waiting:
                 if not waiting.done():
                     waiting.set_exception(_Refusal(503, "the manager is ending", "ask again when it is back"))
-        closing = [asyncio.create_task(channel.close()) for channel in self._channels.values()]
+        closing = [asyncio.create_task(channel.close()) for _, channel in self._channels.values()]
         if closing:
             await asyncio.wait(closing, timeout=CLOSE_S)
         for runner in (self._runner, self._metrics_runner):
@@ -237,8 +237,8 @@ class ManagerServer:
                         if not waiting.done():
                             waiting.set_result(action)
             case StopWorkers(node=node):
-                if (channel := self._channels.get(node)) is not None:
-                    self._tell(channel, api.Orders(stop=(_order(action),)))
+                if (found := self._channels.get(node)) is not None:
+                    self._tell(found[1], api.Orders(stop=(_order(action),)))
             case Notify():
                 lease = self.book.lease(action.lease_id)
                 if lease is not None:
@@ -393,6 +393,11 @@ class ManagerServer:
                 # An agent speaks for its own node's leases only.
                 if (lease := self.book.lease(line.lease)) is not None and lease.node == name]
         await self._durable(self._do(actions, used))
+        before = self._channels.get(name)
+        if known and before is not None and before[0] < body.incarnation and not superseded:
+            # It would lend and begin leases until its own next report is answered.
+            del self._channels[name]
+            self._tell(before[1], api.Orders(superseded=True))
         return api.Orders(
             stop=tuple(_order(action) for action in actions if isinstance(action, StopWorkers) and action.node == name),
             superseded=superseded, register=not known and not superseded, clock_ns=body.clock_ns,
@@ -411,16 +416,17 @@ class ManagerServer:
         try:
             async for message in channel.messages():
                 try:
-                    orders = await self._reported(uid, node, self._body(api.Report, message))
+                    report = self._body(api.Report, message)
+                    orders = await self._reported(uid, node, report)
                 except (RFaaSError, ValueError, _Refusal) as problem:
                     await _say(channel, api.Problem(f"the report was not taken: {problem}"))
                     continue
                 if not orders.superseded:
                     # Who reports last is the node's agent; its orders travel here.
-                    self._channels[name] = channel
+                    self._channels[name] = report.incarnation, channel
                 await _say(channel, orders)
         finally:
-            if self._channels.get(name) is channel:
+            if (found := self._channels.get(name)) is not None and found[1] is channel:
                 del self._channels[name]
         return channel.socket
 

@@ -124,7 +124,7 @@ export ASAN_OPTIONS  := detect_leaks=1:abort_on_error=1:strict_string_checks=1
 export UBSAN_OPTIONS := print_stacktrace=1
 # TSan takes a send for a read of the memory after it, not before: the answer to
 # it may have come by then, and with it the right to write there.
-export TSAN_OPTIONS  := halt_on_error=1:second_deadlock_stack=1:intercept_send=0
+export TSAN_OPTIONS  := halt_on_error=1:second_deadlock_stack=1:intercept_send=0:report_signal_unsafe=0
 
 # $(1): what it is called, $(2): the command
 define report

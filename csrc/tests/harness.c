@@ -64,15 +64,96 @@ void t_fail_eq(const char *file, int line, const char *a, long long av,
     abort();
 }
 
-static void on_alarm(int signal)
+/* --- where a test hangs ---------------------------------------------------- */
+
+extern void __sanitizer_print_stack_trace(void) __attribute__((weak));
+
+static void on_tell(int signal)
+{
+    int was = errno;
+
+    (void)signal;
+    fprintf(stderr, "process %d, thread %ld:\n", (int)getpid(),
+            syscall(SYS_gettid));
+    if (__sanitizer_print_stack_trace != NULL) {
+        __sanitizer_print_stack_trace();
+    }
+    errno = was;
+}
+
+/* 0 where it can't be read. */
+static pid_t parent_of(pid_t pid)
+{
+    char path[64];
+    FILE *stat;
+    int parent = 0;
+
+    snprintf(path, sizeof(path), "/proc/%d/stat", (int)pid);
+    stat = fopen(path, "re");
+    if (stat == NULL) {
+        return 0;
+    }
+    if (fscanf(stat, "%*d (%*[^)]) %*c %d", &parent) != 1) {
+        parent = 0;
+    }
+    fclose(stat);
+    return parent;
+}
+
+static bool is_ours(pid_t pid)
+{
+    while ((pid > 1) && (pid != getpid())) {
+        pid = parent_of(pid);
+    }
+    return pid == getpid();
+}
+
+/* Each thread of each of our processes says where it is, one after another. */
+static void tell_all(void)
+{
+    DIR *all = opendir("/proc");
+    struct dirent *entry;
+
+    while ((all != NULL) && ((entry = readdir(all)) != NULL)) {
+        pid_t pid = atoi(entry->d_name);
+        char path[64];
+        struct dirent *task;
+        DIR *tasks;
+
+        if ((pid <= 0) || !is_ours(pid)) {
+            continue;
+        }
+        snprintf(path, sizeof(path), "/proc/%d/task", (int)pid);
+        tasks = opendir(path);
+        while ((tasks != NULL) && ((task = readdir(tasks)) != NULL)) {
+            if (atoi(task->d_name) > 0) {
+                syscall(SYS_tgkill, pid, atoi(task->d_name), SIGUSR2);
+                usleep(300000);
+            }
+        }
+        if (tasks != NULL) {
+            closedir(tasks);
+        }
+    }
+    if (all != NULL) {
+        closedir(all);
+    }
+}
+
+/* The end is near: what isn't safe in a handler may do its best here, and a
+ * second alarm ends it where that hangs, too. */
+static void on_alarm(int sig)
 {
     static const char text[] = ": FAILED: it hangs\n";
 
-    (void)signal;
+    (void)sig;
+    signal(SIGALRM, SIG_DFL);
+    alarm(20);
     if (write(2, running, strlen(running)) < 0 ||
         write(2, text, sizeof(text) - 1) < 0) {
         _exit(4);
     }
+    tell_all();
     if (getenv("RFM_TEST_ABORT") != NULL) {
         abort();
     }
@@ -334,6 +415,7 @@ pid_t t_dummy(int *pidfd_p)
 void t_init(int argc, char **argv, unsigned guard_s)
 {
     struct sigaction action = { .sa_handler = on_alarm };
+    struct sigaction tell   = { .sa_handler = on_tell, .sa_flags = SA_RESTART };
     int fds[2];
     pid_t pid;
 
@@ -344,6 +426,7 @@ void t_init(int argc, char **argv, unsigned guard_s)
     }
     CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, fds) == 0);
     rfm_ticks_init();
+    sigaction(SIGUSR2, &tell, NULL);
     fflush(NULL);
     pid = fork();
     CHECK(pid >= 0);

@@ -22,7 +22,7 @@ from rfaas_mpi import messages as msg
 from rfaas_mpi.agent.core import AgentCore, Meter
 from rfaas_mpi.agent.pool import WorkerHandle, ZygoteKind
 from rfaas_mpi.agent.spawner import Spawner
-from rfaas_mpi.agent.workers import Workers
+from rfaas_mpi.agent.workers import FORKS_S, STARTS_S, Workers
 
 NAMED = r"import ctypes; ctypes.CDLL(None).prctl(15, ctypes.c_char_p(b'gr\xc3) 1'), 0, 0, 0, 0); print(); input()"
 
@@ -237,6 +237,21 @@ def test_a_zygote_that_writes_without_end_holds_neither_the_loop_nor_the_log(cap
         node.zygote.read_errors = counted
         node.until(lambda: read > 4 << 20)
         assert sum(len(record.getMessage()) for record in caplog.records) < 1 << 18
+
+
+@pytest.mark.parametrize("says_ready", [False, True])
+def test_a_zygote_that_starts_no_worker_keeps_no_lease(node, says_ready):
+    if says_ready:
+        node.say(msg.pack_plain(msg.ZygoteReady(5, LEVEL)))
+    assert min(node.workers.deadlines(time.monotonic())) <= time.monotonic() + max(STARTS_S, FORKS_S)
+    node.workers.check(time.monotonic() + (FORKS_S if says_ready else STARTS_S) / 2)
+    assert node.owner.failed == [] and node.zygote_runs()
+    node.workers.check(time.monotonic() + (FORKS_S if says_ready else STARTS_S))
+    assert len(node.owner.failed) == 1 and "worker 1" in node.owner.failed[0]
+    node.workers.act(node.core.stop(1, [0], "revoked", 0.0, time.monotonic()))
+    node.channel.close()
+    node.until(lambda: node.owner.stopped == [1])
+    assert not node.zygote_runs()
 
 
 def test_a_zygote_that_ignores_its_end_is_waited_for_by_nobody_and_killed_in_time(users_node):

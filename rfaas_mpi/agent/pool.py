@@ -132,6 +132,8 @@ class ZygoteHandle:
         self.sandbox: dict[str, Any] = {}
         self.workers: set[int] = set()
         self.idle_since = now
+        self.begun_at = now
+        self.ready_at: float | None = None
         self.stderr = b""
         self._log_bytes = float(_LOG_BURST_BYTES)
         self._logged_at = now
@@ -215,6 +217,7 @@ class ZygoteHandle:
     def became_ready(self) -> None:
         """Sends the orders that waited. OSError if it doesn't take them."""
         self.ready = True
+        self.ready_at = time.monotonic()
         orders, self._orders = self._orders, []
         try:
             for data, fds in orders:
@@ -357,6 +360,8 @@ class WorkerHandle:
     pidfd: int = -1
     foreign: bool = False            # what its zygote shows as this worker is none of its processes
     frames: msg.FrameReader = field(default_factory=msg.FrameReader)
+    ordered_at: float = 0.0
+    serves: bool = False             # it said so, or has been given up
     closed: bool = False
     held: list[tuple[bytes, list[int]]] | None = field(default_factory=list)     # for one that isn't admitted yet
 
@@ -385,7 +390,13 @@ class WorkerHandle:
             os.close(page_fd)
         ours.setblocking(False)
         os.set_blocking(output_r, False)
-        return cls(number, lease, zygote, ours, page, output_r, Lines(now), memory_bytes)
+        return cls(number, lease, zygote, ours, page, output_r, Lines(now), memory_bytes, ordered_at=now)
+
+    def serves_by(self, starts_s: float, forks_s: float) -> float:
+        """When it has to, if its zygote has so long to be ready and then so long for a worker."""
+        if self.zygote.ready_at is None:
+            return self.zygote.begun_at + starts_s
+        return max(self.ordered_at, self.zygote.ready_at) + forks_s
 
     def read_page(self) -> Page:
         """What it is doing, word by word (each one is read at once)."""

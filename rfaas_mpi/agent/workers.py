@@ -36,6 +36,9 @@ PARTIAL_LINE_S = 0.2                 # an unfinished line is shown after this
 IDLE_ZYGOTES = 4                     # of one user, that wait for another lease
 ENDS_S = 5.0                         # killed workers are waited for, at our own end
 
+STARTS_S = 120.0                     # an interpreter with the user's modules may need so long to be ready
+FORKS_S = 60.0                       # and then so long for a worker that serves
+
 _LEAVES_S = 2.0                      # a zygote that is told to end is killed after this
 _LEAVING_POLL_S = 0.05
 _HUNG_UP_S = 0.05                    # and another user's that has closed its channel after this
@@ -115,6 +118,7 @@ class Workers:
                  if handle.lines.since is not None]
         times += [zygote.idle_since + self._zygote_idle_s for zygote in self.zygotes.values() if not zygote.workers]
         times += [min(due, now + _LEAVING_POLL_S) for due, _ in self._leaving]
+        times += [handle.serves_by(STARTS_S, FORKS_S) for handle in self._handles.values() if not handle.serves]
         due = self.core.next_deadline(now)
         return [*times, self._look_at] if due is None else [*times, self._look_at, due]
 
@@ -128,9 +132,25 @@ class Workers:
             self._look_at = now + WATCH_S if self._guard.watches else float("inf")
             for number in self._guard.over():
                 self._end_for_memory(number)
+        self._end_late(now)
         self.act(self.core.tick(now))
         if self._spawner is not None and self._spawner.has_news:
             self._on_spawner()
+
+    def _end_late(self, now: float) -> None:
+        """What a user's zygote doesn't start keeps no lease, and nobody waits for it."""
+        for handle in list(self._handles.values()):
+            if handle.serves or now < handle.serves_by(STARTS_S, FORKS_S):
+                continue
+            handle.serves = True      # it is looked at once
+            zygote = handle.zygote
+            what = ("has not been forked" if handle.pidfd < 0 else "does not serve") if zygote.ready else "has no zygote"
+            log.error("lease=%d worker=%d %s in time; zygote=%s pid=%d is killed", handle.lease, handle.number, what,
+                      zygote.kind.key, zygote.pid)
+            self._employer.lease_failed(handle.lease, f"worker {handle.number} {what} within "
+                                                      f"{FORKS_S if zygote.ready else STARTS_S:g} s")
+            # What holds it up (an import, a stopped process, its user) would hold up the next one.
+            zygote.process.kill()
 
     def tidy(self, now: float) -> None:
         """Shows unfinished lines, ends zygotes that nobody needs."""
@@ -323,6 +343,7 @@ class Workers:
             for frame in handle.frames.feed(data):
                 match frame.type:
                     case msg.FRAME_READY:
+                        handle.serves = True
                         self._look_at_priority(handle)
                         self.act(self.core.ready(handle.number))
                     case msg.FRAME_LIMITS:

@@ -145,6 +145,8 @@ class Settings:
     lease_timeout_s: float = _setting(10.0, _number(float, 0), "how long to wait for cores when none is spare")
     zygote_idle_s: float = _setting(300.0, _number(float, 0), "how long a zygote without workers stays")
     spin_us: int = _setting(1000, _number(int, 0, 10_000_000), "how long a waiter spins before it sleeps")
+    spin_us_max: int | None = _setting(None, _number(int, 0, 10_000_000),
+                                       "the longest that workers may spin on a node that lends; 0: not at all")
     slots: int = _setting(16, _number(int, 2, 64), "slots of a connection from rank to worker")
     slot_bytes: int = _setting(16384, _number(size_of, 64, 1 << 20), "size of one slot")
     memory_per_worker: int | None = _setting(None, size_of, "memory a worker may use; default: a fair share")

@@ -72,7 +72,9 @@ class Service(AgentServer):
     def start(self) -> None:
         """Takes the life lock and listens. ServiceError if another service lives."""
         self.begin()
-        if Settings.load().memory_limit == "cgroup":
+        settings = Settings.load()
+        self.spin_us_max = settings.spin_us_max
+        if settings.memory_limit == "cgroup":
             # Not without being told to: what a killed service leaves behind there stays until the next one starts.
             self.workers.guard_memory("cgroup")
         self._store = Store(self.directory / "store.db")

@@ -113,6 +113,7 @@ class Agent(AgentServer):
         self.node = options.node
         self.socket = options.socket or options.directory / "socket"
         self.device = settings.device
+        self.spin_us_max = settings.spin_us_max
         self.tenures = Tenures()
         self.lendable = Lendable()
         self._found: Found | None = None

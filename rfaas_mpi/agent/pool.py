@@ -57,12 +57,16 @@ class ZygoteKind:
 
     @classmethod
     def of(cls, join: msg.Join, device: str | None = None, *, prefix: tuple[str, ...] = (),
-           uid: int | None = None) -> ZygoteKind:
-        """The rank's interpreter, without what belongs to that rank alone.
+           uid: int | None = None, spin_us_max: int | None = None) -> ZygoteKind:
+        """The rank's interpreter, without what belongs to that rank alone. ConfigError for settings that are none.
 
         `device` is this node's for verbs where the rank is another node's, and means its own.
+        Workers spin for as long as the rank wants, and at most for `spin_us_max`.
         """
         given = {os.fsdecode(name): os.fsdecode(value) for name, value in join.environment}
+        if spin_us_max is not None and (wanted := config.Settings.load(given).spin_us) > spin_us_max:
+            log.debug("workers spin for %d us, not the %d us that their rank wants", spin_us_max, wanted)
+            given[config.PREFIX + "SPIN_US"] = str(spin_us_max)
         if device is not None:
             given[config.DEVICE_VARIABLE] = device
         environment = {**config.scrubbed(given), **dict.fromkeys(config.THREAD_VARIABLES, "1")}

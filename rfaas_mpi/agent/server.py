@@ -133,6 +133,7 @@ class AgentServer(ABC):
         self.door = Door(self.selector, self, grants=self.grants)
         self.key = b""                               # that sessions over TCP prove to know
         self.device = ""                             # for verbs, that workers of other nodes' ranks use
+        self.spin_us_max: int | None = None          # what ranks want, and no longer than this, workers spin
         self._life = FileLock(directory / "life.lock")
         self._next_session = 1
         self._releasing: dict[int, list[tuple[int, int]]] = {}
@@ -277,7 +278,7 @@ class AgentServer(ABC):
         return {
             "pid": os.getpid(), "version": __version__, "uptime_s": round(time.monotonic() - self.started, 3),
             "directory": str(self.directory),
-            "low_priority": str(self.workers.low.means or ""),
+            "low_priority": str(self.workers.low.means or ""), "spin_us_max": self.spin_us_max,
             "workers": self.workers.status(), "zygotes": self.workers.zygotes_status(),
             "memory_limit": self.workers.memory_status(),
             "sessions": [{"number": session.number, "pid": session.join.pid if session.join else 0,
@@ -466,7 +467,7 @@ class AgentServer(ABC):
                 # Another user's files may not be ours to see: there the zygote says what is missing.
                 _check_places(join)
             session.kind = ZygoteKind.of(join, self.device if session.where else None,
-                                         prefix=self.prefix(environment), uid=uid)
+                                         prefix=self.prefix(environment), uid=uid, spin_us_max=self.spin_us_max)
             _check_program(session.kind)
             self.joined(session, join, environment)
         session.join = join

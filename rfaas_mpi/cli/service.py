@@ -91,6 +91,8 @@ def describe(data: dict[str, Any]) -> Iterator[str]:
         yield from textwrap.wrap({"cgroup": "a control group bounds each worker's memory"}.get(
             limit["means"], f"what workers hold is looked at: {limit['why']}"), 79, initial_indent="limit      ",
             subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False)
+    if (spin := data.get("spin_us_max")) is not None:
+        yield f"polling    workers sleep {f'after {spin} us without work' if spin else 'as soon as they have no work'}"
     yield f"ranks      {len(data['sessions'])}" + (f", {data['waiting']} waiting for cores" if data["waiting"] else "")
     for rank in data["sessions"]:
         where = f" at {rank['where']}" if rank.get("where") else ""

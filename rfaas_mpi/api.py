@@ -20,6 +20,7 @@ __all__ = ["ROUTES", "Route", "openapi"]
 
 CORES_MAX = 4096
 WORKERS_MAX = 100_000
+KERNELS_MAX = 16                 # of one worker
 KEY_BYTES = 32
 
 Core = Annotated[int, Meta(ge=0, lt=1 << 20)]
@@ -68,8 +69,20 @@ class Admitted(msgspec.Struct, frozen=True):
     keys: tuple[bytes, ...] = ()
 
 
+class KernelLine(Body, frozen=True):
+    """How often a worker ran a kernel, and for how long in all."""
+
+    kernel: Annotated[str, Meta(max_length=128)]
+    exec_s: Seconds
+    invocations: Size
+
+
 class UsedLine(Body, frozen=True):
-    """What one worker used; `number` names the line within the agent's `incarnation` (0: that of the report)."""
+    """What one worker has used so far; a later line of the same worker takes its place.
+
+    `number` is the worker's within the agent's `incarnation` (0: that of the report), `seat` its place in the lease.
+    `kernels`: what it ran, those in which most time went; "(others)" are the rest.
+    """
 
     number: Number
     lease: Number
@@ -80,8 +93,9 @@ class UsedLine(Body, frozen=True):
     exec_s: Seconds = 0.0
     poll_s: Seconds = 0.0
     invocations: Size = 0
-    kernel: Annotated[str, Meta(max_length=256)] = ""
     incarnation: Annotated[int, Meta(ge=0, lt=1 << 62)] = 0
+    seat: Annotated[int, Meta(ge=0, lt=WORKERS_MAX)] = 0
+    kernels: Annotated[tuple[KernelLine, ...], Meta(max_length=KERNELS_MAX)] = ()
 
 
 class Traits(Body, frozen=True):

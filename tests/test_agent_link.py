@@ -391,7 +391,7 @@ def test_more_lines_than_a_report_carries_go_with_the_next(monkeypatch):
     assert carried == [[1, 2], [3, 4], [5]]
 
 
-@pytest.mark.parametrize("wrong", [line(0, 5), line(1, -5), line(1, 5, kernel="x" * 300), line(1, 5, exec_s=-1.0)])
+@pytest.mark.parametrize("wrong", [line(0, 5), line(1, -5), line(1, 5, kernels=(api.KernelLine("x" * 300, 1.0, 1),)), line(1, 5, exec_s=-1.0)])
 def test_a_line_that_the_manager_would_refuse_is_refused_here(wrong):
     with pytest.raises(ValueError):
         box().use([wrong])

@@ -154,8 +154,8 @@ def test_usage_is_summed_by_user_job_kernel_node_or_lease(cluster):
     assert cluster.text("usage") == "Nothing was used yet.\n"
     cluster.asked.call("report", api.Report(
         cluster.agent.incarnation, 2**61, (0, 1, 2, 3), 8 * GIB, (),
-        used=(api.UsedLine(1, cluster.lease.id, 2, GIB, 3600.0, 10.0, 8.0, 1.0, 500, "pkg:price"),)), node="nid1")
-    names = {"user": ME, "job": "-", "kernel": "pkg:price", "node": "nid1", "lease": str(cluster.lease.id)}
+        used=(api.UsedLine(1, cluster.lease.id, 2, GIB, 3600.0, 10.0, 8.0, 1.0, 500),)), node="nid1")
+    names = {"user": ME, "job": "-", "kernel": "-", "node": "nid1", "lease": str(cluster.lease.id)}
     for by, name in names.items():
         head, line = cluster.text("usage", "--by", by).splitlines()
         assert head.split()[:3] == [by.upper(), "WORKERS", "CORE-H"]

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import resource
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ from rfaas_mpi.leases import (
     Notify,
 )
 from rfaas_mpi.manager import ledger as ledger_module
+from rfaas_mpi.manager.accounts import KERNELS_MAX, OTHERS, RECORD, KernelUse
 from rfaas_mpi.manager.ledger import KEEP_ENDED_S, Ledger, Usage, network_file_system
 from rfaas_mpi.manager.registry import Registry
 from rfaas_mpi.placement import pick_cores
@@ -169,13 +171,91 @@ def used(number: int, **more: object) -> Usage:
 def test_usage_counts_once_however_often_it_is_told(opened):
     ledger = opened()
     for _ in range(3):
-        ledger.write([], [used(1), used(2, uid=1001)])
+        ledger.write([], [used(1), used(2, lease=10, uid=1001)])
     ledger.write([], [used(1, incarnation=2)])
     assert [(row["uid"], row["workers"], row["core_s"], row["invocations"]) for row in opened().usage()] == [
         (1000, 2, 12.0, 8), (1001, 1, 6.0, 4)]
     assert [row["node"] for row in opened().usage(by="node")] == ["n0"]
     with pytest.raises(StoreError, match="ask by uid"):
         opened().usage(by="uid; DROP TABLE usage")
+
+
+def test_what_a_worker_has_used_so_far_takes_the_place_of_what_it_had(opened):
+    ledger = opened()
+    ledger.write([], [used(1, held_s=2.0, cpu_s=1.0, invocations=1)])
+    ledger.write([], [used(1, held_s=5.0, cpu_s=4.0, invocations=9)])
+    ledger.write([], [used(1, held_s=3.0, cpu_s=2.0, invocations=4)])      # that came late
+    [row] = opened().usage()
+    assert (row["workers"], row["core_s"], row["cpu_s"], row["invocations"]) == (1, 10.0, 4.0, 9)
+
+
+def test_a_seat_is_charged_for_what_its_workers_held_or_the_manager_s_record_whichever_is_more(opened):
+    ledger = opened()
+    record = used(RECORD, held_s=10.0, cpu_s=0.0, invocations=0)
+    ledger.write([], [used(1), used(2), record])
+    [row] = ledger.usage()
+    assert (row["workers"], row["core_s"], row["memory_byte_s"], row["cpu_s"]) == (2, 20.0, 10.0 * GIB, 3.0)
+    # The agent is back, and knows better.
+    ledger.write([], [used(2, held_s=8.0)])
+    [row] = ledger.usage()
+    assert (row["workers"], row["core_s"]) == (2, 22.0)
+    ledger.write([], [record, used(3, seat=1)])
+    [row] = ledger.usage()
+    assert (row["workers"], row["core_s"]) == (3, 28.0)
+
+
+def test_sums_by_kernel_add_up_to_what_was_used(opened):
+    ledger = opened()
+    ledger.write([], [used(1, held_s=10.0, cpu_s=7.0, poll_s=1.0, exec_s=6.0, invocations=5, kernels=(
+        KernelUse("pkg.price", 4.0, 3), KernelUse("pkg.sum", 2.0, 2))),
+        used(2, held_s=10.0, exec_s=1.0, cpu_s=1.0, invocations=1, kernels=(KernelUse("pkg.price", 1.0, 1),))])
+    rest, price, sums = ledger.usage(by="kernel")
+    assert price == {"kernel": "pkg.price", "workers": 2, "core_s": 10.0, "memory_byte_s": 5.0 * GIB, "cpu_s": 5.0,
+                     "exec_s": 5.0, "poll_s": 0.0, "invocations": 4}
+    assert (sums["kernel"], sums["core_s"], sums["cpu_s"], sums["invocations"]) == ("pkg.sum", 4.0, 2.0, 2)
+    assert (rest["kernel"], rest["core_s"], rest["cpu_s"], rest["poll_s"], rest["invocations"]) == (
+        "", 26.0, 1.0, 1.0, 0)
+    [row] = ledger.usage()
+    for name in ("core_s", "memory_byte_s", "cpu_s", "exec_s", "poll_s", "invocations"):
+        assert row[name] == sum(each[name] for each in (rest, price, sums)), name
+
+
+def test_a_worker_s_kernels_are_those_of_its_latest_word(opened):
+    ledger = opened()
+    for kernels in ((KernelUse("a", 1.0, 1),), (KernelUse("b", 2.0, 1), KernelUse("c", 0.5, 1))):
+        ledger.write([], [used(1, exec_s=3.0, kernels=kernels)])
+    assert [row["kernel"] for row in opened().usage(by="kernel")] == ["", "b", "c"]
+
+
+def test_a_user_who_makes_names_without_end_fills_nothing(opened):
+    ledger = opened()
+    for first in range(0, 3 * KERNELS_MAX, 10):
+        ledger.write([], [used(1 + first + i, exec_s=1.0, kernels=(KernelUse(f"k{first + i}", 1.0, 1),))
+                          for i in range(10)])
+    ledger.write([], [used(1, uid=1001, lease=10, exec_s=1.0, kernels=(KernelUse("mine", 1.0, 1),))])
+    rows = {row["kernel"]: row["invocations"] for row in opened().usage(by="kernel")}
+    assert len(rows) == KERNELS_MAX + 3 and rows[OTHERS] == 2 * KERNELS_MAX and rows["mine"] == 1
+    assert sum(rows.values()) == 4 * (3 * KERNELS_MAX + 1)
+
+
+def test_accounts_of_an_earlier_format_are_kept(opened, tmp_path):
+    opened().close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as db:
+        db.executescript("""
+            DROP VIEW seats; DROP TABLE usage; DROP TABLE usage_kernels; DROP TABLE kernels; PRAGMA user_version=1;
+            CREATE TABLE usage (
+                node TEXT NOT NULL, incarnation INTEGER NOT NULL, number INTEGER NOT NULL,
+                at REAL NOT NULL, lease INTEGER NOT NULL, uid INTEGER NOT NULL, kernel TEXT NOT NULL,
+                cores INTEGER NOT NULL, memory_bytes INTEGER NOT NULL, held_s REAL NOT NULL, cpu_s REAL NOT NULL,
+                exec_s REAL NOT NULL, poll_s REAL NOT NULL, invocations INTEGER NOT NULL,
+                PRIMARY KEY (node, incarnation, number)) WITHOUT ROWID;
+            INSERT INTO usage VALUES ('n0', 1, 7, 1e9, 3, 1000, '', 2, 5, 4.0, 2.0, 1.0, 3.0, 6);
+        """)
+    [row] = opened().usage(by="node")
+    assert row == {"node": "n0", "workers": 1, "core_s": 8.0, "memory_byte_s": 20.0, "cpu_s": 2.0, "exec_s": 1.0,
+                   "poll_s": 2.0, "invocations": 6}
+    opened().write([], [used(7)])
+    assert len(opened().usage()) == 1
 
 
 def test_counts_that_no_worker_can_have_reached_spoil_nobody_s_sums(opened):
@@ -241,7 +321,7 @@ def test_two_live_leases_on_one_core_are_an_error_and_no_start(opened):
 
 def test_a_file_of_a_later_version_is_refused_untouched(opened, tmp_path):
     ledger = opened()
-    ledger._db.execute("PRAGMA user_version=2")
+    ledger._db.execute(f"PRAGMA user_version={ledger_module.VERSION + 1}")
     with pytest.raises(StoreError, match="later version"):
         opened()
 
@@ -340,7 +420,7 @@ def test_a_full_disk_grants_nothing_and_loses_nothing(opened, tmp_path):
 
 def test_a_manager_on_a_full_file_system_goes_on_when_there_is_room(tmp_path):
     """On a tmpfs of its own, in a mount namespace of its own."""
-    script = f"mount -t tmpfs -o size=512k tmpfs {tmp_path} && exec {sys.executable} {HERE / 'full_disk.py'} {tmp_path}"
+    script = f"mount -t tmpfs -o size=1m tmpfs {tmp_path} && exec {sys.executable} {HERE / 'full_disk.py'} {tmp_path}"
     as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
     ran = subprocess.run(["unshare", "--mount", *as_root, "sh", "-c", script], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

@@ -147,6 +147,7 @@ class Meter:
     exec_ns: int
     poll_ns: int
     count: int
+    seat: int = 0
 
 
 @dataclass(frozen=True)
@@ -451,7 +452,7 @@ class AgentCore:
                 exit_code=None if how.signal or how.lost else how.exit_code, invocation=mine,
                 last_lines=tuple(worker.lines), message=_too_much(seat, number) if reason == "memory" else "")))
         actions.append(Meter(worker.lease, number, worker.session, len(seat.cores), max(0.0, now - worker.since),
-                             how.cpu_s, page.exec_ns, page.poll_ns, page.count))
+                             how.cpu_s, page.exec_ns, page.poll_ns, page.count, seat.number))
         self._forget(worker, actions)
         if seat.stopping:
             self._give_up(seat, actions)

@@ -3,7 +3,8 @@
     leases    one row for each, as it stands now; `ended_at` is NULL while it lives
     answers   (session, request) → the demand and its grant
     closed    sessions that ended        drained   nodes that lend nothing
-    usage     what a worker used, once   meta      epoch, clock, version
+    usage     what a worker has used     meta      epoch, clock, version
+    usage_kernels  in which kernels      kernels   names of each user's that are kept apart
 
 Times in a lease are seconds on the manager's monotonic clock, which begins anew
 with each boot; `meta` says which boot it was, and what the wall clock showed then.
@@ -19,21 +20,24 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from rfaas_mpi.errors import StoreError
 from rfaas_mpi.leases import Answered, Changes, Demand, Grant, Kept, Lease
+from rfaas_mpi.manager.accounts import Usage, believable, by_kernel
 from rfaas_mpi.manager.directory import Registration
 
 __all__ = ["USAGE_BY", "Ledger", "Usage", "network_file_system"]
 
 log = logging.getLogger("rfaas_mpi.manager.ledger")
 
-VERSION = 1
+VERSION = 2
 BUSY_S = 2.0                     # a manager that ends needs so long to let go
 PRUNE_EVERY = 1000               # groups
 KEEP_ENDED_S = 30 * 86400.0
+NOTED_EVERY_S = 86400.0          # that a kernel's name is in use
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -49,18 +53,65 @@ CREATE TABLE IF NOT EXISTS agents (node TEXT PRIMARY KEY, body TEXT NOT NULL) WI
 CREATE TABLE IF NOT EXISTS jobs (session INTEGER PRIMARY KEY, job TEXT NOT NULL, at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS drained (node TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS usage (
-    node TEXT NOT NULL, incarnation INTEGER NOT NULL, number INTEGER NOT NULL,
-    at REAL NOT NULL, lease INTEGER NOT NULL, uid INTEGER NOT NULL, kernel TEXT NOT NULL, cores INTEGER NOT NULL,
+    node TEXT NOT NULL, incarnation INTEGER NOT NULL, lease INTEGER NOT NULL, seat INTEGER NOT NULL,
+    number INTEGER NOT NULL, at REAL NOT NULL, uid INTEGER NOT NULL, cores INTEGER NOT NULL,
     memory_bytes INTEGER NOT NULL, held_s REAL NOT NULL, cpu_s REAL NOT NULL, exec_s REAL NOT NULL,
     poll_s REAL NOT NULL, invocations INTEGER NOT NULL,
-    PRIMARY KEY (node, incarnation, number)) WITHOUT ROWID;
+    PRIMARY KEY (node, incarnation, lease, seat, number)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS usage_kernels (
+    node TEXT NOT NULL, incarnation INTEGER NOT NULL, lease INTEGER NOT NULL, seat INTEGER NOT NULL,
+    number INTEGER NOT NULL, kernel TEXT NOT NULL, exec_s REAL NOT NULL, invocations INTEGER NOT NULL,
+    PRIMARY KEY (node, incarnation, lease, seat, number, kernel)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS kernels (
+    uid INTEGER NOT NULL, kernel TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (uid, kernel)) WITHOUT ROWID;
+CREATE VIEW IF NOT EXISTS seats AS
+    SELECT node, incarnation, lease, seat, uid, workers, cores, memory_bytes,
+           CASE WHEN held_s > record_s THEN held_s ELSE record_s END AS held_s, cpu_s, exec_s, poll_s, invocations
+    FROM (SELECT node, incarnation, lease, seat, max(uid) AS uid, max(cores) AS cores,
+                 max(memory_bytes) AS memory_bytes, sum(CASE number WHEN 0 THEN 0 ELSE 1 END) AS workers,
+                 sum(CASE number WHEN 0 THEN 0 ELSE held_s END) AS held_s,
+                 max(CASE number WHEN 0 THEN held_s ELSE 0 END) AS record_s,
+                 sum(cpu_s) AS cpu_s, sum(exec_s) AS exec_s, sum(poll_s) AS poll_s, total(invocations) AS invocations
+          FROM usage GROUP BY node, incarnation, lease, seat) AS summed;
+"""
+
+# Format 1 had a line for each worker that ended, and no seats.
+_FROM_1 = """
+ALTER TABLE usage RENAME TO usage_1;
+CREATE TABLE usage (
+    node TEXT NOT NULL, incarnation INTEGER NOT NULL, lease INTEGER NOT NULL, seat INTEGER NOT NULL,
+    number INTEGER NOT NULL, at REAL NOT NULL, uid INTEGER NOT NULL, cores INTEGER NOT NULL,
+    memory_bytes INTEGER NOT NULL, held_s REAL NOT NULL, cpu_s REAL NOT NULL, exec_s REAL NOT NULL,
+    poll_s REAL NOT NULL, invocations INTEGER NOT NULL,
+    PRIMARY KEY (node, incarnation, lease, seat, number)) WITHOUT ROWID;
+INSERT INTO usage SELECT node, incarnation, lease, 0, number, at, uid, cores, memory_bytes, held_s, cpu_s, exec_s,
+    min(poll_s, cpu_s), invocations FROM usage_1;
+DROP TABLE usage_1
 """
 
 # What usage is summed by: its column, and where it stands.
 USAGE_BY = {
-    **{name: (f"usage.{name}", "usage") for name in ("uid", "node", "kernel", "lease")},
-    "job": ("coalesce(jobs.job, '')", "usage LEFT JOIN leases ON leases.id = usage.lease "
+    **{name: (f"seats.{name}", "seats") for name in ("uid", "node", "lease")},
+    "job": ("coalesce(jobs.job, '')", "seats LEFT JOIN leases ON leases.id = seats.lease "
                                       "LEFT JOIN jobs ON jobs.session = leases.session"),
+    "kernel": ("usage_kernels.kernel", "usage_kernels JOIN usage USING (node, incarnation, lease, seat, number)"),
+}
+
+_SUMS = {
+    "workers": "sum(seats.workers)", "core_s": "sum(seats.held_s * seats.cores)",
+    "memory_byte_s": "sum(seats.held_s * seats.memory_bytes)", "cpu_s": "sum(seats.cpu_s)",
+    "exec_s": "sum(seats.exec_s)", "poll_s": "sum(seats.poll_s)",
+    # Workers say themselves how often they were called: a sum of integers that is too large is an error.
+    "invocations": "CAST(total(seats.invocations) AS INTEGER)",
+}
+# A kernel has what its worker held while it ran, and its part of the CPU time that wasn't polling.
+_KERNEL_SUMS = {
+    "workers": "count(*)", "core_s": "sum(usage_kernels.exec_s * usage.cores)",
+    "memory_byte_s": "sum(usage_kernels.exec_s * usage.memory_bytes)",
+    "cpu_s": "sum(CASE WHEN usage.exec_s > 0 THEN (usage.cpu_s - usage.poll_s) * usage_kernels.exec_s / usage.exec_s "
+             "ELSE 0 END)",
+    "exec_s": "sum(usage_kernels.exec_s)", "poll_s": "0.0",
+    "invocations": "CAST(total(usage_kernels.invocations) AS INTEGER)",
 }
 
 # SQLite's write-ahead log needs memory that is shared with everybody who has the
@@ -71,24 +122,6 @@ _NETWORK = {
     0x20030528: "orangefs", 0x19830326: "beegfs", 0x01021997: "9p", 0xAAD7AAEA: "panfs", 0x65735546: "fuse",
     0x786F4256: "vboxsf",
 }
-
-
-class Usage(msgspec.Struct, frozen=True):
-    """What one worker used. `(node, incarnation, number)` names the record: it counts once, however often it comes."""
-
-    node: str
-    incarnation: int
-    number: int
-    lease: int
-    uid: int
-    cores: int
-    memory_bytes: int
-    held_s: float
-    cpu_s: float
-    exec_s: float = 0.0
-    poll_s: float = 0.0
-    invocations: int = 0
-    kernel: str = ""
 
 
 _encode = msgspec.json.Encoder().encode
@@ -139,6 +172,7 @@ class Ledger:
         self._keep_ended_s = keep_ended_s
         self._offset = float("nan")            # wall clock less monotonic clock, as written down
         self._groups = 0
+        self._kernels: dict[int, dict[str, float]] = {}        # user → names that are kept apart → when it was noted
         self._lock = threading.Lock()          # one connection: who reads must not see half a group
         try:
             if name := network_file_system(file_system_magic(path.parent)):
@@ -166,7 +200,8 @@ class Ledger:
             if version > VERSION:
                 raise StoreError(f"{self.path} was written by a later version (format {version}, this one knows "
                                  f"{VERSION})", hint="start that version, or name another file")
-            for statement in _SCHEMA.split(";"):
+            old = self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'usage'").fetchone()
+            for statement in (_FROM_1 if version == 1 and old else "").split(";") + _SCHEMA.split(";"):
                 self._db.execute(statement)
             self._db.execute(f"PRAGMA user_version={VERSION}")
             self._db.execute("INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (int(self._wall()),))
@@ -251,18 +286,23 @@ class Ledger:
         """Sums of everything that is kept, by one of USAGE_BY; of one user only, or of all. StoreError."""
         if by not in USAGE_BY:
             raise StoreError(f"usage is not kept by {by!r}", hint=f"ask by {', '.join(USAGE_BY)}")
-        column, of = USAGE_BY[by]
         try:
             with self._lock:
-                # Workers say themselves how often they were called: a sum of integers that is too large is an error.
-                rows = self._db.execute(
-                    f"SELECT {column}, count(*), sum(held_s * cores), sum(held_s * memory_bytes), sum(cpu_s), "
-                    f"sum(exec_s), sum(poll_s), CAST(total(invocations) AS INTEGER) FROM {of} "
-                    f"WHERE ?1 IS NULL OR usage.uid = ?1 GROUP BY 1 ORDER BY 1", (uid,)).fetchall()
+                rows = self._sums(by, uid)
+                if by != "kernel":
+                    return rows
+                total = self._sums("uid", uid)
         except sqlite3.Error as error:
             raise self._trouble(error) from error
-        names = (by, "workers", "core_s", "memory_byte_s", "cpu_s", "exec_s", "poll_s", "invocations")
-        return [dict(zip(names, row, strict=True)) for row in rows]
+        return by_kernel(rows, {name: sum(row[name] for row in total) for name in _SUMS} if total else None)
+
+    def _sums(self, by: str, uid: int | None) -> list[dict[str, Any]]:
+        column, of = USAGE_BY[by]
+        sums = _KERNEL_SUMS if by == "kernel" else _SUMS
+        whose = "usage.uid" if by == "kernel" else "seats.uid"
+        rows = self._db.execute(f"SELECT {column}, {', '.join(sums.values())} FROM {of} "
+                                f"WHERE ?1 IS NULL OR {whose} = ?1 GROUP BY 1 ORDER BY 1", (uid,))
+        return [dict(zip((by, *sums), row, strict=True)) for row in rows]
 
     def core_s(self, half_life_s: float) -> dict[int, float]:
         """User → core-seconds that were held, half of them forgotten each half-life; by the hour, which is enough."""
@@ -271,7 +311,8 @@ class Ledger:
         with self._lock:
             ended = self._db.execute(
                 "SELECT uid, CAST(at / 3600 AS INTEGER) * 3600.0 + 1800.0, sum(held_s * cores) FROM usage "
-                "WHERE at > ? GROUP BY 1, 2", (now - 20 * half_life_s,)).fetchall()
+                "WHERE at > ? AND number > 0 AND lease NOT IN (SELECT id FROM leases WHERE ended_at IS NULL) "
+                "GROUP BY 1, 2", (now - 20 * half_life_s,)).fetchall()
             live = [(granted_at, _decode_lease(body)) for granted_at, body in self._db.execute(
                 "SELECT granted_at, body FROM leases WHERE ended_at IS NULL")]
         for uid, at, amount in ended:
@@ -298,11 +339,7 @@ class Ledger:
             try:
                 for each in changes:
                     self._write(each)
-                self._db.executemany(
-                    "INSERT OR IGNORE INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    [(one.node, one.incarnation, one.number, self._wall(), one.lease, one.uid, one.kernel, one.cores,
-                      one.memory_bytes, one.held_s, one.cpu_s, one.exec_s, one.poll_s, one.invocations)
-                     for one in usage])
+                self._write_usage(usage)
                 self._db.executemany("INSERT OR REPLACE INTO agents VALUES (?, ?)",
                                      [(node, _encode(known).decode()) for node, known in agents.items()])
                 self._db.executemany("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)",
@@ -316,6 +353,7 @@ class Ledger:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 self._offset = float("nan")
+                self._kernels = {}
                 raise
         except sqlite3.Error as error:
             raise self._trouble(error) from error
@@ -341,6 +379,40 @@ class Ledger:
             else:
                 db.execute("DELETE FROM drained WHERE node = ?", (node,))
 
+    def _write_usage(self, usage: Iterable[Usage]) -> None:
+        """The latest that is known of each worker takes the place of what was known before."""
+        at, newer = self._wall(), []
+        for one in usage:
+            one = believable(one, self._names(one.uid) if one.kernels else ())
+            done = self._db.execute(
+                "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+                "at = excluded.at, held_s = excluded.held_s, cpu_s = excluded.cpu_s, exec_s = excluded.exec_s, "
+                "poll_s = excluded.poll_s, invocations = excluded.invocations "
+                "WHERE excluded.held_s >= usage.held_s",
+                (one.node, one.incarnation, one.lease, one.seat, one.number, at, one.uid, one.cores,
+                 one.memory_bytes, one.held_s, one.cpu_s, one.exec_s, one.poll_s, one.invocations))
+            if one.kernels and done.rowcount:
+                newer.append(one)
+        for one in newer:
+            key = (one.node, one.incarnation, one.lease, one.seat, one.number)
+            self._db.execute("DELETE FROM usage_kernels WHERE node = ? AND incarnation = ? AND lease = ? AND seat = ? "
+                             "AND number = ?", key)
+            self._db.executemany("INSERT INTO usage_kernels VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                                 [(*key, each.kernel, each.exec_s, each.invocations) for each in one.kernels])
+            self._note_names(one.uid, [each.kernel for each in one.kernels], at)
+
+    def _names(self, uid: int) -> dict[str, float]:
+        if uid not in self._kernels:
+            self._kernels[uid] = dict(self._db.execute("SELECT kernel, at FROM kernels WHERE uid = ?", (uid,)))
+        return self._kernels[uid]
+
+    def _note_names(self, uid: int, names: Iterable[str], at: float) -> None:
+        """That these were used now; once a day is enough to know when they weren't for long."""
+        known = self._names(uid)
+        old = [name for name in names if not abs(at - known.get(name, float("-inf"))) < NOTED_EVERY_S]
+        self._db.executemany("INSERT OR REPLACE INTO kernels VALUES (?, ?, ?)", [(uid, name, at) for name in old])
+        known.update(dict.fromkeys(old, at))
+
     def _write_clock(self) -> None:
         offset = self._wall() - self._monotonic()
         # Not "greater than": the first offset is no number.
@@ -355,7 +427,11 @@ class Ledger:
                          (before,))
         self._db.execute("DELETE FROM leases WHERE ended_at < ?", (before,))
         self._db.execute("DELETE FROM closed WHERE at < ?", (before,))
+        self._db.execute("DELETE FROM usage_kernels WHERE (node, incarnation, lease, seat, number) IN "
+                         "(SELECT node, incarnation, lease, seat, number FROM usage WHERE at < ?)", (before,))
         self._db.execute("DELETE FROM usage WHERE at < ?", (before,))
+        self._db.execute("DELETE FROM kernels WHERE at < ?", (before,))
+        self._kernels = {}
         self._db.execute("DELETE FROM jobs WHERE at < ? AND session NOT IN (SELECT session FROM leases)", (before,))
 
     def close(self) -> None:

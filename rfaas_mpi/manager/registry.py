@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from rfaas_mpi.errors import StoreError
-from rfaas_mpi.leases import Changes, Event, LeaseBook, Store
+from rfaas_mpi.leases import Changes, Event, Lease, LeaseBook, LeaseState, Store
 from rfaas_mpi.leases.held import Held
 from rfaas_mpi.leases.nodes import Chooser, Picker
+from rfaas_mpi.manager.accounts import RECORD, Usage
 from rfaas_mpi.manager.directory import Registration
-from rfaas_mpi.manager.ledger import Ledger, Usage
+from rfaas_mpi.manager.ledger import Ledger
 
 __all__ = ["Group", "Registry"]
 
@@ -77,6 +78,9 @@ class Registry:
             except ValueError as error:
                 raise StoreError(f"{ledger.path} makes no sense: {error}",
                                  hint="put a backup in its place") from error
+            # For the accounts: what a lease held, which its end leaves out, and the last word of its agent.
+            self._held = {lease.id: lease for lease in kept.leases if lease.state.live}
+            self._clocks: dict[str, dict[int, int]] = {}     # node → incarnation → ns
 
     def handle(self, event: Event, now: float) -> None:
         """Takes an event. ValueError for one that makes no sense; nothing has changed then."""
@@ -94,6 +98,13 @@ class Registry:
         """Takes what workers used, to be written down with the rest."""
         self._group.usage += usage
 
+    def reported(self, node: str, incarnation: int, clock_ns: int) -> None:
+        """Takes that a node's agent has spoken, at that moment of its clock."""
+        clocks = self._clocks.setdefault(node, {})
+        if incarnation not in clocks and len(clocks) > 1:
+            del clocks[min(clocks)]
+        clocks[incarnation] = max(clock_ns, clocks.get(incarnation, 0))
+
     def agents(self, node: str, known: tuple[Registration, ...]) -> None:
         """Takes what is known of a node's agents, to be written down with the rest."""
         self._group.agents[node] = known
@@ -108,7 +119,25 @@ class Registry:
         changes = self.book.changes()
         if changes or group.epoch:
             group.changes.append(changes)
+        for lease in changes.leases:
+            before = self._held.get(lease.id)
+            if lease.state.live:
+                self._held[lease.id] = lease
+            elif before is not None:
+                del self._held[lease.id]
+                if lease.state is LeaseState.LOST:
+                    group.usage += self._lost(before)
         return group
+
+    def _lost(self, lease: Lease) -> list[Usage]:
+        """What a lease held until its agent was last heard of: nobody else may be left to tell it."""
+        until_ns = self._clocks.get(lease.node, {}).get(lease.incarnation, 0)
+        if not 0 < lease.seen_ns < until_ns:
+            return []
+        return [Usage(node=lease.node, incarnation=lease.incarnation, number=RECORD, lease=lease.id, uid=lease.uid,
+                      cores=len(worker.cores), memory_bytes=lease.memory_per_worker,
+                      held_s=(until_ns - lease.seen_ns) / 1e9, cpu_s=0.0, seat=worker.number)
+                for worker in lease.workers]
 
     def write(self, group: Group) -> list[Any]:
         """Makes the group durable and returns what may be done now, in order. StoreError if it can't be written."""

@@ -25,11 +25,12 @@ from rfaas_mpi.errors import AuthError, ConfigError, RFaaSError, ServiceError, S
 from rfaas_mpi.leases import Lease, LeaseBook, NodeReport, NodeTraits, Release
 from rfaas_mpi.manager.callers import UNREADABLE, AgentChannel, Callers
 from rfaas_mpi.leases.held import Held
+from rfaas_mpi.manager.accounts import KernelUse, Usage
 from rfaas_mpi.manager.cluster import Cluster, Policy, session_number
 from rfaas_mpi.manager.core import Action, Admit, Granted, Notify, Refused, StopWorkers, Superseded
 from rfaas_mpi.manager.directory import Directory, Registration
 from rfaas_mpi.manager.keys import Keys, check_agent_key, name_of
-from rfaas_mpi.manager.ledger import USAGE_BY, Ledger, Usage
+from rfaas_mpi.manager.ledger import USAGE_BY, Ledger
 from rfaas_mpi.manager.metrics import CONTENT_TYPE, Metrics
 from rfaas_mpi.manager.registry import Group, Registry
 from rfaas_mpi.messages import LeaseRequest, RankAt
@@ -381,14 +382,17 @@ class ManagerServer:
             # Nothing can be granted for it; what it runs still holds its cores.
             report = msgspec.structs.replace(report, spare=())
         actions = self.cluster.report(uid, report, now)
+        if self.book.heard(name) == (body.incarnation, body.clock_ns):
+            self.registry.reported(name, body.incarnation, body.clock_ns)
         superseded = any(isinstance(action, Superseded) for action in actions)
         if (known and self.book.heard(name) == (body.incarnation, body.clock_ns)
                 and self.directory.reported(name, body.incarnation, body.clock_ns, now)):
             self.registry.agents(name, self.directory.of_node(name))
         used = [Usage(node=name, incarnation=line.incarnation or body.incarnation, number=line.number, lease=line.lease,
-                      uid=lease.uid,
+                      uid=lease.uid, seat=line.seat,
                       cores=line.cores, memory_bytes=line.memory_bytes, held_s=line.held_s, cpu_s=line.cpu_s,
-                      exec_s=line.exec_s, poll_s=line.poll_s, invocations=line.invocations, kernel=line.kernel)
+                      exec_s=line.exec_s, poll_s=line.poll_s, invocations=line.invocations,
+                      kernels=tuple(KernelUse(one.kernel, one.exec_s, one.invocations) for one in line.kernels))
                 for line in body.used
                 # An agent speaks for its own node's leases only.
                 if (lease := self.book.lease(line.lease)) is not None and lease.node == name]

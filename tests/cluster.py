@@ -103,18 +103,22 @@ class Daemon:
     def __init__(self, log: Path, words: Sequence[object], node: Node | None = None, **changes: str) -> None:
         self.log = log
         # Tests that are killed close nothing: it ends with them.
-        self._command = ["setpriv", "--pdeathsig", "TERM", "--", sys.executable, "-m", "rfaas_mpi.cli",
-                         *map(str, words)]
+        self.command = ["setpriv", "--pdeathsig", "TERM", "--", sys.executable, "-m", "rfaas_mpi.cli",
+                        *map(str, words)]
         self._node = node
         # Where one hangs, SIGABRT has it say where.
         self._environment = faults.environment(PYTHONFAULTHANDLER="1", **changes)
         self._process: subprocess.Popen[bytes] | None = None
 
+    def changes(self, **changes: str) -> None:
+        """Of its environment, from its next start on."""
+        self._environment.update(changes)
+
     def start(self) -> None:
         assert self._process is None, "it runs already"
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command if self._node is None else self._node.command(self._command), env=self._environment,
+                self.command if self._node is None else self._node.command(self.command), env=self._environment,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
     @property
@@ -309,6 +313,16 @@ def descendants(pid: int) -> list[int]:
         found += children
         todo += children
     return sorted(found)
+
+
+def children(pid: int) -> list[int]:
+    """Those of them that it started itself."""
+    found = []
+    for child in descendants(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if faults.parent_of(child) == pid:
+                found.append(child)
+    return found
 
 
 def finished(process: subprocess.Popen[str]) -> str:

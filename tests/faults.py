@@ -189,6 +189,10 @@ def alive(pid: int) -> bool:
         return False
 
 
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+
+
 def worker_pids(executor: rfaas_mpi.Executor) -> dict[int, int]:
     """Worker number → pid, of those that are there now."""
     return {channel.worker: channel.pid for channel in executor._crew.invoker.channels if channel.alive}

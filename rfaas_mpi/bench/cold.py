@@ -29,6 +29,8 @@ from rfaas_mpi.config import Settings
 from rfaas_mpi.executor import Executor
 from rfaas_mpi.session import Session
 
+__all__ = ["lease_of", "measure_cold"]
+
 STARTS = 5
 LEASES = 20
 IDLE_S = 3.0
@@ -78,13 +80,13 @@ def _service_start(settings: Settings) -> tuple[float, float]:
     begin = time.perf_counter()
     with Session.open(settings) as session:
         started = _ms(begin)
-        steps = _lease(session, settings)
+        steps = lease_of(session, settings)
         session.down()
     return started, sum(steps.values())
 
 
-def _lease(session: Session, settings: Settings) -> dict[str, float]:
-    """Takes a lease, gets one result from its worker and gives the lease back; ms of each step."""
+def lease_of(session: Session, settings: Settings) -> dict[str, float]:
+    """Takes a lease of a service, gets one result from its worker and gives the lease back; ms of each step."""
     from rfaas_mpi.fabric import OK, Invoker
 
     steps: dict[str, float] = {}
@@ -123,8 +125,8 @@ def _lease(session: Session, settings: Settings) -> dict[str, float]:
 
 def _leases(settings: Settings, options: Options) -> tuple[list[dict[str, float]], list[float], dict]:
     with Session.open(settings) as session:
-        _lease(session, settings)  # starts the zygote, which then stays
-        leases = [_lease(session, settings) for _ in range(options.cycles(LEASES))]
+        lease_of(session, settings)  # starts the zygote, which then stays
+        leases = [lease_of(session, settings) for _ in range(options.cycles(LEASES))]
     executors = []
     for _ in range(options.cycles(LEASES)):
         x, y = np.array([7.0]), np.zeros(1)

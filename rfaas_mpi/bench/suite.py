@@ -24,12 +24,13 @@ from rfaas_mpi.errors import ConfigError
 __all__ = ["NAMES", "Options", "check_writable", "keep", "measure"]
 
 def measure_control(options: Options) -> dict:
-    """The control plane's parts that `options.of` names, else all three."""
+    """The control plane's parts that `options.of` names, else all of them."""
     try:
-        from rfaas_mpi.bench import control, manager
+        from rfaas_mpi.bench import control, first, manager
     except ImportError as error:
         raise ConfigError(f"the control plane needs {error.name}", hint="pip install 'rfaas_mpi[cluster]'") from None
-    parts = {"book": control.measure_book, "http": manager.measure_http, "restart": manager.measure_restart}
+    parts = {"book": control.measure_book, "http": manager.measure_http, "restart": manager.measure_restart,
+             "first": first.measure_first}
     found: dict = {"figures": {}}
     for name in options.of or parts:
         part = parts[name](options)

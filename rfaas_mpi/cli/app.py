@@ -298,7 +298,7 @@ def reclaim(out: Output, **arguments: Any) -> None:
 
 @bench.command(epilog=examples("rfaas bench control --json", "rfaas bench control --of http"))
 @measured
-@click.option("--of", type=click.Choice(["book", "http", "restart"]), multiple=True,
+@click.option("--of", type=click.Choice(["book", "http", "restart", "first"]), multiple=True,
               help="This part only; may be repeated.")
 @click.pass_obj
 def control(out: Output, **arguments: Any) -> None:
@@ -306,8 +306,9 @@ def control(out: Output, **arguments: Any) -> None:
 
     The lease book alone, with 1 000 nodes; a real manager through HTTP, pinned
     to one core, while 1 000 agents that are played on the other one report and
-    leases are asked for at rising rates; and a manager's start, with the records
-    of 100 000 leases and with none.
+    leases are asked for at rising rates; a manager's start, with the records of
+    100 000 leases and with none; and how long it takes from a lease to its first
+    result, with a real agent.
     """
     _bench(out, "control", arguments)
 

@@ -1,0 +1,28 @@
+"""The benchmark from lease to first result measures whole rounds of a real manager and agent; no test judges a time."""
+
+from __future__ import annotations
+
+import pytest
+
+from rfaas_mpi.bench import first
+from rfaas_mpi.bench.stage import Options
+
+STEPS = ["ask", "open", "use", "dial", "attach", "first_call"]
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict:
+    return first.measure_first(Options(runs=1, quick=True))
+
+
+def test_each_step_of_a_lease_through_manager_and_agent_is_timed_and_they_add_up(figures):
+    assert list(figures["first_timeline_ms"]) == STEPS
+    ends = list(figures["first_timeline_ms"].values())
+    assert ends[0] > 0 and ends == sorted(ends)
+    assert figures["first_ms"] > max(figures[f"first_{name}_ms"] for name in STEPS)
+
+
+def test_beside_it_stand_itself_again_the_embedded_service_and_an_environment_s_first_lease(figures):
+    assert figures["figures"]["first_ms"]["aa"]["count"] == figures["first_ms_count"] > 0
+    assert figures["first_embedded_ms"] > 0 and figures["first_executor_ms"] > 0
+    assert figures["first_cold_zygote_ms_count"] == 2 and figures["first_cold_zygote_ms"] > 0

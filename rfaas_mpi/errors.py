@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "RFaaSError", "ConfigError", "AuthError", "VersionMismatch", "ServiceError",
-    "NoService", "ServiceLost", "StoreError", "LeaseDenied", "LeaseExpired", "LeaseRevoked", "WorkerLost",
+    "NoService", "ServiceLost", "StoreError", "NotLeading", "LeaseDenied", "LeaseExpired", "LeaseRevoked", "WorkerLost",
     "KernelError", "KernelTimeout", "BadKernel", "KernelChanged", "InvalidBuffer",
     "Backpressure", "ClosedError", "TransportError", "ForkedError", "NestedError",
 ]
@@ -65,6 +65,10 @@ class ServiceLost(ServiceError, ConnectionError):
 
 class StoreError(ServiceError):
     """The manager's store can't be opened, read or written."""
+
+
+class NotLeading(StoreError):
+    """Another manager has taken the store over: this one decides nothing any more."""
 
 
 class LeaseDenied(RFaaSError):

@@ -36,9 +36,11 @@ from rfaas_mpi.leases import (
     Notify,
 )
 from rfaas_mpi.manager import ledger as ledger_module
+from rfaas_mpi.manager import sqlite as sqlite_module
 from rfaas_mpi.manager.accounts import KERNELS_MAX, OTHERS, RECORD, KernelUse
-from rfaas_mpi.manager.ledger import KEEP_ENDED_S, Ledger, Usage, network_file_system
+from rfaas_mpi.manager.ledger import KEEP_ENDED_S, Ledger, Usage
 from rfaas_mpi.manager.registry import Registry
+from rfaas_mpi.manager.sqlite import network_file_system
 from rfaas_mpi.placement import pick_cores
 
 GIB = 1 << 30
@@ -276,9 +278,9 @@ def test_sums_that_can_t_be_read_are_an_error_that_names_the_file(opened):
 
 def test_a_second_manager_is_refused(opened, tmp_path, monkeypatch):
     opened()
-    monkeypatch.setattr(ledger_module, "BUSY_S", 0.0)
+    monkeypatch.setattr(sqlite_module, "BUSY_S", 0.0)
     second = subprocess.run([sys.executable, "-c", (
-        "import sys\nfrom pathlib import Path\nfrom rfaas_mpi.manager import ledger\nledger.BUSY_S = 0.0\n"
+        "import sys\nfrom pathlib import Path\nfrom rfaas_mpi.manager import ledger, sqlite\nsqlite.BUSY_S = 0.0\n"
         "ledger.Ledger(Path(sys.argv[1]))"), str(tmp_path / "ledger.db")], capture_output=True, text=True)
     assert second.returncode == 1 and "in use by another manager; stop that one first" in second.stderr
 
@@ -342,9 +344,9 @@ def test_a_place_that_can_t_hold_it_is_named(tmp_path, trouble):
 def test_a_network_file_system_is_refused_by_name(tmp_path, monkeypatch):
     assert network_file_system(0x6969) == "nfs" and network_file_system(0x0BD00BD0) == "lustre"
     # The kernel's word on a file system that everybody has.
-    assert ledger_module.file_system_magic(Path("/proc")) == 0x9FA0
+    assert sqlite_module.file_system_magic(Path("/proc")) == 0x9FA0
     assert network_file_system(0x9FA0) == ""
-    monkeypatch.setattr(ledger_module, "file_system_magic", lambda path: 0x6969)
+    monkeypatch.setattr(sqlite_module, "file_system_magic", lambda path: 0x6969)
     with pytest.raises(StoreError, match=r"lies on a network file system \(nfs\).*local disk"):
         Ledger(tmp_path / "ledger.db")
     assert not (tmp_path / "ledger.db").exists()

@@ -1,4 +1,6 @@
-"""What a cluster's manager must not forget: epochs, grants, their ends, and who used what. One SQLite file.
+"""What a cluster's manager must not forget: epochs, grants, their ends, and who used what.
+
+    Ledger ──▶ Database: a file (sqlite.py) or a server that managers share (postgres.py)
 
     leases    one row for each, as it stands now; `ended_at` is NULL while it lives
     answers   (session, request) → the demand and its grant
@@ -12,15 +14,12 @@ with each boot; `meta` says which boot it was, and what the wall clock showed th
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
-import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -28,17 +27,20 @@ from rfaas_mpi.errors import StoreError
 from rfaas_mpi.leases import Answered, Changes, Demand, Grant, Kept, Lease
 from rfaas_mpi.manager.accounts import Usage, believable, by_kernel
 from rfaas_mpi.manager.directory import Registration
+from rfaas_mpi.manager.sqlite import SqliteFile
 
-__all__ = ["USAGE_BY", "Ledger", "Usage", "network_file_system"]
+__all__ = ["USAGE_BY", "Database", "Ledger", "Usage"]
 
 log = logging.getLogger("rfaas_mpi.manager.ledger")
 
 VERSION = 2
-BUSY_S = 2.0                     # a manager that ends needs so long to let go
 PRUNE_EVERY = 1000               # groups
 KEEP_ENDED_S = 30 * 86400.0
 NOTED_EVERY_S = 86400.0          # that a kernel's name is in use
+_INTEGER_MAX = 2**63 - 1
 
+# SQL that SQLite and PostgreSQL both understand, here and below; what they call differently
+# in it, postgres.py changes.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS leases (
@@ -71,7 +73,8 @@ CREATE VIEW IF NOT EXISTS seats AS
                  max(memory_bytes) AS memory_bytes, sum(CASE number WHEN 0 THEN 0 ELSE 1 END) AS workers,
                  sum(CASE number WHEN 0 THEN 0 ELSE held_s END) AS held_s,
                  max(CASE number WHEN 0 THEN held_s ELSE 0 END) AS record_s,
-                 sum(cpu_s) AS cpu_s, sum(exec_s) AS exec_s, sum(poll_s) AS poll_s, total(invocations) AS invocations
+                 sum(cpu_s) AS cpu_s, sum(exec_s) AS exec_s, sum(poll_s) AS poll_s,
+                 sum(CAST(invocations AS DOUBLE PRECISION)) AS invocations
           FROM usage GROUP BY node, incarnation, lease, seat) AS summed;
 """
 
@@ -98,11 +101,11 @@ USAGE_BY = {
 }
 
 _SUMS = {
-    "workers": "sum(seats.workers)", "core_s": "sum(seats.held_s * seats.cores)",
+    "workers": "CAST(sum(seats.workers) AS BIGINT)", "core_s": "sum(seats.held_s * seats.cores)",
     "memory_byte_s": "sum(seats.held_s * seats.memory_bytes)", "cpu_s": "sum(seats.cpu_s)",
     "exec_s": "sum(seats.exec_s)", "poll_s": "sum(seats.poll_s)",
     # Workers say themselves how often they were called: a sum of integers that is too large is an error.
-    "invocations": "CAST(total(seats.invocations) AS INTEGER)",
+    "invocations": "sum(seats.invocations)",
 }
 # A kernel has what its worker held while it ran, and its part of the CPU time that wasn't polling.
 _KERNEL_SUMS = {
@@ -110,19 +113,9 @@ _KERNEL_SUMS = {
     "memory_byte_s": "sum(usage_kernels.exec_s * usage.memory_bytes)",
     "cpu_s": "sum(CASE WHEN usage.exec_s > 0 THEN (usage.cpu_s - usage.poll_s) * usage_kernels.exec_s / usage.exec_s "
              "ELSE 0 END)",
-    "exec_s": "sum(usage_kernels.exec_s)", "poll_s": "0.0",
-    "invocations": "CAST(total(usage_kernels.invocations) AS INTEGER)",
+    "exec_s": "sum(usage_kernels.exec_s)", "poll_s": "CAST(0 AS DOUBLE PRECISION)",
+    "invocations": "sum(CAST(usage_kernels.invocations AS DOUBLE PRECISION))",
 }
-
-# SQLite's write-ahead log needs memory that is shared with everybody who has the
-# file open, and locks that mean it.
-_NETWORK = {
-    0x6969: "nfs", 0x517B: "smb", 0xFE534D42: "smb2", 0xFF534D42: "cifs", 0x5346414F: "afs", 0x6B414653: "afs",
-    0x73757245: "coda", 0x564C: "ncp", 0x00C36400: "ceph", 0x0BD00BD0: "lustre", 0x47504653: "gpfs",
-    0x20030528: "orangefs", 0x19830326: "beegfs", 0x01021997: "9p", 0xAAD7AAEA: "panfs", 0x65735546: "fuse",
-    0x786F4256: "vboxsf",
-}
-
 
 _encode = msgspec.json.Encoder().encode
 _decode_lease = msgspec.json.Decoder(Lease).decode
@@ -137,127 +130,128 @@ _decode_answer = msgspec.json.Decoder(_Answer).decode
 _decode_agents = msgspec.json.Decoder(tuple[Registration, ...]).decode
 
 
-def file_system_magic(path: Path) -> int:
-    """The kernel's number of the file system that `path` is on. OSError if it can't be asked."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    buffer = ctypes.create_string_buffer(256)      # struct statfs; f_type comes first
-    if libc.statfs(os.fsencode(path), buffer) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(path))
-    return ctypes.c_long.from_buffer(buffer).value & 0xFFFFFFFF
+class Statements(Protocol):
+    """What executes SQL that SQLite and PostgreSQL both understand, with `?` for parameters."""
+
+    def execute(self, statement: str, parameters: Sequence[Any] = ()) -> Any:
+        """A cursor over the rows that were found."""
+
+    def executemany(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
+        """The statement once for each row."""
 
 
-def network_file_system(magic: int) -> str:
-    """The name of the network file system (or one that may be) with that number, "" for a local one."""
-    return _NETWORK.get(magic, "")
+class Database(Statements, Protocol):
+    """Where the tables lie. Whose `execute` fails raises one of `errors`, of which `trouble` makes a StoreError.
+
+    `keep_s`: how often to call `keep`, without which somebody else may take the tables over; None: never.
+    """
+
+    name: str
+    errors: type[Exception]
+    keep_s: float | None
+
+    def prepare(self, schema: str, version: int, upgrades: Mapping[int, str]) -> None:
+        """Makes the tables where there are none. StoreError if a later version wrote them.
+
+        `upgrades`: statements by which a format becomes the next one.
+        """
+
+    def transaction(self) -> AbstractContextManager[None]:
+        """What is executed inside is durable when it is left, all of it or, where that raises, nothing."""
+
+    def reading(self) -> AbstractContextManager[Statements]:
+        """Who executes inside sees no half of a transaction, and changes nothing."""
+
+    def keep(self) -> None:
+        """Shows that we live. NotLeading once another manager has taken over, StoreError where that isn't known."""
+
+    def trouble(self, error: Exception) -> StoreError:
+        """What an error of the database's means, and the way out."""
+
+    def damaged(self, why: str) -> StoreError:
+        """The error for tables whose content makes no sense."""
+
+    def close(self) -> None:
+        """Safe to call twice."""
 
 
 class Ledger:
-    """Owns the file; one manager at a time.
+    """Owns a database, or the SQLite file of that path; one manager at a time.
 
     `write` returns once all of it would be there after a power cut. StoreError
-    names the file and the way out: another manager has it open, it lies on a
-    network file system, it is damaged, the disk is full. After a StoreError from
-    `write` nothing of that call is there, and it may be called again.
+    names the place and the way out: another manager has it, it is damaged, it
+    can't be written. After a StoreError from `write` all of that call is there or
+    nothing, and it may be called again.
 
     The first ledger in a place begins with a high epoch, since there may have been
     another one before it, whose leases still run somewhere.
     """
 
-    def __init__(self, path: Path, *, monotonic: Callable[[], float] = time.monotonic,
+    def __init__(self, place: Path | Database, *, monotonic: Callable[[], float] = time.monotonic,
                  wall: Callable[[], float] = time.time, keep_ended_s: float = KEEP_ENDED_S) -> None:
-        self.path = path
         self._monotonic = monotonic
         self._wall = wall
         self._keep_ended_s = keep_ended_s
         self._offset = float("nan")            # wall clock less monotonic clock, as written down
         self._groups = 0
         self._kernels: dict[int, dict[str, float]] = {}        # user → names that are kept apart → when it was noted
-        self._lock = threading.Lock()          # one connection: who reads must not see half a group
-        try:
-            if name := network_file_system(file_system_magic(path.parent)):
-                raise StoreError(f"{path} lies on a network file system ({name}), where a power cut or a second "
-                                 "manager would damage it", hint="name a file on a local disk")
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-        except OSError as error:
-            raise StoreError(f"{path} can't be opened: {error.strerror}",
-                             hint="name a file in a directory of the manager's user") from None
-        self._db = sqlite3.connect(path, isolation_level=None, timeout=BUSY_S, check_same_thread=False)
+        self._db: Database = SqliteFile(place) if isinstance(place, Path) else place
         try:
             self._prepare()
         except BaseException:
             self._db.close()
             raise
 
+    @property
+    def name(self) -> str:
+        """Where it is, for messages."""
+        return self._db.name
+
+    @property
+    def keep_s(self) -> float | None:
+        """How often to call `keep`; None: never."""
+        return self._db.keep_s
+
+    def keep(self) -> None:
+        """Shows that this manager lives. NotLeading once another one has taken over; StoreError as `write`."""
+        self._db.keep()
+
     def _prepare(self) -> None:
+        self._db.prepare(_SCHEMA, VERSION, {1: _FROM_1})
         try:
-            # Nobody else may read it while it is ours: then no second manager can be.
-            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute("BEGIN IMMEDIATE")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version > VERSION:
-                raise StoreError(f"{self.path} was written by a later version (format {version}, this one knows "
-                                 f"{VERSION})", hint="start that version, or name another file")
-            old = self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'usage'").fetchone()
-            for statement in (_FROM_1 if version == 1 and old else "").split(";") + _SCHEMA.split(";"):
-                self._db.execute(statement)
-            self._db.execute(f"PRAGMA user_version={VERSION}")
-            self._db.execute("INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (int(self._wall()),))
-            self._db.execute("COMMIT")
-            self.epoch = int(self._meta("epoch"))
-        except sqlite3.Error as error:
-            raise self._trouble(error) from error
-
-    def _meta(self, name: str) -> str | float:
-        row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-        return row[0] if row else ""
-
-    def _trouble(self, error: sqlite3.Error) -> StoreError:
-        match error.sqlite_errorname if hasattr(error, "sqlite_errorname") else "":
-            case "SQLITE_BUSY" | "SQLITE_LOCKED":
-                return StoreError(f"{self.path} is in use by another manager", hint="stop that one first")
-            case "SQLITE_FULL" | "SQLITE_IOERR_WRITE" | "SQLITE_IOERR_FSYNC" | "SQLITE_IOERR_TRUNCATE":
-                return StoreError(f"{self.path} can't be written ({error})",
-                                  hint="make room on that disk; nothing is granted before, and nothing is lost")
-            case "SQLITE_CORRUPT" | "SQLITE_NOTADB":
-                return self._damaged(str(error))
-            case _:
-                return StoreError(f"{self.path}: {error}")
-
-    def _damaged(self, why: str) -> StoreError:
-        return StoreError(
-            f"{self.path} is damaged ({why})",
-            hint=f"put a backup in its place, or begin anew with `mv {self.path} {self.path}.damaged` (and the same "
-                 f"for {self.path.name}-wal): leases that run are then left to their end, and their cores lent after "
-                 "it")
+            with self._db.transaction():
+                self._db.execute("INSERT INTO meta VALUES ('epoch', ?) ON CONFLICT DO NOTHING", (int(self._wall()),))
+                self.epoch = int(_meta(self._db, "epoch"))
+        except self._db.errors as error:
+            raise self._db.trouble(error) from error
 
     # --- reading -----------------------------------------------------------------------------------
 
     def load(self, *, remember_s: float = 3600.0) -> Kept:
         """What a new book begins with: live leases, those that ended less than `remember_s` ago, their answers."""
         try:
-            return self._load(self._wall() - remember_s)
-        except sqlite3.Error as error:
-            raise self._trouble(error) from error
+            with self._db.reading() as db:
+                return self._load(db, self._wall() - remember_s)
+        except self._db.errors as error:
+            raise self._db.trouble(error) from error
         except msgspec.MsgspecError as error:
-            raise self._damaged(f"a record makes no sense: {error}") from error
+            raise self._db.damaged(f"a record makes no sense: {error}") from error
 
     def agents(self) -> list[Registration]:
         """What the agents of each node said when they registered."""
         try:
-            return [one for body, in self._db.execute("SELECT body FROM agents ORDER BY node")
-                    for one in _decode_agents(body)]
-        except sqlite3.Error as error:
-            raise self._trouble(error) from error
+            with self._db.reading() as db:
+                return [one for body, in db.execute("SELECT body FROM agents ORDER BY node")
+                        for one in _decode_agents(body)]
+        except self._db.errors as error:
+            raise self._db.trouble(error) from error
         except msgspec.MsgspecError as error:
-            raise self._damaged(f"an agent's record makes no sense: {error}") from error
+            raise self._db.damaged(f"an agent's record makes no sense: {error}") from error
 
-    def _load(self, since: float) -> Kept:
-        leases = [_decode_lease(body) for body, in self._db.execute(
+    def _load(self, db: Statements, since: float) -> Kept:
+        leases = [_decode_lease(body) for body, in db.execute(
             "SELECT body FROM leases WHERE ended_at IS NULL OR ended_at > ? ORDER BY id", (since,))]
-        if shift := self._shift():
+        if shift := self._shift(db):
             leases = [msgspec.structs.replace(
                 lease, hard_end=None if lease.hard_end is None else lease.hard_end + shift,
                 stop_by=None if lease.stop_by is None else lease.stop_by + shift) for lease in leases]
@@ -265,19 +259,19 @@ class Ledger:
         recent = {(lease.session, lease.request_id) for lease in leases}
         first = min((lease.id for lease in leases), default=0)
         answers = []
-        for session, request, body in self._db.execute(
+        for session, request, body in db.execute(
                 "SELECT session, request, body FROM answers WHERE last_lease >= ?", (first,)):
             if (session, request) in recent:
                 found = _decode_answer(body)
                 answers.append(Answered(found.demand, found.grant))
         return Kept(
             leases=leases, answers=answers,
-            closed=[session for session, in self._db.execute("SELECT session FROM closed WHERE at > ?", (since,))],
-            drained=[node for node, in self._db.execute("SELECT node FROM drained ORDER BY node")])
+            closed=[session for session, in db.execute("SELECT session FROM closed WHERE at > ?", (since,))],
+            drained=[node for node, in db.execute("SELECT node FROM drained ORDER BY node")])
 
-    def _shift(self) -> float:
+    def _shift(self, db: Statements) -> float:
         """What to add to a time that an earlier manager wrote down; 0 if it used this same clock."""
-        boot, offset = self._meta("boot"), self._meta("offset")
+        boot, offset = _meta(db, "boot"), _meta(db, "offset")
         if boot in ("", _boot_id()):
             return 0.0
         return float(offset) - (self._wall() - self._monotonic())
@@ -287,34 +281,29 @@ class Ledger:
         if by not in USAGE_BY:
             raise StoreError(f"usage is not kept by {by!r}", hint=f"ask by {', '.join(USAGE_BY)}")
         try:
-            with self._lock:
-                rows = self._sums(by, uid)
+            with self._db.reading() as db:
+                rows = _sums(db, by, uid)
                 if by != "kernel":
                     return rows
-                total = self._sums("uid", uid)
-        except sqlite3.Error as error:
-            raise self._trouble(error) from error
+                total = _sums(db, "uid", uid)
+        except self._db.errors as error:
+            raise self._db.trouble(error) from error
         return by_kernel(rows, {name: sum(row[name] for row in total) for name in _SUMS} if total else None)
-
-    def _sums(self, by: str, uid: int | None) -> list[dict[str, Any]]:
-        column, of = USAGE_BY[by]
-        sums = _KERNEL_SUMS if by == "kernel" else _SUMS
-        whose = "usage.uid" if by == "kernel" else "seats.uid"
-        rows = self._db.execute(f"SELECT {column}, {', '.join(sums.values())} FROM {of} "
-                                f"WHERE ?1 IS NULL OR {whose} = ?1 GROUP BY 1 ORDER BY 1", (uid,))
-        return [dict(zip((by, *sums), row, strict=True)) for row in rows]
 
     def core_s(self, half_life_s: float) -> dict[int, float]:
         """User → core-seconds that were held, half of them forgotten each half-life; by the hour, which is enough."""
         now = self._wall()
         had: dict[int, float] = {}
-        with self._lock:
-            ended = self._db.execute(
-                "SELECT uid, CAST(at / 3600 AS INTEGER) * 3600.0 + 1800.0, sum(held_s * cores) FROM usage "
-                "WHERE at > ? AND number > 0 AND lease NOT IN (SELECT id FROM leases WHERE ended_at IS NULL) "
-                "GROUP BY 1, 2", (now - 20 * half_life_s,)).fetchall()
-            live = [(granted_at, _decode_lease(body)) for granted_at, body in self._db.execute(
-                "SELECT granted_at, body FROM leases WHERE ended_at IS NULL")]
+        try:
+            with self._db.reading() as db:
+                ended = db.execute(
+                    "SELECT uid, CAST(at AS BIGINT) / 3600 * 3600 + 1800, sum(held_s * cores) FROM usage "
+                    "WHERE at > ? AND number > 0 AND lease NOT IN (SELECT id FROM leases WHERE ended_at IS NULL) "
+                    "GROUP BY 1, 2", (now - 20 * half_life_s,)).fetchall()
+                live = [(granted_at, _decode_lease(body)) for granted_at, body in db.execute(
+                    "SELECT granted_at, body FROM leases WHERE ended_at IS NULL")]
+        except self._db.errors as error:
+            raise self._db.trouble(error) from error
         for uid, at, amount in ended:
             had[uid] = had.get(uid, 0.0) + amount * 0.5 ** (max(0.0, now - at) / half_life_s)
         for granted_at, lease in live:
@@ -329,53 +318,49 @@ class Ledger:
 
         `agents`: all that is known of these nodes', `jobs`: the batch job of these sessions.
         """
-        with self._lock:
-            self._write_all(changes, usage, agents, jobs)
-
-    def _write_all(self, changes: Sequence[Changes], usage: Iterable[Usage],
-                   agents: Mapping[str, tuple[Registration, ...]], jobs: Mapping[int, str]) -> None:
+        epoch = max([self.epoch, *(each.epoch for each in changes)])
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
+            with self._db.transaction():
+                if epoch > self.epoch:
+                    self._db.execute("UPDATE meta SET value = ? WHERE name = 'epoch'", (epoch,))
                 for each in changes:
                     self._write(each)
                 self._write_usage(usage)
-                self._db.executemany("INSERT OR REPLACE INTO agents VALUES (?, ?)",
-                                     [(node, _encode(known).decode()) for node, known in agents.items()])
-                self._db.executemany("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)",
-                                     [(session, job, self._wall()) for session, job in jobs.items()])
+                self._db.executemany(
+                    "INSERT INTO agents VALUES (?, ?) ON CONFLICT (node) DO UPDATE SET body = excluded.body",
+                    [(node, _encode(known).decode()) for node, known in agents.items()])
+                self._db.executemany(
+                    "INSERT INTO jobs VALUES (?, ?, ?) ON CONFLICT (session) DO UPDATE SET job = excluded.job, "
+                    "at = excluded.at", [(session, job, self._wall()) for session, job in jobs.items()])
                 self._write_clock()
                 self._groups += 1
                 if self._groups % PRUNE_EVERY == 0:
                     self._prune()
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                self._offset = float("nan")
-                self._kernels = {}
-                raise
-        except sqlite3.Error as error:
-            raise self._trouble(error) from error
-        self.epoch = max([self.epoch, *(each.epoch for each in changes)])
+        except BaseException as error:
+            self._offset = float("nan")
+            self._kernels = {}
+            if isinstance(error, self._db.errors):
+                raise self._db.trouble(error) from error
+            raise
+        self.epoch = epoch
 
     def _write(self, changes: Changes) -> None:
         at, db = self._wall(), self._db
-        db.execute("UPDATE meta SET value = max(value, ?) WHERE name = 'epoch'", (changes.epoch,))
         db.executemany(
             "INSERT INTO leases VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
             "state = excluded.state, ended_at = excluded.ended_at, body = excluded.body",
             [(lease.id, lease.session, lease.request_id, lease.uid, lease.node, str(lease.state), at,
               None if lease.state.live else at, _encode(lease).decode()) for lease in changes.leases])
         db.executemany(
-            "INSERT INTO answers VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET last_lease = excluded.last_lease, "
-            "body = excluded.body",
+            "INSERT INTO answers VALUES (?, ?, ?, ?) ON CONFLICT (session, request) DO UPDATE SET "
+            "last_lease = excluded.last_lease, body = excluded.body",
             [(answered.demand.session, answered.demand.request_id, answered.grant.leases[-1].id,
               _encode(_Answer(answered.demand, answered.grant)).decode()) for answered in changes.answers])
-        db.executemany("INSERT OR IGNORE INTO closed VALUES (?, ?)", [(session, at) for session in changes.closed])
+        db.executemany("INSERT INTO closed VALUES (?, ?) ON CONFLICT DO NOTHING",
+                       [(session, at) for session in changes.closed])
         for node, drained in changes.drained.items():
             if drained:
-                db.execute("INSERT OR IGNORE INTO drained VALUES (?, ?)", (node, at))
+                db.execute("INSERT INTO drained VALUES (?, ?) ON CONFLICT DO NOTHING", (node, at))
             else:
                 db.execute("DELETE FROM drained WHERE node = ?", (node,))
 
@@ -385,8 +370,9 @@ class Ledger:
         for one in usage:
             one = believable(one, self._names(one.uid) if one.kernels else ())
             done = self._db.execute(
-                "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-                "at = excluded.at, held_s = excluded.held_s, cpu_s = excluded.cpu_s, exec_s = excluded.exec_s, "
+                "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
+                "ON CONFLICT (node, incarnation, lease, seat, number) DO UPDATE SET at = excluded.at, "
+                "held_s = excluded.held_s, cpu_s = excluded.cpu_s, exec_s = excluded.exec_s, "
                 "poll_s = excluded.poll_s, invocations = excluded.invocations "
                 "WHERE excluded.held_s >= usage.held_s",
                 (one.node, one.incarnation, one.lease, one.seat, one.number, at, one.uid, one.cores,
@@ -397,7 +383,7 @@ class Ledger:
             key = (one.node, one.incarnation, one.lease, one.seat, one.number)
             self._db.execute("DELETE FROM usage_kernels WHERE node = ? AND incarnation = ? AND lease = ? AND seat = ? "
                              "AND number = ?", key)
-            self._db.executemany("INSERT INTO usage_kernels VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            self._db.executemany("INSERT INTO usage_kernels VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
                                  [(*key, each.kernel, each.exec_s, each.invocations) for each in one.kernels])
             self._note_names(one.uid, [each.kernel for each in one.kernels], at)
 
@@ -410,15 +396,17 @@ class Ledger:
         """That these were used now; once a day is enough to know when they weren't for long."""
         known = self._names(uid)
         old = [name for name in names if not abs(at - known.get(name, float("-inf"))) < NOTED_EVERY_S]
-        self._db.executemany("INSERT OR REPLACE INTO kernels VALUES (?, ?, ?)", [(uid, name, at) for name in old])
+        self._db.executemany("INSERT INTO kernels VALUES (?, ?, ?) ON CONFLICT (uid, kernel) DO UPDATE SET "
+                             "at = excluded.at", [(uid, name, at) for name in old])
         known.update(dict.fromkeys(old, at))
 
     def _write_clock(self) -> None:
         offset = self._wall() - self._monotonic()
         # Not "greater than": the first offset is no number.
         if not abs(offset - self._offset) < 1.0:
-            self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)",
-                                 [("boot", _boot_id()), ("offset", offset)])
+            self._db.executemany(
+                "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                [("boot", _boot_id()), ("offset", offset)])
             self._offset = offset
 
     def _prune(self) -> None:
@@ -435,10 +423,23 @@ class Ledger:
         self._db.execute("DELETE FROM jobs WHERE at < ? AND session NOT IN (SELECT session FROM leases)", (before,))
 
     def close(self) -> None:
-        """Lets go of the file, once nobody writes or reads. Safe to call twice."""
-        # SQLite crashes where a statement's connection is closed under it.
-        with self._lock:
-            self._db.close()
+        """Lets go of the database, once nobody writes or reads. Safe to call twice."""
+        self._db.close()
+
+
+def _meta(db: Statements, name: str) -> str | float:
+    row = db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+    return row[0] if row else ""
+
+
+def _sums(db: Statements, by: str, uid: int | None) -> list[dict[str, Any]]:
+    column, of = USAGE_BY[by]
+    sums = _KERNEL_SUMS if by == "kernel" else _SUMS
+    whose = "" if uid is None else f"WHERE {'usage' if by == 'kernel' else 'seats'}.uid = ? "
+    rows = db.execute(f"SELECT {column}, {', '.join(sums.values())} FROM {of} {whose}GROUP BY 1 ORDER BY 1",
+                      () if uid is None else (uid,))
+    return [{**(found := dict(zip((by, *sums), row, strict=True))),
+             "invocations": min(int(found["invocations"]), _INTEGER_MAX)} for row in rows]
 
 
 def _boot_id() -> str:

@@ -76,7 +76,7 @@ class Registry:
             try:
                 self.book.restore(kept, now)
             except ValueError as error:
-                raise StoreError(f"{ledger.path} makes no sense: {error}",
+                raise StoreError(f"{ledger.name} makes no sense: {error}",
                                  hint="put a backup in its place") from error
             # For the accounts: what a lease held, which its end leaves out, and the last word of its agent.
             self._held = {lease.id: lease for lease in kept.leases if lease.state.live}

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from rfaas_mpi.errors import ConfigError, ServiceError
 from rfaas_mpi.manager.callers import Callers
+from rfaas_mpi.manager.garbage import collecting
 from rfaas_mpi.manager.keys import Keys
 from rfaas_mpi.manager.ledger import Ledger
 from rfaas_mpi.manager.policy import Policy, load_policy
@@ -114,7 +115,7 @@ async def _serve(options: Options, keys: Keys, tls: ssl.SSLContext | None, ready
         callers.check_network(address)
     server = ManagerServer(Ledger(options.directory / "ledger.db"), keys=keys, policy=policy, callers=callers)
     async with server:
-        with _socket_place(options.socket):
+        with collecting(), _socket_place(options.socket):
             await server.listen_unix(options.socket)
             listening = [f"unix:{options.socket}"]
             for address in options.listen:

@@ -10,7 +10,7 @@ from rfaas_mpi.errors import AuthError, ServiceError
 from rfaas_mpi.leases import Cause, LeaseBook, LeaseState, LiveLease, NodeReport
 from rfaas_mpi.leases.held import Held
 from rfaas_mpi.manager.agents import DEAD_AFTER_S, SILENT_AFTER_S
-from rfaas_mpi.manager.cluster import Cluster, Policy, session_number
+from rfaas_mpi.manager.cluster import FORGET_S, Cluster, Policy, session_number
 from rfaas_mpi.manager.core import Admit, Granted, Notify, Refused, StopWorkers
 from rfaas_mpi.messages import LeaseRequest
 from rfaas_mpi.placement import Placer, pick_cores
@@ -213,3 +213,47 @@ def test_the_next_deadline_is_never_later_than_what_is_due(site):
     site.ask(ANNA, 9, now=0.0, timeout_s=7.0)
     assert site.cluster.next_deadline() <= 7.0
     assert isinstance(site.cluster.tick(7.0)[0], Refused)
+
+
+# --- users' own nodes that are gone --------------------------------------------------
+
+def _dead_since(site: Site) -> float:
+    """Until all that said nothing after 0 are dead."""
+    site.cluster.tick(SILENT_AFTER_S)
+    site.cluster.tick(DEAD_AFTER_S)
+    return DEAD_AFTER_S
+
+
+def test_a_user_s_own_node_that_is_dead_for_long_is_forgotten_and_the_site_s_is_not():
+    site = Site(placer=(placer := Placer()), book=LeaseBook(placer, epoch=10))
+    for uid, node in ((ROOT, "nid1"), (ANNA, "mine")):
+        site.start(uid, node)
+        site.report(uid, node, 0.0)
+    then = _dead_since(site)
+    assert site.cluster.forget(then + FORGET_S - 1.0) == []
+    assert site.cluster.forget(then + FORGET_S) == [f"mine/{ANNA}"]
+    assert site.cluster.forget(then + FORGET_S) == []
+    assert site.cluster.agents.dead == {"nid1"}
+    assert set(placer.view().nodes) == {"nid1"}
+    # Who comes back is a new one, and lends.
+    site.start(ANNA, "mine", then + FORGET_S)
+    site.report(ANNA, "mine", then + FORGET_S)
+    assert lease_in(site.ask(ANNA, now=then + FORGET_S)).node == f"mine/{ANNA}"
+
+
+def test_a_user_s_own_node_that_an_administrator_has_drained_or_that_lives_is_not_forgotten(site):
+    for node in ("drained", "alive"):
+        site.start(ANNA, node)
+        site.report(ANNA, node, 0.0)
+    site.cluster.drain(ROOT, [f"drained/{ANNA}"], 0.0, 0.0)
+    _dead_since(site)
+    site.report(ANNA, "alive", DEAD_AFTER_S)
+    assert site.cluster.forget(DEAD_AFTER_S + FORGET_S) == []
+    assert site.cluster.book.nodes and "alive/1000" in {view.node for view in site.cluster.nodes(ANNA)}
+
+
+def test_a_user_s_own_node_that_registers_and_never_reports_is_forgotten_too(site):
+    site.start(ANNA, "mine")
+    site.cluster.expected([f"mine/{ANNA}", "nid2"], 0.0)
+    then = _dead_since(site)
+    assert site.cluster.forget(then + FORGET_S) == [f"mine/{ANNA}"]

@@ -242,6 +242,19 @@ class LeaseBook:
         found = self._nodes.get(node)
         return (0, 0) if found is None else (found.incarnation, found.clock_ns)
 
+    def forget(self, name: str) -> bool:
+        """Nothing is known any more of a node whose agent was declared dead; False if it has to be.
+
+        An agent that comes back there is a new one.
+        """
+        node = self._nodes.get(name)
+        if node is not None:
+            if node.report is not None or node.held or node.drained:
+                return False
+            self._nodes.forget(name)
+        self._admitted.pop(name, None)
+        return True
+
     def room(self, uid: int, cores_per_worker: int, now: float) -> int:
         """How many workers this user's demands could get at most if nothing were lent."""
         whole = self._nodes.chooser is not None

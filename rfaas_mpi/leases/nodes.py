@@ -35,6 +35,9 @@ class Chooser(Protocol):
     def tell(self, node: str, **facts: Any) -> None:
         """What the agent knows of it, by the names of NodeTraits."""
 
+    def gone(self, node: str) -> None:
+        """It isn't there any more."""
+
     def choose(self, demand: Demand, now: float) -> Mapping[str, list[tuple[int, ...]]]:
         """Node → the cores of each worker there, fewer than `workers_max` where no more fit."""
 
@@ -159,6 +162,13 @@ class Nodes:
         if node is None:
             node = self._all[name] = Node(name)
         return node
+
+    def forget(self, name: str) -> None:
+        """A node that has no report."""
+        node = self._all.pop(name)
+        assert node.report is None and node.place is None, name
+        if self.chooser is not None:
+            self.chooser.gone(name)
 
     @property
     def views(self) -> list[NodeView]:

@@ -29,7 +29,7 @@ class Agents:
         self._dead_after_s = dead_after_s
         self._heard: dict[str, float] = {}
         self._silent: dict[str, float] = {}          # → when it is dead
-        self._dead: set[str] = set()
+        self._dead: dict[str, float] = {}            # → since when
         self._due: list[tuple[float, str]] = []      # soonest first; some are no longer true
 
     def __len__(self) -> int:
@@ -54,13 +54,21 @@ class Agents:
 
     def heard(self, node: str, now: float) -> None:
         """It said something new."""
-        self._dead.discard(node)
+        self._dead.pop(node, None)
         self._heard[node] = now
         self._silent.pop(node, None)
         heappush(self._due, (now + self._silent_after_s, node))
         if len(self._due) > 4 * len(self._heard) + 64:
             self._due = [(self._deadline(each), each) for each in self._heard]
             heapify(self._due)
+
+    def dead_since(self, when: float) -> list[str]:
+        """Those that are dead at least since then, the longest first."""
+        return [node for node, since in self._dead.items() if since <= when]
+
+    def forget(self, node: str) -> None:
+        """A dead one that isn't waited for any more."""
+        self._dead.pop(node, None)
 
     def expected(self, nodes: Iterable[str], now: float) -> None:
         """A manager that starts gives the nodes with leases as long as any other to be heard of."""
@@ -83,7 +91,7 @@ class Agents:
             _, node = heappop(self._due)
             if node in self._silent:
                 del self._heard[node], self._silent[node]
-                self._dead.add(node)
+                self._dead[node] = now
                 events.append(NodeLost(node))
             else:
                 # After a pause of our own, what they said may wait in our sockets.

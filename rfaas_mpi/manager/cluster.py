@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -41,6 +42,7 @@ WINDOW_SLACK_S = 5.0
 
 _NODE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?", re.ASCII)
 NAME_CHARS_MAX = 128
+FORGET_S = 3600.0                # a user's own node that is dead for so long is forgotten
 
 
 def session_number(uid: int, session: str) -> int:
@@ -88,6 +90,11 @@ class Cluster:
     def agent_started(self, uid: int, node: str, agent: str, now: float) -> list[Action]:
         """An agent begins: answered by Admit, with the number for its reports."""
         return self.manager.handle(AgentStarted(self.node_name(uid, node), _name("agent", agent)), now)
+
+    def expected(self, nodes: Iterable[str], now: float) -> None:
+        """Agents that registered, and should report: a user's own node that never does is dead some day."""
+        self.agents.expected([node for node in nodes
+                              if _is_private(node) and self.agents.age_s(node, now) is None], now)
 
     def report(self, uid: int, report: NodeReport, now: float) -> list[Action]:
         """What an agent sees. ServiceError if it was never admitted, ValueError if it makes no sense."""
@@ -225,6 +232,15 @@ class Cluster:
         """Who fell silent or died, what came to its end, who waited long enough."""
         actions = [action for event in self.agents.tick(now) for action in self.manager.handle(event, now)]
         return actions + self.manager.tick(now)
+
+    def forget(self, now: float) -> list[str]:
+        """Users' own nodes that were dead for long, and are not known any more from here on."""
+        forgotten = [node for node in self.agents.dead_since(now - FORGET_S)
+                     if _is_private(node) and self.book.forget(node)]
+        for node in forgotten:
+            self.agents.forget(node)
+            self._since.pop(node, None)
+        return forgotten
 
     def next_deadline(self) -> float:
         """When to call tick() at the latest."""

@@ -78,6 +78,16 @@ class Directory:
         self._nodes[registration.node] = sorted(
             [*proved, *waiting[-(UNPROVED_MAX - 1):], registration], key=lambda one: one.incarnation)
 
+    @property
+    def nodes(self) -> list[str]:
+        """Every node of which an agent has registered."""
+        return list(self._nodes)
+
+    def forget(self, node: str) -> None:
+        """It is as if no agent had ever registered there."""
+        self._nodes.pop(node, None)
+        self._heard.pop(node, None)
+
     def get(self, node: str, incarnation: int) -> Registration | None:
         return next((one for one in self._nodes.get(node, ()) if one.incarnation == incarnation), None)
 

@@ -88,6 +88,8 @@ class ManagerServer:
         self.registry = Registry(ledger, placer, clock(), quota=policy.quota, held=held)
         self.cluster = Cluster(self.registry.book, clock(), policy=policy, placer=placer)
         self.directory = Directory(ledger.agents())
+        # Users' own that aren't heard of are forgotten some day.
+        self.cluster.expected(self.directory.nodes, clock())
         self.keys = keys or Keys.fresh()
         self.metrics = Metrics(self.cluster)
         self.callers.when_refused = self.metrics.unproved.inc
@@ -275,6 +277,7 @@ class ManagerServer:
             now = self._clock()
             if now >= self.cluster.next_deadline():
                 self._tick(now)
+            self._forget(now)
             pause = max(0.0, min(TICK_MAX_S, self.cluster.next_deadline() - self._clock()))
             self._sooner.clear()
             try:
@@ -291,6 +294,13 @@ class ManagerServer:
             log.warning("node=%s is silent: its leases go on, nothing more is lent there", node)
         for node in sorted(agents.dead - dead):
             log.error("node=%s is dead: its leases are lost", node)
+
+    def _forget(self, now: float) -> None:
+        for node in self.cluster.forget(now):
+            log.info("node=%s is its user's and dead for long: it is forgotten", node)
+            self.directory.forget(node)
+            self.registry.agents(node, ())
+            self._do([])
 
     async def _keep_keys(self) -> None:
         while True:
@@ -358,6 +368,7 @@ class ManagerServer:
         self.directory.add(Registration(name, body.agent, incarnation, body.boot_id, body.key, body.addresses,
                                         body.host))
         self.registry.agents(name, self.directory.of_node(name))
+        self.cluster.expected((name,), self._clock())
         await self._durable(self._do(actions))
         log.info("node=%s agent=%s uid=%d is admitted as %d, at %s", name, body.agent, uid, incarnation,
                  " ".join(body.addresses))

@@ -16,7 +16,7 @@ import os
 import shlex
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,14 +29,16 @@ from rfaas_mpi._version import __version__
 from rfaas_mpi.agent import core as agent_core
 from rfaas_mpi.agent import cores as node_cores
 from rfaas_mpi.agent import tenure
-from rfaas_mpi.agent.detector import Detector, Policy
+from rfaas_mpi.agent.detector import CoreClass, Detector, Policy
 from rfaas_mpi.agent.detector import Report as Found
 from rfaas_mpi.agent.door import Guest
 from rfaas_mpi.agent.kernel_files import ranges
 from rfaas_mpi.agent.link import LinkLost, ManagerLink, News, ReportDue
+from rfaas_mpi.agent.metrics import CONTENT_TYPE, Metrics, Standing
 from rfaas_mpi.agent.observer import NodeWatch, Observer, own_step
 from rfaas_mpi.agent.pool import full_cpuset
 from rfaas_mpi.agent.priority import NO_PRIORITY, Lowering, Means, remove_stale_groups
+from rfaas_mpi.agent.scrape import ScrapeDoor
 from rfaas_mpi.agent.server import REASONS, AgentServer, Offer, SessionHandle
 from rfaas_mpi.agent.spawner import Spawner, leave_root, service_identity
 from rfaas_mpi.agent.tenure import Tenures
@@ -44,7 +46,7 @@ from rfaas_mpi.agent.traits import traits_of
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import ConfigError, LeaseDenied, ServiceError
 from rfaas_mpi.leases import Cause
-from rfaas_mpi.leases.grants import Admission, AgentKey, GrantBody
+from rfaas_mpi.leases.grants import Admission, AgentKey, GrantBody, GrantRefused
 from rfaas_mpi.remote import Address
 
 __all__ = ["Agent", "Options", "run"]
@@ -68,7 +70,8 @@ class Options:
     (None: the first physical core that it may use). `unix` False: ranks aren't told of
     the socket. `grace_s` is left to workers whose cores are wanted back. With
     `low_priority` workers run when nobody else wants their core (None: unless cores
-    are named, which says that they are nobody's).
+    are named, which says that they are nobody's). `metrics`: where its figures are read,
+    `unix:/PATH` or `HOST:PORT`; "": nowhere.
     """
 
     directory: Path
@@ -80,6 +83,7 @@ class Options:
     keep: tuple[int, ...] | None = None
     grace_s: float = 0.0
     low_priority: bool | None = None
+    metrics: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,9 @@ class Agent(AgentServer):
         self.device = settings.device
         self.spin_us_max = settings.spin_us_max
         self.tenures = Tenures()
+        self.metrics = Metrics(self._standing)
+        self.metrics_at = ""                                 # where they are read
+        self._scrapes = ScrapeDoor(self.selector, self.metrics.text, CONTENT_TYPE)
         self.lendable = Lendable()
         self._found: Found | None = None
         self.superseded = False
@@ -168,6 +175,8 @@ class Agent(AgentServer):
         if self.options.listen:
             # No key: over TCP there are sessions of leases only.
             self.door.listen_tcp(self.options.listen, b"", self.settings.tcp)
+        if self.options.metrics:
+            self.metrics_at = self._scrapes.listen(self.options.metrics)
         self.watch_signals()
         self._link = ManagerLink(self.settings, start=api.StartAgent(
             node=self.node, agent=f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:12]}", boot_id=self._boot_id,
@@ -202,6 +211,7 @@ class Agent(AgentServer):
         """Ends everything that was started. Safe to call twice."""
         if not self._listens:
             self.socket = self.directory / "socket"          # what lies elsewhere isn't ours
+        self._scrapes.close()
         super().close()
         if self._link is not None:
             if self._told_to_leave and not self._lost and not self._link.flush(SAY_S):
@@ -324,6 +334,9 @@ class Agent(AgentServer):
                         # Its rank took what it wanted; the end of the current
                         # kernel is waited for only so that its output is whole.
                         grace_s = max(grace_s, agent_core.QUIT_GRACE_S)
+                    elif cause is not Cause.SESSION_ENDED:
+                        for seat in seats:
+                            self.metrics.reclaim(lease, seat, "owner" if owned else REASONS[cause], grace_s, now)
                     self.workers.act(self.core.stop(lease, seats, REASONS[cause], grace_s, now, owned=owned))
                 case tenure.Forbid(lease=lease):
                     if self._admission is not None:
@@ -333,13 +346,14 @@ class Agent(AgentServer):
     # ---- time ------------------------------------------------------------------------------------
 
     def deadlines(self, now: float) -> list[float]:
-        times = [self.tenures.next_deadline(), self._leave_at,
+        times = [self.tenures.next_deadline(), self._leave_at, self._scrapes.next_deadline(),
                  None if self._watch is None else self._watch.next_deadline()]
         return [time for time in times if time is not None]
 
     def on_time(self, now: float) -> None:
         if self._watch is not None and now >= self._watch.next_deadline():
             self._look(now)
+        self._scrapes.tick(now)
         self._do(self.tenures.tick(now), now)
 
     def settled(self, now: float) -> None:
@@ -366,9 +380,13 @@ class Agent(AgentServer):
             return self.leases[lease].secret if lease in self.leases else None
         if self._admission is None:
             return None
-        body = self._admission.peek(grant)
-        # Bound to its lease: the secret in another one's grant doesn't open.
-        return self._agent_key.open(body.sealed, lease, body.epoch)
+        try:
+            body = self._admission.peek(grant)
+            # Bound to its lease: the secret in another one's grant doesn't open.
+            return self._agent_key.open(body.sealed, lease, body.epoch)
+        except GrantRefused as error:
+            self.metrics.refused(error.reason)
+            raise
 
     def lease_came(self, guest: Guest, lease: int, grant: bytes) -> None:
         if sum(visit.lease == lease for visit in self._visits.values()) >= SESSIONS_MAX:
@@ -399,6 +417,7 @@ class Agent(AgentServer):
                     self._use(session, request, now)
                 except LeaseDenied as error:
                     log.info("session=%d use is denied: %s", session.number, error)
+                    self.metrics.refused(error.reason if isinstance(error, GrantRefused) else "ended")
                     self.send(session, msg.Denied(request.id, Exception.__str__(error), error.hint))
             case msg.DownRequest():
                 self.send(session, msg.Done(request.id))
@@ -455,7 +474,7 @@ class Agent(AgentServer):
     def _usable(self, visit: _Visit, *, admit: bool = False) -> GrantBody:
         """What a session's grant lets it begin now; with `admit` only this once. LeaseDenied with the reason."""
         if self._admission is None or self._told_to_leave:
-            raise LeaseDenied(f"the agent of {self.node} is leaving", hint="ask for another lease")
+            raise GrantRefused(f"the agent of {self.node} is leaving", hint="ask for another lease", reason="leaving")
         facts = time.monotonic_ns(), self.lendable.cores, self.tenures.in_use
         body = self._admission.check(visit.grant, *facts)
         self._check_user(body, visit)
@@ -464,15 +483,16 @@ class Agent(AgentServer):
     def _check_user(self, body: GrantBody, visit: _Visit) -> None:
         """LeaseDenied unless workers can be started as the lease's user, who is the one that came."""
         if visit.uid not in (-1, 0, body.uid):
-            raise LeaseDenied(f"lease {body.lease} is uid {body.uid}'s, and uid {visit.uid} came with it")
+            raise GrantRefused(f"lease {body.lease} is uid {body.uid}'s, and uid {visit.uid} came with it",
+                               reason="user")
         if self._spawner is not None and (body.uid < self.settings.uid_min or body.uid == os.geteuid()):
-            raise LeaseDenied(f"the agent of {self.node} starts workers as users from uid {self.settings.uid_min} on, "
-                              f"and lease {body.lease} is uid {body.uid}'s",
-                              hint="call as an ordinary user, or set RFAAS_UID_MIN at the agent")
+            raise GrantRefused(f"the agent of {self.node} starts workers as users from uid {self.settings.uid_min} on, "
+                               f"and lease {body.lease} is uid {body.uid}'s", reason="user",
+                               hint="call as an ordinary user, or set RFAAS_UID_MIN at the agent")
         if self._spawner is None and body.uid != os.geteuid():
-            raise LeaseDenied(f"the agent of {self.node} runs as uid {os.geteuid()} and can't start workers as uid "
-                              f"{body.uid}, whose lease this is",
-                              hint="an agent that serves several users is started by root, with RFAAS_SERVICE_USER")
+            raise GrantRefused(f"the agent of {self.node} runs as uid {os.geteuid()} and can't start workers as uid "
+                               f"{body.uid}, whose lease this is", reason="user",
+                               hint="an agent that serves several users is started by root, with RFAAS_SERVICE_USER")
 
     def user_of(self, session: SessionHandle) -> int | None:
         visit = self._visits.get(session.number)
@@ -519,6 +539,7 @@ class Agent(AgentServer):
             self._do(self.tenures.reclaim(lease, numbers, grace_s, now, owned=owned), now)
 
     def freed(self, lease: int, seat: int, cores: tuple[int, ...], now: float) -> None:
+        self.metrics.freed(lease, seat, now)
         self._changed |= self.tenures.freed(lease, seat)
 
     def stopped(self, lease: int, seat: int, now: float) -> None:
@@ -558,7 +579,32 @@ class Agent(AgentServer):
                         "hard_end": each.hard_end}
                        for each in self.tenures.all],
             "unwritten": self._link.unwritten if self._link is not None else 0,
+            "report_age_s": self._report_age_s(), "metrics": self.metrics_at,
         }
+
+    def _report_age_s(self) -> float | None:
+        """Since when the manager's picture of this node may be out of date; None: it has none."""
+        taken_ns = self._link.taken_ns if self._link is not None else 0
+        return (time.monotonic_ns() - taken_ns) / 1e9 if taken_ns else None
+
+    def _standing(self) -> Standing:
+        in_use = self.tenures.in_use
+        owned = set() if self._found is None else {core.cpu for core in self._found.cores
+                                                   if core.which is CoreClass.OWNED}
+        cores = Counter("lent" if core in in_use else "free" for core in {*self.lendable.cores, *in_use})
+        cores.update("owned" if core in owned else "kept" for core in self.lendable.kept if core not in in_use)
+        doing = Counter("starting" if not zygote.ready else "busy" if zygote.workers else "idle"
+                        for zygote in self.workers.zygotes.values())
+        leases = Counter("revoking" if each.stops else "active" for each in self.tenures.all)
+        states = Counter(worker.state for worker in self.core.workers.values())
+        return Standing(
+            cores={state: cores[state] for state in ("lent", "free", "owned", "kept")},
+            leases={state: leases[state] for state in ("active", "revoking")},
+            workers={str(state): states[state] for state in agent_core.State},
+            zygotes={state: doing[state] for state in ("starting", "idle", "busy")},
+            connected=self._admission is not None and not self._lost, report_age_s=self._report_age_s(),
+            unwritten=self._link.unwritten if self._link is not None else 0, forks=self.workers.forks,
+            turned_away={reason: self.door.counts[reason] for reason in ("refused", "broken", "late", "crowded_out")})
 
 
 def _kept(options: Options, facts: node_cores.NodeFacts) -> tuple[int, ...]:
@@ -599,7 +645,7 @@ def run(options: Options, settings: Settings, ready: Callable[[dict[str, Any]], 
     try:
         agent.start()
         ready({"pid": os.getpid(), "node": agent.node, "directory": str(options.directory),
-               "listening": list(agent.addresses), "manager": settings.manager,
+               "listening": list(agent.addresses), "manager": settings.manager, "metrics": agent.metrics_at or None,
                "cores": list(agent.lendable.cores)})
         agent.run()
     finally:

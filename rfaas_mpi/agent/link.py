@@ -99,6 +99,7 @@ class Outbox:
         self._under_way = 0                          # so many of the first lines
         self._sent_ns = 0                            # the report that waits for its answer; 0: none does
         self._newest_ns = 0                          # the last report of all, until it was answered
+        self.taken_ns = 0                            # the moment of the last report that was answered
 
     @property
     def said(self) -> bool:
@@ -145,6 +146,7 @@ class Outbox:
         if self._newest_ns == clock_ns:
             self._newest_ns = 0
         self._under_way = self._sent_ns = 0
+        self.taken_ns = clock_ns
         return bool(self._lines)
 
     def refused(self) -> None:
@@ -312,6 +314,12 @@ class ManagerLink:
         """Used lines that the manager has not written down yet, as far as is known here."""
         with self._lock:
             return self._outbox.lines
+
+    @property
+    def taken_ns(self) -> int:
+        """The agent's clock in the last report that the manager has taken; 0: it has taken none."""
+        with self._lock:
+            return self._outbox.taken_ns
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until the manager has taken the last report and all used lines; False if it hasn't by then."""

@@ -87,6 +87,7 @@ class Workers:
         self.core = core
         self.zygotes: dict[str, ZygoteHandle] = {}
         self.refused = 0                     # what ranks sent to workers and made no sense
+        self.forks = 0
         self.low = NO_PRIORITY               # that workers of zygotes take that begin from now on
         self._selector = selector
         self._employer = employer
@@ -499,6 +500,7 @@ class Workers:
                     if self._guard.watches:
                         self._look_at = min(self._look_at, time.monotonic() + WATCH_S)
                     handle.admit()
+                    self.forks += 1
                     self.act(self.core.forked(number, pid))
             case msg.WorkerExited(worker=number) as exited:
                 kills = oom_kills()

@@ -35,6 +35,8 @@ SITE_DIRECTORY = Path("/run/rfaas")
               help="How long what runs on a core may go on that is wanted back.")
 @click.option("--priority", type=click.Choice(["auto", "low", "normal"]), default="auto", show_default=True,
               help="Of workers, beside what else runs on their cores; auto: normal on cores that are named, else low.")
+@click.option("--metrics", metavar="ADDRESS", default="",
+              help="Where Prometheus finds /metrics, without proving who it is: HOST:PORT, unix:/PATH.  [default: nowhere]")
 @click.option("--directory", metavar="DIRECTORY", type=click.Path(file_okay=False, path_type=Path), default=None,
               help="Its files.  [default: agent-NODE in /run/rfaas for root, else in the runtime directory]")
 @click.option("--foreground", is_flag=True, hidden=True, expose_value=False, help="The default.")
@@ -54,6 +56,8 @@ def agent(out: Output, **options: Any) -> None:
         cores = ",".join(map(str, data["cores"])) or "nothing"
         line = f"rfaas agent: node {data['node']} lends {cores}; listening on {', '.join(data['listening'])}"
         out.progress(line)
+        if data["metrics"]:
+            out.progress(f"rfaas agent: metrics at {data['metrics']}")
         if out.json:
             out.answer(data, [line])
 
@@ -61,7 +65,8 @@ def agent(out: Output, **options: Any) -> None:
 
 
 def _serve(ready: Any, *, manager: str | None, listen: tuple[str, ...], socket: str | None, node: str | None,
-           cores: str | None, keep: str | None, grace_s: float, priority: str, directory: Path | None) -> None:
+           cores: str | None, keep: str | None, grace_s: float, priority: str, metrics: str,
+           directory: Path | None) -> None:
     _need_the_extra()
     from rfaas_mpi.agent import daemon
     from rfaas_mpi.config import Settings
@@ -76,7 +81,7 @@ def _serve(ready: Any, *, manager: str | None, listen: tuple[str, ...], socket: 
         directory=place, node=name, socket=Path(socket).absolute() if socket is not None and unix else None, unix=unix,
         listen=tuple(Address.parse(each, port_0=True) for each in listen), cores=_cores("--cores", cores),
         keep=_cores("--keep", keep), grace_s=grace_s,
-        low_priority={"auto": None, "low": True, "normal": False}[priority]), settings, ready)
+        low_priority={"auto": None, "low": True, "normal": False}[priority], metrics=metrics), settings, ready)
 
 
 def _directory(settings: Any) -> Path:
@@ -100,6 +105,7 @@ def _need_the_extra() -> None:
     try:
         import aiohttp  # noqa: F401
         import cryptography  # noqa: F401
+        import prometheus_client  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"the agent needs {error.name}, which isn't installed",
                           hint="pip install 'rfaas_mpi[cluster]'") from None

@@ -92,7 +92,14 @@ class GrantBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GrantRefused(LeaseDenied, AuthError):
-    """The agent does not act on this grant; the message says why."""
+    """The agent does not act on this grant; the message says why, and `reason` in one word, to count them by."""
+
+    reason = "malformed"
+
+    def __init__(self, message: str = "", *, hint: str = "", reason: str = "") -> None:
+        super().__init__(message, hint=hint)
+        if reason:
+            self.reason = reason
 
 
 def key_id(public: bytes) -> bytes:
@@ -152,14 +159,14 @@ class AgentKey:
         """The secret that was sealed for us and this lease. GrantRefused for anything else."""
         if len(sealed) != _SEALED_BYTES:
             raise GrantRefused(f"the grant of lease {lease} carries no secret for this agent",
-                               hint="manager and agents have to run the same version")
+                               hint="manager and agents have to run the same version", reason="secret")
         theirs = sealed[:KEY_BYTES]
         try:
             shared = self._key.exchange(X25519PublicKey.from_public_bytes(theirs))
             return _cipher(shared, theirs, self.public).decrypt(_NO_NONCE, sealed[KEY_BYTES:], _bound(lease, epoch))
         except (InvalidTag, ValueError):
             raise GrantRefused(f"the secret of lease {lease} is sealed for another agent, or another life of this one",
-                               hint="the manager has to grant anew") from None
+                               hint="the manager has to grant anew", reason="secret") from None
 
 
 def _cipher(shared: bytes, ephemeral: bytes, public: bytes) -> ChaCha20Poly1305:
@@ -252,16 +259,17 @@ class Admission:
             raise GrantRefused(f"a grant of {len(grant)} bytes is none")
         if grant[0] != VERSION:
             raise GrantRefused(f"a grant of version {grant[0]}; this agent knows version {VERSION}",
-                               hint="run manager and agents of the same version")
+                               hint="run manager and agents of the same version", reason="version")
         head, signature, packed = grant[:1 + KEY_ID_BYTES], grant[1 + KEY_ID_BYTES:_HEAD_BYTES], grant[_HEAD_BYTES:]
         key = self._keys.get(head[1:])
         if key is None:
             raise GrantRefused(f"the grant is signed by key {head[1:].hex()}, which this agent doesn't hold",
-                               hint=f"it holds {', '.join(sorted(held.hex() for held in self._keys))}")
+                               hint=f"it holds {', '.join(sorted(held.hex() for held in self._keys))}", reason="key")
         try:
             key.verify(signature, _covered(head, packed))
         except InvalidSignature:
-            raise GrantRefused("the grant's signature is not its manager's: it was changed on the way") from None
+            raise GrantRefused("the grant's signature is not its manager's: it was changed on the way",
+                               reason="signature") from None
         try:
             return msgspec.msgpack.decode(packed, type=GrantBody)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -269,21 +277,23 @@ class Admission:
 
     def _check(self, body: GrantBody, now_ns: int, spare: Collection[int], in_use: Collection[int]) -> None:
         if body.node != self.node:
-            raise GrantRefused(f"the grant is for node {body.node}, this is {self.node}")
+            raise GrantRefused(f"the grant is for node {body.node}, this is {self.node}", reason="node")
         if (body.seen.boot_id, body.seen.incarnation) != (self.boot_id, self.incarnation):
-            raise GrantRefused("the grant is for an earlier life of this agent", hint="the manager has to grant anew")
+            raise GrantRefused("the grant is for an earlier life of this agent", hint="the manager has to grant anew",
+                               reason="life")
         if body.seen.ns > now_ns:
-            raise GrantRefused("the grant echoes a moment that this agent hasn't had yet")
+            raise GrantRefused("the grant echoes a moment that this agent hasn't had yet", reason="life")
         if now_ns > body.not_after_ns:
-            raise GrantRefused(f"the grant is {(now_ns - body.not_after_ns) / 1e9:.3g} s late")
+            raise GrantRefused(f"the grant is {(now_ns - body.not_after_ns) / 1e9:.3g} s late", reason="late")
         if body.not_after_ns > now_ns + LIFE_MAX_NS:
-            raise GrantRefused(f"the grant could be shown for more than {LIFE_MAX_NS // 10**9} s")
+            raise GrantRefused(f"the grant could be shown for more than {LIFE_MAX_NS // 10**9} s", reason="late")
         if body.hard_end_ns is not None and now_ns >= body.hard_end_ns:
-            raise GrantRefused("the lease is at its hard end already")
+            raise GrantRefused("the lease is at its hard end already", reason="late")
         if body.grant_id in self._seen:
-            raise GrantRefused(f"grant {body.grant_id} was used before")
+            raise GrantRefused(f"grant {body.grant_id} was used before", reason="used")
         if body.lease in self._forbidden:
-            raise GrantRefused(f"lease {body.lease} was taken back before it began", hint="ask for another one")
+            raise GrantRefused(f"lease {body.lease} was taken back before it began", hint="ask for another one",
+                               reason="revoked")
         self._check_cores(body, spare, in_use)
 
     def _check_cores(self, body: GrantBody, spare: Collection[int], in_use: Collection[int]) -> None:
@@ -292,8 +302,9 @@ class Admission:
             raise GrantRefused("the grant gives a worker no core, or one core twice")
         for core in cores:
             if core not in spare:
-                raise GrantRefused(f"core {core} of {self.node} is not spare now")
+                raise GrantRefused(f"core {core} of {self.node} is not spare now", reason="core")
             if core in in_use:
-                raise GrantRefused(f"core {core} of {self.node} is still in use")
+                raise GrantRefused(f"core {core} of {self.node} is still in use", reason="core")
             if body.epoch <= self._epochs.get(core, -1):
-                raise GrantRefused(f"epoch {body.epoch} is not above epoch {self._epochs[core]} of core {core}")
+                raise GrantRefused(f"epoch {body.epoch} is not above epoch {self._epochs[core]} of core {core}",
+                                   reason="core")

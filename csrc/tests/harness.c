@@ -68,6 +68,8 @@ void t_fail_eq(const char *file, int line, const char *a, long long av,
 
 extern void __sanitizer_print_stack_trace(void) __attribute__((weak));
 
+static uint32_t *told;          /* how many have said it; shared by all */
+
 static void on_tell(int signal)
 {
     int was = errno;
@@ -78,6 +80,7 @@ static void on_tell(int signal)
     if (__sanitizer_print_stack_trace != NULL) {
         __sanitizer_print_stack_trace();
     }
+    (void)__atomic_fetch_add(told, 1, __ATOMIC_RELEASE);
     errno = was;
 }
 
@@ -126,9 +129,16 @@ static void tell_all(void)
         snprintf(path, sizeof(path), "/proc/%d/task", (int)pid);
         tasks = opendir(path);
         while ((tasks != NULL) && ((task = readdir(tasks)) != NULL)) {
-            if (atoi(task->d_name) > 0) {
-                syscall(SYS_tgkill, pid, atoi(task->d_name), SIGUSR2);
-                usleep(300000);
+            uint32_t before = rfm_load_acquire(told);
+
+            if ((atoi(task->d_name) <= 0) ||
+                (syscall(SYS_tgkill, pid, atoi(task->d_name), SIGUSR2) != 0)) {
+                continue;
+            }
+            /* a service thread hears no signals */
+            for (int i = 0; (i < 400) && (rfm_load_acquire(told) == before);
+                 i++) {
+                usleep(10000);
             }
         }
         if (tasks != NULL) {
@@ -148,7 +158,7 @@ static void on_alarm(int sig)
 
     (void)sig;
     signal(SIGALRM, SIG_DFL);
-    alarm(20);
+    alarm(120);
     if (write(2, running, strlen(running)) < 0 ||
         write(2, text, sizeof(text) - 1) < 0) {
         _exit(4);
@@ -426,6 +436,9 @@ void t_init(int argc, char **argv, unsigned guard_s)
     }
     CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, fds) == 0);
     rfm_ticks_init();
+    told = mmap(NULL, sizeof(*told), PROT_READ | PROT_WRITE,
+                MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    CHECK(told != MAP_FAILED);
     sigaction(SIGUSR2, &tell, NULL);
     fflush(NULL);
     pid = fork();

@@ -1318,7 +1318,11 @@ int rfm_channel_reap(struct rfm_channel *chan)
         return RFM_ERR_BUSY;
     }
     do {
-        rfm_store_relaxed(&chan->reap_again, 0);
+        /* A plain store might reach memory after the looks that follow, and
+         * undo the word of somebody whose completion they did not see. */
+        if (rfm_load_relaxed(&chan->reap_again) != 0) {
+            (void)__atomic_exchange_n(&chan->reap_again, 0, __ATOMIC_SEQ_CST);
+        }
         n += reap_locked(chan);
         rfm_store_release(&chan->reap_lock, 0);
         if (!chan->remote) {

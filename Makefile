@@ -68,7 +68,7 @@ guest: setup  ## run CMD='...' on a machine with two RDMA devices: rxe0 and rxe1
 guest: export CMD ?= ibv_devinfo
 
 soak: setup  ## ten million invocations in all styles, a million under kills, a million lease operations, a manager killed a thousand times
-	RFAAS_SOAK_LEASES=1000000 $(PY) -m pytest tests/test_lease_book.py tests/test_lease_network.py --timeout 3600
+	RFAAS_SOAK_LEASES=1000000 $(PY) -m pytest tests/test_lease_book.py tests/test_lease_network.py tests/test_manager_memory.py --timeout 3600
 	RFAAS_SOAK_KILLS=1000 $(PY) -m pytest tests/test_ledger.py --timeout 3600
 	RFAAS_SOAK_DETECTOR_EVENTS=100000 RFAAS_SOAK_DETECTOR_SECONDS=600 $(PY) -m pytest tests/test_detector.py --timeout 1800
 	RFAAS_SOAK_INVOCATIONS=10000000 $(PY) -m pytest tests/test_soak.py --timeout 3600

@@ -33,6 +33,7 @@ from rfaas_mpi.leases import (
     Tick,
     WorkersStopped,
 )
+from rfaas_mpi.leases.book import REMEMBER_LEAST_S
 from rfaas_mpi.placement import POLICIES, Placer, Settings, pick_cores
 
 GIB = 2**30
@@ -379,6 +380,43 @@ def test_what_ended_long_ago_is_forgotten_but_never_granted_again_by_id():
     book.handle(Tick(), 200.0)
     assert book.lease(lease.id) is None
     assert only_lease(granted(book, demand(), 200.0)).id > lease.id
+
+
+def test_of_too_many_that_ended_the_last_are_remembered_and_all_that_ended_just_now():
+    book = LeaseBook(pick_cores, remember_s=10_000.0, remember_most=10)
+    book.handle(report(), 0.0)
+
+    def lives(requests: range, now: float) -> list[int]:
+        ids = []
+        for request in requests:
+            lease = only_lease(granted(book, demand(request), now))
+            book.handle(WorkersStopped(lease.id), now)
+            ids.append(lease.id)
+        book.handle(Tick(), now)
+        return [each for each in ids if book.lease(each) is not None]
+
+    assert len(lives(range(1, 31), 1.0)) == 30
+    assert book.remembers(7, 1)
+    book.handle(Tick(), 2.0 + REMEMBER_LEAST_S)
+    assert [book.remembers(7, request) for request in (1, 20, 21, 30)] == [False, False, True, True]
+    # Without a tick as well.
+    lives(range(31, 34), 3.0 + REMEMBER_LEAST_S)
+    assert not book.remembers(7, 21)
+    assert book.remembers(7, 33)
+
+
+def test_leases_that_were_lost_are_remembered_however_many_have_ended_since():
+    book = LeaseBook(pick_cores, remember_s=10_000.0, remember_most=1)
+    book.handle(report("n1"), 0.0)
+    lost = only_lease(granted(book, demand(1)))
+    book.handle(NodeLost("n1"), 1.0)
+    book.handle(report("n2"), 2.0)
+    for request in range(2, 6):
+        book.handle(WorkersStopped(only_lease(granted(book, demand(request), 2.0)).id), 2.0)
+    book.handle(Tick(), 3.0 + REMEMBER_LEAST_S)
+    assert book.lease(lost.id).state is LeaseState.LOST
+    book.handle(Tick(), 10_002.0)
+    assert book.lease(lost.id) is None
 
 
 def test_events_and_actions_survive_a_trace_on_disk(book):

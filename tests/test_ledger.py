@@ -117,6 +117,18 @@ def test_an_ended_lease_is_remembered_for_a_while_and_its_answer_with_it(opened,
     assert opened().load(remember_s=100.0) == Kept(leases=[], answers=[], closed=[], drained=[])
 
 
+def test_of_too_many_that_ended_a_book_begins_with_the_last_and_with_those_that_were_lost(opened, clock):
+    lost = msgspec.structs.replace(lease(1), state=LeaseState.LOST)
+    ledger = opened()
+    ledger.write([changes_of(lost)])
+    for number in range(2, 12):
+        clock.tick(60.0)
+        ledger.write([changes_of(msgspec.structs.replace(lease(number), state=LeaseState.RELEASED))])
+    assert [each.id for each in opened().load(remember_s=1e6, remember_most=5).leases] == [1, 7, 8, 9, 10, 11]
+    # However many: those of the last two minutes.
+    assert [each.id for each in opened().load(remember_s=1e6, remember_most=1).leases] == [1, 10, 11]
+
+
 def test_what_ended_long_ago_is_removed_from_the_file(opened, clock, monkeypatch):
     monkeypatch.setattr(ledger_module, "PRUNE_EVERY", 1)
     ledger = opened()

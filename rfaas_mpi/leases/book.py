@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from heapq import heapify, heappop, heappush
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import msgspec
@@ -73,6 +73,9 @@ _NEWS = (Cause.REVOKED, Cause.EXPIRED, Cause.NODE_LOST)
 
 BEGIN_WITHIN_S = 20.0
 """How long an agent may still begin a lease, where the book says nothing else."""
+
+REMEMBER_LEAST_S = 120.0
+"""So long answers and ended leases are remembered however many they are: who asks again does it sooner."""
 
 HIGHEST_EPOCH = 1 << 62
 """What an agent may claim at most: so many more can follow it in 63 bits."""
@@ -157,7 +160,9 @@ class LeaseBook:
     * after `StopWorkers`, hand in `WorkersStopped` once nothing of them can run:
       only that frees their cores;
     * call `handle(Tick(), now)` at `next_deadline()`, and now and then anyway:
-      leases and answers that ended `remember_s` ago are forgotten there.
+      leases and answers that ended `remember_s` ago are forgotten there. Of more than
+      `remember_most` of either the oldest are forgotten sooner, but for those of the
+      last REMEMBER_LEAST_S, and for leases whose agent may come back with them.
 
     Where the leases must outlive the book (`durable`): before doing any action,
     write down `changes()`, in order, in a way that is there whole or not at all.
@@ -179,12 +184,14 @@ class LeaseBook:
 
     def __init__(self, pick: Picker | Chooser, *, epoch: int = 0,
                  activate_within_s: float | None = None,
-                 remember_s: float = 3600.0, durable: bool = False,
+                 remember_s: float = 3600.0, remember_most: int | None = None, durable: bool = False,
                  quota: Callable[[int], int | None] = lambda uid: None, held: Held | None = None) -> None:
         chooser, self._pick = (None, pick) if callable(pick) else (pick, _no_picker)
         self._epoch = epoch
         self._activate_within_s = activate_within_s
         self._remember_s = remember_s
+        self._remember_most = remember_most
+        self._forget_again = -math.inf
         self._nodes = Nodes(chooser)
         self._quota = quota
         self.held = Held() if held is None else held
@@ -195,6 +202,7 @@ class LeaseBook:
         self._deadlines: list[tuple[float, int]] = []
         # What ended and when, oldest first: to be forgotten from the front.
         self._ended: dict[int, tuple[Lease, float]] = {}
+        self._lost: dict[int, tuple[Lease, float]] = {}     # likewise, with their agents
         self._settled: dict[_Key, float] = {}
         self._closed_sessions: dict[int, float] = {}
         self._admitted: dict[str, tuple[str, int]] = {}     # node → its newest agent
@@ -214,9 +222,11 @@ class LeaseBook:
         """A lease that lives or ended not long ago, else None."""
         if (entry := self._live.get(lease_id)) is not None:
             return entry.lease
-        if (ended := self._ended.get(lease_id)) is not None:
-            return ended[0]
-        return None
+        return self._ended_lease(lease_id)
+
+    def _ended_lease(self, lease_id: int) -> Lease | None:
+        ended = self._ended.get(lease_id) or self._lost.get(lease_id)
+        return None if ended is None else ended[0]
 
     def remembers(self, session: int, request_id: int) -> bool:
         """True if that demand would be answered from memory."""
@@ -316,7 +326,7 @@ class LeaseBook:
             if lease.incarnation == node.incarnation:
                 node.clock_ns = max(node.clock_ns, lease.seen_ns)
             if not lease.state.live:
-                self._ended[lease.id] = (lease, now)
+                (self._lost if lease.state is LeaseState.LOST else self._ended)[lease.id] = (lease, now)
                 if lease.state is LeaseState.LOST:
                     self._fence(node, lease)
                 continue
@@ -537,10 +547,10 @@ class LeaseBook:
         # Leases that ended here without their agent hearing of it (it had been
         # declared dead). Those of an earlier book are left to their hard end.
         for lease_id in dict.fromkeys(busy.values()):
-            if (ended := self._ended.get(lease_id)) is not None:
+            if (ended := self._ended_lease(lease_id)) is not None:
                 actions.append(StopWorkers(
                     node=report.node, lease_id=lease_id, workers=(),
-                    cause=ended[0].cause or Cause.RELEASED))
+                    cause=ended.cause or Cause.RELEASED))
         return actions
 
     def _take_back(self, node: Node, report: NodeReport, now: float) -> list[Action]:
@@ -662,7 +672,7 @@ class LeaseBook:
         while (due := self.next_deadline()) is not None and due <= now:
             _, lease_id = heappop(self._deadlines)
             actions += self._stop(lease_id, (), Cause.EXPIRED, 0.0, now)
-        self._forget(now - self._remember_s)
+        self._forget(now)
         self.held.forget(now)
         return actions
 
@@ -763,7 +773,7 @@ class LeaseBook:
             del self._by_session[lease.session]
         ended = msgspec.structs.replace(lease, state=_END_OF[cause], cause=cause, workers=(),
                                         stopping=(), stop_by=None)
-        self._ended[lease.id] = (ended, now)
+        (self._lost if ended.state is LeaseState.LOST else self._ended)[lease.id] = (ended, now)
         self._note(ended)
         key = (lease.session, lease.request_id)
         answer = self._answers.get(key)
@@ -772,17 +782,31 @@ class LeaseBook:
         answer.live -= 1
         if answer.live == 0:
             self._settled[key] = now
+        # Many at a time: the front of a dict whose first entries were deleted is slow to find.
+        if (self._remember_most is not None and len(self._ended) > 1.25 * self._remember_most
+                and now >= self._forget_again):
+            self._forget(now)
 
-    def _forget(self, before: float) -> None:
-        """Drop what ended before that time, so that a long life costs nothing."""
-        for lease_id in _older(self._ended.items(), lambda v: v[1], before):
+    def _forget(self, now: float) -> None:
+        """Drop what ended long ago, and the oldest of too many, so that a long life costs nothing."""
+        self._forget_again = now + 1.0
+        for lease_id in self._past(self._ended, lambda v: v[1], now):
             del self._ended[lease_id]
-        for key in _older(self._settled.items(), lambda v: v, before):
+        for lease_id in _older(self._lost.items(), lambda v: v[1], now - self._remember_s):
+            del self._lost[lease_id]
+        for key in self._past(self._settled, lambda v: v, now):
             del self._settled[key], self._answers[key]
-        for session in _older(self._closed_sessions.items(), lambda v: v, before):
+        for session in self._past(self._closed_sessions, lambda v: v, now):
             # A session is remembered for as long as any of its leases lives.
             if session not in self._by_session:
                 del self._closed_sessions[session]
+
+    def _past(self, records: Mapping[_K, _V], when: Callable[[_V], float], now: float) -> list[_K]:
+        """The keys of those, oldest first, that are to be forgotten now."""
+        old = _older(records.items(), when, now - self._remember_s)
+        if self._remember_most is None or (surplus := len(records) - self._remember_most) <= len(old):
+            return old
+        return _older(islice(records.items(), surplus), when, now - min(REMEMBER_LEAST_S, self._remember_s))
 
     def _change(self, entry: _Entry, **fields: object) -> None:
         entry.lease = msgspec.structs.replace(entry.lease, **fields)

@@ -24,7 +24,8 @@ from typing import Any, Protocol
 import msgspec
 
 from rfaas_mpi.errors import StoreError
-from rfaas_mpi.leases import Answered, Changes, Demand, Grant, Kept, Lease
+from rfaas_mpi.leases import Answered, Changes, Demand, Grant, Kept, Lease, LeaseState
+from rfaas_mpi.leases.book import REMEMBER_LEAST_S
 from rfaas_mpi.manager.accounts import Usage, believable, by_kernel
 from rfaas_mpi.manager.directory import Registration
 from rfaas_mpi.manager.sqlite import SqliteFile
@@ -227,11 +228,20 @@ class Ledger:
 
     # --- reading -----------------------------------------------------------------------------------
 
-    def load(self, *, remember_s: float = 3600.0) -> Kept:
-        """What a new book begins with: live leases, those that ended less than `remember_s` ago, their answers."""
+    def load(self, *, remember_s: float = 3600.0, remember_most: int | None = None) -> Kept:
+        """What a new book begins with: live leases, those that ended less than `remember_s` ago, their answers.
+
+        Of more than `remember_most` only those that a book would remember.
+        """
+        now = self._wall()
         try:
             with self._db.reading() as db:
-                return self._load(db, self._wall() - remember_s)
+                lost = since = now - remember_s
+                if remember_most is not None and (row := db.execute(
+                        "SELECT ended_at FROM leases WHERE ended_at > ? ORDER BY ended_at DESC LIMIT 1 OFFSET ?",
+                        (since, remember_most)).fetchone()):
+                    since = min(row[0], max(since, now - REMEMBER_LEAST_S))
+                return self._load(db, since, lost)
         except self._db.errors as error:
             raise self._db.trouble(error) from error
         except msgspec.MsgspecError as error:
@@ -248,9 +258,10 @@ class Ledger:
         except msgspec.MsgspecError as error:
             raise self._db.damaged(f"an agent's record makes no sense: {error}") from error
 
-    def _load(self, db: Statements, since: float) -> Kept:
+    def _load(self, db: Statements, since: float, lost: float) -> Kept:
         leases = [_decode_lease(body) for body, in db.execute(
-            "SELECT body FROM leases WHERE ended_at IS NULL OR ended_at > ? ORDER BY id", (since,))]
+            "SELECT body FROM leases WHERE ended_at IS NULL OR ended_at > ? OR (ended_at > ? AND state = ?) "
+            "ORDER BY id", (since, lost, str(LeaseState.LOST)))]
         if shift := self._shift(db):
             leases = [msgspec.structs.replace(
                 lease, hard_end=None if lease.hard_end is None else lease.hard_end + shift,

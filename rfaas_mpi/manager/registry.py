@@ -21,7 +21,10 @@ from rfaas_mpi.manager.accounts import RECORD, Usage
 from rfaas_mpi.manager.directory import Registration
 from rfaas_mpi.manager.ledger import Ledger
 
-__all__ = ["Group", "Registry"]
+__all__ = ["REMEMBER_MOST", "Group", "Registry"]
+
+REMEMBER_MOST = 20_000
+"""Ended leases, and answers, that a book keeps in memory; the ledger has all of them."""
 
 
 @contextmanager
@@ -47,8 +50,13 @@ class Group:
         self.changes: list[Changes] = []
         self.epoch = 0
 
+    @property
+    def to_write(self) -> bool:
+        """True if any of it has to be on disk."""
+        return bool(self.usage or self.agents or self.jobs or self.changes)
+
     def __bool__(self) -> bool:
-        return bool(self.actions or self.usage or self.agents or self.jobs or self.changes)
+        return self.to_write or bool(self.actions)
 
 
 class Registry:
@@ -63,16 +71,17 @@ class Registry:
     """
 
     def __init__(self, ledger: Ledger, pick: Picker | Chooser, now: float, *, begin_within_s: float = 20.0,
-                 remember_s: float = 3600.0, quota: Callable[[int], int | None] = lambda uid: None,
+                 remember_s: float = 3600.0, remember_most: int = REMEMBER_MOST,
+                 quota: Callable[[int], int | None] = lambda uid: None,
                  held: Held | None = None) -> None:
         self.begin_within_s = begin_within_s
         self._ledger = ledger
         self._group = Group()
         self._unwritten: list[Group] = []
         self.book = LeaseBook(pick, epoch=ledger.epoch, activate_within_s=begin_within_s, remember_s=remember_s,
-                              durable=True, quota=quota, held=held)
+                              remember_most=remember_most, durable=True, quota=quota, held=held)
         with _no_collections():
-            kept = ledger.load(remember_s=remember_s)
+            kept = ledger.load(remember_s=remember_s, remember_most=remember_most)
             try:
                 self.book.restore(kept, now)
             except ValueError as error:
@@ -138,6 +147,10 @@ class Registry:
                       cores=len(worker.cores), memory_bytes=lease.memory_per_worker,
                       held_s=(until_ns - lease.seen_ns) / 1e9, cpu_s=0.0, seat=worker.number)
                 for worker in lease.workers]
+
+    def must_write(self, group: Group) -> bool:
+        """False if `write` would not touch the disk."""
+        return group.to_write or bool(self._unwritten)
 
     def write(self, group: Group) -> list[Any]:
         """Makes the group durable and returns what may be done now, in order. StoreError if it can't be written."""

@@ -164,6 +164,7 @@ class ClusterSession:
     def _ask(self, ask: api.AskLease) -> api.LeaseGrant:
         """The manager's answer, also where it is restarted meanwhile: the same request gets the same leases."""
         since = None
+        first = time.monotonic()
         while True:
             begun = time.monotonic()
             try:
@@ -175,7 +176,9 @@ class ClusterSession:
                         raise
                     patience = self.settings.start_timeout_s
                 now = time.monotonic()
-                if since is None or now - begun > _RESTART_S:
+                # Who has waited for long may do so again, but for no longer than was asked for in all: each
+                # attempt may take its time to fail.
+                if since is None or (now - begun > _RESTART_S and now - first < ask.timeout_s):
                     log.info("%s; asking again for %g s", error, patience)
                     since = now
                 if now - since >= patience or self.closed:

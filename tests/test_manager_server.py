@@ -644,6 +644,32 @@ def test_on_a_full_disk_nothing_is_granted_and_it_goes_on_by_itself(play, tmp_pa
     play(scenario)
 
 
+def test_who_waits_for_cores_is_answered_though_the_disk_is_full_when_there_are_some(play, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "WRITE_WAIT_S", 0.05)
+    monkeypatch.setattr(server, "WRITE_RETRY_S", 0.01)
+
+    async def scenario(call: Caller) -> None:
+        number = await call.start("nid1")
+        await call.report("nid1", number, cores=1)
+        body = {"session": "s", "request_id": 1, "workers_min": 2, "workers_max": 2, "timeout_s": 4.0}
+        waiting = asyncio.create_task(call("POST", "/v1/leases", body, status=503))
+
+        async def waits() -> bool:
+            return await metric(call, "rfaas_manager_demands_waiting") == 1
+        await until(waits)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "ledger.db-wal").stat().st_size, hard))
+        try:
+            await call("POST", "/v1/agents/nid1/reports", report(number, cores=2), status=503)
+            assert "can't write to its disk" in (await waiting)["error"]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        monkeypatch.setattr(server, "WRITE_WAIT_S", GUARD_S)
+        [lease] = (await call("POST", "/v1/leases", body))["leases"]
+        assert [one["id"] for one in (await call("GET", "/v1/leases"))["leases"]] == [lease["id"]]
+    play(scenario)
+
+
 # --- the page ---------------------------------------------------------------------
 
 def test_the_openapi_page_tells_of_every_operation_and_type(play):

@@ -269,8 +269,15 @@ class ManagerServer:
             async with asyncio.timeout(WRITE_WAIT_S):
                 await asyncio.shield(written)
         except TimeoutError:
-            raise _Refusal(503, "the manager can't write to its disk at the moment",
-                           "try again with the same request; leases that run are not affected") from None
+            raise _cant_write() from None
+
+    async def _answered(self, answer: asyncio.Future[Granted | Refused], timeout_s: float) -> Granted | Refused:
+        """What becomes of a demand, which is decided within `timeout_s`; it is said once it is on disk."""
+        try:
+            async with asyncio.timeout(timeout_s + WRITE_WAIT_S):
+                return await answer
+        except TimeoutError:
+            raise _cant_write() from None
 
     async def _keep_time(self) -> None:
         while True:
@@ -456,7 +463,7 @@ class ManagerServer:
         try:
             if any(isinstance(action, (Granted, Refused)) for action in actions):
                 await self._durable(written)
-            match await answer:
+            match await self._answered(answer, body.timeout_s):
                 case Granted(leases=leases, reason=reason):
                     granted = api.LeaseGrant(self._lent(leases), reason)
                     if body.job and leases:
@@ -638,3 +645,8 @@ async def _say(channel: AgentChannel, what: msgspec.Struct) -> None:
     except ConnectionError as error:
         # It comes again with the agent's next report.
         log.info("an agent's channel broke: %s", error)
+def _cant_write() -> _Refusal:
+    return _Refusal(503, "the manager can't write to its disk at the moment",
+                    "try again with the same request; leases that run are not affected")
+
+

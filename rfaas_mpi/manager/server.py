@@ -44,6 +44,7 @@ log = logging.getLogger("rfaas_mpi.manager.server")
 
 BODY_BYTES_MAX = 4 << 20
 BACKLOG = 8192                   # all agents come at once when the manager is back
+LINGER_S = 0.01                  # a report waits so long for others to be written down with
 WRITE_RETRY_S = 1.0              # the disk was full
 WRITE_WAIT_S = 5.0               # who waits longer for it is told so
 TICK_MAX_S = 5.0
@@ -98,6 +99,8 @@ class ManagerServer:
         self._written: asyncio.Future[None] | None = None
         self._wake = asyncio.Event()
         self._sooner = asyncio.Event()
+        self._sleeps_until = 0.0
+        self._lingering: asyncio.TimerHandle | None = None
         self._channels: dict[str, tuple[int, AgentChannel]] = {}       # and whose it is: the incarnation
         self._told: deque[tuple[int, api.Event]] = deque(maxlen=EVENTS_KEPT)       # (uid, event)
         # Above those of a manager that was here before.
@@ -201,23 +204,38 @@ class ManagerServer:
 
     # ---- disk first, then everything else --------------------------------------------------------------
 
-    def _do(self, actions: list[Action], usage: Iterable[Usage] = ()) -> asyncio.Future[None]:
-        """Has these actions done; the future ends when they are on disk and done."""
+    def _do(self, actions: list[Action], usage: Iterable[Usage] = (), *, lingers: bool = False) -> asyncio.Future[None]:
+        """Has these actions done; the future ends when they are on disk and done.
+
+        `lingers`: nobody is in a hurry, so that others may share the flush, unless an action is for somebody else.
+        """
         self.registry.add(actions)
         self.registry.used(usage)
+        loop = asyncio.get_running_loop()
         if self._written is None:
-            self._written = asyncio.get_running_loop().create_future()
-        self._wake.set()
-        self._sooner.set()
+            self._written = loop.create_future()
+        if not lingers or any(isinstance(action, (Granted, Refused, StopWorkers)) for action in actions):
+            self._wake.set()
+        elif self._lingering is None:
+            self._lingering = loop.call_later(LINGER_S, self._wake.set)
+        if self.cluster.next_deadline() < self._sleeps_until:
+            self._sooner.set()
         return self._written
 
     async def _write(self) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            if self._lingering is not None:
+                self._lingering.cancel()
+                self._lingering = None
             group, written, self._written = self.registry.take(), self._written, None
             while True:
                 try:
+                    if not self.registry.must_write(group):
+                        # Agents had no news: a thread would cost more than all the rest.
+                        actions = self.registry.write(group)
+                        break
                     with self.metrics.write_s.time():
                         actions = await asyncio.to_thread(self.registry.write, group)
                     break
@@ -285,7 +303,9 @@ class ManagerServer:
             if now >= self.cluster.next_deadline():
                 self._tick(now)
             self._forget(now)
-            pause = max(0.0, min(TICK_MAX_S, self.cluster.next_deadline() - self._clock()))
+            now = self._clock()
+            self._sleeps_until = min(now + TICK_MAX_S, self.cluster.next_deadline())
+            pause = max(0.0, self._sleeps_until - now)
             self._sooner.clear()
             try:
                 async with asyncio.timeout(pause):
@@ -414,7 +434,7 @@ class ManagerServer:
                 for line in body.used
                 # An agent speaks for its own node's leases only.
                 if (lease := self.book.lease(line.lease)) is not None and lease.node == name]
-        await self._durable(self._do(actions, used))
+        await self._durable(self._do(actions, used, lingers=True))
         before = self._channels.get(name)
         if known and before is not None and before[0] < body.incarnation and not superseded:
             # It would lend and begin leases until its own next report is answered.
@@ -631,6 +651,11 @@ def _lease_number(request: web.Request) -> int:
     return int(text)
 
 
+def _cant_write() -> _Refusal:
+    return _Refusal(503, "the manager can't write to its disk at the moment",
+                    "try again with the same request; leases that run are not affected")
+
+
 def _problem(error: RFaaSError) -> api.Problem:
     return api.Problem(Exception.__str__(error), error.hint)
 
@@ -645,8 +670,3 @@ async def _say(channel: AgentChannel, what: msgspec.Struct) -> None:
     except ConnectionError as error:
         # It comes again with the agent's next report.
         log.info("an agent's channel broke: %s", error)
-def _cant_write() -> _Refusal:
-    return _Refusal(503, "the manager can't write to its disk at the moment",
-                    "try again with the same request; leases that run are not affected")
-
-

@@ -119,7 +119,7 @@ class Agent(AgentServer):
         self.device = settings.device
         self.spin_us_max = settings.spin_us_max
         self.tenures = Tenures()
-        self.metrics = Metrics(self._standing)
+        self.metrics = Metrics(self._figures)
         self.metrics_at = ""                                 # where they are read
         self._scrapes = ScrapeDoor(self.selector, self.metrics.text, CONTENT_TYPE)
         self.lendable = Lendable()
@@ -587,7 +587,7 @@ class Agent(AgentServer):
         taken_ns = self._link.taken_ns if self._link is not None else 0
         return (time.monotonic_ns() - taken_ns) / 1e9 if taken_ns else None
 
-    def _standing(self) -> Standing:
+    def _figures(self) -> Standing:
         in_use = self.tenures.in_use
         owned = set() if self._found is None else {core.cpu for core in self._found.cores
                                                    if core.which is CoreClass.OWNED}

@@ -21,6 +21,7 @@ __all__ = ["ROUTES", "Route", "openapi"]
 CORES_MAX = 4096
 WORKERS_MAX = 100_000
 KERNELS_MAX = 16                 # of one worker
+OTHERS = "(others)"              # kernels that have no line of their own
 KEY_BYTES = 32
 
 Core = Annotated[int, Meta(ge=0, lt=1 << 20)]
@@ -309,8 +310,11 @@ class UndrainNodes(Body, frozen=True):
 
 
 class UsageSums(msgspec.Struct, frozen=True):
+    """Sums of what workers have used; each row's `cost` is at the prices of today, which `prices` says, of an hour."""
+
     by: str
     rows: tuple[dict[str, Any], ...]
+    prices: dict[str, float] = {}
 
 
 class PolicyView(msgspec.Struct, frozen=True):

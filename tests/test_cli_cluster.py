@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
@@ -11,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from rfaas_manager import RfaasManager, environment, rfaas
@@ -48,17 +50,23 @@ class Cluster:
         return done.stdout
 
 
-@pytest.fixture
-def cluster(tmp_path) -> Iterator[Cluster]:
+@contextlib.contextmanager
+def serving(directory: Path, *options: object) -> Iterator[Cluster]:
     # Where other users may come: pytest's own directories are closed to them.
     with (tempfile.TemporaryDirectory() as place,
-          RfaasManager(tmp_path / "state", "--socket", f"{place}/socket") as manager, client(manager) as asked):
+          RfaasManager(directory / "state", "--socket", f"{place}/socket", *options) as manager, client(manager) as asked):
         os.chmod(place, 0o755)
         agent = Agent(asked, "nid1", 4)
         agent.report()
         [lease] = ask(asked, 1, 2).leases
         agent.report(lease)
         yield Cluster(manager, asked, agent, lease)
+
+
+@pytest.fixture
+def cluster(tmp_path) -> Iterator[Cluster]:
+    with serving(tmp_path) as cluster:
+        yield cluster
 
 
 # --- help and errors --------------------------------------------------------------
@@ -155,13 +163,42 @@ def test_usage_is_summed_by_user_job_kernel_node_or_lease(cluster):
     cluster.asked.call("report", api.Report(
         cluster.agent.incarnation, 2**61, (0, 1, 2, 3), 8 * GIB, (),
         used=(api.UsedLine(1, cluster.lease.id, 2, GIB, 3600.0, 10.0, 8.0, 1.0, 500),)), node="nid1")
-    names = {"user": ME, "job": "-", "kernel": "-", "node": "nid1", "lease": str(cluster.lease.id)}
+    names = {"user": ME, "job": "-", "node": "nid1", "lease": str(cluster.lease.id)}
     for by, name in names.items():
         head, line = cluster.text("usage", "--by", by).splitlines()
         assert head.split()[:3] == [by.upper(), "WORKERS", "CORE-H"]
         assert line.split() == [name, "1", "2.000", "1.000", "10.0", "8.0", "1.0", "500"]
         [row] = cluster.json("usage", "--by", by)["rows"]
-        assert (row["core_s"], row["invocations"]) == (7200.0, 500)
+        assert (row["core_s"], row["invocations"], row["cost"]) == (7200.0, 500, 0.0)
+
+
+def test_usage_by_kernel_names_them_and_what_is_left_between_them(cluster):
+    cluster.asked.call("report", api.Report(
+        cluster.agent.incarnation, 2**61, (0, 1, 2, 3), 8 * GIB, (),
+        used=(api.UsedLine(1, cluster.lease.id, 2, GIB, 3600.0, 10.0, 1800.0, 1.0, 500,
+                           kernels=(api.KernelLine("pkg.price", 1800.0, 500),)),)), node="nid1")
+    head, *lines = cluster.text("usage", "--by", "kernel").splitlines()
+    assert [line.split() for line in lines] == [
+        ["-", "1", "1.000", "0.500", "1.0", "0.0", "1.0", "0"],
+        ["pkg.price", "1", "1.000", "0.500", "9.0", "1800.0", "0.0", "500"]]
+    assert "COST" not in head
+
+
+def test_what_was_used_has_its_price_where_the_policy_sets_one(tmp_path):
+    prices = {"core_h": 3.0, "gib_h": 0.5, "compute_h": 3600.0, "poll_h": 1800.0}
+    policy = tmp_path / "manager.toml"
+    policy.write_text("[prices]\n" + "".join(f"{name} = {price}\n" for name, price in prices.items()))
+    policy.chmod(0o600)
+    with serving(tmp_path, "--policy", policy) as cluster:
+        cluster.asked.call("report", api.Report(
+            cluster.agent.incarnation, 2**61, (0, 1, 2, 3), 8 * GIB, (),
+            used=(api.UsedLine(1, cluster.lease.id, 2, GIB, 3600.0, 10.0, 8.0, 1.0, 500),)), node="nid1")
+        found = cluster.json("usage")
+        assert found["prices"] == prices
+        # 2 core-hours, 1 GiB for an hour, 9 s of computing and 1 s of polling.
+        assert found["rows"][0]["cost"] == pytest.approx(2 * 3.0 + 0.5 + 9.0 + 0.5)
+        head, line = cluster.text("usage").splitlines()
+        assert (head.split()[-1], line.split()[-1]) == ("COST", "16.0000")
 
 
 def test_the_policy_says_who_lends_and_who_administers(cluster):

@@ -67,6 +67,8 @@ def test_a_policy_file_says_who_may_what_and_how_much(tmp_path):
     ("[quota]\nusers = {nobody-like-that = 3}", "quota.users = 'nobody-like-that'", "a user of this machine"),
     ("[fairness]\nhalf_life_s = 0", "fairness.half_life_s = 0", "above 0"),
     ("[fairness]\nweights = {1 = true}", "fairness.weights.1", "a number"),
+    ("[prices]\ncore_h = -1", "prices.core_h = -1", "isn't negative"),
+    ("[prices]\ncore = 1", "sets prices.'core'", "did you mean 'core_h'?"),
     ("lenders = 0", "lenders = 0", "a list of users"), ("admins = [true]", "admins = True", "name or number"),
     ("quota = 3", "quota = 3", "a table"), ("x = ", "is no TOML", "")])
 def test_a_policy_that_is_not_possible_is_refused_by_name(tmp_path, text, said, hint):

@@ -152,13 +152,15 @@ def usage(manager: str | None, by: str) -> Answer:
         found: api.UsageSums = asked.call("usage", by=USAGE_BY[by])
     column = USAGE_BY[by]
     rows = []
+    priced = any(found.prices.values())
     for row in found.rows:
         name = user_name(row[column]) if by == "user" else str(row[column]) or "-"
         rows.append((name, str(row["workers"]), f"{row['core_s'] / 3600:.3f}",
                      f"{row['memory_byte_s'] / 3600 / 2**30:.3f}", f"{row['cpu_s']:.1f}", f"{row['exec_s']:.1f}",
-                     f"{row['poll_s']:.1f}", str(row["invocations"])))
-    lines = table((by.upper(), "WORKERS", "CORE-H", "GIB-H", "CPU-S", "EXEC-S", "POLL-S", "INVOCATIONS"), rows)
-    return {"by": by, "rows": list(found.rows)}, lines if rows else ["Nothing was used yet."]
+                     f"{row['poll_s']:.1f}", str(row["invocations"]), *([f"{row['cost']:.4f}"] if priced else [])))
+    lines = table((by.upper(), "WORKERS", "CORE-H", "GIB-H", "CPU-S", "EXEC-S", "POLL-S", "INVOCATIONS",
+                   *(["COST"] if priced else [])), rows)
+    return {"by": by, "rows": list(found.rows), "prices": found.prices}, lines if rows else ["Nothing was used yet."]
 
 
 def policy(manager: str | None) -> Answer:

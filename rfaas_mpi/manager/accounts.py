@@ -10,9 +10,10 @@ from typing import Any
 
 import msgspec
 
+from rfaas_mpi.api import OTHERS
+
 __all__ = ["KERNELS_MAX", "OTHERS", "RECORD", "KernelUse", "Prices", "Usage", "believable", "by_kernel"]
 
-OTHERS = "(others)"              # kernels that have no line of their own
 KERNELS_MAX = 1000               # names of one user that are kept apart
 RECORD = 0                       # the number of what the manager knows of a seat itself
 

@@ -15,6 +15,12 @@
     [fairness]
     half_life_s = 86400
     weights = {alice = 2.0}
+
+    [prices]                           # of an hour; see Prices in accounts.py
+    core_h = 0.02                      # a core that is held
+    gib_h = 0.002                      # a GiB of memory that is held
+    compute_h = 0.01                   # CPU time in kernels
+    poll_h = 0.01                      # CPU time of workers that look for their next call
 """
 
 from __future__ import annotations
@@ -31,6 +37,7 @@ from typing import Any
 from rfaas_mpi.config import trusted_text
 from rfaas_mpi.errors import ConfigError
 from rfaas_mpi.leases.held import HALF_LIFE_S
+from rfaas_mpi.manager.accounts import Prices
 from rfaas_mpi.placement import POLICIES, Settings
 
 __all__ = ["Policy", "load_policy"]
@@ -53,6 +60,7 @@ class Policy:
     cores_max_of: Mapping[int, int] = field(default_factory=dict)
     half_life_s: float = HALF_LIFE_S
     weights: Mapping[int, float] = field(default_factory=dict)
+    prices: Prices = Prices()
 
     def quota(self, uid: int) -> int | None:
         """How many cores the user may hold at a time; None: any number."""
@@ -83,10 +91,11 @@ class _Reader:
         self._path = path
 
     def policy(self, found: dict[str, Any]) -> Policy:
-        self._known("", found, {"lenders", "admins", "placement", "quota", "fairness"})
+        self._known("", found, {"lenders", "admins", "placement", "quota", "fairness", "prices"})
         placement = self._table("placement", found, {"policy", "bandwidth", *_NUMBERS})
         quota = self._table("quota", found, {"cores", "users"})
         fairness = self._table("fairness", found, {"half_life_s", "weights"})
+        prices = self._table("prices", found, set(Prices.__struct_fields__))
         chosen = placement.pop("policy", "default")
         if chosen not in POLICIES:
             raise self._wrong("placement.policy", chosen, f"one of {', '.join(sorted(POLICIES))}")
@@ -96,7 +105,8 @@ class _Reader:
             cores_max=None if "cores" not in quota else self._cores("quota.cores", quota["cores"]),
             cores_max_of=self._by_user("quota.users", quota.get("users", {}), self._cores),
             half_life_s=self._above_0("fairness.half_life_s", fairness.get("half_life_s", HALF_LIFE_S)),
-            weights=self._by_user("fairness.weights", fairness.get("weights", {}), self._above_0))
+            weights=self._by_user("fairness.weights", fairness.get("weights", {}), self._above_0),
+            prices=Prices(**{name: self._number(f"prices.{name}", value) for name, value in prices.items()}))
 
     def _settings(self, found: dict[str, Any]) -> Settings:
         for name, value in found.items():

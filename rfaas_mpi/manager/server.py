@@ -605,8 +605,10 @@ class ManagerServer:
         by = request.query.get("by", "uid")
         if by not in USAGE_BY:
             raise _Refusal(400, f"by is {by[:40]!r}", f"ask by {', '.join(USAGE_BY)}")
-        return api.UsageSums(by, tuple(await asyncio.to_thread(
-            self._ledger.usage, by=by, uid=None if everybody else uid)))
+        prices = self.cluster.policy.prices
+        rows = await asyncio.to_thread(self._ledger.usage, by=by, uid=None if everybody else uid)
+        return api.UsageSums(by, tuple({**row, "cost": prices.cost(row)} for row in rows),
+                             msgspec.structs.asdict(prices))
 
     async def _policy(self, uid: int, _request: web.Request) -> api.PolicyView:
         policy = self.cluster.policy

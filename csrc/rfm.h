@@ -362,6 +362,10 @@ void rfm_worker_destroy(struct rfm_worker *w);
 int  rfm_worker_next(struct rfm_worker *w, bool wait, struct rfm_event *ev);
 void rfm_worker_release(struct rfm_worker *w, struct rfm_event *ev);
 
+/* Before KERNEL is answered: the name under which the page counts what it takes;
+ * too long a one is cut, and one too many counts with all the others. */
+void rfm_worker_name(struct rfm_worker *w, struct rfm_event *ev,
+                     const char *name, uint64_t name_bytes);
 /* Answers to KERNEL and BIND; a failed one carries a text that every
  * invocation on it is answered with. */
 void rfm_worker_loaded(struct rfm_worker *w, struct rfm_event *ev, void *user,

@@ -367,6 +367,18 @@ enum rfm_page_state {
     RFM_PAGE_ENDING   = 3,
 };
 
+#define RFM_PAGE_BYTES      4096u
+#define RFM_PAGE_KERNELS    15u
+#define RFM_KERNEL_NAME_BYTES 112u
+
+/* A part of exec_ns and count; a name ends with a NUL. */
+struct rfm_page_kernel {
+    uint64_t exec_ns;
+    uint64_t count;
+    char     name[RFM_KERNEL_NAME_BYTES];
+};
+_Static_assert(sizeof(struct rfm_page_kernel) == 128, "page kernel");
+
 struct rfm_page {
     uint64_t id;
     uint32_t conn;
@@ -376,8 +388,11 @@ struct rfm_page {
     uint64_t exec_ns;
     uint64_t poll_ns;
     uint64_t count;
+    uint64_t reserved;
+    /* The first one has no name: all that have no line of their own. */
+    struct rfm_page_kernel kernels[RFM_PAGE_KERNELS];
 };
-_Static_assert(sizeof(struct rfm_page) == 56, "page");
-#define RFM_PAGE_BYTES 4096u
+_Static_assert(sizeof(struct rfm_page) == 1984, "page");
+_Static_assert(sizeof(struct rfm_page) <= RFM_PAGE_BYTES, "page");
 
 #endif

@@ -55,6 +55,7 @@ struct mapped {
 struct loaded {                 /* a kernel */
     bool     known;
     uint32_t kind;
+    uint32_t line;              /* of the page, where it is counted */
     void    *user;
     char    *error;
     uint64_t error_bytes;
@@ -73,6 +74,7 @@ struct bound {                  /* a binding */
     uint64_t longest_ns;        /* native, of a remote rank: of its last calls */
     uint32_t calls;             /* of which there were so many, or SETTLED */
     struct rfm_layout layout;
+    struct rfm_page_kernel *meter;
     struct rfm_arg *args;
     struct rfm_buf *bufs;
     rfm_kernel_fn  *native;
@@ -131,6 +133,7 @@ struct rfm_worker {
     int      bell_fd;           /* wakes the main thread from poll() */
     uint64_t spin_ticks;
     uint64_t idle_since;
+    struct rfm_page_kernel *meter;      /* of the kernel that runs */
     bool     limits_told;
 
     /* By number of transport; made at its first attach. */
@@ -1038,6 +1041,32 @@ static int begin_load(struct control *node, struct rfm_event *ev)
     return 1;
 }
 
+void rfm_worker_name(struct rfm_worker *w, struct rfm_event *ev,
+                     const char *name, uint64_t name_bytes)
+{
+    struct loaded *kernel = &ev->conn->kernels[ev->number];
+    size_t n = (name_bytes < RFM_KERNEL_NAME_BYTES) ? name_bytes
+                                                    : RFM_KERNEL_NAME_BYTES - 1;
+
+    n = strnlen(name, n);
+    kernel->line = 0;
+    if (n == 0) {
+        return;
+    }
+    for (uint32_t i = 1; i < RFM_PAGE_KERNELS; i++) {
+        char *known = w->page->kernels[i].name;
+
+        if (known[0] == 0) {
+            memcpy(known, name, n);     /* the rest of it is zero */
+        } else if ((strnlen(known, RFM_KERNEL_NAME_BYTES) != n) ||
+                   (memcmp(known, name, n) != 0)) {
+            continue;
+        }
+        kernel->line = i;
+        return;
+    }
+}
+
 void rfm_worker_loaded(struct rfm_worker *w, struct rfm_event *ev, void *user,
                        const char *error, uint64_t error_bytes)
 {
@@ -1178,6 +1207,7 @@ static int begin_bind(struct rfm_worker *w, struct control *node,
     b->n_out  = body.n_out;
     *slot     = b;
     kernel    = &conn->kernels[body.kernel];
+    b->meter  = &w->page->kernels[kernel->line];
     if (kernel->error != NULL) {
         set_error(b, kernel->error, kernel->error_bytes);
         return 0;
@@ -1358,11 +1388,12 @@ void rfm_worker_release(struct rfm_worker *w, struct rfm_event *ev)
 /* --- running -------------------------------------------------------------- */
 
 static void begin_call(struct rfm_worker *w, struct rfm_conn *conn,
-                       uint64_t start)
+                       const struct bound *b, uint64_t start)
 {
     struct rfm_page *page = w->page;
     uint64_t budget = w->line.budget_ns;
 
+    w->meter = b->meter;
     rfm_store_relaxed(&page->conn, conn->number);
     if (__builtin_expect(budget != 0, 0)) {
         uint64_t now = rfm_now_ns();
@@ -1394,6 +1425,8 @@ static uint64_t end_call(struct rfm_worker *w, uint64_t start)
 
     rfm_store_relaxed(&page->exec_ns, page->exec_ns + exec_ns);
     rfm_store_relaxed(&page->count, page->count + 1);
+    rfm_store_relaxed(&w->meter->exec_ns, w->meter->exec_ns + exec_ns);
+    rfm_store_relaxed(&w->meter->count, w->meter->count + 1);
     rfm_store_relaxed(&page->limit_ns, 0);
     rfm_store_relaxed(&page->state, RFM_PAGE_WAITING);
     rfm_store_release(&page->id, 0);
@@ -1643,7 +1676,7 @@ static void run_native(struct rfm_worker *w, struct rfm_conn *conn,
     int bad;
 
     set_canaries(b, conn->link->remote);
-    begin_call(w, conn, start);
+    begin_call(w, conn, b, start);
     if (b->native != NULL) {
         struct rfm_call call = {
             .version    = RFM_CALL_VERSION,
@@ -1851,7 +1884,7 @@ static int serve_object(struct rfm_worker *w, struct rfm_conn *conn,
     ev->user       = b->user;
     ev->blob       = from;
     ev->blob_bytes = n;
-    begin_call(w, conn, start);
+    begin_call(w, conn, b, start);
     return 1;
 }
 
@@ -1901,7 +1934,7 @@ static int serve(struct rfm_worker *w, struct rfm_conn *conn, uint32_t slot,
     if (!b->in_slot && !b->out_in_slot) {
         ev->flags = 0x100;      /* the same memory in every slot */
     }
-    begin_call(w, conn, start);
+    begin_call(w, conn, b, start);
     return 1;
 }
 

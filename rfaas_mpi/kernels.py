@@ -637,6 +637,15 @@ def short_name(function: Any) -> str:
     return getattr(function, "__name__", None) or type(function).__name__
 
 
+def full_name(kernel: Any) -> str:
+    """What a loaded kernel is called in accounts: with its module, if that isn't the rank's own script."""
+    if isinstance(kernel, native.NativeFunction):
+        return kernel.name
+    name = getattr(kernel, "__qualname__", None) or short_name(kernel)
+    module = getattr(kernel, "__module__", None)
+    return f"{module}.{name}" if isinstance(module, str) and module not in ("__main__", "builtins") else str(name)
+
+
 def takes_out(function: Any) -> bool:
     """Whether a callable has a parameter `out` that can be passed by name."""
     if isinstance(function, np.ufunc):

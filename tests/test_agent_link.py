@@ -357,6 +357,37 @@ def test_a_line_stays_until_the_report_that_carried_it_is_answered():
     assert not outbox.answered(second.clock_ns) and outbox.lines == 0
 
 
+def test_of_a_worker_that_runs_the_latest_is_told_until_it_was_taken_or_has_ended():
+    outbox = box()
+    outbox.running([line(1, 5), line(2, 5)])
+    outbox.running([line(1, 5, invocations=9)])
+    first, second, third = (report(7) for _ in range(3))
+    outbox.put(first)
+    assert [(one.number, one.invocations) for one in outbox.take().used] == [(1, 9), (2, 0)]
+    outbox.running([line(2, 5, invocations=3)])          # while the other is under way
+    assert outbox.answered(first.clock_ns), "there is more to say"
+    outbox.use([line(1, 5, invocations=10)])
+    outbox.put(second)
+    assert [(one.number, one.invocations) for one in outbox.take().used] == [(1, 10), (2, 3)]
+    outbox.lost()
+    outbox.use([line(2, 5, invocations=4)])
+    outbox.put(third)
+    assert [(one.number, one.invocations) for one in outbox.take().used] == [(1, 10), (2, 4)]
+    assert not outbox.answered(third.clock_ns) and outbox.said
+
+
+def test_workers_that_run_leave_room_for_those_that_ended():
+    outbox = box()
+    outbox.use(line(number, 5) for number in range(1, 999))
+    outbox.running(line(number, 5) for number in range(2000, 2010))
+    one, two = report(7), report(7)
+    outbox.put(one)
+    assert [each.number for each in outbox.take().used][-3:] == [998, 2000, 2001]
+    assert outbox.answered(one.clock_ns)
+    outbox.put(two)
+    assert [each.number for each in outbox.take().used] == list(range(2002, 2010))
+
+
 def test_a_line_keeps_its_incarnation_over_a_new_registration():
     outbox = Outbox()
     outbox.use([line(1, 5)])

@@ -272,6 +272,7 @@ static void on_event(struct rfm_event *ev)
         bad = (fuzz_read(ev->blob, ev->blob_bytes) == 255) ||
               (fuzz_read(ev->digest, RFM_DIGEST_BYTES) == 255);
         goals[LOADED].times++;
+        rfm_worker_name(worker, ev, (const char *)ev->blob, ev->blob_bytes);
         rfm_worker_loaded(worker, ev, NULL, bad ? text : NULL,
                           bad ? sizeof(text) - 1 : 0);
         rfm_worker_release(worker, ev);

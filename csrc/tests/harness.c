@@ -705,6 +705,7 @@ static void on_kernel(struct crew *crew, struct rfm_event *ev)
             found = &entries[i];
         }
     }
+    rfm_worker_name(crew->w, ev, (const char *)ev->blob, ev->blob_bytes);
     rfm_worker_loaded(crew->w, ev, (void *)(uintptr_t)found,
                       (found == NULL) ? text : NULL, sizeof(text) - 1);
     rfm_worker_release(crew->w, ev);

@@ -98,6 +98,39 @@ static void the_other_kinds_of_kernel_are_exact_too(void)
     down();
 }
 
+static const struct rfm_page_kernel *counted(const char *name)
+{
+    for (uint32_t i = 1; i < RFM_PAGE_KERNELS; i++) {
+        if (strcmp(worker.page->kernels[i].name, name) == 0) {
+            return &worker.page->kernels[i];
+        }
+    }
+    return NULL;
+}
+
+static void the_page_counts_what_each_kernel_took(void)
+{
+    uint64_t count = 0;
+    uint64_t exec_ns = 0;
+
+    up(4);
+    a_call_is_exact("plain", RFM_INLINE, RFM_INLINE, 8);
+    a_call_is_exact("event", RFM_INLINE, RFM_INLINE, 8);
+    a_call_is_exact("echo", RFM_INLINE, RFM_INLINE, 8);
+    a_call_is_exact("echo", RFM_BOUND, RFM_BOUND, 8);
+    CHECK_EQ(counted("plain")->count, 3);
+    CHECK_EQ(counted("event")->count, 3);
+    CHECK_EQ(counted("echo")->count, 6);
+    CHECK(counted("nap") == NULL);
+    for (uint32_t i = 0; i < RFM_PAGE_KERNELS; i++) {
+        count += worker.page->kernels[i].count;
+        exec_ns += worker.page->kernels[i].exec_ns;
+    }
+    CHECK_EQ(count, worker.page->count);
+    CHECK_EQ(exec_ns, worker.page->exec_ns);
+    down();
+}
+
 /* Any number of arguments, each anywhere, each of another size. */
 static void random_signatures_are_exact(void)
 {
@@ -523,6 +556,7 @@ int main(int argc, char **argv)
     RUN(every_size_from_every_place_to_every_place_arrives_exactly);
     RUN(what_is_larger_than_a_slot_goes_through_arenas);
     RUN(the_other_kinds_of_kernel_are_exact_too);
+    RUN(the_page_counts_what_each_kernel_took);
     RUN(random_signatures_are_exact);
     RUN(a_kernel_that_writes_less_says_how_much);
     RUN(a_kernel_that_fails_says_so_and_the_worker_goes_on);

@@ -23,7 +23,7 @@ from enum import StrEnum
 
 from rfaas_mpi.messages import Revoking, WorkerEnded, WorkerReady
 
-__all__ = ["AgentCore", "Close", "Exit", "Fork", "Freed", "Halt", "Kill", "Meter", "Move", "Page", "Quit",
+__all__ = ["AgentCore", "Close", "Exit", "Fork", "Freed", "Halt", "KernelMeter", "Kill", "Meter", "Move", "Page", "Quit",
            "Stopped", "Tell", "Worker", "classify"]
 
 LAST_LINES = 20
@@ -44,6 +44,15 @@ _FROM_OUTSIDE = frozenset((signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal
 
 
 @dataclass(frozen=True)
+class KernelMeter:
+    """What a kernel took in a worker: a part of its page's exec_ns and count; "" are all that have no line."""
+
+    name: str
+    exec_ns: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Page:
     """What a worker's page says."""
 
@@ -55,6 +64,7 @@ class Page:
     exec_ns: int = 0
     poll_ns: int = 0
     count: int = 0
+    kernels: tuple[KernelMeter, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Meter:
-    """What a worker used."""
+    """What a worker has used, so far or in the end."""
 
     lease: int
     worker: int
@@ -148,6 +158,7 @@ class Meter:
     poll_ns: int
     count: int
     seat: int = 0
+    kernels: tuple[KernelMeter, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -236,6 +247,11 @@ def classify(ended: Exit, page: Page, *, killed: str, kill_invocation: int) -> t
     if ended.signal in _FROM_OUTSIDE:
         return "unknown", "signal"
     return "kernel", "signal" if ended.signal else "exit"
+
+
+def _meter(worker: Worker, cpu_s: float, page: Page, now: float) -> Meter:
+    return Meter(worker.lease, worker.number, worker.session, len(worker.seat.cores), max(0.0, now - worker.since),
+                 cpu_s, page.exec_ns, page.poll_ns, page.count, worker.seat.number, page.kernels)
 
 
 def _too_much(seat: Seat, worker: int) -> str:
@@ -405,6 +421,11 @@ class AgentCore:
         worker = self.workers.get(number)
         return self._kill(worker, "memory", page.invocation) if worker is not None else []
 
+    def meters(self, seen: Mapping[int, tuple[float, Page]], now: float) -> list[Meter]:
+        """What workers have used so far, of those whose CPU time and page were seen."""
+        return [_meter(self.workers[number], cpu_s, page, now) for number, (cpu_s, page) in seen.items()
+                if number in self.workers]
+
     # ---- time limits -----------------------------------------------------------------------------
 
     def limits(self, number: int, now: float) -> None:
@@ -451,8 +472,7 @@ class AgentCore:
                 lease=worker.lease, worker=number, cause=cause, reason=reason, signal=how.signal,
                 exit_code=None if how.signal or how.lost else how.exit_code, invocation=mine,
                 last_lines=tuple(worker.lines), message=_too_much(seat, number) if reason == "memory" else "")))
-        actions.append(Meter(worker.lease, number, worker.session, len(seat.cores), max(0.0, now - worker.since),
-                             how.cpu_s, page.exec_ns, page.poll_ns, page.count, seat.number))
+        actions.append(_meter(worker, how.cpu_s, page, now))
         self._forget(worker, actions)
         if seat.stopping:
             self._give_up(seat, actions)

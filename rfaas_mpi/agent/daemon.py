@@ -58,6 +58,7 @@ EMPTY_S = 2.0                        # a group whose processes were killed is em
 EMPTY_AGAIN_S = 0.01
 SAY_S = 2.0                          # and so long the manager is told that we leave, if it can be reached
 SOCKET_PATH_MAX = 107
+COUNT_MAX = (1 << 60) - 1
 SESSIONS_MAX = 1024                  # of one lease: each process of its user on a large node has one
 _WILDCARDS = frozenset(("0.0.0.0", "::"))
 
@@ -138,6 +139,7 @@ class Agent(AgentServer):
         self._memory_of: dict[int, int] = {}                 # lease → of each worker
         self._listens = False
         self._changed = False                                # since the last report
+        self._metered_at: float | None = None                # what workers used; None: there are none
         self._told_to_leave = False
         self._leave_at: float | None = None                  # whatever still runs
 
@@ -347,7 +349,8 @@ class Agent(AgentServer):
 
     def deadlines(self, now: float) -> list[float]:
         times = [self.tenures.next_deadline(), self._leave_at, self._scrapes.next_deadline(),
-                 None if self._watch is None else self._watch.next_deadline()]
+                 None if self._watch is None else self._watch.next_deadline(),
+                 None if self._metered_at is None else self._metered_at + self.settings.meter_s]
         return [time for time in times if time is not None]
 
     def on_time(self, now: float) -> None:
@@ -362,6 +365,7 @@ class Agent(AgentServer):
             self._leave_at = now + self.options.grace_s + LEAVE_S
             self._changed = True
             self._do(self.tenures.leave(self.options.grace_s, now), now)
+        self._meter(now)
         if self._changed:
             self._changed = False
             self._report()
@@ -550,15 +554,33 @@ class Agent(AgentServer):
     def used(self, meter: agent_core.Meter, pid: int) -> None:
         if self._link is None:
             return
-        # The page is the worker's to write: more than all of its time it can't have used.
-        def seconds(ns: int) -> float:
-            return min(ns / 1e9, meter.held_s)
-        self._link.used([api.UsedLine(
-            number=meter.worker, lease=meter.lease, seat=meter.seat, cores=meter.cores,
-            memory_bytes=self._memory_of.get(meter.lease, 0), held_s=meter.held_s,
-            cpu_s=max(0.0, meter.cpu_s), exec_s=seconds(meter.exec_ns), poll_s=seconds(meter.poll_ns),
-            invocations=min(meter.count, (1 << 60) - 1))])
+        self._link.used([self._line(meter)])
         self._changed = True
+
+    def _line(self, meter: agent_core.Meter) -> api.UsedLine:
+        # The page is the worker's to write: more than all of its time it can't have used.
+        def seconds(ns: int, most: float) -> float:
+            return min(ns / 1e9, most)
+        cpu_s = max(0.0, meter.cpu_s)
+        return api.UsedLine(
+            number=meter.worker, lease=meter.lease, seat=meter.seat, cores=meter.cores,
+            memory_bytes=self._memory_of.get(meter.lease, 0), held_s=meter.held_s, cpu_s=cpu_s,
+            exec_s=seconds(meter.exec_ns, meter.held_s), poll_s=seconds(meter.poll_ns, cpu_s),
+            invocations=min(meter.count, COUNT_MAX), kernels=tuple(
+                api.KernelLine(one.name or api.OTHERS, seconds(one.exec_ns, meter.held_s), min(one.count, COUNT_MAX))
+                for one in meter.kernels))
+
+    def _meter(self, now: float) -> None:
+        """Notes what workers have used so far, for the next report: what comes after it is lost if this is killed."""
+        if self._link is None or not self.core.workers:
+            self._metered_at = None
+            return
+        if self._metered_at is None:
+            self._metered_at = now
+        elif now >= self._metered_at + self.settings.meter_s:
+            self._metered_at = now
+            self._changed = True
+            self._link.running([self._line(meter) for meter in self.workers.meters(now)])
 
     # ---- status ----------------------------------------------------------------------------------
 

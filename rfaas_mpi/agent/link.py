@@ -90,13 +90,17 @@ class Outbox:
 
     One report is under way at a time. A line keeps the incarnation in which it was
     first to be sent: sent again after a new registration it is still the same line.
+    What workers that run have used so far goes along with what is to be said anyway:
+    the latest of each, until it was taken or the worker's end is to be told.
     """
 
     def __init__(self) -> None:
         self.incarnation = 0                         # 0: not admitted
         self._report: api.Report | None = None       # not sent yet
         self._lines: deque[api.UsedLine] = deque()
+        self._running: dict[tuple[int, int], api.UsedLine] = {}      # by incarnation and worker
         self._under_way = 0                          # so many of the first lines
+        self._running_sent: tuple[api.UsedLine, ...] = ()
         self._sent_ns = 0                            # the report that waits for its answer; 0: none does
         self._newest_ns = 0                          # the last report of all, until it was answered
         self.taken_ns = 0                            # the moment of the last report that was answered
@@ -125,8 +129,14 @@ class Outbox:
 
     def use(self, lines: Iterable[api.UsedLine]) -> None:
         """Lines to be sent with the next reports. ValueError for one that the manager would refuse."""
-        checked = [_LINE.decode(msgspec.json.encode(line)) for line in lines]
-        self._lines.extend(self._of(line) for line in checked)
+        for line in [self._of(_checked(line)) for line in lines]:
+            self._running.pop((line.incarnation, line.number), None)
+            self._lines.append(line)
+
+    def running(self, lines: Iterable[api.UsedLine]) -> None:
+        """What workers have used so far. ValueError as `use`."""
+        for line in [self._of(_checked(line)) for line in lines]:
+            self._running[line.incarnation, line.number] = line
 
     def take(self) -> api.Report | None:
         """What to send now, None if there is nothing or an answer is awaited."""
@@ -135,7 +145,9 @@ class Outbox:
         report, self._report = self._report, None
         carried = tuple(line for line, _ in zip(self._lines, range(LINES_MAX), strict=False))
         self._under_way, self._sent_ns = len(carried), report.clock_ns
-        return msgspec.structs.replace(report, used=carried)
+        self._running_sent = tuple(line for line, _ in zip(self._running.values(), range(LINES_MAX - len(carried)),
+                                                           strict=False))
+        return msgspec.structs.replace(report, used=carried + self._running_sent)
 
     def answered(self, clock_ns: int) -> bool:
         """The report of that moment was taken, and its lines with it. True if more lines wait."""
@@ -143,15 +155,18 @@ class Outbox:
             return False
         for _ in range(self._under_way):
             self._lines.popleft()
+        for line in self._running_sent:
+            if self._running.get((line.incarnation, line.number)) is line:
+                del self._running[line.incarnation, line.number]
         if self._newest_ns == clock_ns:
             self._newest_ns = 0
-        self._under_way = self._sent_ns = 0
+        self._under_way, self._sent_ns, self._running_sent = 0, 0, ()
         self.taken_ns = clock_ns
-        return bool(self._lines)
+        return bool(self._lines or self._running)
 
     def refused(self) -> None:
         """The report under way was not taken: its lines go with the next one."""
-        self._under_way = self._sent_ns = 0
+        self._under_way, self._sent_ns, self._running_sent = 0, 0, ()
 
     lost = refused                                   # nor is it known whether it was
 
@@ -169,6 +184,10 @@ class Outbox:
         if line.incarnation or not self.incarnation:
             return line
         return msgspec.structs.replace(line, incarnation=self.incarnation)
+
+
+def _checked(line: api.UsedLine) -> api.UsedLine:
+    return _LINE.decode(msgspec.json.encode(line))
 
 
 # ---- one connection ----------------------------------------------------------------------------------
@@ -308,6 +327,11 @@ class ManagerLink:
         """What workers used: travels with reports until the manager has written it down. ValueError as `Outbox.use`."""
         with self._lock:
             self._outbox.use(lines)
+
+    def running(self, lines: Iterable[api.UsedLine]) -> None:
+        """What workers have used so far: the latest of each travels with the next report. ValueError as `used`."""
+        with self._lock:
+            self._outbox.running(lines)
 
     @property
     def unwritten(self) -> int:

@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Iterable
@@ -20,10 +21,10 @@ from typing import Any, Protocol
 
 from rfaas_mpi import config
 from rfaas_mpi import messages as msg
-from rfaas_mpi.agent.core import Page
+from rfaas_mpi.agent.core import KernelMeter, Page
 from rfaas_mpi.agent.priority import NO_PRIORITY, LowPriority
 from rfaas_mpi.agent.reclaim import Clearing
-from rfaas_mpi.agent.kernel_files import pid_of
+from rfaas_mpi.agent.kernel_files import pid_of, read_text
 from rfaas_mpi.agent.spawner import CHANNEL_FD, SETUP_FD, Command, Spawner, SpawnerLost, pack_command
 from rfaas_mpi.errors import ServiceError
 from rfaas_mpi.session import FileLock
@@ -33,6 +34,10 @@ __all__ = ["CoreLocks", "Lines", "Taking", "WorkerHandle", "ZygoteHandle", "Zygo
 log = logging.getLogger("rfaas_mpi.agent")
 
 PAGE_BYTES = 4096
+_METERS_AT = 64                      # of the page, in bytes: what each kernel took (struct rfm_page_kernel)
+_METERS = 15
+_METER = struct.Struct("<QQ112s")
+_CPU_CLOCK = 2                       # with a pid above it: the clock of all that the process used (CPUCLOCK_SCHED)
 _PF_EXITING = 0x4                    # of the flags in /proc/PID/stat
 _LINE_BYTES = 8192                   # longer lines are cut into pieces
 _BURST_BYTES = 8 << 20               # of output that a worker may print at once …
@@ -367,6 +372,7 @@ class WorkerHandle:
     ordered_at: float = 0.0
     serves: bool = False             # it said so, or has been given up
     closed: bool = False
+    seen_cpu_s: float = 0.0
     held: list[tuple[bytes, list[int]]] | None = field(default_factory=list)     # for one that isn't admitted yet
 
     @classmethod
@@ -412,6 +418,29 @@ class WorkerHandle:
                 # The limit that was read must be that invocation's.
                 if words[0] == first:
                     return page
+
+    def read_kernels(self) -> tuple[KernelMeter, ...]:
+        """What each kernel took in it, by the worker's own word."""
+        found = []
+        for number in range(_METERS):
+            exec_ns, count, name = _METER.unpack_from(self.page, _METERS_AT + number * _METER.size)
+            if exec_ns or count:
+                text = name.partition(b"\0")[0].decode(errors="replace")
+                found.append(KernelMeter("".join(each for each in text if each.isprintable()), exec_ns, count))
+        return tuple(found)
+
+    def cpu_s(self) -> float:
+        """CPU time of its process so far, by the kernel's clock, and of those that it started and that have ended."""
+        if self.pidfd >= 0 and not self.foreign:
+            children = read_text(Path(f"/proc/{self.pid}/stat")).rpartition(")")[2].split()[13:15]
+            try:
+                own = time.clock_gettime(~self.pid << 3 | _CPU_CLOCK)
+            except OSError:
+                return self.seen_cpu_s    # it has ended
+            if not self.gone():           # or its number may have been another process's
+                now = own + sum(map(int, children)) / os.sysconf("SC_CLK_TCK")
+                self.seen_cpu_s = max(self.seen_cpu_s, now)
+        return self.seen_cpu_s
 
     def send(self, frame: bytes, fds: Iterable[int] = ()) -> bool:
         """False if the worker is gone or does not read. Kept for later until it is admitted."""

@@ -232,6 +232,11 @@ class Workers:
                 "exec_ns": page.exec_ns, "poll_ns": page.poll_ns, "connections": len(worker.connections)})
         return facts
 
+    def meters(self, now: float) -> list[Meter]:
+        """What those that run have used so far."""
+        return self.core.meters({number: (handle.cpu_s(), _whole(handle)) for number, handle in self._handles.items()
+                                 if handle.pidfd >= 0}, now)
+
     def zygotes_status(self) -> list[dict[str, Any]]:
         """And about each zygote."""
         return [{"key": key, "pid": zygote.pid, "ready": zygote.ready, "workers": len(zygote.workers),
@@ -414,7 +419,9 @@ class Workers:
         self._show(handle, handle.lines.flush())
         log.info("lease=%d worker=%d pid=%d ended: signal=%d exit_code=%d", handle.lease, number, handle.pid,
                  how.signal, how.exit_code)
-        self.act(self.core.ended(number, how, handle.read_page(), now))
+        # Where nobody saw how it ended, what was seen of it before is all that is known.
+        how = dataclasses.replace(how, cpu_s=max(how.cpu_s, handle.seen_cpu_s))
+        self.act(self.core.ended(number, how, _whole(handle), now))
 
     # ---- zygotes ---------------------------------------------------------------------------------
 
@@ -599,3 +606,8 @@ class Workers:
         self._unregister(zygote.channel)
         self._unregister(zygote.errors)
         return zygote
+
+
+def _whole(handle: WorkerHandle) -> Page:
+    """Its page, with what each kernel took."""
+    return dataclasses.replace(handle.read_page(), kernels=handle.read_kernels())

@@ -131,6 +131,8 @@ class WorkerHandlers(Protocol):
     """What the Python side of a worker supplies."""
     def load_kernel(self, kind: int, digest: bytes, blob: memoryview) -> object:
         """Checks the digest; returns a kernel object, raises if it can't be loaded."""
+    def kernel_name(self, kernel: object) -> bytes:
+        """Under which name the worker's page counts what that kernel takes."""
     def bind(self, kernel: object, meta: bytes, n_in: int, n_out: int) -> int | object:
         """Native kernels: address of the function (int). Python kernels: an object with
         `views(inputs: tuple[memoryview], outputs: tuple[memoryview]) -> thunk`; thunk() runs the kernel

@@ -268,6 +268,7 @@ cdef extern from "rfm.h" nogil:
     void rfm_worker_destroy(rfm_worker *w)
     int rfm_worker_next(rfm_worker *w, bint wait, rfm_event *ev)
     void rfm_worker_release(rfm_worker *w, rfm_event *ev)
+    void rfm_worker_name(rfm_worker *w, rfm_event *ev, const char *name, uint64_t name_bytes)
     void rfm_worker_loaded(rfm_worker *w, rfm_event *ev, void *user, const char *error,
                            uint64_t error_bytes)
     void rfm_worker_bound(rfm_worker *w, rfm_event *ev, void *user, rfm_kernel_fn *native,

@@ -101,12 +101,14 @@ cdef class Worker:
         return 0
 
     cdef int load(self, c.rfm_event *ev) except -1:
-        cdef bytes text
+        cdef bytes text, name
         try:
             kernel = self.handlers.load_kernel(
                 ev.kind, (<char *>ev.digest)[:32],
                 memoryview((<char *>ev.blob)[:ev.blob_bytes]))
+            name = self.handlers.kernel_name(kernel)
             self.objects[ev.conn_number, "k", ev.number] = kernel
+            c.rfm_worker_name(self.ptr, ev, <char *>name, len(name))
             c.rfm_worker_loaded(self.ptr, ev, <void *>kernel, NULL, 0)
         except BaseException as error:
             text = self.handlers.format_error(error)

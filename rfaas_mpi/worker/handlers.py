@@ -50,6 +50,10 @@ class Handlers:
             self._libraries.append(loaded)
         return loaded
 
+    def kernel_name(self, kernel: object) -> bytes:
+        """What the accounts call it."""
+        return kernels.full_name(kernel).encode(errors="replace")
+
     def bind(self, kernel: object, meta: bytes, n_in: int, n_out: int) -> int | object:
         """A native kernel's address, or an object with `views`. BadKernel where kernel and arguments don't fit."""
         if isinstance(kernel, NativeFunction):

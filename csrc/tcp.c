@@ -239,6 +239,8 @@ static uint8_t *region_target(struct tcp_link *tcp, uint32_t i)
     return m->base + desc->offset;
 }
 
+static bool send_queued(struct tcp_link *tcp);
+
 /* Of what a reply came to. Else its memory could be used again while it still
  * is to be sent. */
 static bool is_sent(struct tcp_link *tcp, uint32_t slot)
@@ -250,6 +252,9 @@ static bool is_sent(struct tcp_link *tcp, uint32_t slot)
         take_lock(&tcp->send_lock);
         sent = rfm_load_acquire(&tcp->out[slot].queued) == 0;
         unlock(&tcp->send_lock);
+        /* who found it locked has left it to us to send what he queued */
+        rfm_fence();
+        (void)send_queued(tcp);
     }
     return sent;
 }

@@ -413,7 +413,7 @@ static bool all_arrived(struct verbs_side *side)
         if (v != NULL) {
             verbs_take_lock(&v->send_lock);
             all = all && (v->fenced || (rfm_load_acquire(&v->done) >= v->mapped));
-            verbs_unlock(&v->send_lock);
+            rfm_verbs_let_go(v);
         }
     }
     verbs_unlock(&side->lock);
@@ -488,7 +488,7 @@ void rfm_verbs_side_arena_drop(struct rfm_side *base, uint32_t arena)
             if (known != NULL) {
                 *known = v->arenas[--v->n_arenas];
             }
-            verbs_unlock(&v->send_lock);
+            rfm_verbs_let_go(v);
         }
     }
     verbs_unlock(&side->lock);

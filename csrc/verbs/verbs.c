@@ -281,7 +281,7 @@ static int rank_arena(struct rfm_link *link, uint32_t arena,
     if ((both.bytes != 0) && rfm_verbs_memory_in(in, both.bytes, &both)) {
         verbs_take_lock(&v->send_lock);
         rc = rfm_verbs_arena_add(v, &both);
-        verbs_unlock(&v->send_lock);
+        rfm_verbs_let_go(v);
     }
     pthread_mutex_unlock(&side->arenas_lock);
     return rc;
@@ -373,6 +373,13 @@ bool rfm_verbs_send_queued(struct verbs_link *v)
         }
     }
     return true;
+}
+
+void rfm_verbs_let_go(struct verbs_link *v)
+{
+    verbs_unlock(&v->send_lock);
+    rfm_fence();
+    (void)rfm_verbs_send_queued(v);
 }
 
 static bool rank_post(struct rfm_link *link, uint32_t slot,

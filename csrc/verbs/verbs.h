@@ -199,6 +199,9 @@ extern const struct rfm_transport rfm_verbs;
 int  rfm_verbs_completed(struct verbs_link *v, const struct ibv_wc *wc);
 /* Sends what waits; false if there is no room for all of it now. */
 bool rfm_verbs_send_queued(struct verbs_link *v);
+/* Unlocks a link that was locked for something else than to send: who found it so
+ * has left what he queued to its holder. */
+void rfm_verbs_let_go(struct verbs_link *v);
 
 /* --- small things ----------------------------------------------------------- */
 

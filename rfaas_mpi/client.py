@@ -27,11 +27,12 @@ from rfaas_mpi import api, identity, remote
 from rfaas_mpi.config import Settings, core_list, site_users, user_id
 from rfaas_mpi.errors import AuthError, ClosedError, ConfigError, LeaseDenied, RFaaSError, ServiceError, ServiceLost
 
-__all__ = ["NO_ANSWER", "ManagerAddress", "ManagerClient", "ManagerRefused", "check_owner", "here", "prover_of",
-           "read_challenge", "refusal", "target", "tls_of"]
+__all__ = ["NO_ANSWER", "ManagerAddress", "ManagerClient", "ManagerRefused", "ManagerUnreachable", "check_owner",
+           "connect_s", "here", "prover_of", "read_challenge", "refusal", "target", "tls_of"]
 
 WAIT_S = 60.0                    # for an answer; a demand may wait longer at the manager, and says so
 ANSWER_BYTES_MAX = 1 << 28       # all leases of a large cluster, for an administrator
+NEXT_S = 3.0                     # where there are several managers: which one leads is found out by trying
 UNIX_HOST = "manager"            # HTTP wants a host's name; a socket has none
 # What decoding raises for some bytes or other: not only errors of msgspec's own.
 NO_ANSWER = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -46,6 +47,10 @@ class ManagerRefused(ServiceError):
     """The manager said no; `status` is HTTP's (404: not there, 409: not now, 503: nothing can be written down)."""
 
     status: int = 0
+
+
+class ManagerUnreachable(ServiceLost):
+    """No manager is where it should be: nobody has heard the request."""
 
 
 class ManagerAddress(NamedTuple):
@@ -68,6 +73,11 @@ class ManagerAddress(NamedTuple):
                               hint="it looks like unix:/PATH, http://HOST:PORT or https://HOST:PORT")
         return cls(scheme, host=(found[1] or found[2]).lower(), port=int(found[3]))
 
+    @classmethod
+    def parse_all(cls, text: str) -> tuple[ManagerAddress, ...]:
+        """The addresses in `text`, of which one manager leads at a time. ConfigError if one is none."""
+        return tuple(map(cls.parse, text.split(",")))
+
     @property
     def authority(self) -> str:
         """What stands before the path in a URL: host and port; a name of ours for a socket."""
@@ -82,6 +92,7 @@ class ManagerAddress(NamedTuple):
 class ManagerClient:
     """Calls the manager that `settings.manager` names; any thread may, each call has a connection of its own.
 
+    Where several are named one leads, and the others don't listen: who answered last is called first.
     ConfigError where none is named, or its name makes no sense; AuthError for a
     key file that isn't ours alone.
     """
@@ -89,9 +100,9 @@ class ManagerClient:
     def __init__(self, settings: Settings) -> None:
         if settings.manager is None:
             raise ConfigError("no manager is named", hint="set RFAAS_MANAGER, like unix:/run/rfaas/manager.sock")
-        self.address = ManagerAddress.parse(settings.manager)
-        self._prover = prover_of(settings, self.address)
-        self._tls = tls_of(settings, self.address)
+        self._doors = [_Door(address, prover_of(settings, address), tls_of(settings, address))
+                       for address in ManagerAddress.parse_all(settings.manager)]
+        self._first = 0                  # the door that is tried first
         self._settings = settings
         self._lock = threading.Lock()
         self._live: set[socket.socket] = set()
@@ -104,11 +115,17 @@ class ManagerClient:
         self.close()
 
     @property
+    def address(self) -> ManagerAddress:
+        """The manager that answered last, before that the first one."""
+        return self._doors[self._first].address
+
+    @property
     def known_by(self) -> str:
         """How the manager knows who calls, in words."""
-        if self._prover is None:
+        prover = self._doors[self._first].prover
+        if prover is None:
             return "from the kernel"
-        return f"by {self._prover.means.name}" + ("" if self._prover.seals else ", within TLS")
+        return f"by {prover.means.name}" + ("" if prover.seals else ", within TLS")
 
     def close(self) -> None:
         """Ends the calls under way in other threads (ClosedError there) and takes no more. Safe to call twice."""
@@ -127,9 +144,9 @@ class ManagerClient:
 
         Waits up to `wait_s` for it (None: a minute, and as long as a demand may
         wait besides). Raises AuthError for who may not, LeaseDenied for a demand
-        that can't be met, ManagerRefused for any other refusal, ServiceLost where
-        the manager can't be reached or its answer doesn't come: the same request
-        may be made again then.
+        that can't be met, ManagerRefused for any other refusal, ManagerUnreachable
+        where no manager can be reached, ServiceLost where the answer doesn't come:
+        the same request may be made again then.
         """
         route = _ROUTES[name]
         if wait_s is None:
@@ -147,17 +164,51 @@ class ManagerClient:
     # ---- one request ---------------------------------------------------------------------------------
 
     def _exchange(self, method: str, where: str, data: bytes, wait_s: float) -> tuple[int, bytes]:
-        with self._connected(wait_s) as connection:
-            if self._prover is None:
+        first, last = self._first, None
+        for turn in range(len(self._doors)):
+            number = (first + turn) % len(self._doors)
+            try:
+                answered = self._at(self._doors[number], method, where, data, wait_s)
+            except ManagerUnreachable as error:
+                last = error
+                continue
+            except (ServiceLost, ServiceError):
+                # Whoever takes its place is found by the next call.
+                self._first = number
+                raise
+            self._first = number
+            return answered
+        assert last is not None
+        raise last if len(self._doors) == 1 else ManagerUnreachable(
+            f"none of the managers at {self._settings.manager} can be reached; the last one: "
+            f"{Exception.__str__(last)}", hint=last.hint)
+
+    def _at(self, door: _Door, method: str, where: str, data: bytes, wait_s: float) -> tuple[int, bytes]:
+        with self._connected(door, wait_s) as connection:
+            if door.prover is None:
                 return self._request(connection, method, where, data)[:2]
-            status, answer, _ = self._request(connection, "GET", identity.CHALLENGE_PATH, b"")
-            challenge = read_challenge(self.address, status, answer)
-            asked = self._prover.ask(method, where, data, challenge)
+            with self._soon(door, connection, wait_s):
+                status, answer, _ = self._request(connection, "GET", identity.CHALLENGE_PATH, b"")
+            challenge = read_challenge(door.address, status, answer)
+            asked = door.prover.ask(method, where, data, challenge)
             status, answer, proof = self._request(connection, method, where, data, {"Authorization": asked.header})
             if status == 401 and proof is None:
                 # It hasn't believed us: what it says then is only a reason.
                 return status, answer
             return status, asked.open(status, proof, answer)
+
+    @contextmanager
+    def _soon(self, door: _Door, connection: http.client.HTTPConnection, wait_s: float) -> Iterator[None]:
+        """Where others may lead, one that doesn't even say good day is none that does."""
+        if len(self._doors) == 1:
+            yield
+            return
+        connection.sock.settimeout(min(NEXT_S, wait_s))
+        try:
+            yield
+        except TimeoutError:
+            raise _unreachable(door.address, f"says nothing for {NEXT_S:g} s") from None
+        connection.sock.settimeout(max(0.001, wait_s))
 
     def _request(self, connection: http.client.HTTPConnection, method: str, where: str, data: bytes,
                  headers: Mapping[str, str] = {}) -> tuple[int, bytes, str | None]:
@@ -172,18 +223,19 @@ class ManagerClient:
             return response.status, response.read(), response.headers.get(identity.ANSWER_HEADER)
 
     @contextmanager
-    def _connected(self, wait_s: float) -> Iterator[http.client.HTTPConnection]:
-        connection = http.client.HTTPConnection(self.address.authority)
+    def _connected(self, door: _Door, wait_s: float) -> Iterator[http.client.HTTPConnection]:
+        address = door.address
+        connection = http.client.HTTPConnection(address.authority)
         connection.auto_open = 0         # what it would open is never a Unix socket
         try:
-            connection.sock = dialled = self._dial()
+            connection.sock = dialled = self._dial(door)
         except RFaaSError:
             raise
         except ssl.SSLCertVerificationError as error:
-            raise AuthError(f"the certificate of the manager at {self.address} is not believed: {error.verify_message}",
+            raise AuthError(f"the certificate of the manager at {address} is not believed: {error.verify_message}",
                             hint="RFAAS_CA_FILE names who certifies it") from None
         except OSError as error:
-            raise self._lost(f"can't be reached: {error.strerror or error}") from None
+            raise _unreachable(address, f"can't be reached: {error.strerror or error}") from None
         try:
             with self._lock:
                 if self._closed:
@@ -194,38 +246,59 @@ class ManagerClient:
         except RFaaSError:
             raise
         except TimeoutError:
-            raise self._lost(f"has not answered for {wait_s:g} s") from None
+            raise _lost(address, f"has not answered for {wait_s:g} s") from None
         except (OSError, http.client.HTTPException) as error:
             if self._closed:
                 raise ClosedError("this client of the manager was closed during the call") from None
-            raise self._lost(f"broke the connection: {error or type(error).__name__}") from None
+            raise _lost(address, f"broke the connection: {error or type(error).__name__}") from None
         finally:
             with self._lock:
                 self._live.discard(dialled)
             connection.close()
 
-    def _dial(self) -> socket.socket:
-        wait_s = self._settings.start_timeout_s
-        if self.address.scheme != "unix":
-            where = remote.Address(self.address.host, self.address.port)
+    def _dial(self, door: _Door) -> socket.socket:
+        address = door.address
+        wait_s = connect_s(self._settings, len(self._doors))
+        if address.scheme != "unix":
+            where = remote.Address(address.host, address.port)
             dialled = remote.connect(where, self._settings.tcp, time.monotonic() + wait_s)
         else:
             dialled = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             dialled.settimeout(wait_s)
-            if self.address.scheme == "unix":
-                dialled.connect(self.address.path)
-                check_owner(dialled, self.address, self._settings)
-            elif self._tls is not None:
-                dialled = self._tls.wrap_socket(dialled, server_hostname=self.address.host)
+            if address.scheme == "unix":
+                dialled.connect(address.path)
+                check_owner(dialled, address, self._settings)
+            elif door.tls is not None:
+                dialled = door.tls.wrap_socket(dialled, server_hostname=address.host)
         except BaseException:
             dialled.close()
             raise
         return dialled
 
-    def _lost(self, what: str) -> ServiceLost:
-        return ServiceLost(f"the manager at {self.address} {what}",
-                           hint="leases that run are not affected; is `rfaas manager` running there?")
+
+class _Door(NamedTuple):
+    """One manager's address, and what is needed to go in there."""
+
+    address: ManagerAddress
+    prover: identity.Prover | None
+    tls: ssl.SSLContext | None
+
+
+_WAY_OUT = "leases that run are not affected; is `rfaas manager` running there?"
+
+
+def _lost(address: ManagerAddress, what: str) -> ServiceLost:
+    return ServiceLost(f"the manager at {address} {what}", hint=_WAY_OUT)
+
+
+def _unreachable(address: ManagerAddress, what: str) -> ManagerUnreachable:
+    return ManagerUnreachable(f"the manager at {address} {what}", hint=_WAY_OUT)
+
+
+def connect_s(settings: Settings, managers: int) -> float:
+    """How long to wait for one of so many managers to take a connection."""
+    return settings.start_timeout_s if managers == 1 else min(settings.start_timeout_s, NEXT_S)
 
 
 # ---- how to reach it ---------------------------------------------------------------------------------

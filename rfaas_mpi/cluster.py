@@ -37,6 +37,8 @@ log = logging.getLogger("rfaas_mpi.cluster")
 
 # A manager that is restarted is back within so long; until then it is asked again.
 _RESTART_S = 5.0
+# Where several may lead, the next one does within so long.
+_TAKEOVER_S = 20.0
 _AGAIN_S = 0.1
 # It can't write now, or has not heard of every agent again since it was restarted.
 _NOT_NOW = 503
@@ -170,7 +172,7 @@ class ClusterSession:
             try:
                 return self._client.call("ask", ask)
             except (ServiceLost, ManagerRefused) as error:
-                patience = _RESTART_S
+                patience = _TAKEOVER_S if "," in (self.settings.manager or "") else _RESTART_S
                 if isinstance(error, ManagerRefused):
                     if error.status != _NOT_NOW:
                         raise

@@ -21,8 +21,8 @@ from rfaas_mpi.errors import ConfigError
 from rfaas_mpi.types import TcpOptions
 
 __all__ = [
-    "Given", "Places", "Settings", "core_list", "describe", "environment", "files", "inside_worker", "places",
-    "scrubbed", "site_users", "slurm_job", "user_id",
+    "Given", "Places", "Settings", "core_list", "describe", "environment", "files", "inside_worker",
+    "password_in_environment", "places", "scrubbed", "site_users", "slurm_job", "user_id",
 ]
 
 PREFIX = "RFAAS_"
@@ -104,9 +104,11 @@ def _lend(text: str) -> str:
 
 
 def _manager(text: str) -> str:
-    if not re.fullmatch(r"unix:/.+|https?://[^/@?#\s]+", text):
-        raise ValueError("it looks like unix:/PATH, http://HOST:PORT or https://HOST:PORT")
-    return text
+    names = [name.strip() for name in text.split(",")]
+    if not all(re.fullmatch(r"unix:/.+|https?://[^/@?#\s]+", name) for name in names):
+        raise ValueError("it looks like unix:/PATH, http://HOST:PORT or https://HOST:PORT, with a comma before each "
+                         "further manager that may lead")
+    return ",".join(names)
 
 
 def _command(text: str) -> str:
@@ -127,7 +129,8 @@ class Settings:
     runtime_dir: str | None = _setting(None, str, "where sockets and locks of services live")
     service: str | None = _setting(None, str, "a service on another node, like tcp://HOST:PORT; default: this node's")
     key_file: str | None = _setting(None, str, "the key that a service on another node shares with its ranks")
-    manager: str | None = _setting(None, _manager, "a cluster's manager: unix:/PATH, http(s)://HOST:PORT")
+    manager: str | None = _setting(
+        None, _manager, "a cluster's manager: unix:/PATH, http(s)://HOST:PORT; several with commas")
     auth: str = _setting("auto", _choice("auto", "munge", "key"),
                          "how to prove to a manager who calls; auto: a key if there is one, else munge")
     manager_key_file: str | None = _setting(None, str, "the key that stands for you at a cluster's manager")
@@ -316,6 +319,11 @@ def environment() -> dict[str, str]:
 def inside_worker(environment: Mapping[str, str] | None = None) -> bool:
     """True in a worker and in whatever a kernel starts there."""
     return WORKER_MARK in (os.environ if environment is None else environment)
+
+
+def password_in_environment(environment: Mapping[str, str] | None = None) -> bool:
+    """True where PostgreSQL's library would take a password from the environment."""
+    return bool((os.environ if environment is None else environment).get("PGPASSWORD"))
 
 
 def slurm_job(environment: Mapping[str, str] | None = None) -> str:

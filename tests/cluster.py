@@ -170,22 +170,29 @@ class Cluster:
     """A manager and agents `node0`, `node1`, …; `cores[n]` are those that agent n lends.
 
     `star`: agent n runs on its node n, and ranks on its node for ranks. The agents in
-    `sockets` listen on a Unix socket, too, where ranks reach them by shared memory.
+    `sockets` listen on a Unix socket, too, where ranks reach them by shared memory. With a
+    `store` (the URL of a PostgreSQL database) there is a second manager, `standby`, whom
+    ranks and agents know; `stand_by` starts it.
     """
 
     def __init__(self, cores: Sequence[str], *, star: Star | None = None, sockets: Collection[int] = (),
-                 **changes: str) -> None:
+                 store: str = "", **changes: str) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="rfaas-t-"))
         self.socket = self.directory / "manager.sock"
         self.star = star
-        self.environment = {"RFAAS_MANAGER": f"unix:{self.socket}", "RFAAS_MANAGER_USER": str(os.geteuid()), **changes}
+        managers = f"unix:{self.socket}" + (f",unix:{self.directory}/standby.sock" if store else "")
+        self.environment = {"RFAAS_MANAGER": managers, "RFAAS_MANAGER_USER": str(os.geteuid()), **changes}
         self.names = [f"node{number}" for number in range(len(cores))]
         self.manager = Daemon(self.directory / "manager.log", [
-            "manager", "--directory", self.directory / "manager", "--socket", self.socket], **changes)
+            "manager", "--directory", self.directory / "manager", "--socket", self.socket,
+            *(["--store", store] if store else [])], **changes)
+        self.standby = Daemon(self.directory / "standby.log", [
+            "manager", "--directory", self.directory / "standby", "--socket", self.directory / "standby.sock",
+            "--store", store], **changes)
         self.agents = []
         for number, (name, lent) in enumerate(zip(self.names, cores, strict=True)):
             node = None if star is None else star.agents[number]
-            words = ["agent", "--manager", f"unix:{self.socket}", "--node", name, "--cores", lent,
+            words = ["agent", "--manager", managers, "--node", name, "--cores", lent,
                      "--directory", self.directory / name,
                      "--listen", f"{'127.0.0.1' if node is None else node.address}:0"]
             if number not in sockets:
@@ -204,6 +211,14 @@ class Cluster:
             self.close()
             raise
         return self
+
+    def stand_by(self) -> None:
+        """Starts the second manager, with the first one's keys; returns when it stands by."""
+        (self.directory / "standby").mkdir(mode=0o700, exist_ok=True)
+        for key in ("secret.key", "grant.key"):
+            shutil.copy(self.directory / "manager" / key, self.directory / "standby" / key)
+        self.standby.start()
+        wait_until(lambda: "stands by" in self.standby.said(), "the second manager stands by")
 
     def restart_manager(self) -> None:
         """Starts it again; returns when it has heard of all agents that live."""
@@ -288,6 +303,7 @@ class Cluster:
         with contextlib.ExitStack() as stack:
             stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
             stack.callback(self.manager.close)
+            stack.callback(self.standby.close)
             for agent in self.agents:
                 stack.callback(agent.close)
 

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +75,15 @@ def wait_until(condition: Callable[[], object], what: str, guard_s: float = 30.0
 def _wait_until() -> Callable[..., object]:
     """wait_until(condition, what, guard_s=30): for tests that wait for another process."""
     return wait_until
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A PostgreSQL server: a PostgresServer."""
+    from postgres_server import PostgresServer
+    server = PostgresServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture

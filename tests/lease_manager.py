@@ -1,6 +1,6 @@
 """A manager to kill: a registry in a process of its own, told on stdin, answering on stdout.
 
-    python lease_manager.py LEDGER        one JSON object a line, each way
+    python lease_manager.py PLACE         one JSON object a line, each way
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import TracebackType
 
 import msgspec
+from postgres_server import ledger_at
 
 from rfaas_mpi.errors import StoreError
 from rfaas_mpi.leases import Action, Event, Lease, NodeView
-from rfaas_mpi.manager.ledger import Ledger
 from rfaas_mpi.manager.registry import Registry
 from rfaas_mpi.placement import pick_cores
 
@@ -37,9 +36,9 @@ class Done(msgspec.Struct, frozen=True):
     trouble: str = ""
 
 
-def main(path: str, begin_within_s: float) -> None:
+def main(place: str, begin_within_s: float) -> None:
     """Serves until its stdin ends."""
-    ledger = Ledger(Path(path), monotonic=lambda: now)
+    ledger = ledger_at(place, monotonic=lambda: now)
     decode = msgspec.json.Decoder(Told).decode
     now = msgspec.json.decode(sys.stdin.buffer.readline(), type=float)
     registry = Registry(ledger, pick_cores, now, begin_within_s=begin_within_s, remember_s=1e9)
@@ -71,8 +70,8 @@ def _say(kind: str, what: object) -> None:
 class RemoteBook:
     """That process, seen from outside."""
 
-    def __init__(self, path: Path, now: float, begin_within_s: float) -> None:
-        self._process = subprocess.Popen([sys.executable, __file__, str(path), str(begin_within_s)],
+    def __init__(self, place: str, now: float, begin_within_s: float) -> None:
+        self._process = subprocess.Popen([sys.executable, __file__, place, str(begin_within_s)],
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._decode_action = msgspec.json.Decoder(Action).decode
         self._decode_done = msgspec.json.Decoder(Done).decode

@@ -36,12 +36,16 @@ class RfaasManager:
         self.said = ""                   # on stderr, once it has ended
         self._process: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> RfaasManager:
+    def start(self) -> None:
+        """Starts it, and doesn't wait for anything."""
         # What it says must not fill a pipe that nobody reads.
         self._stderr = self.directory.with_name(f"{self.directory.name}.stderr").open("w+")
         self._process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=self._stderr, text=True,
                                          env=environment())
-        assert self._process.stdout is not None
+
+    def __enter__(self) -> RfaasManager:
+        self.start()
+        assert self._process is not None and self._process.stdout is not None
         lines = []
         while (line := self._process.stdout.readline()):
             lines.append(line)
@@ -70,8 +74,13 @@ class RfaasManager:
         """Ends it; its exit status. Safe to call twice."""
         if self._process is None:
             return 0
+        self._process.send_signal(number)
+        return self.ended()
+
+    def ended(self) -> int:
+        """Its exit status, once it has ended; it must be about to."""
+        assert self._process is not None
         process, self._process = self._process, None
-        process.send_signal(number)
         try:
             process.communicate(timeout=GUARD_S)
         except subprocess.TimeoutExpired:

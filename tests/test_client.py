@@ -16,7 +16,14 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from managed import GUARD_S, ME, Managed
 
 from rfaas_mpi import api
-from rfaas_mpi.client import ManagerAddress, ManagerClient, ManagerRefused, read_challenge, target
+from rfaas_mpi.client import (
+    ManagerAddress,
+    ManagerClient,
+    ManagerRefused,
+    ManagerUnreachable,
+    read_challenge,
+    target,
+)
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import (
     AuthError,
@@ -26,6 +33,7 @@ from rfaas_mpi.errors import (
     ServiceError,
     ServiceLost,
 )
+from rfaas_mpi.remote import make_key
 
 GIB = 1 << 30
 KEY = X25519PrivateKey.generate().public_key().public_bytes_raw()
@@ -195,6 +203,23 @@ def test_addresses_are_read_and_written(text, said):
 def test_what_is_no_address_is_named(text):
     with pytest.raises(ConfigError, match="no address of a manager|is no"):
         ManagerAddress.parse(text)
+
+
+def test_of_several_managers_the_one_that_answers_is_called(manager, tmp_path):
+    nobody = f"unix:{tmp_path}/nobody"
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))              # refuses who comes: nobody listens yet
+        refusing = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        key = tmp_path / "key"
+        make_key(key)
+        settings = Settings.load({}, manager=f"{nobody}, {refusing},{manager.address}", manager_user=str(ME),
+                                 manager_key_file=str(key))
+        with ManagerClient(settings) as call:
+            assert str(call.address) == nobody
+            assert call.call("nodes") == api.Nodes(()) and str(call.address) == manager.address
+        with ManagerClient(Settings.load({}, manager=f"{nobody},{nobody}2")) as call:
+            with pytest.raises(ManagerUnreachable, match="none of the managers.*nobody2"):
+                call.call("nodes")
 
 
 def test_nobody_named_is_an_error_that_names_the_setting():

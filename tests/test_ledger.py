@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import resource
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 from lease_manager import RemoteBook
+from postgres_server import ledger_at
 from test_lease_network import OPERATIONS, WITHIN_S, World
 
 from rfaas_mpi.errors import StoreError
@@ -63,21 +66,37 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture
-def opened(tmp_path, clock):
+@pytest.fixture(params=["a file", "a server"])
+def place(request, tmp_path) -> str:
+    """Where the test's ledger is, in words: a path or a URL."""
+    return str(tmp_path / "ledger.db") if request.param == "a file" else request.getfixturevalue("postgres").database()
+
+
+def opener(place: str, clock: Clock) -> Iterator[Callable[..., Ledger]]:
     """opens the one ledger of the test, again and again; the one before is left as a kill leaves it."""
     ledgers: list[Ledger] = []
 
     def open_ledger(**more: float) -> Ledger:
         for ledger in ledgers:
             ledger.close()
-        ledgers.append(Ledger(tmp_path / "ledger.db", monotonic=lambda: clock.monotonic, wall=lambda: clock.wall,
-                              **more))
+        ledgers.append(ledger_at(place, monotonic=lambda: clock.monotonic, wall=lambda: clock.wall, **more))
         return ledgers[-1]
 
     yield open_ledger
     for ledger in ledgers:
         ledger.close()
+
+
+@pytest.fixture
+def opened(place, clock):
+    """A ledger on each kind of store."""
+    yield from opener(place, clock)
+
+
+@pytest.fixture
+def opened_file(tmp_path, clock):
+    """One in a file."""
+    yield from opener(str(tmp_path / "ledger.db"), clock)
 
 
 def lease(number: int, **more: object) -> Lease:
@@ -168,9 +187,9 @@ def test_a_wall_clock_that_jumps_changes_no_time_of_a_lease(opened, clock):
     assert opened().load().leases[0].hard_end == clock.monotonic + 60.0
 
 
-def test_a_write_is_flushed_to_the_disk_before_it_returns(opened):
+def test_a_write_is_flushed_to_the_disk_before_it_returns(opened_file):
     """No power cut here: what SQLite is told to do about one."""
-    ledger = opened()
+    ledger = opened_file()
     assert ledger._db.execute("PRAGMA synchronous").fetchone() == (2,)         # FULL
     assert ledger._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
@@ -241,19 +260,19 @@ def test_a_worker_s_kernels_are_those_of_its_latest_word(opened):
     assert [row["kernel"] for row in opened().usage(by="kernel")] == ["", "b", "c"]
 
 
-def test_a_user_who_makes_names_without_end_fills_nothing(opened):
-    ledger = opened()
+def test_a_user_who_makes_names_without_end_fills_nothing(opened_file):
+    ledger = opened_file()
     for first in range(0, 3 * KERNELS_MAX, 10):
         ledger.write([], [used(1 + first + i, exec_s=1.0, kernels=(KernelUse(f"k{first + i}", 1.0, 1),))
                           for i in range(10)])
     ledger.write([], [used(1, uid=1001, lease=10, exec_s=1.0, kernels=(KernelUse("mine", 1.0, 1),))])
-    rows = {row["kernel"]: row["invocations"] for row in opened().usage(by="kernel")}
+    rows = {row["kernel"]: row["invocations"] for row in opened_file().usage(by="kernel")}
     assert len(rows) == KERNELS_MAX + 3 and rows[OTHERS] == 2 * KERNELS_MAX and rows["mine"] == 1
     assert sum(rows.values()) == 4 * (3 * KERNELS_MAX + 1)
 
 
-def test_accounts_of_an_earlier_format_are_kept(opened, tmp_path):
-    opened().close()
+def test_accounts_of_an_earlier_format_are_kept(opened_file, tmp_path):
+    opened_file().close()
     with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as db:
         db.executescript("""
             DROP VIEW seats; DROP TABLE usage; DROP TABLE usage_kernels; DROP TABLE kernels; PRAGMA user_version=1;
@@ -265,11 +284,11 @@ def test_accounts_of_an_earlier_format_are_kept(opened, tmp_path):
                 PRIMARY KEY (node, incarnation, number)) WITHOUT ROWID;
             INSERT INTO usage VALUES ('n0', 1, 7, 1e9, 3, 1000, '', 2, 5, 4.0, 2.0, 1.0, 3.0, 6);
         """)
-    [row] = opened().usage(by="node")
+    [row] = opened_file().usage(by="node")
     assert row == {"node": "n0", "workers": 1, "core_s": 8.0, "memory_byte_s": 20.0, "cpu_s": 2.0, "exec_s": 1.0,
                    "poll_s": 2.0, "invocations": 6}
-    opened().write([], [used(7)])
-    assert len(opened().usage()) == 1
+    opened_file().write([], [used(7)])
+    assert len(opened_file().usage()) == 1
 
 
 def test_counts_that_no_worker_can_have_reached_spoil_nobody_s_sums(opened):
@@ -282,14 +301,14 @@ def test_counts_that_no_worker_can_have_reached_spoil_nobody_s_sums(opened):
 def test_sums_that_can_t_be_read_are_an_error_that_names_the_file(opened):
     ledger = opened()
     ledger.close()
-    with pytest.raises(StoreError, match="ledger"):
+    with pytest.raises(StoreError, match=re.escape(ledger.name)):
         ledger.usage()
 
 
 # --- a file that is no good -------------------------------------------------
 
-def test_a_second_manager_is_refused(opened, tmp_path, monkeypatch):
-    opened()
+def test_a_second_manager_is_refused(opened_file, tmp_path, monkeypatch):
+    opened_file()
     monkeypatch.setattr(sqlite_module, "BUSY_S", 0.0)
     second = subprocess.run([sys.executable, "-c", (
         "import sys\nfrom pathlib import Path\nfrom rfaas_mpi.manager import ledger, sqlite\nsqlite.BUSY_S = 0.0\n"
@@ -297,25 +316,25 @@ def test_a_second_manager_is_refused(opened, tmp_path, monkeypatch):
     assert second.returncode == 1 and "in use by another manager; stop that one first" in second.stderr
 
 
-def test_a_damaged_file_is_an_error_that_names_the_way_out(opened, tmp_path):
-    opened().write([changes_of(lease(1))])
-    opened().close()
+def test_a_damaged_file_is_an_error_that_names_the_way_out(opened_file, tmp_path):
+    opened_file().write([changes_of(lease(1))])
+    opened_file().close()
     (tmp_path / "ledger.db").write_bytes(os.urandom(16384))
     with pytest.raises(StoreError, match=r"ledger.db is damaged .*put a backup.*mv .*ledger.db"):
-        opened()
+        opened_file()
     assert (tmp_path / "ledger.db").stat().st_size == 16384, "what is damaged is left as it was"
 
 
-def test_pages_damaged_in_the_middle_are_an_error_that_names_the_way_out(opened, tmp_path):
-    opened().write([changes_of(*(lease(number) for number in range(1, 2000)))])
-    opened().close()
+def test_pages_damaged_in_the_middle_are_an_error_that_names_the_way_out(opened_file, tmp_path):
+    opened_file().write([changes_of(*(lease(number) for number in range(1, 2000)))])
+    opened_file().close()
     with open(tmp_path / "ledger.db", "r+b") as file:
         size = os.fstat(file.fileno()).st_size
         for page in range(8, size // 4096):
             file.seek(page * 4096)
             file.write(os.urandom(64))
     with pytest.raises(StoreError, match="is damaged .*put a backup"):
-        opened().load()
+        opened_file().load()
 
 
 def test_a_record_that_makes_no_sense_is_an_error_that_names_the_way_out(opened):
@@ -333,11 +352,11 @@ def test_two_live_leases_on_one_core_are_an_error_and_no_start(opened):
         Registry(ledger, pick_cores, 0.0)
 
 
-def test_a_file_of_a_later_version_is_refused_untouched(opened, tmp_path):
-    ledger = opened()
+def test_a_file_of_a_later_version_is_refused_untouched(opened_file, tmp_path):
+    ledger = opened_file()
     ledger._db.execute(f"PRAGMA user_version={ledger_module.VERSION + 1}")
     with pytest.raises(StoreError, match="later version"):
-        opened()
+        opened_file()
 
 
 @pytest.mark.parametrize("trouble", ["no directory", "a directory", "a link"])
@@ -403,9 +422,9 @@ def report(clock_ns: int, cores: int = 4) -> NodeReport:
                       live=())
 
 
-def test_a_full_disk_grants_nothing_and_loses_nothing(opened, tmp_path):
+def test_a_full_disk_grants_nothing_and_loses_nothing(opened_file, tmp_path):
     """The file may not grow any more; the file system's own limit is tried below."""
-    registry = Registry(opened(), pick_cores, 0.0)
+    registry = Registry(opened_file(), pick_cores, 0.0)
     registry.handle(report(1, cores=64), 0.0)
     registry.flush()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -429,7 +448,7 @@ def test_a_full_disk_grants_nothing_and_loses_nothing(opened, tmp_path):
     said += registry.flush()
     assert {one.id for grant in said if isinstance(grant, Grant) for one in grant.leases} == written
     assert len(written) == len(demands)
-    assert {one.id for one in opened().load().leases} == written
+    assert {one.id for one in opened_file().load().leases} == written
 
 
 def test_a_manager_on_a_full_file_system_goes_on_when_there_is_room(tmp_path):
@@ -444,10 +463,10 @@ def test_a_manager_on_a_full_file_system_goes_on_when_there_is_room(tmp_path):
 # --- a manager that is killed -----------------------------------------------
 
 class KilledWorld(World):
-    """The same network, with a manager in a process of its own and a file on a real disk."""
+    """The same network, with a manager in a process of its own and a store on a real disk."""
 
-    def __init__(self, path: Path, choose: random.Random) -> None:
-        self.path = path
+    def __init__(self, place: str, choose: random.Random) -> None:
+        self.place = place
         self.choose = choose
         self.kills = 0
         self.seen: dict[int, tuple[int, int]] = {}           # lease → whose it is
@@ -457,7 +476,7 @@ class KilledWorld(World):
     def restart_manager(self) -> None:
         if self.book is not None:
             self.book.close()
-        self.book = RemoteBook(self.path, self.now, WITHIN_S)
+        self.book = RemoteBook(self.place, self.now, WITHIN_S)
 
     def handle(self, events: list[Event], *, crash: str = "") -> None:
         if crash:
@@ -479,11 +498,11 @@ class KilledWorld(World):
         self.book.close()
 
 
-def test_a_manager_killed_at_any_point_forgets_no_grant_and_repeats_none(tmp_path):
+def test_a_manager_killed_at_any_point_forgets_no_grant_and_repeats_none(place):
     """RFAAS_SOAK_KILLS sets how often."""
-    kills = int(os.environ.get("RFAAS_SOAK_KILLS", "20"))
+    kills = int(os.environ.get("RFAAS_SOAK_KILLS", "10" if place.startswith("postgresql:") else "20"))
     choose = random.Random(kills)
-    world = KilledWorld(tmp_path / "ledger.db", choose)
+    world = KilledWorld(place, choose)
     often = {**OPERATIONS, World.manager_is_killed: 3}
     try:
         # How much is done before a kill depends on where it strikes.
@@ -494,7 +513,7 @@ def test_a_manager_killed_at_any_point_forgets_no_grant_and_repeats_none(tmp_pat
         world.end()
     finally:
         world.book.close()
-    with contextlib.closing(Ledger(tmp_path / "ledger.db")) as ledger:
+    with contextlib.closing(ledger_at(place)) as ledger:
         assert not any(one.state.live for one in ledger.load(remember_s=1e9).leases)
 
 

@@ -184,7 +184,7 @@ def test_a_damaged_ledger_is_refused_with_a_way_out(tmp_path):
 
 
 def test_a_store_on_a_network_file_system_is_refused(tmp_path):
-    code = ("import sys; from rfaas_mpi.manager import ledger; ledger.file_system_magic = lambda path: 0x6969\n"
+    code = ("import sys; from rfaas_mpi.manager import sqlite; sqlite.file_system_magic = lambda path: 0x6969\n"
             "from rfaas_mpi.cli import main; sys.exit(main(sys.argv[1:]))")
     done = subprocess.run([sys.executable, "-c", code, "manager", "--directory", str(tmp_path / "state")],
                           capture_output=True, text=True, timeout=60, env=environment())

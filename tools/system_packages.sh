@@ -40,6 +40,7 @@ if [ "$purpose" = tests ]; then
     program llvm-cov llvm
     ls "$(clang -print-resource-dir 2>/dev/null)"/lib/*/libclang_rt.fuzzer*.a >/dev/null 2>&1 || need libclang-rt-dev
     program munged munge
+    ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || need postgresql
     program bwrap bubblewrap
     [ -e /usr/include/infiniband/verbs.h ] || need libibverbs-dev
     [ -e /usr/include/rdma/rdma_cma.h ] || need librdmacm-dev
@@ -60,5 +61,12 @@ if ! command -v apt-get >/dev/null 2>&1 ||
 fi
 echo "installing:$packages"
 $as_root apt-get update -qq
+case $packages in *postgresql*)
+    # Tests start servers of their own: Debian's package is not to start one of the system's.
+    if [ ! -e /etc/postgresql-common/createcluster.conf ]; then
+        $as_root mkdir -p /etc/postgresql-common
+        echo "create_main_cluster = false" | $as_root tee /etc/postgresql-common/createcluster.conf >/dev/null
+    fi ;;
+esac
 # shellcheck disable=SC2086
 $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages

@@ -27,7 +27,16 @@ import aiohttp
 import msgspec
 
 from rfaas_mpi import api, identity
-from rfaas_mpi.client import NO_ANSWER, ManagerAddress, check_owner, prover_of, read_challenge, refusal, tls_of
+from rfaas_mpi.client import (
+    NO_ANSWER,
+    ManagerAddress,
+    check_owner,
+    connect_s,
+    prover_of,
+    read_challenge,
+    refusal,
+    tls_of,
+)
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import ConfigError, RFaaSError, ServiceLost
 
@@ -199,7 +208,7 @@ class _Again(Exception):
 class _Connection:
     """One life of the line: calls, and the web socket, both proved and sealed where they go over a network."""
 
-    def __init__(self, settings: Settings, address: ManagerAddress) -> None:
+    def __init__(self, settings: Settings, address: ManagerAddress, connect_s: float) -> None:
         self._settings = settings
         self._address = address
         self._prover = prover_of(settings, address)
@@ -208,7 +217,7 @@ class _Connection:
                      else aiohttp.TCPConnector(ssl=True if tls is None else tls))
         self._base = f"{'https' if tls is not None else 'http'}://{address.authority}"
         self._session = aiohttp.ClientSession(
-            connector=connector, timeout=aiohttp.ClientTimeout(total=ANSWER_S, connect=settings.start_timeout_s))
+            connector=connector, timeout=aiohttp.ClientTimeout(total=ANSWER_S, connect=connect_s))
         self._socket: aiohttp.ClientWebSocketResponse | None = None
         self._seal: identity.Channel | None = None
 
@@ -295,9 +304,11 @@ class ManagerLink:
         if settings.manager is None:
             raise ConfigError("no manager is named", hint="set RFAAS_MANAGER, like unix:/run/rfaas/manager.sock")
         self._settings = settings
-        self._address = ManagerAddress.parse(settings.manager)
-        prover_of(settings, self._address)           # what is wrong with it is said now
-        tls_of(settings, self._address)
+        self._addresses = ManagerAddress.parse_all(settings.manager)
+        self._turn = 0                               # whose it is: one of them leads
+        for address in self._addresses:              # what is wrong with it is said now
+            prover_of(settings, address)
+            tls_of(settings, address)
         self._start = start
         self._tell = tell
         self._outbox = Outbox()
@@ -385,18 +396,31 @@ class ManagerLink:
 
     async def _keep(self) -> None:
         while True:
+            same = False
             try:
                 await self._live_once()
                 return
             except _Again:
+                same = True
                 log.info("node=%s the manager wants the agent to register again", self._start.node)
             except (RFaaSError, *NO_ANSWER, aiohttp.ClientError, OSError, TimeoutError) as error:
                 self._lost(error)
             except Exception as error:
                 # Without its line the agent would lend nothing any more, and nobody would hear why.
                 self._lost(error, unexpected=True)
+            if not same and self._next():
+                continue
             await asyncio.sleep(retry_s(self._attempt, random.random()))
             self._attempt += 1
+
+    def _next(self) -> bool:
+        """It is another manager's turn; True if that is before one that was tried since the last pause."""
+        self._turn += 1
+        return self._turn % len(self._addresses) != 0
+
+    @property
+    def _address(self) -> ManagerAddress:
+        return self._addresses[self._turn % len(self._addresses)]
 
     def _lost(self, error: Exception, *, unexpected: bool = False) -> None:
         if not self._reached:
@@ -410,7 +434,8 @@ class ManagerLink:
         """Until another agent took the node over; raises what broke the line."""
         connection = None
         try:
-            connection = _Connection(self._settings, self._address)
+            connection = _Connection(self._settings, self._address,
+                                     connect_s(self._settings, len(self._addresses)))
             admitted = await connection.register(self._start)
             await connection.open(self._start.node)
             self._reached = True

@@ -39,7 +39,8 @@ def _named(context: click.Context) -> Path | None:
 @click.group(invoke_without_command=True, epilog=examples(
     "rfaas manager --directory ~/manager",
     "rfaas manager --listen 10.0.0.1:4712 --munge",
-    "rfaas manager --listen 10.0.0.1:4712 --key alice=alice.key"))
+    "rfaas manager --listen 10.0.0.1:4712 --key alice=alice.key",
+    "rfaas manager --listen 10.0.0.2:4712 --munge --store postgresql://rfaas@db/rfaas"))
 @_directory
 @click.option("--socket", metavar="PATH", type=_FILE, default=None,
               help="Where it listens.  [default: /run/rfaas/manager.sock with the site's directory, else manager.sock "
@@ -52,6 +53,9 @@ def _named(context: click.Context) -> Path | None:
               help="What callers call it besides its host's name and address, where a proxy stands before it.")
 @click.option("--tls-cert", metavar="FILE", type=_FILE, default=None, help="Certificate for the network, PEM.")
 @click.option("--tls-key", metavar="FILE", type=_FILE, default=None, help="Its private key.")
+@click.option("--store", metavar="URL", default=None,
+              help="Keep leases and accounts in this PostgreSQL database, where other managers may stand by: "
+                   "postgresql://USER@HOST/DATABASE, without a password.")
 @click.option("--policy", metavar="FILE", type=_FILE, default=None,
               help="Who lends, who administers, quotas, placement: a TOML file, read at the start.")
 @click.option("--metrics", metavar="HOST:PORT", default=None,

@@ -26,11 +26,22 @@ def _need_the_extra() -> None:
                           hint="pip install 'rfaas_mpi[cluster]'") from None
 
 
+def _need_psycopg() -> None:
+    """ConfigError that says what to install, where PostgreSQL's library is not there."""
+    try:
+        import psycopg  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"--store needs psycopg, which can't be loaded: {error}",
+                          hint="pip install 'rfaas_mpi[cluster,postgres]'") from None
+
+
 def serve(*, directory: Path | None, socket: Path | None, listen: tuple[str, ...], keys: tuple[str, ...], munge: bool,
           names: tuple[str, ...], tls_cert: Path | None, tls_key: Path | None, metrics: str | None, policy: Path | None,
-          ready: Callable[[dict[str, Any], list[str]], None]) -> None:
+          store: str | None, ready: Callable[[dict[str, Any], list[str]], None]) -> None:
     """Runs the manager until it is told to end; `ready` gets its facts once it listens."""
     _need_the_extra()
+    if store is not None:
+        _need_psycopg()
     from rfaas_mpi.manager import daemon
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     state = daemon.state_directory(directory)
@@ -38,11 +49,12 @@ def serve(*, directory: Path | None, socket: Path | None, listen: tuple[str, ...
         directory=state, socket=daemon.socket_path(socket, state),
         listen=tuple(Address.parse(each, port_0=True) for each in listen), tls_cert=tls_cert, tls_key=tls_key,
         keys=dict(map(_key, keys)), munge=(Settings.load().munge_socket or "") if munge else None, names=names,
-        metrics=None if metrics is None else Address.parse(metrics, port_0=True), policy=policy)
+        metrics=None if metrics is None else Address.parse(metrics, port_0=True), policy=policy,
+        store=store)
 
     def listening(facts: daemon.Facts) -> None:
         data = {"running": True, "directory": str(facts.directory), "listening": list(facts.listening),
-                "metrics": facts.metrics or None}
+                "metrics": facts.metrics or None, "store": facts.store}
         lines = [f"rfaas manager: listening on {', '.join(facts.listening)}; state in {facts.directory}"]
         ready(data, lines + ([f"rfaas manager: metrics at {facts.metrics}"] if facts.metrics else []))
 

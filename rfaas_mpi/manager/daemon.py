@@ -1,7 +1,7 @@
 """`rfaas manager`: the resource manager as a process of its own, with a state directory that it owns.
 
     DIRECTORY/lock         held as long as the manager lives: one manager, one directory
-    DIRECTORY/ledger.db    leases, answers, usage (ledger.py)
+    DIRECTORY/ledger.db    leases, answers, usage (ledger.py), unless --store names a server for them
     DIRECTORY/*.key        what it signs with (keys.py)
     DIRECTORY/audit.log    who asked for which change, and what he was answered (callers.py)
     DIRECTORY/manager.sock or where --socket says: who calls there is who the kernel says he is
@@ -23,7 +23,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rfaas_mpi.errors import ConfigError, ServiceError
+from rfaas_mpi.config import password_in_environment
+from rfaas_mpi.errors import ConfigError, ServiceError, StoreError
 from rfaas_mpi.manager.callers import Callers
 from rfaas_mpi.manager.garbage import collecting
 from rfaas_mpi.manager.keys import Keys
@@ -37,6 +38,7 @@ __all__ = ["Facts", "Options", "run", "state_directory"]
 SITE_DIRECTORY = Path("/var/lib/rfaas")
 SITE_SOCKET = Path("/run/rfaas/manager.sock")
 SOCKET_PATH_MAX = 107
+STAND_BY_S = 1.0                 # how soon a manager that stands by sees that nobody leads
 
 log = logging.getLogger("rfaas_mpi.manager.daemon")
 
@@ -47,7 +49,8 @@ class Options:
 
     `listen`: addresses on a network, behind TLS where there is a certificate. Callers prove
     there who they are by `keys` (uid → file) and `munge` (munged's socket, "" the usual
-    one, None: not so), and may name the manager by `names`.
+    one, None: not so), and may name the manager by `names`. `store`: the URL of a PostgreSQL
+    database that managers share, instead of a file of its own.
     """
 
     directory: Path
@@ -60,15 +63,17 @@ class Options:
     tls_key: Path | None = None
     metrics: Address | None = None
     policy: Path | None = None
+    store: str | None = None
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A manager that serves: where."""
+    """A manager that serves: where, and where its ledger is."""
 
     directory: Path
     listening: tuple[str, ...]
     metrics: str = ""
+    store: str = ""
 
 
 def state_directory(given: Path | None) -> Path:
@@ -86,7 +91,7 @@ def socket_path(given: Path | None, directory: Path) -> Path:
 
 
 def run(options: Options, ready: Callable[[Facts], None]) -> None:
-    """Serves until SIGTERM or SIGINT; calls `ready` once it listens.
+    """Serves until SIGTERM or SIGINT; calls `ready` once it listens, which a manager that stands by does not yet.
 
     Raises ConfigError, ServiceError, StoreError or OSError, each naming the file
     or address, where it can't start, and what ended it if it could not go on.
@@ -113,7 +118,10 @@ async def _serve(options: Options, keys: Keys, tls: ssl.SSLContext | None, ready
                       audit=options.directory / "audit.log")
     for address in options.listen:
         callers.check_network(address)
-    server = ManagerServer(Ledger(options.directory / "ledger.db"), keys=keys, policy=policy, callers=callers)
+    ledger = await _ledger(options, keys, ended)
+    if ledger is None:
+        return
+    server = ManagerServer(ledger, keys=keys, policy=policy, callers=callers)
     async with server:
         with collecting(), _socket_place(options.socket):
             await server.listen_unix(options.socket)
@@ -121,9 +129,46 @@ async def _serve(options: Options, keys: Keys, tls: ssl.SSLContext | None, ready
             for address in options.listen:
                 listening.append(await server.listen_network(address, tls))
             metrics = "" if options.metrics is None else await server.listen_metrics(options.metrics)
-            ready(Facts(options.directory, tuple(listening), metrics))
+            ready(Facts(options.directory, tuple(listening), metrics, ledger.name))
             await _first(ended, server)
     log.info("ended")
+
+
+async def _ledger(options: Options, keys: Keys, ended: asyncio.Event) -> Ledger | None:
+    """The ledger, once it is this manager's; None if it was told to end while it stood by. ConfigError, StoreError."""
+    if options.store is None:
+        return Ledger(options.directory / "ledger.db")
+    if password_in_environment():
+        raise ConfigError("PGPASSWORD holds a password, which whatever is started from here inherits",
+                          hint="put it into ~/.pgpass, or into the file that PGPASSFILE names")
+    # Only who uses it has its library.
+    from rfaas_mpi.manager.postgres import Postgres
+    store = Postgres(options.store, keys=keys.mark)
+    said = ""
+    try:
+        while True:
+            try:
+                if await asyncio.to_thread(store.try_lead):
+                    break
+                news = f"{await asyncio.to_thread(store.leader)} leads {store.name}"
+            except StoreError as error:
+                if not said:
+                    raise
+                news = str(error)
+            if news != said:
+                said = news
+                log.info("stands by: %s", news)
+            try:
+                async with asyncio.timeout(STAND_BY_S):
+                    await ended.wait()
+            except TimeoutError:
+                continue
+            store.close()
+            return None
+        return await asyncio.to_thread(Ledger, store)
+    except BaseException:
+        store.close()
+        raise
 
 
 async def _first(ended: asyncio.Event, server: ManagerServer) -> None:

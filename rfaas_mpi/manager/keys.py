@@ -62,6 +62,11 @@ class Keys:
         """The public keys whose grants agents believe, the oldest first."""
         return tuple(signer.public for signer in self._signers)
 
+    @property
+    def mark(self) -> str:
+        """Tells managers apart whose leases would have other secrets; no key is learned from it."""
+        return hmac.digest(self._secret, b"mark", "sha256")[:16].hex()
+
     def secret(self, lease: int, epoch: int) -> bytes:
         """The secret of a lease: always the same one."""
         return hmac.digest(self._secret, b"lease" + struct.pack("<QQ", lease, epoch), "sha256")

@@ -21,7 +21,7 @@ import msgspec
 from aiohttp import web
 
 from rfaas_mpi import api
-from rfaas_mpi.errors import AuthError, ConfigError, RFaaSError, ServiceError, StoreError
+from rfaas_mpi.errors import AuthError, ConfigError, NotLeading, RFaaSError, ServiceError, StoreError
 from rfaas_mpi.leases import Lease, LeaseBook, NodeReport, NodeTraits, Release
 from rfaas_mpi.manager.callers import UNREADABLE, AgentChannel, Callers
 from rfaas_mpi.leases.held import Held
@@ -133,10 +133,15 @@ class ManagerServer:
         self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._keep_time()),
                        asyncio.create_task(self._keep_keys()),
                        asyncio.create_task(self.callers.watch(self._runner.server))]
+        if self._ledger.keep_s is not None:
+            self._tasks.append(asyncio.create_task(self._keep_leading(self._ledger.keep_s)))
         return self
 
     async def wait(self) -> None:
-        """Serves until it is cancelled; raises what ended its writer or its timer, without which nothing is granted."""
+        """Serves until it is cancelled; raises what ended its writer or its timer, without which nothing is granted.
+
+        NotLeading: another manager has taken its ledger over.
+        """
         done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
@@ -239,6 +244,8 @@ class ManagerServer:
                     with self.metrics.write_s.time():
                         actions = await asyncio.to_thread(self.registry.write, group)
                     break
+                except NotLeading:
+                    raise
                 except StoreError as error:
                     self.metrics.write_failures.inc()
                     log.error("nothing is granted: %s", error)
@@ -328,6 +335,16 @@ class ManagerServer:
             self.directory.forget(node)
             self.registry.agents(node, ())
             self._do([])
+
+    async def _keep_leading(self, every_s: float) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(self._ledger.keep)
+            except NotLeading:
+                raise
+            except StoreError as error:
+                log.error("nothing is granted: %s", error)
+            await asyncio.sleep(every_s)
 
     async def _keep_keys(self) -> None:
         while True:

@@ -34,6 +34,7 @@ from rfaas_mpi.leases import (
     Kept,
     Lease,
     LeaseState,
+    LiveLease,
     NodeLost,
     NodeReport,
     Notify,
@@ -235,6 +236,34 @@ def test_a_seat_is_charged_for_what_its_workers_held_or_the_manager_s_record_whi
     ledger.write([], [record, used(3, seat=1)])
     [row] = ledger.usage()
     assert (row["workers"], row["core_s"]) == (3, 28.0)
+
+
+def test_a_lost_lease_is_charged_until_its_agent_was_last_heard_of_and_a_later_word_of_it_isn_t_added(opened):
+    ledger = opened()
+    registry = Registry(ledger, pick_cores, 0.0)
+
+    def report(clock_s: int, *live: LiveLease) -> None:
+        registry.handle(NodeReport(node="n0", spare=(0, 1), memory_bytes=8 * GIB, incarnation=1, live=live,
+                                   clock_ns=clock_s * 10**9), float(clock_s))
+        registry.reported("n0", 1, clock_s * 10**9)
+    report(1)
+    registry.handle(Demand(session=7, request_id=1, uid=1000, workers_min=2, workers_max=2), 1.0)
+    [granted] = registry.flush()
+    [one] = granted.leases
+    live = LiveLease(one.id, one.epoch, one.workers)
+    report(2, live)
+    registry.flush()
+    report(9, live)
+    registry.flush()
+    registry.handle(NodeLost(node="n0"), 20.0)
+    registry.flush()
+    [row] = ledger.usage()
+    assert (row["uid"], row["workers"], row["core_s"], row["cpu_s"]) == (1000, 0, 14.0, 0.0)
+    # It was only cut off, and its workers ended later.
+    registry.used([used(number, lease=one.id, seat=number - 1, cores=1, held_s=12.0) for number in (1, 2)])
+    registry.flush()
+    [row] = ledger.usage()
+    assert (row["workers"], row["core_s"], row["cpu_s"]) == (2, 24.0, 3.0)
 
 
 def test_sums_by_kernel_add_up_to_what_was_used(opened):

@@ -375,8 +375,8 @@ def refusal(name: str, status: int, answer: bytes) -> RFaaSError:
     return refused
 
 
-def here(root: Path = Path("/")) -> api.Place:
-    """Where this process runs: its host's name, and the NUMA node that it is bound to, if it is bound to one."""
+def here(root: Path = Path("/"), switches: tuple[str, ...] = ()) -> api.Place:
+    """Where this process runs: its host's name, the NUMA node if it is bound to one, and the switches above it."""
     mine = os.sched_getaffinity(0)
     nodes = {}
     for directory in root.glob("sys/devices/system/node/node[0-9]*"):
@@ -385,4 +385,5 @@ def here(root: Path = Path("/")) -> api.Place:
         except (OSError, ValueError):
             continue
     bound = [number for number, cores in nodes.items() if mine <= cores]
-    return api.Place(node=socket.gethostname(), numa=bound[0] if len(nodes) > 1 and bound else None)
+    return api.Place(node=socket.gethostname(), numa=bound[0] if len(nodes) > 1 and bound else None,
+                     switches=switches)

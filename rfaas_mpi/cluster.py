@@ -136,7 +136,7 @@ class ClusterSession:
                 answer = self._ask(api.AskLease(
                     self._name, next(self._ids), max(0, workers_min - have), workers_max - have, cores_per_worker,
                     memory_per_worker, timeout_s if attempt == 0 else 0.0,
-                    duration_s=self.settings.lease_duration_s, place=here()))
+                    duration_s=self.settings.lease_duration_s, place=here(switches=self.settings.switches)))
             except LeaseDenied as denied:
                 if attempt == 0:
                     raise

@@ -30,6 +30,8 @@ WORKER_MARK = "RFAAS_INSIDE_WORKER"
 CONFIG_VARIABLE = "RFAAS_CONFIG"          # files that are read instead of the usual ones, separated by colons
 SITE_FILE = Path("/etc/rfaas_mpi/config.toml")
 CONFIG_BYTES_MAX = 1 << 20
+SWITCHES_MAX = 8
+NAME_CHARS_MAX = 128                       # of a switch or a partition
 DEVICE_VARIABLE = "RFAAS_DEVICE"          # read by the verbs transport where no argument names one
 
 # Every thread pool that numerical libraries size by an environment variable.
@@ -38,12 +40,13 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 
 # What a launcher gave one rank alone. A service or a worker that kept these
 # would differ from rank to rank, or would take itself for that rank. And what
-# pytest changes with each test: each would start an interpreter of its own.
+# pytest changes with each test, and where a rank's node is in the network: each
+# would start an interpreter of its own.
 _RANK_VARIABLES = re.compile(
     r"^(PMI_|PMIX_|PMI2_|OMPI_|OPAL_|ORTE_|PRTE_|MPI_LOCAL|MPIR_|MPICH_INTERFACE|HYDRA_|HYDI_|HYDT_"
     r"|I_MPI_HYDRA|I_MPI_INFO|MV2_COMM_WORLD|PALS_|ALPS_APP|FLUX_TASK|GMON_OUT|KMP_|GOMP_|OMP_PROC_BIND$|OMP_PLACES$"
     r"|SLURM_(PROCID|LOCALID|NODEID|GTIDS|TASK_PID|STEP|SRUN_|LAUNCH|CPU_BIND|MEM_BIND|DISTRIBUTION|UMASK|PRIO_PROCESS"
-    r"|PMI|PTY|TOPOLOGY|TASKS_PER_NODE$)|PYTEST_CURRENT_TEST$)")
+    r"|PMI|PTY|TOPOLOGY|TASKS_PER_NODE$)|PYTEST_CURRENT_TEST$|RFAAS_(SWITCHES|PARTITION)$)")
 
 
 def scrubbed(environment: Mapping[str, str]) -> dict[str, str]:
@@ -111,6 +114,19 @@ def _manager(text: str) -> str:
     return ",".join(names)
 
 
+def _switches(text: str) -> tuple[str, ...]:
+    names = tuple(piece.strip() for piece in text.split(",") if piece.strip())
+    if len(names) > SWITCHES_MAX or len(set(names)) != len(names) or max(map(len, names), default=0) > NAME_CHARS_MAX:
+        raise ValueError(f"at most {SWITCHES_MAX} names of at most {NAME_CHARS_MAX} characters, none of them twice")
+    return names
+
+
+def _name(text: str) -> str:
+    if len(text) > NAME_CHARS_MAX:
+        raise ValueError(f"longer than {NAME_CHARS_MAX} characters")
+    return text
+
+
 def _command(text: str) -> str:
     words = shlex.split(text)
     if words and not os.path.isabs(words[0]):
@@ -160,6 +176,9 @@ class Settings:
                                  "what keeps workers within their memory; cgroup: fail where there is none")
     worker_prefix: str = _setting("", _command, "a command that workers are started through, as a container")
     service_user: str = _setting("", str, "the user that a node's agent becomes if root starts it, to serve every user")
+    switches: tuple[str, ...] = _setting((), _switches,
+                                         "the switches above this node, from its leaf switch up, like leaf3,core")
+    partition: str = _setting("", _name, "what nodes of one kind here are called, as the batch system's partition")
     uid_min: int = _setting(1000, _number(int, 1, 0x7FFFFFFF), "the lowest uid that such an agent serves")
     memory_reserve: int = _setting(512 << 20, size_of, "memory of the node that is never lent")
     low_priority: str = _setting("auto", _choice("auto", "yes", "no"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rfaas_mpi import api
 from rfaas_mpi.agent.detector import Core, CoreClass, Report
-from rfaas_mpi.agent.traits import traits_of
+from rfaas_mpi.agent.traits import cpu_type, traits_of
 
 
 def core(cpu: int, which: CoreClass = CoreClass.FREE, *, physical: int | None = None,
@@ -24,3 +24,19 @@ def test_hardware_threads_of_one_core_are_told():
 
 def test_a_node_that_lends_nothing_has_no_window():
     assert traits_of(Report((core(0, CoreClass.OWNED),), (), 0), 1.0) == api.Traits(busy=(0,))
+
+
+SITE = api.Traits(cpu_type="fast", partition="day", switches=("leaf", "top"))
+
+
+def test_what_the_site_says_of_a_node_is_in_each_report_whether_or_not_anybody_looks():
+    assert traits_of(None, 1.0, SITE) == SITE
+    found = traits_of(Report((core(0, CoreClass.OWNED),), (), 0), 1.0, SITE)
+    assert found == api.Traits(cpu_type="fast", partition="day", switches=("leaf", "top"), busy=(0,))
+
+
+def test_a_processor_s_name_is_told_as_the_kernel_has_it_and_none_where_it_has_none():
+    assert cpu_type("processor\t: 0\ncpu family\t: 25\nmodel name\t: EPYC   7763  64-Core\n") == "EPYC 7763 64-Core"
+    assert cpu_type("processor\t: 0\ncpu\t\t: POWER9, altivec supported\n") == "POWER9, altivec supported"
+    assert cpu_type("processor\t: 0\nBogoMIPS\t: 50.00\n") == ""
+    assert len(cpu_type("model name : " + "x" * 1000)) == 128

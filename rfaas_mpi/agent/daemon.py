@@ -42,7 +42,7 @@ from rfaas_mpi.agent.scrape import ScrapeDoor
 from rfaas_mpi.agent.server import REASONS, AgentServer, Offer, SessionHandle
 from rfaas_mpi.agent.spawner import Spawner, leave_root, service_identity
 from rfaas_mpi.agent.tenure import Tenures
-from rfaas_mpi.agent.traits import traits_of
+from rfaas_mpi.agent.traits import cpu_type, traits_of
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import ConfigError, LeaseDenied, ServiceError
 from rfaas_mpi.leases import Cause
@@ -128,6 +128,8 @@ class Agent(AgentServer):
         self.superseded = False
         self._agent_key = AgentKey()
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        self._site = api.Traits(cpu_type=cpu_type(Path("/proc/cpuinfo").read_text()), partition=settings.partition,
+                                switches=settings.switches)
         self._admission: Admission | None = None
         self._visits: dict[int, _Visit] = {}                 # by session
         self._news: deque[News] = deque()                    # from the line's thread
@@ -321,7 +323,7 @@ class Agent(AgentServer):
             spare=() if leaving else self.lendable.cores, memory_bytes=0 if leaving else self.lendable.memory_bytes,
             live=self.tenures.live, over=self._admission.over(clock_ns, self.tenures),
             numa={} if leaving else self.lendable.numa, grace_s=self.options.grace_s,
-            traits=api.Traits() if self._found is None else traits_of(self._found, time.monotonic())))
+            traits=traits_of(self._found, time.monotonic(), self._site)))
 
     # ---- what is to be done ----------------------------------------------------------------------
 

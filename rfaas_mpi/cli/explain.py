@@ -5,7 +5,7 @@ from __future__ import annotations
 from rfaas_mpi import api
 from rfaas_mpi.cli.cluster import Answer, client, plain, table
 from rfaas_mpi.client import here
-from rfaas_mpi.config import size_of
+from rfaas_mpi.config import Settings, size_of
 from rfaas_mpi.errors import ConfigError
 
 __all__ = ["explain"]
@@ -15,7 +15,7 @@ def explain(manager: str | None, *, workers: str, cores: int, memory: str | None
             least_s: float, at: str | None) -> Answer:
     """What the caller's demand would get now; nothing is granted."""
     least, most = _range(workers)
-    place = here() if at is None else api.Place(node=at)
+    place = here(switches=Settings.load().switches) if at is None else api.Place(node=at)
     with client(manager) as asked:
         found: api.Explanation = asked.call("explain", api.AskLease(
             session="explain", request_id=0, workers_min=least, workers_max=most, cores_per_worker=cores,

@@ -423,16 +423,18 @@ class ManagerServer:
 
     async def _reported(self, uid: int, node: str, body: api.Report) -> api.Orders:
         now = self._clock()
+        name = self.cluster.node_name(uid, node)
+        agent = self.directory.get(name, body.incarnation)
         report = NodeReport(
             node=node, spare=body.spare, memory_bytes=body.memory_bytes, numa=body.numa, grace_s=body.grace_s,
             hard_end=None if body.ends_in_s is None else now + body.ends_in_s, incarnation=body.incarnation,
-            clock_ns=body.clock_ns, live=body.live, over=body.over, traits=_traits(body.traits, now))
-        name = self.cluster.node_name(uid, node)
+            clock_ns=body.clock_ns, live=body.live, over=body.over,
+            traits=_traits(body.traits, now, "" if agent is None else agent.host))
         strange = not self.directory.of_node(name) and 1 <= body.incarnation <= self.book.epoch
         if strange and uid not in self.cluster.policy.lenders:
             # Only registering counts how many nodes a user has. No report is answered: it is to be said again.
             return api.Orders(register=True)
-        known = self.directory.get(name, body.incarnation) is not None
+        known = agent is not None
         if not known:
             # Nothing can be granted for it; what it runs still holds its cores.
             report = msgspec.structs.replace(report, spare=())
@@ -492,7 +494,7 @@ class ManagerServer:
     async def _ask(self, uid: int, _request: web.Request, body: api.AskLease) -> api.LeaseGrant:
         key = (session_number(uid, body.session), body.request_id)
         repeated = self.book.remembers(*key)
-        actions = self.cluster.ask(uid, body.session, _request_of(body), self._clock())
+        actions = self.cluster.ask(uid, body.session, self._request_of(body), self._clock())
         answer: asyncio.Future[Granted | Refused] = asyncio.get_running_loop().create_future()
         asked = self._asking.setdefault(key, _Asked())
         asked.waiting.append(answer)
@@ -550,7 +552,7 @@ class ManagerServer:
             hard_end_in_s=None if lease.hard_end is None else max(0.0, lease.hard_end - now))
 
     async def _explain(self, uid: int, _request: web.Request, body: api.AskLease) -> api.Explanation:
-        found = self.cluster.explain(uid, body.session, _request_of(body), self._clock())
+        found = self.cluster.explain(uid, body.session, self._request_of(body), self._clock())
         workers = sum(found.chosen.values())
         return api.Explanation(
             policy=self.cluster.policy.placement, granted=workers >= body.workers_min, workers=workers,
@@ -561,6 +563,17 @@ class ManagerServer:
                     transfer_s=verdict.terms.transfer_s, slowdown_s=verdict.terms.slowdown_s,
                     eviction_s=verdict.terms.eviction_s, fairness_s=verdict.terms.fairness_s))
                 for verdict in found.nodes))
+
+    def _request_of(self, body: api.AskLease) -> LeaseRequest:
+        place = body.place
+        at = None
+        if place is not None:
+            # Ranks say what their host is called; people may name a node.
+            agents = self.directory.of_node(place.node)
+            at = RankAt(agents[-1].host if agents else place.node, place.numa, place.switches, place.ranks)
+        return LeaseRequest(
+            body.request_id, body.workers_min, body.workers_max, body.cores_per_worker, body.memory_per_worker,
+            body.timeout_s, body.duration_s, body.least_s, at, body.bytes_per_s)
 
     async def _leases(self, uid: int, _request: web.Request) -> api.Leases:
         return api.Leases(tuple(map(self._view, self.cluster.leases(uid))))
@@ -643,17 +656,9 @@ class ManagerServer:
         return api.Events(self._next_event - len(self._told), own)
 
 
-def _request_of(body: api.AskLease) -> LeaseRequest:
-    place = None if body.place is None else RankAt(
-        body.place.node, body.place.numa, body.place.switches, body.place.ranks)
-    return LeaseRequest(
-        body.request_id, body.workers_min, body.workers_max, body.cores_per_worker, body.memory_per_worker,
-        body.timeout_s, body.duration_s, body.least_s, place, body.bytes_per_s)
-
-
-def _traits(body: api.Traits, now: float) -> NodeTraits:
+def _traits(body: api.Traits, now: float, host: str) -> NodeTraits:
     return NodeTraits(
-        since=None if body.window_age_s is None else now - body.window_age_s, classes=body.classes,
+        host=host, since=None if body.window_age_s is None else now - body.window_age_s, classes=body.classes,
         physical=body.physical, busy=body.busy, cpu_type=body.cpu_type, partition=body.partition,
         switches=body.switches, nic_numa=body.nic_numa, network_load=body.network_load,
         memory_pressure=body.memory_pressure, speed=body.speed)

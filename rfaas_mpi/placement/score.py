@@ -25,8 +25,10 @@ class Settings:
 
     survival: Survival = PROMETHEUS_FIB
     # Bytes per second between rank and worker: on one node, below one leaf switch, one switch higher, and so on; the
-    # last holds for everything farther, and for what isn't known. Assumed: 100 Gbit/s links, 2:1 at each level.
-    bandwidth: tuple[float, ...] = (10e9, 10e9, 5e9, 2.5e9)
+    # last holds for everything farther, and for what isn't known. Assumed: 100 Gbit/s links, 2:1 at each level, and
+    # twice a link on one node, where what is in shared memory isn't moved at all: also from the other NUMA node's
+    # memory it is nearer than any other node's.
+    bandwidth: tuple[float, ...] = (20e9, 10e9, 5e9, 2.5e9)
     far_numa: float = 1.5                      # so many times longer from another NUMA node's memory; assumed
     # `rfaas bench cold` on two cores of a virtual machine: first lease of an environment, one with a warm zygote, and
     # what each further worker adds, since they are attached one after the other.

@@ -197,7 +197,9 @@ class Cluster:
                      "--listen", f"{'127.0.0.1' if node is None else node.address}:0"]
             if number not in sockets:
                 words += ["--socket", "none"]
-            self.agents.append(Daemon(self.directory / f"{name}.log", words, node, **self.environment))
+            # Their own: nodes are other machines, and don't lock each other's cores.
+            self.agents.append(Daemon(self.directory / f"{name}.log", words, node, **{
+                "RFAAS_RUNTIME_DIR": str(self.directory / name), **self.environment}))
 
     def start(self) -> Cluster:
         """Returns when all agents' cores can be had."""

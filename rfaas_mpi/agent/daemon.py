@@ -12,13 +12,14 @@ owner wants them.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shlex
 import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -36,7 +37,7 @@ from rfaas_mpi.agent.kernel_files import ranges
 from rfaas_mpi.agent.link import LinkLost, ManagerLink, News, ReportDue
 from rfaas_mpi.agent.metrics import CONTENT_TYPE, Metrics, Standing
 from rfaas_mpi.agent.observer import NodeWatch, Observer, own_step
-from rfaas_mpi.agent.pool import full_cpuset
+from rfaas_mpi.agent.pool import CoreLocks, Taking, full_cpuset
 from rfaas_mpi.agent.priority import NO_PRIORITY, Lowering, Means, remove_stale_groups
 from rfaas_mpi.agent.scrape import ScrapeDoor
 from rfaas_mpi.agent.server import REASONS, AgentServer, Offer, SessionHandle
@@ -48,6 +49,7 @@ from rfaas_mpi.errors import ConfigError, LeaseDenied, ServiceError
 from rfaas_mpi.leases import Cause
 from rfaas_mpi.leases.grants import Admission, AgentKey, GrantBody, GrantRefused
 from rfaas_mpi.remote import Address
+from rfaas_mpi.session import FileLock, runtime_directory
 
 __all__ = ["Agent", "Options", "run"]
 
@@ -57,6 +59,8 @@ LEAVE_S = 5.0                        # what doesn't end with its grace is killed
 EMPTY_S = 2.0                        # a group whose processes were killed is empty after this
 EMPTY_AGAIN_S = 0.01
 SAY_S = 2.0                          # and so long the manager is told that we leave, if it can be reached
+OTHERS_S = 5.0                       # so often it is looked what the user's own services lend of this node
+OTHERS_AGAIN_S = 0.05                # one of them was just looking
 SOCKET_PATH_MAX = 107
 COUNT_MAX = (1 << 60) - 1
 SESSIONS_MAX = 1024                  # of one lease: each process of its user on a large node has one
@@ -124,6 +128,11 @@ class Agent(AgentServer):
         self.metrics_at = ""                                 # where they are read
         self._scrapes = ScrapeDoor(self.selector, self.metrics.text, CONTENT_TYPE)
         self.lendable = Lendable()
+        self._seen = Lendable()                              # the same, whoever else lends of it
+        self._locks: CoreLocks | None = None                 # of what is lent
+        self._taking: Taking | None = None
+        self._elsewhere: frozenset[int] = frozenset()        # what another service of this user lends
+        self._others_at = math.inf
         self._found: Found | None = None
         self.superseded = False
         self._agent_key = AgentKey()
@@ -166,6 +175,8 @@ class Agent(AgentServer):
         by_group = self.workers.low.means not in (None, Means.AUTOGROUP)
         if self.settings.service_user:
             self._serve_users()
+        else:
+            self._lock_cores()
         self.workers.guard_memory(self.settings.memory_limit, low=by_group)
         if self.options.cores is None:
             policy = Policy(never=frozenset(keep), memory_reserve=self.settings.memory_reserve,
@@ -204,6 +215,20 @@ class Agent(AgentServer):
         log.info("node=%s runs as uid %d, and workers as any user from %d on", self.node, who.uid,
                  self.settings.uid_min)
 
+    def _lock_cores(self) -> None:
+        """What is lent is locked from now on, against this user's embedded services and other agents on this node.
+
+        One that serves every user locks nothing: it lends what is in nobody's job.
+        """
+        try:
+            directory = runtime_directory(self.settings) / "cores"
+            directory.mkdir(mode=0o700, exist_ok=True)
+        except (OSError, ServiceError) as error:
+            log.warning("node=%s what is lent isn't locked against services of this user: %s", self.node, error)
+            return
+        self._locks, self._taking = CoreLocks(directory), Taking(directory / "taking")
+        self._others_at = 0.0
+
     @property
     def addresses(self) -> tuple[str, ...]:
         """Where ranks dial it."""
@@ -222,6 +247,9 @@ class Agent(AgentServer):
                 log.warning("node=%s left without the manager's word that it knows", self.node)
             self._link.close()
             self._link = None
+        if self._locks is not None and self._taking is not None:
+            self._locks.close()
+            self._taking.close()
         if self._watch is not None:
             self._watch.close()
             self._watch = None
@@ -257,10 +285,55 @@ class Agent(AgentServer):
             seen = Lendable(report.spare, min(report.memory_bytes, self._memory()),
                             {core.cpu: core.numa for core in report.cores if core.spare},
                             {core.cpu: core.why for core in report.cores if not core.spare})
+        self._seen = seen
+        if now >= self._others_at:
+            self._see_others(now)
+        if taken := self._elsewhere.intersection(seen.cores):
+            seen = replace(seen, cores=tuple(core for core in seen.cores if core not in taken),
+                           kept={**seen.kept, **dict.fromkeys(taken, "another service of this user lends it")})
         if seen != self.lendable:
             self.lendable = seen
             self._changed = True
             self._do(self.tenures.lend(frozenset(seen.cores), self.options.grace_s, now), now)
+
+    def _see_others(self, now: float) -> bool:
+        """Looks which cores another service of this user lends; True if that is news."""
+        if self._locks is None or self._taking is None:
+            self._others_at = math.inf
+            return False
+        self._others_at = now + OTHERS_S
+        try:
+            if not FileLock.take(self._taking):
+                # Nobody waits here for a service that may be stopped.
+                self._others_at = now + OTHERS_AGAIN_S
+                return False
+            held = self._locks.take(self._seen.cores)
+        except OSError as error:
+            log.warning("node=%s what other services of this user lend can't be seen: %s", self.node, error)
+            return False
+        finally:
+            self._locks.keep_only(self.tenures.in_use)
+            self._taking.close()
+        before, self._elsewhere = self._elsewhere, frozenset(self._seen.cores) - held
+        return self._elsewhere != before
+
+    def _lock(self, lease: int, cores: tuple[int, ...], now: float) -> None:
+        """Locks what a lease lends. LeaseDenied if another service of this user was faster."""
+        if self._locks is None or self._taking is None:
+            return
+        self._taking.take()
+        try:
+            missing = sorted(set(cores) - self._locks.take(cores))
+        except OSError as error:
+            log.warning("node=%s lease=%d what it lends isn't locked: %s", self.node, lease, error)
+            return
+        finally:
+            self._taking.close()
+        if missing:
+            self._see_others(now)
+            self._look(now)
+            raise LeaseDenied(f"another service of uid {os.geteuid()} on {self.node} lends core {missing[0]} of lease "
+                              f"{lease}", hint="ask for another lease")
 
     def _memory(self) -> int:
         return node_cores.lendable_memory(self._facts, reserve=self.settings.memory_reserve)
@@ -350,13 +423,15 @@ class Agent(AgentServer):
     # ---- time ------------------------------------------------------------------------------------
 
     def deadlines(self, now: float) -> list[float]:
-        times = [self.tenures.next_deadline(), self._leave_at, self._scrapes.next_deadline(),
+        times = [self.tenures.next_deadline(), self._leave_at, self._others_at, self._scrapes.next_deadline(),
                  None if self._watch is None else self._watch.next_deadline(),
                  None if self._metered_at is None else self._metered_at + self.settings.meter_s]
         return [time for time in times if time is not None]
 
     def on_time(self, now: float) -> None:
         if self._watch is not None and now >= self._watch.next_deadline():
+            self._look(now)
+        if now >= self._others_at and self._see_others(now):
             self._look(now)
         self._scrapes.tick(now)
         self._do(self.tenures.tick(now), now)
@@ -368,6 +443,8 @@ class Agent(AgentServer):
             self._changed = True
             self._do(self.tenures.leave(self.options.grace_s, now), now)
         self._meter(now)
+        if self._locks is not None:
+            self._locks.keep_only(self.tenures.in_use)
         if self._changed:
             self._changed = False
             self._report()
@@ -463,6 +540,7 @@ class Agent(AgentServer):
         if visit.lease in self.leases:
             self.send(session, msg.Granted(request.id, (self._standing(visit.lease),)))
             return
+        self._lock(visit.lease, self._usable(visit).cores, now)
         body = self._usable(visit, admit=True)
         hard_end = None if body.hard_end_ns is None else body.hard_end_ns / 1e9
         self._memory_of[body.lease] = body.memory_per_worker

@@ -216,7 +216,8 @@ class ClusterSession:
         """Opens a line's session and has the lease begun that it is for; no line is left where that fails."""
         session = None
         try:
-            session = Session.open_lease(lent, self.settings, on_event=lambda event: self._hear(line, event))
+            session = Session.open_lease(lent, self.settings, on_event=lambda event: self._hear(line, event),
+                                         begin=True)
             lease = session.use()
             with self._lock:
                 if self.closed:

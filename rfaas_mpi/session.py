@@ -434,6 +434,7 @@ class Session:
         self._connection = connection
         self._socket = home / "socket" if isinstance(home, Path) else None
         self._lent: Lent | None = None
+        self._begun: tuple[msg.Use, _Pending] | None = None      # asked for ahead
         self._key = b""
         self._nonces = b"", b""
         self._sealer: Sealer | None = None
@@ -543,12 +544,14 @@ class Session:
 
     @classmethod
     def open_lease(cls, lent: Lent, settings: Settings | None = None, *,
-                   on_event: Callable[[msg.AnyEvent], None] | None = None) -> Session:
+                   on_event: Callable[[msg.AnyEvent], None] | None = None, begin: bool = False) -> Session:
         """The session of a lease with its agent; `use()` begins the lease. Its end is the lease's.
 
-        Dials the addresses in turn until one answers and proves that it is the lease's agent, those on this node
-        first. Raises AuthError (it doesn't believe the grant, or isn't the agent), ServiceError with each address'
-        reason where nobody is reached, or where the agent can't start workers for us; VersionMismatch, NestedError.
+        With `begin` the agent is asked to begin it together with the join, so that its workers are being started
+        while that is answered; `use()` has the answer then. Dials the addresses in turn until one answers and proves
+        that it is the lease's agent, those on this node first. Raises AuthError (it doesn't believe the grant, or
+        isn't the agent), ServiceError with each address' reason where nobody is reached, or where the agent can't
+        start workers for us; VersionMismatch, NestedError.
         """
         if config.inside_worker():
             raise NestedError("an Executor can't be used inside a kernel",
@@ -570,7 +573,7 @@ class Session:
                 failures.append(error)
                 continue
             try:
-                session._enter(deadline, observer=False)
+                session._enter(deadline, observer=False, begin=begin)
             except (ConnectionError, TimeoutError) as error:
                 session.close()
                 raise ServiceError(f"{session.name} let us in and said no more: {error}") from error
@@ -667,8 +670,8 @@ class Session:
             self._opener = Opener(self._key, msg.ROLE_SESSION_SERVICE, self._nonces)
         self._enter(deadline, observer)
 
-    def _enter(self, deadline: float, observer: bool) -> None:
-        """Joins, once it is known who is who."""
+    def _enter(self, deadline: float, observer: bool, *, begin: bool = False) -> None:
+        """Joins, once it is known who is who; with `begin` it asks for the lease's begin in the same breath."""
         self._connection.settimeout(None)
         self._reader = threading.Thread(target=self._read, name="rfaas-session", daemon=True)
         self._reader.start()
@@ -681,7 +684,13 @@ class Session:
             environment=tuple((os.fsencode(name), os.fsencode(value)) for name, value in environment.items()),
             affinity=tuple(sorted(os.sched_getaffinity(os.getpid()))), lend=self.settings.lend,
             cores=self.settings.cores, observer=observer, package=os.fsencode(Path(__file__).parent))
-        welcome = self._ask(join, msg.Welcome, timeout_s=max(0.1, deadline - time.monotonic()))
+        if begin:
+            use = msg.Use(next(self._ids))
+            joined, begun = self._post(join, use)
+            self._begun = use, begun
+        else:
+            (joined,) = self._post(join)
+        welcome = self._answer(join, joined, msg.Welcome, max(0.1, deadline - time.monotonic()))
         self.number = welcome.session
         self.service_pid = welcome.service_pid
         self.cores = welcome.cores
@@ -736,7 +745,12 @@ class Session:
         lent = self._lent
         if lent is None:
             raise ConfigError(f"{self.name} has no lease that waits to be used", hint="request one")
-        granted = self._ask(msg.Use(next(self._ids)), msg.Granted)
+        with self._lock:
+            begun, self._begun = self._begun, None
+        if begun is None:
+            granted = self._ask(msg.Use(next(self._ids)), msg.Granted)
+        else:
+            granted = self._answer(*begun, msg.Granted)
         if [lease.id for lease in granted.leases] != [lent.id]:
             raise ServiceError(f"{self.name} answered with leases {[lease.id for lease in granted.leases]}")
         return msgspec.structs.replace(granted.leases[0], secret=lent.secret,
@@ -954,17 +968,26 @@ class Session:
             raise ServiceLost(f"{self.name} ended", hint=self.way_out)
 
     def _ask(self, request: msg.RankRequest, kind: type[_A], timeout_s: float | None = None) -> _A:
+        (pending,) = self._post(request)
+        return self._answer(request, pending, kind, timeout_s)
+
+    def _post(self, *requests: msg.RankRequest) -> tuple[_Pending, ...]:
+        """Sends them, all at once; each is to be followed by `_answer`."""
         self._alive()
-        pending = _Pending()
+        packed = [msg.pack_message(request) for request in requests]
+        pending = tuple(_Pending() for _ in requests)
         with self._lock:
-            self._pending[request.id] = pending
+            self._pending.update(zip((request.id for request in requests), pending, strict=True))
         try:
-            try:
-                with self._send_lock:
-                    message = msg.pack_message(request)
-                    self._connection.sendall(self._sealer.seal(message) if self._sealer else message)
-            except OSError as error:
-                self._lose(str(error))
+            with self._send_lock:
+                self._connection.sendall(b"".join(map(self._sealer.seal, packed) if self._sealer else packed))
+        except OSError as error:
+            self._lose(str(error))
+        return pending
+
+    def _answer(self, request: msg.RankRequest, pending: _Pending, kind: type[_A],
+                timeout_s: float | None = None) -> _A:
+        try:
             if not pending.done.wait(self.settings.start_timeout_s if timeout_s is None else timeout_s):
                 raise TimeoutError(f"{self.name} has not answered; is it stopped?")
         finally:

@@ -1,8 +1,8 @@
 """`rfaas bench control --of first`: from a lease that is asked for to its first result, by a real manager and agent.
 
     ask         rank ─▶ manager ─▶ disk ─▶ rank     the lease, and its grant
-    open        rank ─▶ agent                       dialled, grant shown, both sides proved, joined
-    use         rank ─▶ agent                       the lease begins: when this is answered its worker is being forked
+    open        rank ─▶ agent                       dialled, grant shown, both sides proved, joined, its begin asked for
+    use         rank ◀─ agent                       the lease has begun: its worker is being forked
     dial        rank ─▶ agent ─▶ worker             control and data connection, each proved
     attach      rank ◀─▶ worker                     what it may use; the worker has been forked, and answers
     first_call  rank ◀─▶ worker                     kernel and binding sent, and the first result there
@@ -151,7 +151,7 @@ class _Rank:
                     session=self._name, request_id=next(self._ids), workers_min=1, workers_max=1,
                     timeout_s=settings.lease_timeout_s, place=here())).leases
             with steps.taking("open"):
-                session = Session.open_lease(lent, settings)
+                session = Session.open_lease(lent, settings, begin=True)
             with steps.taking("use"):
                 lease = session.use()
             number = lease.workers[0].number

@@ -44,6 +44,7 @@ SIGNATURE_BYTES = 64
 SECRET_BYTES = 32                    # of a lease
 KEYS_MAX = 2                         # the key in use and the one before or after it
 LIFE_MAX_NS = 600 * 10**9            # how far ahead `not_after_ns` may lie: seen ids are kept so long
+VERIFIED_KEPT = 16
 OVER_MAX = 4096                      # leases of which a report says that they are over
 _PREFIX = b"rfaas_mpi grant\0"
 _HEAD_BYTES = 1 + KEY_ID_BYTES + SIGNATURE_BYTES
@@ -198,6 +199,8 @@ class Admission:
         self._epochs: dict[int, int] = {}            # core → highest epoch
         self._used: dict[int, int] = {}              # lease → the moment from which its grant is late anyway
         self._forbidden: dict[int, int] = {}         # likewise
+        # Those that were verified last: a lease's grant is looked at several times until it is admitted.
+        self._verified_ones: dict[bytes, GrantBody] = {}
         self.rotate(keys)
 
     def rotate(self, keys: Iterable[bytes]) -> None:
@@ -208,6 +211,7 @@ class Admission:
         if any(len(key) != KEY_BYTES for key in found):
             raise ConfigError(f"a public key of the manager has {KEY_BYTES} bytes")
         self._keys = {key_id(key): Ed25519PublicKey.from_public_bytes(key) for key in found}
+        self._verified_ones.clear()
 
     def clock(self, now_ns: int) -> AgentClock:
         """What a report says of this agent's time."""
@@ -255,6 +259,15 @@ class Admission:
                 del known[number]
 
     def _verified(self, grant: bytes) -> GrantBody:
+        found = self._verified_ones.get(grant)
+        if found is None:
+            found = self._verify(grant)
+            if len(self._verified_ones) >= VERIFIED_KEPT:
+                del self._verified_ones[next(iter(self._verified_ones))]
+            self._verified_ones[grant] = found
+        return found
+
+    def _verify(self, grant: bytes) -> GrantBody:
         if not _HEAD_BYTES < len(grant) <= GRANT_BYTES_MAX:
             raise GrantRefused(f"a grant of {len(grant)} bytes is none")
         if grant[0] != VERSION:

@@ -332,8 +332,8 @@ class Agent(AgentServer):
         if missing:
             self._see_others(now)
             self._look(now)
-            raise LeaseDenied(f"another service of uid {os.geteuid()} on {self.node} lends core {missing[0]} of lease "
-                              f"{lease}", hint="ask for another lease")
+            raise GrantRefused(f"another service of uid {os.geteuid()} on {self.node} lends core {missing[0]} of lease "
+                               f"{lease}", hint="ask for another lease", reason="core")
 
     def _memory(self) -> int:
         return node_cores.lendable_memory(self._facts, reserve=self.settings.memory_reserve)

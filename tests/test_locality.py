@@ -138,4 +138,3 @@ def test_of_four_agents_the_one_on_the_rank_s_node_is_chosen(hosts):
 def test_of_four_agents_one_below_the_rank_s_switch_is_chosen_where_its_node_lends_nothing(hosts):
     assert where(hosts, Host("login", "east,top")) in ("node2", "node3")
     assert where(hosts, Host("login", "west,top")) in ("node0", "node1")
-

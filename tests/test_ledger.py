@@ -437,6 +437,20 @@ def test_groups_that_waited_are_written_in_the_order_in_which_they_were_taken(op
     assert [one.state for one in opened().load().leases] == [LeaseState.LOST]
 
 
+def test_only_a_group_with_news_and_one_that_failed_before_need_the_disk(opened):
+    registry = Registry(opened(), pick_cores, 0.0)
+    registry.handle(report(1), 0.0)
+    assert not registry.must_write(registry.take())
+    registry.handle(Demand(session=7, request_id=1, uid=1000, workers_min=1, workers_max=1), 0.0)
+    granted = registry.take()
+    assert registry.must_write(granted)
+    registry._unwritten.append(granted)
+    nothing = registry.take()
+    assert registry.must_write(nothing)
+    assert [type(action) for action in registry.write(nothing)] == [Grant]
+    assert not registry.must_write(registry.take())
+
+
 def test_an_agent_s_number_is_on_disk_before_it_is_told(opened):
     registry = Registry(opened(), pick_cores, 0.0)
     registry.handle(AgentStarted("n0", "a"), 0.0)

@@ -26,7 +26,7 @@ def commands() -> list[tuple[Path, str]]:
 
 def test_there_is_a_unit_for_each_daemon():
     assert [unit.name for unit in UNITS] == ["rfaas-agent.service", "rfaas-manager.service"]
-    assert len(commands()) == 5, "an example of docs/admin.md isn't found"
+    assert len(commands()) == 6, "an example of docs/admin.md isn't found"
 
 
 @pytest.mark.parametrize("unit, options", commands())

@@ -5,28 +5,36 @@
       /sys/fs/cgroup/pids/NAME        pids.max
       /sys/fs/cgroup/cpu/NAME         cpu.idle, else cpu.shares, where it is of low priority (on v2 above)
 
+Where the root of v2 isn't ours, but our own group is (systemd's Delegate=yes, a container), they are made in that one:
+
+      OURS/rfaas-own                 we, since a group that gives its controllers on may have no processes
+      OURS/NAME                      memory.max … as above, but no low priority: that counts right below the root only
+
 Names carry who made them, so that what a killed maker left behind can be told and removed by the next one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rfaas_mpi.agent.kernel_files import cgroup_mounts, read_text
-from rfaas_mpi.agent.priority import lower
+from rfaas_mpi.agent.kernel_files import CgroupMount, cgroup_mounts, read_text
+from rfaas_mpi.agent.priority import is_root, lower
 
 __all__ = ["Group", "Roots", "maker", "remove_stale"]
 
 log = logging.getLogger("rfaas_mpi.groups")
 
 PIDS_MAX = 4096                      # processes and threads of one worker, or of one zygote with its spare fork
+OWN = "rfaas-own"                    # where those are who make groups beside it
 END_S = 5.0                          # killed processes need so long at the most to leave their group
 
 _NAME = re.compile(r"rfaas-(\d+)\.(\d+)\.(\d+)-[a-z]\d+")
@@ -40,6 +48,7 @@ class Roots:
     pids: Path | None = None
     cpu: Path | None = None          # for low priority; version 2 has one hierarchy for all
     unified: bool = False
+    delegated: bool = False          # it is our own group, which settle() has to divide first
     why_not: str = ""
 
     @classmethod
@@ -52,17 +61,70 @@ class Roots:
         else:
             tops = [root / mount.point.lstrip("/") for mount in mounts if not mount.controllers]
             top = next((top for top in tops if "memory" in read_text(top / "cgroup.subtree_control").split()), None)
+            if top is None or not (to_look or os.access(top, os.W_OK)):
+                own = _own_group(root, [mount for mount in mounts if not mount.controllers])
+                if own is not None:
+                    pids = own if "pids" in read_text(own / "cgroup.controllers").split() else None
+                    return cls(own, pids, None, True, delegated=True)
             if top is None:
                 return cls(why_not="no hierarchy of control groups here has the memory controller")
             memory, unified = top, True
             controllers = read_text(top / "cgroup.subtree_control").split()
-            pids, cpu = (top if name in controllers else None for name in ("pids", "cpu"))
+            pids = top if "pids" in controllers else None
+            cpu = top if "cpu" in controllers and is_root(top) else None
         if to_look:
             return cls(memory, pids, cpu, unified)
         if not os.access(memory, os.W_OK):
             return cls(why_not=f"{memory} is not ours to make control groups in")
         pids, cpu = (path if path is not None and os.access(path, os.W_OK) else None for path in (pids, cpu))
         return cls(memory, pids, cpu, unified)
+
+    def settle(self, *pids: int) -> Roots:
+        """Roots in which groups can be made, or that say why not: of a delegated group its controllers are given on.
+
+        These processes are the only ones that may be in it; they leave it for one below, for good.
+        """
+        place = self.memory
+        if not self.delegated or place is None:
+            return self
+        leaf, moved = place / OWN, []
+        controllers = [name for name, where in (("memory", self.memory), ("pids", self.pids)) if where is not None]
+        try:
+            there = (place / "cgroup.procs").read_text().split()
+            leaf.mkdir(exist_ok=True)
+            for pid in pids:
+                if str(pid) in there:
+                    (leaf / "cgroup.procs").write_text(str(pid))
+                    moved.append(pid)
+            (place / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in controllers))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                for pid in moved:
+                    (place / "cgroup.procs").write_text(str(pid))
+                leaf.rmdir()
+            others = len(set(there) - set(map(str, pids))) if error.errno == errno.EBUSY else 0
+            why = f"{others} other processes are in it" if others else error.strerror
+            return Roots(why_not=f"{place} is delegated to us, but can't be divided into control groups: {why}")
+        return self
+
+
+def _own_group(root: Path, mounts: Iterable[CgroupMount]) -> Path | None:
+    """The group of version 2 that this process is in, if it was delegated to us with the memory controller.
+
+    The root of all groups is nobody's to divide.
+    """
+    path = next((line[3:] for line in read_text(root / "proc/self/cgroup").splitlines() if line.startswith("0::")), "")
+    for mount in mounts:
+        top = mount.top.rstrip("/")
+        if not f"{path}/".startswith(f"{top}/"):
+            continue
+        own = root / mount.point.lstrip("/") / path[len(top):].lstrip("/")
+        if own.name == OWN:
+            own = own.parent
+        ours = all(os.access(own / name, os.W_OK) for name in ("", "cgroup.procs", "cgroup.subtree_control"))
+        if ours and not is_root(own) and "memory" in read_text(own / "cgroup.controllers").split():
+            return own
+    return None
 
 
 def maker(pid: int = 0) -> str:

@@ -110,7 +110,11 @@ class MemoryGuard:
         those of other users' workers can't be let into one of ours (priority.py).
         """
         self._roots = Roots.find(root, to_look=spawner is not None) if wanted != "watch" else Roots()
+        if spawner is None:
+            self._roots = self._roots.settle(os.getpid())
         why = spawner.why_no_groups if spawner is not None else self._roots.why_not
+        if low and spawner is None and self._roots.unified and self._roots.cpu is None:
+            why = why or f"a worker is in one group only, and none below {self._roots.memory} could have low priority"
         if wanted == "watch":
             why = "no control groups are to be made"
         self.why_no_groups = why

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from rfaas_mpi.agent.kernel_files import cgroup_mounts, read_text
 
-__all__ = ["NO_PRIORITY", "LowGroup", "LowPriority", "Lowering", "Means", "can_be_had", "lower_session", "make_group",
-           "remove_stale_groups", "session_can_be_lowered"]
+__all__ = ["NO_PRIORITY", "LowGroup", "LowPriority", "Lowering", "Means", "can_be_had", "is_root", "lower_session",
+           "make_group", "remove_stale_groups", "session_can_be_lowered"]
 
 AUTOGROUP_NICE = 19
 _LEAVE_S = 2.0
@@ -101,9 +101,15 @@ def _cpu_root(root: Path) -> Path | None:
             return root / mount.point.lstrip("/")
     for mount in mounts:
         point = root / mount.point.lstrip("/")
-        if not mount.controllers and "cpu" in read_text(point / "cgroup.subtree_control").split():
+        if (not mount.controllers and is_root(point)
+                and "cpu" in read_text(point / "cgroup.subtree_control").split()):
             return point
     return None
+
+
+def is_root(group: Path) -> bool:
+    """Whether a group of version 2 is the root of all: in a container the topmost that is seen need not be."""
+    return not (group / "cgroup.events").exists()
 
 
 def session_can_be_lowered(root: Path = Path("/")) -> bool:

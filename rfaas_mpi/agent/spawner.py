@@ -56,6 +56,7 @@ CPUS_MAX = 1024
 FDS_MAX = 8                          # more than any request has: the rest is seen and refused
 ANCESTORS_MAX = 1000                 # of a process, up to its zygote: none of ours needs more than a few
 ANSWER_S = 10.0                      # a spawner that is silent for so long is given up
+START_S = 60.0                       # and one that has not begun
 REMOVE_RETRY_S = 0.002
 REMOVE_WAIT_S = 0.02
 MAGIC = 0x5053_4652                  # "RFSP"
@@ -341,7 +342,8 @@ class _Server:
         self.uid_min = uid_min
         self.never = never
         self.pid = os.getpid()
-        self.roots = Roots.find()
+        # The agent is in the same group, and may not stay there either.
+        self.roots = Roots.find().settle(self.pid, os.getppid())
         self.maker = maker()
         self.zygotes: dict[int, _Zygote] = {}
         self.groups: dict[int, Group] = {}
@@ -762,7 +764,7 @@ class Spawner:
             raise
         spawner = cls(here, process)
         try:
-            spawner.why_no_groups = spawner._hear()[0].text
+            spawner.why_no_groups = spawner._hear(START_S)[0].text
         except SpawnerLost:
             spawner.close()
             raise
@@ -846,9 +848,9 @@ class Spawner:
                 raise OSError(answer.error, answer.text)
             return answer, passed
 
-    def _hear(self) -> tuple[Answer, list[int]]:
-        if not select.select([self.channel], [], [], ANSWER_S)[0]:
-            raise self._lost(f"it was silent for {ANSWER_S:g} s")
+    def _hear(self, within_s: float = ANSWER_S) -> tuple[Answer, list[int]]:
+        if not select.select([self.channel], [], [], within_s)[0]:
+            raise self._lost(f"it was silent for {within_s:g} s")
         try:
             data, fds, _, _ = socket.recv_fds(self.channel, ANSWER.size + 1, 1, socket.MSG_CMSG_CLOEXEC)
         except OSError as error:

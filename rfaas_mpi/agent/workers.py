@@ -145,7 +145,7 @@ class Workers:
                 continue
             handle.serves = True      # it is looked at once
             zygote = handle.zygote
-            what = ("has not been forked" if handle.pidfd < 0 else "does not serve") if zygote.ready else "has no zygote"
+            what = "has no zygote" if not zygote.ready else "is not forked" if handle.pidfd < 0 else "does not serve"
             log.error("lease=%d worker=%d %s in time; zygote=%s pid=%d is killed", handle.lease, handle.number, what,
                       zygote.kind.key, zygote.pid)
             self._employer.lease_failed(handle.lease, f"worker {handle.number} {what} within "

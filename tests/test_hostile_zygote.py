@@ -22,7 +22,7 @@ from rfaas_mpi import messages as msg
 from rfaas_mpi.agent.core import AgentCore, Meter
 from rfaas_mpi.agent.pool import WorkerHandle, ZygoteKind
 from rfaas_mpi.agent.spawner import Spawner
-from rfaas_mpi.agent.workers import FORKS_S, STARTS_S, Workers
+from rfaas_mpi.agent.workers import FORKS_S, STARTS_S, STRAYS_MAX, Workers
 
 NAMED = r"import ctypes; ctypes.CDLL(None).prctl(15, ctypes.c_char_p(b'gr\xc3) 1'), 0, 0, 0, 0); print(); input()"
 
@@ -237,6 +237,54 @@ def test_a_zygote_that_writes_without_end_holds_neither_the_loop_nor_the_log(cap
         node.zygote.read_errors = counted
         node.until(lambda: read > 4 << 20)
         assert sum(len(record.getMessage()) for record in caplog.records) < 1 << 18
+
+
+@pytest.fixture
+def cores() -> tuple[int, int]:
+    """The agent's own, and one of somebody else."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        pytest.skip("needs a core for the agent and one for others")
+    return cpus[0], cpus[-1]
+
+
+def test_what_a_user_runs_beside_his_workers_is_taken_back_to_the_agent_s_core_and_killed_in_the_end(
+        users_node, cores):
+    node, (own, other) = users_node, cores
+    node.core.own_cores = (own,)
+    node.core.workers[1].seat.cores = (own,)
+    for _ in range(STRAYS_MAX - 1):
+        os.sched_setaffinity(node.zygote.pid, cores)
+        node.workers.check(node.workers._masks_at)
+        assert os.sched_getaffinity(node.zygote.pid) == {own} and node.zygote_runs()
+    os.sched_setaffinity(node.zygote.pid, {other})
+    node.workers.check(node.workers._masks_at)
+    node.channel.close()
+    node.until(lambda: not node.zygote_runs())
+
+
+def test_who_is_moved_and_stays_there_is_not_killed_and_may_use_what_he_was_lent(users_node, cores):
+    node, (own, other) = users_node, cores
+    node.core.own_cores = (own,)
+    node.core.workers[1].seat.cores = (other,)
+    for _ in range(2 * STRAYS_MAX):
+        os.sched_setaffinity(node.zygote.pid, {other})      # where his worker may be just now
+        node.workers.check(node.workers._masks_at)
+        assert os.sched_getaffinity(node.zygote.pid) == {other}
+    assert node.zygote_runs()
+
+
+def test_a_kernel_that_leaves_its_core_is_taken_back_to_it(users_node, cores):
+    node, (own, other) = users_node, cores
+    node.core.own_cores = (own,)
+    node.core.workers[1].seat.cores = (other,)
+    [handle] = node.workers._handles.values()
+    # (Its zygote is as good a process of its user's as any.)
+    handle.pid, handle.serves = node.zygote.pid, True
+    os.sched_setaffinity(node.zygote.pid, cores)
+    node.workers.check(node.workers._masks_at)
+    assert os.sched_getaffinity(node.zygote.pid) == {other}
+    handle.pid = 0
 
 
 @pytest.mark.parametrize("says_ready", [False, True])

@@ -45,7 +45,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="starts programs as ot
 class Started:
     """A program that was started as a user, with what it says."""
 
-    def __init__(self, spawner: Spawner, uid: int, *argv: str, directory: str = "/") -> None:
+    def __init__(self, spawner: Spawner, uid: int, *argv: str, directory: str = "/", memory_bytes: int = 0) -> None:
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.output, output_w = os.pipe()
         setup = os.memfd_create("rfaas-setup", os.MFD_CLOEXEC)
@@ -53,7 +53,8 @@ class Started:
         os.write(command, pack_command(Command(tuple(word.encode() for word in argv), directory.encode(),
                                                ((b"PATH", b"/usr/bin:/bin"), (b"MARK", b"mine")))))
         try:
-            self.number, self.pid, self.pidfd = spawner.zygote(uid, theirs.fileno(), output_w, setup, command)
+            self.number, self.pid, self.pidfd = spawner.zygote(uid, theirs.fileno(), output_w, setup, command,
+                                                                 memory_bytes)
         except BaseException:
             self.channel.close()
             os.close(self.output)
@@ -448,6 +449,20 @@ def test_a_worker_that_takes_more_than_its_group_may_is_killed_and_that_is_told(
     while not (ended := spawner.ended()):
         select.select([spawner], [], [], 30)
     assert ended[0].code == -signal.SIGKILL
+
+
+def test_a_zygote_that_takes_more_than_it_may_is_killed_and_the_reason_is_told(roots, spawner, start, interpreter):
+    held = ("held = bytearray(%d << 20); held[::4096] = b'x' * len(held[::4096]); print('it had room', flush=True)\n"
+            "import time; time.sleep(600)")
+    modest, greedy = (start(ALICE, interpreter, "-I", "-c", held % megabytes, memory_bytes=64 << 20)
+                      for megabytes in (8, 200))
+    assert modest.line() == "it had room"
+    assert "it had room" not in greedy.said() and greedy.ended()
+    while not (ended := spawner.ended()):
+        select.select([spawner], [], [], 30)
+    assert [(each.zygote, each.code) for each in ended] == [(greedy.number, -signal.SIGKILL)]
+    assert "memory" in ended[0].why
+    assert 8 << 20 <= Group(f"{maker(spawner.pid)}-z{modest.number}", roots).anonymous_bytes() < 64 << 20
 
 
 def test_the_end_of_a_group_ends_what_is_in_it_and_tells_how_often_its_limit_killed(roots, spawner, start, wait_until):

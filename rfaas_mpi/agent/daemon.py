@@ -177,7 +177,7 @@ class Agent(AgentServer):
             self._serve_users()
         else:
             self._lock_cores()
-        self.workers.guard_memory(self.settings.memory_limit, low=by_group)
+        self.workers.guard_memory(self.settings.memory_limit, low=by_group, zygote_bytes=self.settings.zygote_memory)
         if self.options.cores is None:
             policy = Policy(never=frozenset(keep), memory_reserve=self.settings.memory_reserve,
                             low_priority=by_group or self.workers.low.means is not None)
@@ -391,9 +391,10 @@ class Agent(AgentServer):
         if self._admission is None or self._link is None:
             return
         leaving, clock_ns = self._told_to_leave, time.monotonic_ns()
+        memory_bytes = max(0, self.lendable.memory_bytes - self.workers.zygotes_bytes())
         self._link.report(api.Report(
             incarnation=self._admission.incarnation, clock_ns=clock_ns,
-            spare=() if leaving else self.lendable.cores, memory_bytes=0 if leaving else self.lendable.memory_bytes,
+            spare=() if leaving else self.lendable.cores, memory_bytes=0 if leaving else memory_bytes,
             live=self.tenures.live, over=self._admission.over(clock_ns, self.tenures),
             numa={} if leaving else self.lendable.numa, grace_s=self.options.grace_s,
             traits=traits_of(self._found, time.monotonic(), self._site)))

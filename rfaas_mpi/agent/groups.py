@@ -224,6 +224,12 @@ class Group:
         return next((int(line.split()[1]) for line in read_text(self.memory / file).splitlines()
                      if line.startswith("oom_kill ")), 0)
 
+    def anonymous_bytes(self) -> int:
+        """What its processes hold that is in no file; 0 once it is removed."""
+        names = ("anon", "shmem") if self.unified else ("rss", "shmem")
+        return sum(int(line.split()[1]) for line in read_text(self.memory / "memory.stat").splitlines()
+                   if line.split()[0] in names)
+
     def kill(self) -> None:
         """SIGKILL for all that is in it; nothing new can begin there."""
         if self.unified and (self.memory / "cgroup.kill").exists():

@@ -141,6 +141,13 @@ class MemoryGuard:
         """For people and programs."""
         return {"means": str(self.means), "why": self.why_no_groups}
 
+    def held_by(self, zygotes: Iterable[Parent]) -> int:
+        """Memory that zygotes of other users hold, which nobody was granted; 0 where they are in no group."""
+        if self.why_no_groups:
+            return 0
+        return sum(Group(f"{self._maker}-z{zygote.number}", self._roots).anonymous_bytes()
+                   for zygote in zygotes if zygote.spawner is not None)
+
     def prepare(self, zygote: Parent, pidfd: int) -> None:
         """A process of it waits to become a worker: it gets its group now, since entering one may take 20 ms."""
         self.forget(zygote)           # it has one at a time, whatever it says

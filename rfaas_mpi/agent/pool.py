@@ -132,8 +132,9 @@ class ZygoteHandle:
     """
 
     def __init__(self, kind: ZygoteKind, now: float, spawner: Spawner | None = None,
-                 low: LowPriority = NO_PRIORITY, *, tell_spares: bool = False) -> None:
+                 low: LowPriority = NO_PRIORITY, *, tell_spares: bool = False, memory_bytes: int = 0) -> None:
         self.kind = kind
+        self._memory_bytes = memory_bytes
         self.low = low
         self.spawner = spawner
         self.number = 0                      # the spawner's number for it
@@ -197,7 +198,8 @@ class ZygoteHandle:
             with open(command, "wb", closefd=False) as file:
                 file.write(pack_command(Command(tuple(self._argv(CHANNEL_FD, SETUP_FD, spawner.pid)),
                                                 self.kind.directory, tuple(environment.items()))))
-            self.number, pid, pidfd = spawner.zygote(self.kind.uid, channel, output, setup, command)
+            self.number, pid, pidfd = spawner.zygote(self.kind.uid, channel, output, setup, command,
+                                                    self._memory_bytes)
         finally:
             os.close(command)
         return SpawnedProgram(spawner, self.number, pid, pidfd)

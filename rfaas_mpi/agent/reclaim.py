@@ -10,7 +10,7 @@ import os
 import signal
 from collections.abc import Collection, Iterator
 
-__all__ = ["Clearing", "started_by", "threads"]
+__all__ = ["Clearing", "runs_only_on", "started_by", "threads"]
 
 # Each round sees what began during the one before. Only what forks on and on needs more.
 _ROUNDS = 8
@@ -30,6 +30,17 @@ def started_by(pid: int) -> Iterator[int]:
         for child in _children(pid, thread):
             yield child
             yield from started_by(child)
+
+
+def runs_only_on(pid: int, cores: Collection[int]) -> bool:
+    """Whether no thread of the process may run elsewhere; True if it is gone."""
+    for thread in threads(pid):
+        try:
+            if not os.sched_getaffinity(thread) <= set(cores):
+                return False
+        except ProcessLookupError:
+            continue                  # it has ended
+    return True
 
 
 def _children(pid: int, thread: int) -> list[int]:

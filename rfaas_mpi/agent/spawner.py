@@ -76,7 +76,7 @@ _GUEST_OOM_SCORE = "900"             # below the workers' own 1000, far above th
 class Op(IntEnum):
     """All that a spawner can be asked."""
 
-    ZYGOTE = 1                       # uid; channel, output, setup, command → pid, pidfd
+    ZYGOTE = 1                       # uid; channel, output, setup, command → pid, pidfd; size_bytes: its limit
     SIGNAL = 2                       # argument: the signal; a process' pidfd, none: the zygote
     GROUP = 3                        # a worker's control group; size_bytes: its limit; argument 1: low priority
     LIMIT = 4                        # another limit for it
@@ -84,7 +84,7 @@ class Op(IntEnum):
     REMOVE = 6                       # ends what is in it → how often its limit killed
     AFFINITY = 7                     # a process' pidfd, cpus: all of its threads run there only
     CLEAR = 8                        # a killed process' pidfd, cpus, others: it leaves the ones for the others → done
-    ENDED = 9                        # told unasked: a zygote is gone; number: its wait status
+    ENDED = 9                        # told unasked: a zygote is gone; number: its wait status; text: why, if known
 
 
 # How many descriptors come with each.
@@ -169,6 +169,7 @@ class Ended:
 
     zygote: int
     code: int
+    why: str = ""
 
 
 class SpawnerLost(ServiceError):
@@ -479,7 +480,7 @@ class _Server:
             raise PermissionError(errno.EPERM, f"uid {request.uid} is not served: it is the agent's own")
         group = None
         if self.roots.memory is not None:
-            group = Group.make(f"{self.maker}-z{request.zygote}", self.roots)
+            group = Group.make(f"{self.maker}-z{request.zygote}", self.roots, request.size_bytes)
         pid = os.fork()
         if pid == 0:
             _become_zygote(request.uid, self.uid_min, fds, self.pid, group)
@@ -570,13 +571,15 @@ class _Server:
             if zygote is None:
                 continue
             del self.zygotes[zygote.number]
+            own = self.groups.get(-zygote.number)
+            why = "it held more memory than a zygote may" if own is not None and own.oom_kills() else ""
             for number in (*zygote.groups, -zygote.number):
                 group = self.groups.pop(number, None)
                 if group is not None and not group.remove():
                     self.removing.append(group)
             code = os.waitstatus_to_exitcode(status)
             log.info("zygote=%d uid=%d pid=%d ended: %d", zygote.number, zygote.uid, pid, code)
-            self._tell(Answer(Op.ENDED, 0, zygote.number, number=code & 0xFFFF), [])
+            self._tell(Answer(Op.ENDED, 0, zygote.number, number=code & 0xFFFF, text=why), [])
         self._end_strays()
 
     def _end_strays(self) -> list[int]:
@@ -786,10 +789,14 @@ class Spawner:
         ended, self._ended = self._ended, []
         return ended
 
-    def zygote(self, uid: int, channel: int, output: int, setup: int, command: int) -> tuple[int, int, int]:
-        """Starts one as that user: its number, pid and pidfd. `command` is a file with a Command."""
+    def zygote(self, uid: int, channel: int, output: int, setup: int, command: int,
+               memory_bytes: int = 0) -> tuple[int, int, int]:
+        """Starts one as that user: its number, pid and pidfd. `command` is a file with a Command.
+
+        It may hold so much memory, less what its workers do; 0: any amount.
+        """
         number, self._next_zygote = self._next_zygote, self._next_zygote + 1
-        answer, fds = self._ask(Request(Op.ZYGOTE, 0, number, uid=uid), [channel, output, setup, command])
+        answer, fds = self._ask(Request(Op.ZYGOTE, 0, number, uid=uid, size_bytes=memory_bytes), [channel, output, setup, command])
         return number, answer.pid, fds[0]
 
     def signal(self, zygote: int, pidfd: int = -1, number: int = signal.SIGKILL, *, wait: bool = False) -> None:
@@ -860,7 +867,7 @@ class Spawner:
         answer = Answer.unpack(data)
         if answer.op == Op.ENDED:
             code = answer.number - 0x10000 if answer.number >= 0x8000 else answer.number
-            self._ended.append(Ended(answer.zygote, code))
+            self._ended.append(Ended(answer.zygote, code, answer.text))
         return answer, fds
 
     def _lost(self, why: str) -> SpawnerLost:

@@ -13,7 +13,7 @@ import select
 import selectors
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Protocol
 
 import msgspec
@@ -25,6 +25,7 @@ from rfaas_mpi.agent.core import AgentCore, Exit, Meter, Page
 from rfaas_mpi.agent.memory import WATCH_S, Means, MemoryGuard
 from rfaas_mpi.agent.pool import WorkerHandle, ZygoteHandle, ZygoteKind, oom_kills
 from rfaas_mpi.agent.priority import NO_PRIORITY
+from rfaas_mpi.agent.reclaim import runs_only_on, started_by
 from rfaas_mpi.agent.spawner import Spawner, SpawnerLost
 from rfaas_mpi.errors import ServiceError
 
@@ -38,6 +39,8 @@ ENDS_S = 5.0                         # killed workers are waited for, at our own
 
 STARTS_S = 120.0                     # an interpreter with the user's modules may need so long to be ready
 FORKS_S = 60.0                       # and then so long for a worker that serves
+MASKS_S = 1.0                        # how often it is looked at where other users' processes may run
+STRAYS_MAX = 10                      # such looks in a row that find one elsewhere end its zygote
 
 _LEAVES_S = 2.0                      # a zygote that is told to end is killed after this
 _LEAVING_POLL_S = 0.05
@@ -96,6 +99,9 @@ class Workers:
         self._oom_kills = oom_kills()
         self._spawner: Spawner | None = None
         self._guard = MemoryGuard("watch")
+        self._zygote_bytes = 0
+        self._masks_at = 0.0                 # when to look where other users' processes may run
+        self._strayed: dict[str, int] = {}   # zygotes, workers → looks in a row that found them elsewhere
         self._leaving: list[tuple[float, ZygoteHandle]] = []     # when to kill them
         self._look_at = float("inf")         # when to look at the workers' memory
 
@@ -104,11 +110,13 @@ class Workers:
         self._spawner = spawner
         self._selector.register(spawner, READ, lambda _m: self._on_spawner())
 
-    def guard_memory(self, wanted: str, *, low: bool = False) -> None:
+    def guard_memory(self, wanted: str, *, low: bool = False, zygote_bytes: int = 0) -> None:
         """Bounds each worker's memory from now on as the setting says. ServiceError if it can't be had.
 
-        With `low` their groups have low priority, where workers have it from no other one.
+        With `low` their groups have low priority, where workers have it from no other one. Another user's zygote may
+        hold `zygote_bytes`, 0: any amount.
         """
+        self._zygote_bytes = zygote_bytes
         self._guard = MemoryGuard(wanted, self._spawner, low=low)
 
     # ---- time ------------------------------------------------------------------------------------
@@ -119,6 +127,8 @@ class Workers:
                  if handle.lines.since is not None]
         times += [zygote.idle_since + self._zygote_idle_s for zygote in self.zygotes.values() if not zygote.workers]
         times += [min(due, now + _LEAVING_POLL_S) for due, _ in self._leaving]
+        if self._confines:
+            times.append(self._masks_at)
         times += [handle.serves_by(STARTS_S, FORKS_S) for handle in self._handles.values() if not handle.serves]
         due = self.core.next_deadline(now)
         return [*times, self._look_at] if due is None else [*times, self._look_at, due]
@@ -133,10 +143,75 @@ class Workers:
             self._look_at = now + WATCH_S if self._guard.watches else float("inf")
             for number in self._guard.over():
                 self._end_for_memory(number)
+        if self._confines and now >= self._masks_at:
+            self._masks_at = now + MASKS_S
+            for key, zygote in list(self.zygotes.items()):
+                if zygote.spawner is not None:
+                    self._confine(key, zygote)
         self._end_late(now)
         self.act(self.core.tick(now))
         if self._spawner is not None and self._spawner.has_news:
             self._on_spawner()
+
+    @property
+    def _confines(self) -> bool:
+        """Whether there is somebody to be kept where he belongs, and such a place."""
+        return self._spawner is not None and bool(self.core.own_cores) and bool(self.zygotes)
+
+    def _confine(self, key: str, zygote: ZygoteHandle) -> None:
+        """Takes what a user runs back to cores that he was lent, or to ours; what insists is killed.
+
+        Groups bound its memory, but a mask is its own to change.
+        """
+        own, seen = frozenset(self.core.own_cores), {zygote.pid}
+        lent: set[int] = set()
+        for number in zygote.workers:
+            handle, worker = self._handles.get(number), self.core.workers.get(number)
+            if handle is None or worker is None:
+                continue
+            lent.update(worker.seat.cores)
+            if not handle.pid:
+                continue
+            family = [handle.pid, *started_by(handle.pid)]
+            seen.update(family)
+            if handle.serves and not worker.killed and not worker.seat.stopping:
+                self._take_back(f"{key}/{number}", zygote, family, worker.seat.cores, worker.seat.cores, handle.kill)
+        # One that is forked at this moment may be on its core already.
+        others = [zygote.pid, *(pid for pid in started_by(zygote.pid) if pid not in seen)]
+        self._take_back(key, zygote, others, own | lent, own, zygote.process.kill)
+
+    def _take_back(self, name: str, zygote: ZygoteHandle, pids: Iterable[int], allowed: Collection[int],
+                   cores: Collection[int], end: Callable[[], None]) -> None:
+        strayed = [pid for pid in pids if not runs_only_on(pid, allowed)]
+        if not strayed:
+            self._strayed.pop(name, None)
+            return
+        count = self._strayed[name] = self._strayed.get(name, 0) + 1
+        if count >= STRAYS_MAX:
+            del self._strayed[name]
+            log.error("zygote=%s runs where its user was lent nothing, again and again: it is killed", name)
+            end()
+            return
+        log.warning("zygote=%s may run where its user was lent nothing: pids %s are moved", name, strayed)
+        assert zygote.spawner is not None
+        for pid in strayed:
+            try:
+                pidfd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            try:
+                zygote.spawner.bind(zygote.number, pidfd, cores)
+            except SpawnerLost as error:
+                self._employer.spawner_lost(str(error))
+                return
+            except OSError as error:
+                log.debug("zygote=%s pid=%d was not moved: %s", name, pid, error)     # gone, or the next look's
+            finally:
+                os.close(pidfd)
+
+    def zygotes_bytes(self) -> int:
+        """Memory that other users' zygotes hold, and nobody was granted."""
+        return self._guard.held_by(self.zygotes.values())
 
     def _end_late(self, now: float) -> None:
         """What a user's zygote doesn't start keeps no lease, and nobody waits for it."""
@@ -438,7 +513,8 @@ class Workers:
                                        hint="only an agent that root starts, with RFAAS_SERVICE_USER, serves others")
             try:
                 zygote = ZygoteHandle(kind, now, spawner, self.low if spawner is None else NO_PRIORITY,
-                                      tell_spares=self._guard.means is Means.CGROUP)
+                                      tell_spares=self._guard.means is Means.CGROUP,
+                                      memory_bytes=self._zygote_bytes)
             except OSError as error:
                 what = kind.prefix[0] if kind.prefix else os.fsdecode(kind.executable)
                 raise ServiceError(f"{socket.gethostname()} can't start {what} for workers: "
@@ -526,14 +602,15 @@ class Workers:
     def _on_spawner(self) -> None:
         assert self._spawner is not None
         try:
-            ended = {each.zygote: each.code for each in self._spawner.ended()}
+            ended = {each.zygote: each for each in self._spawner.ended()}
         except SpawnerLost as error:
             self._unregister(self._spawner)
             self._employer.spawner_lost(str(error))
             return
         for key, zygote in list(self.zygotes.items()):
             if zygote.spawner is not None and zygote.number in ended:
-                zygote.process.returncode = ended[zygote.number]
+                zygote.process.returncode = ended[zygote.number].code
+                zygote.stderr += ended[zygote.number].why.encode()
                 self._spawner_saw_it_end(key, zygote)
 
     def _spawner_saw_it_end(self, key: str, zygote: ZygoteHandle) -> None:
@@ -602,6 +679,7 @@ class Workers:
 
     def _forget_zygote(self, key: str) -> ZygoteHandle:
         zygote = self.zygotes.pop(key)
+        self._strayed = {name: count for name, count in self._strayed.items() if name.partition("/")[0] != key}
         self._guard.forget(zygote)
         self._unregister(zygote.channel)
         self._unregister(zygote.errors)

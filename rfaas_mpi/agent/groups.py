@@ -204,7 +204,17 @@ class Group:
                 file.write_text(str(memory_bytes))
 
     def enter(self, pid: int = 0) -> None:
-        """Moves a process there with all of its threads; 0 is the caller. OSError if it is gone."""
+        """Moves a process there with all of its threads; 0 is the caller. OSError if it is gone.
+
+        Its main thread may run where it could before: with the cpuset controller of version 2, kernels before 6.2
+        open every core of the group to it.
+        """
+        mask = os.sched_getaffinity(pid) if self.unified else set()
+        self._enter(pid)
+        if mask and os.sched_getaffinity(pid) != mask:
+            os.sched_setaffinity(pid, mask)
+
+    def _enter(self, pid: int) -> None:
         for directory in self._directories:
             if not self.unified and _has_one_thread(pid):
                 # In v1 one thread enters without the lock that all forks of the node

@@ -137,6 +137,11 @@ class MemoryGuard:
         """What bounds the next worker's memory."""
         return Means.WATCH if self.why_no_groups else Means.CGROUP
 
+    @property
+    def may_unbind(self) -> bool:
+        """Whether a process may run elsewhere than before once it is in its group (Group.enter)."""
+        return not self.why_no_groups and self._roots.unified
+
     def status(self) -> dict[str, str]:
         """For people and programs."""
         return {"means": str(self.means), "why": self.why_no_groups}

@@ -213,6 +213,21 @@ class Workers:
         """Memory that other users' zygotes hold, and nobody was granted."""
         return self._guard.held_by(self.zygotes.values())
 
+    def _bind(self, handle: WorkerHandle) -> None:
+        """To its cores, as it does itself; entering a group may have undone that."""
+        worker = self.core.workers.get(handle.number)
+        if worker is None or worker.killed:
+            return
+        try:
+            if handle.zygote.spawner is None:
+                os.sched_setaffinity(handle.pid, worker.seat.cores)
+            else:
+                handle.zygote.spawner.bind(handle.zygote.number, handle.pidfd, worker.seat.cores)
+        except SpawnerLost:
+            raise
+        except OSError as error:
+            log.debug("worker=%d pid=%d is not bound: %s", handle.number, handle.pid, error)     # it is gone
+
     def _end_late(self, now: float) -> None:
         """What a user's zygote doesn't start keeps no lease, and nobody waits for it."""
         for handle in list(self._handles.values()):
@@ -580,6 +595,8 @@ class Workers:
                     pid = handle.forked(fds.pop(), pid)
                     handle.verify()
                     self._guard.begin(handle)
+                    if self._guard.may_unbind:
+                        self._bind(handle)
                     if self._guard.watches:
                         self._look_at = min(self._look_at, time.monotonic() + WATCH_S)
                     handle.admit()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import pytest
 
 from rfaas_mpi.leases import Demand, NodeReport
-from rfaas_mpi.placement import Cohorts, Placer, RankPlace, Settings
+from rfaas_mpi.placement import ClusterView, Cohorts, NodeFacts, Placer, RankPlace, Settings, fill
+from rfaas_mpi.placement.policies import Search, seats
 from rfaas_mpi.placement.fairness import debt_s, decayed, dominant_share
 
 GIB = 1 << 30
@@ -120,6 +124,55 @@ def test_settings_of_the_site_hold_for_every_demand():
     report(placer, NodeReport(node="a", spare=(0,), memory_bytes=GIB))
     assert placer.choose(demand(), now=4.0) == {}
     assert placer.choose(demand(), now=5.0) == {"a": [(0,)]}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_kept_of_a_node_says_the_same_as_a_node_that_is_new(seed):
+    chance = random.Random(seed)
+    placer = Placer(settings=Settings(exact_to=chance.choice((4, 64)), sample=3))
+    cores = {f"n{number}": chance.sample(range(12), chance.randint(1, 12)) for number in range(9)}
+    held: dict[str, set[int]] = {name: set() for name in cores}
+    numa = {core: core % 3 for core in range(12)}
+    for name in cores:
+        placer.tell(name, since=chance.uniform(0, 50), speed=chance.choice((1.0, 0.9)),
+                    busy=frozenset(chance.sample(range(14), chance.randint(0, 3))),
+                    classes=chance.choice(({}, {1: "idle", 5: "idle", 6: "unused"})),
+                    physical=chance.choice(({}, {core: core % 6 for core in range(12)})))
+        placer.changed(name, tuple(cores[name]), GIB, numa=numa)
+    live: list[tuple[str, set[int]]] = []
+    for number in range(25):
+        want = demand(0, chance.randint(1, 4), request_id=number, cores_per_worker=chance.choice((1, 1, 2, 4)),
+                      duration_s=chance.choice((None, 20.0)))
+        needs = placer.needs(want)
+        before = placer.view().nodes
+        new = [replace(facts) for facts in before.values()]
+        chosen = placer.choose(want, now=60.0 + number)
+        again = Search(needs, ClusterView.of(new), placer.settings, 60.0 + number, hash((placer.seed, 1, number)),
+                       [name for name in sorted(before) if before[name].spare])
+        assert chosen == seats(again)
+        taken = [(name, {core for worker in workers for core in worker}) for name, workers in chosen.items()]
+        live += taken
+        back = [live.pop(chance.randrange(len(live))) for _ in live[:] if len(live) > 8 or chance.random() < 0.2]
+        for name, some in [*taken, *back]:
+            held[name] ^= some
+            placer.changed(name, tuple(core for core in cores[name] if core not in held[name]), GIB, held=held[name])
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_the_default_puts_each_worker_where_it_costs_least_given_those_before(seed):
+    chance = random.Random(seed)
+    view = ClusterView.of([
+        NodeFacts(node=f"n{number}", spare=tuple(range(chance.randint(0, 8))), lent=frozenset({8, 9}),
+                  numa={core: core % 2 for core in range(10)}, since=chance.uniform(0, 50),
+                  nic_numa=chance.choice((None, 0)), cohort=chance.choice(("", "a", "b")),
+                  speed=chance.uniform(0.8, 1.0), starting=chance.randint(0, 2))
+        for number in range(8)])
+    needs = Placer().needs(demand(6, bytes_per_s=1e8, cores_per_worker=chance.randint(1, 3)),
+                           (RankPlace("n1", 1, 0), RankPlace("far", 2)))
+    search, found = Search(needs, view, Settings(), 60.0, 0), []
+    while len(found) < needs.workers_max and (rooms := list(search.rooms())):
+        found.append(min(rooms, key=lambda room: (room.total_s(), room.key)).take())
+    assert fill(needs, view, now=60.0) == found
 
 
 # --- fairness -----------------------------------------------------------------

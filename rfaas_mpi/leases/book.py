@@ -489,8 +489,9 @@ class LeaseBook:
             lease, None if within_s is None or told_apart else now + within_s)
         self._expect(entry)
         self._by_session.setdefault(demand.session, {})[lease.id] = None
-        node.held.update(dict.fromkeys(lease.cores, lease.id))
-        self.held.change(lease.uid, len(lease.cores), now)
+        cores = lease.cores
+        node.held.update(dict.fromkeys(cores, lease.id))
+        self.held.change(lease.uid, len(cores), now)
         node.memory_held += lease.memory_bytes
         self._nodes.changed(node)
         self._note(lease)
@@ -751,19 +752,22 @@ class LeaseBook:
 
         By the first such cause: what comes later only hurries it.
         """
-        stopping = tuple(worker.number for worker in entry.lease.workers
-                         if worker.number in entry.stops)
-        self._change(entry, stopping=stopping, stop_by=max(entry.stops.values(), default=None))
-        if len(stopping) == len(entry.lease.workers) and entry.lease.cause is None:
-            self._change(entry, state=LeaseState.REVOKING, cause=cause)
+        stops, lease = entry.stops, entry.lease
+        stopping = tuple([worker.number for worker in lease.workers if worker.number in stops])
+        stop_by = max(stops.values(), default=None)
+        if len(stopping) == len(lease.workers) and lease.cause is None:
+            self._change(entry, stopping=stopping, stop_by=stop_by, state=LeaseState.REVOKING, cause=cause)
+        else:
+            self._change(entry, stopping=stopping, stop_by=stop_by)
 
     def _end(self, entry: _Entry, cause: Cause, now: float) -> None:
         """Free what the lease holds and put it among the ended ones."""
         lease = entry.lease
         node = self._nodes.known(lease.node)
         node.memory_held -= lease.memory_bytes
-        self.held.change(lease.uid, -len(lease.cores), now)
-        for core in lease.cores:
+        cores = lease.cores
+        self.held.change(lease.uid, -len(cores), now)
+        for core in cores:
             del node.held[core]
         self._nodes.changed(node)
         del self._live[lease.id]

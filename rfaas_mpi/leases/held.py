@@ -52,8 +52,10 @@ class Held:
             del self._of[uid]
 
     def _core_s(self, user: _User, now: float) -> float:
+        if now <= user.at:
+            return user.core_s
         # An amount halves each half-life; so does each moment's share of what is held meanwhile.
-        left = math.exp(-self._rate * max(0.0, now - user.at))
+        left = math.exp(-self._rate * (now - user.at))
         return user.core_s * left + user.cores * (1.0 - left) / self._rate
 
 

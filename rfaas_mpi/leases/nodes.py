@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from heapq import heappop, heappush
+from itertools import filterfalse
 from typing import Any, Protocol, TypeAlias
 
 from rfaas_mpi.leases.types import Demand, NodeReport, NodeTraits, NodeView
@@ -75,7 +76,8 @@ class Node:
     @property
     def memory_free(self) -> int:
         # A report may promise less than is lent: what is lent stays lent.
-        return max(0, (self.report.memory_bytes if self.report else 0) - self.memory_held)
+        left = (self.report.memory_bytes if self.report is not None else 0) - self.memory_held
+        return left if left > 0 else 0
 
     @property
     def view(self) -> NodeView:
@@ -182,9 +184,9 @@ class Nodes:
         if report is None or node.silent or node.drained or node.fence_ns:
             node.free = ()
         else:
-            held, foreign = node.held, node.foreign
-            node.free = tuple([core for core in report.spare
-                               if core not in held and core not in foreign])
+            # This is done for each grant and end: no loop of Python's over a node's cores.
+            free = filterfalse(node.held.__contains__, report.spare)
+            node.free = tuple(filterfalse(node.foreign.__contains__, free) if node.foreign else free)
             if node.free:
                 place = (report.lends_to_uid, len(node.free))
         if self.chooser is not None:

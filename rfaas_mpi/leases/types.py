@@ -93,7 +93,10 @@ class Lease(msgspec.Struct, frozen=True, gc=False):
     @property
     def cores(self) -> tuple[int, ...]:
         """Every core that the lease holds now, in order of its workers."""
-        return tuple(core for worker in self.workers for core in worker.cores)
+        workers = self.workers
+        if len(workers) == 1:
+            return workers[0].cores
+        return tuple([core for worker in workers for core in worker.cores])
 
     @property
     def memory_bytes(self) -> int:

@@ -7,11 +7,11 @@ CPU as the kernel numbers it; a *physical core* is the set of CPUs (SMT siblings
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import repeat
-from typing import Literal, TypeAlias
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from rfaas_mpi.placement.survival import Survival
 
@@ -21,6 +21,22 @@ __all__ = ["ClusterView", "CoreClass", "Needs", "NodeFacts", "Placed", "Placemen
 CoreClass: TypeAlias = Literal["free", "specialised", "unused", "idle"]
 """Whose a spare core is, in the detector's words: in no job's cpuset · kept from jobs · a job's, in no task's mask ·
 a job's, and idle."""
+
+
+_T = TypeVar("_T")
+
+
+class _kept(Generic[_T]):
+    """functools.cached_property without its lock: to find the same thing twice does no harm, and waiting costs."""
+
+    def __init__(self, find: Callable[[Any], _T]) -> None:
+        self.find = find
+        self.name = find.__name__
+        self.__doc__ = find.__doc__
+
+    def __get__(self, facts: Any, owner: type | None = None) -> _T:
+        value = facts.__dict__[self.name] = self.find(facts)
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,32 +87,33 @@ class NodeFacts:
         facts.update(self.__dict__)
         facts["spare"], facts["lent"], facts["memory_bytes"] = spare, lent, memory_bytes
         # What follows from those three; the rest of what is kept still holds.
-        for stale in ("domain_busy", "domain_load", "domain_free", "unshared", "_usable"):
+        for stale in ("domain_load", "domain_free", "unshared", "_usable", "_slow"):
             facts.pop(stale, None)
         taken, back = lent - self.lent, self.lent - lent
-        if not self.busy and len(self.spare) - len(taken) + len(back) == len(spare):
-            # Spare ones were lent, lent ones are spare, and nothing else: counting all of them again takes longer.
-            free, busy, numa = dict(self.domain_free), dict(self.domain_busy), self.numa
-            for core in taken:
+        if bool(taken) != bool(back) and len(self.spare) - len(taken) + len(back) == len(spare):
+            # Spare ones were lent, or lent ones are spare, and nothing else: counting all again takes longer.
+            free, load, numa, busy = dict(self.domain_free), dict(self.domain_load), self.numa, self.busy
+            more = 1 if taken else -1
+            for core in taken or back:
                 domain = numa.get(core, 0)
-                free[domain] -= 1
-                busy[domain] = busy.get(domain, 0) + 1
-            for core in back:
-                domain = numa.get(core, 0)
-                free[domain] = free.get(domain, 0) + 1
-                busy[domain] -= 1
-            facts["domain_free"], facts["domain_busy"] = free, busy
+                free[domain] = free.get(domain, 0) - more
+                if not free[domain]:
+                    del free[domain]
+                if core not in busy:
+                    size, used = load[domain]
+                    load[domain] = size, used + more
+            facts["domain_free"], facts["domain_load"] = free, load
         return other
 
     def ends_within(self, survival: Survival, at: float, for_s: float) -> float:
         """The probability that its window ends within so long from then; the last one that was asked for is kept."""
+        kept = self.__dict__
         asked = (at, for_s, self.cohort_size)
-        known = self.__dict__.get("_risk")
-        if known is not None and known[0] is survival and known[1] == asked:
+        if "_risk" in kept and (known := kept["_risk"])[1] == asked and known[0] is survival:
             return known[2]
         age = at - self.since if self.since is not None else 0.0
         risk = survival.ends_within(age, for_s, self.cohort_size)
-        self.__dict__["_risk"] = (survival, asked, risk)
+        kept["_risk"] = (survival, asked, risk)
         return risk
 
     @property
@@ -104,7 +121,7 @@ class NodeFacts:
         """The machine that it is."""
         return self.host or self.node
 
-    @cached_property
+    @_kept
     def domain_size(self) -> Mapping[int, int]:
         """NUMA node → how many of its cores are known."""
         sizes: dict[int, int] = dict(Counter(self.numa.values()))
@@ -112,23 +129,18 @@ class NodeFacts:
             sizes[0] = sizes.get(0, 0) + len(missing)
         return sizes
 
-    @cached_property
-    def domain_busy(self) -> Mapping[int, int]:
-        """NUMA node → on how many of its cores something runs."""
-        return Counter(map(self.numa.get, self.busy | self.lent if self.busy else self.lent, repeat(0)))
+    @_kept
+    def domain_load(self) -> Mapping[int, tuple[int, int]]:
+        """NUMA node → how many cores it has, and on how many of them something runs."""
+        busy = Counter(map(self.numa.get, self.busy | self.lent if self.busy else self.lent, repeat(0)))
+        return {domain: (size, busy.get(domain, 0)) for domain, size in self.domain_size.items()}
 
-    @cached_property
-    def domain_load(self) -> Mapping[int, tuple[int, float]]:
-        """NUMA node → how many cores it has, and the share of them on which something runs."""
-        busy = self.domain_busy
-        return {domain: (size, busy.get(domain, 0) / size) for domain, size in self.domain_size.items()}
-
-    @cached_property
+    @_kept
     def domain_free(self) -> Mapping[int, int]:
-        """NUMA node → how many of its cores are spare."""
+        """NUMA node → how many of its cores are spare; none where none is."""
         return Counter(map(self.numa.get, self.spare, repeat(0)))
 
-    @cached_property
+    @_kept
     def unshared(self) -> tuple[int, ...]:
         """The spare cores whose physical core no lease holds a part of, in order."""
         of = self.physical
@@ -148,9 +160,16 @@ class NodeFacts:
             known = self._usable[key] = self._find_usable(whole_cores, classes)
         return known
 
-    @cached_property
+    @_kept
     def _usable(self) -> dict[tuple[bool, frozenset[str] | None], Mapping[int, tuple[int, ...]]]:
         return {}
+
+    def cores(self, domain: int, whole_cores: bool, classes: frozenset[str] | None) -> Iterator[int]:
+        """What `usable` has for that NUMA node, each found when it is asked for."""
+        if classes is None and not self.physical and not self.classes:
+            numa = self.numa
+            return (core for core in self.spare if numa.get(core, 0) == domain)
+        return iter(self.usable(whole_cores, classes)[domain])
 
     def count_usable(self, whole_cores: bool, classes: frozenset[str] | None) -> int:
         """How many cores `usable` has."""

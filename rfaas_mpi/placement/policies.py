@@ -44,10 +44,10 @@ class Chance:
     def shuffled(self, names: Sequence[str]) -> Iterator[str]:
         """All of them in an order of chance, each drawn when it is asked for."""
         moved: dict[int, str] = {}
-        last = len(names)
+        last, below = len(names), self.below
         for position in range(last):
-            other = position + self.below(last - position)
-            name = moved.get(other, names[other])
+            other = position + below(last - position)
+            name = moved[other] if other in moved else names[other]
             if other != position:
                 moved[other] = moved.get(position, names[position])
             yield name

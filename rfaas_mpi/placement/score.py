@@ -10,8 +10,9 @@ where a node, or another of its cohort, gets the first worker.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from rfaas_mpi.placement.facts import ClusterView, Needs, NodeFacts, Placed, Terms
 from rfaas_mpi.placement.survival import PROMETHEUS_FIB, Survival
@@ -99,8 +100,8 @@ def fits(facts: NodeFacts, needs: Needs, settings: Settings, now: float) -> int:
         return 0
     most = facts.count_usable(needs.whole_cores, needs.classes) // needs.cores_per_worker
     if needs.memory_per_worker > 0:
-        most = min(most, facts.memory_bytes // needs.memory_per_worker)
-    return max(0, most)
+        most = max(0, min(most, facts.memory_bytes // needs.memory_per_worker))
+    return most
 
 
 def _unusable(facts: NodeFacts, needs: Needs) -> str:
@@ -134,50 +135,49 @@ class Scorer:
         self._paths = [(rank, view.path(rank.node) or rank.switches, rank.count)
                        for rank in needs.ranks if rank.count > 0]
         self._ranks = sum(count for _, _, count in self._paths)
-        self._homes = {rank.node for rank, _, _ in self._paths}
-        self._per_byte: dict[tuple[str, ...], float] = {}
-        self._link = settings.bandwidth[min(1, len(settings.bandwidth) - 1)]
+        self.homes = {rank.node for rank, _, _ in self._paths}
+        self._heights = _heights(self._paths[0][1]) if self._paths else {}
+        self._per_byte = [1.0 / bandwidth for bandwidth in settings.bandwidth]
+        self._last = len(settings.bandwidth) - 1
+        self.link = settings.bandwidth[min(1, len(settings.bandwidth) - 1)]
         # Of a window, to the second: what was found for a node holds for all demands of that second.
         self._second = math.floor(now)
+        self._until = now + self.duration_s
         self._redo_s = needs.call_s / 2 + needs.constants_bytes / settings.bandwidth[-1]
+        # What the first worker's eviction costs, of whichever node.
+        self._alone_s = self._redo_s + settings.cold_s
         # What the slowdown of a NUMA node is made of: its share of cores that others use and that we use, its pressure.
         self.contention = settings.contention
         self.memory_contention = settings.memory_contention * needs.memory_bound
-        self._others_wait = (min(1.0, view.waiting_cores / max(1, view.free_cores))
+        self.slow_key = (self.duration_s, needs.memory_bound, settings.contention, settings.memory_contention,
+                         settings.guessed_pressure, needs.whole_cores, needs.classes)
+        self.others_wait = (min(1.0, view.waiting_cores / max(1, view.free_cores))
                              if view.waiting_cores > 0 and needs.debt_s > 0 else 0.0)
 
     # ---- transfer --------------------------------------------------------------------------------
 
     def far_per_byte(self, facts: NodeFacts) -> float:
         """Seconds for each byte that the ranks of other nodes exchange with a worker there, weighed by their number."""
-        if not self._paths or facts.home in self._homes:
-            return self._find_per_byte(facts)
-        # Nodes below one switch are equally far from everybody who isn't on one of them.
-        known = self._per_byte.get(facts.switches)
-        if known is None:
-            known = self._per_byte[facts.switches] = self._find_per_byte(facts)
-        return known
+        paths = self._paths
+        if len(paths) == 1:
+            # How demands are mostly; this is asked of each node that one looks at.
+            return 0.0 if (facts.host or facts.node) in self.homes else self._per_byte[
+                self._level(facts.switches, self._heights)]
+        if not paths:
+            return self._per_byte[-1]
+        return sum(count / self.settings.bandwidth[self._level(facts.switches, _heights(path))]
+                   for rank, path, count in paths if rank.node != facts.home) / self._ranks
 
-    def _find_per_byte(self, facts: NodeFacts) -> float:
-        bandwidth = self.settings.bandwidth
-        if not self._paths:
-            return 1.0 / bandwidth[-1]
-        if len(self._paths) == 1:
-            rank, path, _ = self._paths[0]
-            return 0.0 if rank.node == facts.home else 1.0 / bandwidth[self._level(facts.switches, path)]
-        return sum(count / bandwidth[self._level(facts.switches, path)]
-                   for rank, path, count in self._paths if rank.node != facts.home) / self._ranks
-
-    def _level(self, one: tuple[str, ...], other: tuple[str, ...]) -> int:
-        last = len(self.settings.bandwidth) - 1
-        for height, switch in enumerate(one, 1):
-            if switch in other:
-                return min(max(height, 1 + other.index(switch)), last)
-        return last
+    def _level(self, switches: tuple[str, ...], heights: Mapping[str, int]) -> int:
+        for height, switch in enumerate(switches, 1):
+            if switch in heights:
+                other = heights[switch]
+                return min(height if height > other else other, self._last)
+        return self._last
 
     def near(self, facts: NodeFacts) -> list[tuple[int | None, float]]:
         """Ranks of the node itself: their NUMA node, and their share of all ranks."""
-        if facts.home not in self._homes:
+        if facts.home not in self.homes:
             return []
         return [(rank.numa, count / self._ranks) for rank, _, count in self._paths if rank.node == facts.home]
 
@@ -185,7 +185,7 @@ class Scorer:
 
     def ends_within(self, facts: NodeFacts) -> float:
         """The probability that the node's window ends while the demand lasts."""
-        if facts.hard_end is not None and facts.hard_end < self.now + self.duration_s:
+        if facts.hard_end is not None and facts.hard_end < self._until:
             return 1.0
         return facts.ends_within(self.settings.survival, self._second, self.duration_s)
 
@@ -199,16 +199,19 @@ class Scorer:
         end. Its first worker pays, for as many as will come: risk · all workers · (the same) / workers that go there;
         those of a cohort that the gang depends on already end apart from it with 1 − same_cohort only.
         """
-        settings = self.settings
-        together = self.by_cohort.get(facts.cohort, 0) if facts.cohort else here
+        settings, placed = self.settings, self.placed
         if self.needs.gang:
             if here > 0:
                 return 0.0
+            together = self.by_cohort.get(facts.cohort, 0) if facts.cohort else here
             apart = 1.0 - settings.same_cohort if together > 0 else 1.0
             most = self.needs.workers_max
-            return risk * apart * most * (self._redo_s + settings.cold_s) / max(1, min(left, most - self.placed))
+            return risk * apart * most * self._alone_s / max(1, min(left, most - placed))
+        if not placed:
+            return risk * self._alone_s
         # The node's own workers are lost for sure if its window ends.
-        lost_too = here + settings.same_cohort * (together - here) + settings.other_cohort * (self.placed - together)
+        together = self.by_cohort.get(facts.cohort, 0) if facts.cohort else here
+        lost_too = here + settings.same_cohort * (together - here) + settings.other_cohort * (placed - together)
         return risk * (self._redo_s + settings.cold_s * (1.0 + lost_too))
 
     def fairness_s(self, facts: NodeFacts) -> float:
@@ -217,17 +220,17 @@ class Scorer:
         duration · (share of the free cores that others wait for) · debt / (debt + duration). Nodes that lend to this
         user only cost nobody anything.
         """
-        if not self._others_wait or facts.lends_to_uid is not None:
+        if not self.others_wait or facts.lends_to_uid is not None:
             return 0.0
         debt = self.needs.debt_s
-        return self.duration_s * self._others_wait * debt / (debt + self.duration_s)
+        return self.duration_s * self.others_wait * debt / (debt + self.duration_s)
 
 
 class Room:
     """One node as the demand sees it; None of its workers is placed yet."""
 
-    __slots__ = ("_far", "_fixed_s", "_free", "_near", "_risk", "_seat", "_start_s", "_used", "facts", "here", "key",
-                 "left", "scorer")
+    __slots__ = ("_apart", "_begin_s", "_cores", "_far", "_fixed_s", "_free", "_near", "_risk", "_seat", "_slow",
+                 "_slow_s", "_start_s", "_transfer_s", "_used", "facts", "here", "key", "left", "scorer")
 
     def __init__(self, facts: NodeFacts, scorer: Scorer, left: int) -> None:
         needs = scorer.needs
@@ -235,11 +238,14 @@ class Room:
         self.key = facts.node
         self.scorer = scorer
         self.left = left                       # workers that fit still
-        self._free = facts.free_by_domain(needs.whole_cores, needs.classes)
         self.here = 0                          # workers of the demand that were placed here
+        self._free = facts.free_by_domain(needs.whole_cores, needs.classes)
         self._used: dict[int, int] = {}        # NUMA node → how many of its usable cores are taken
-        self._seat: tuple[tuple[int, ...], float, float] | None = None
-        self._risk: float | None = None        # below: found when first asked for
+        self._cores: dict[int, Iterator[int]] = {}    # NUMA node → those that are left
+        self._slow: dict[int, float] | None = None    # NUMA node → slowdown of a worker there; None: not looked at
+        # The next worker's seat, once it is found, and all of its cost but for the eviction and what never changes.
+        self._seat: tuple[int, ...] = ()
+        self._begin_s = self._transfer_s = self._slow_s = 0.0
 
     @property
     def cores_left(self) -> int:
@@ -248,23 +254,24 @@ class Room:
 
     def cost(self) -> Terms:
         """What the next worker here costs. ValueError if none fits."""
-        _, transfer_s, slowdown_s = self._next_seat()
-        scorer, settings = self.scorer, self.scorer.settings
+        if not self._seat:
+            self._find_seat()
+        scorer = self.scorer
         return Terms(
-            queueing_s=self._start_s + self.here * settings.next_s,
-            transfer_s=transfer_s, slowdown_s=slowdown_s,
-            eviction_s=scorer.eviction_s(self.facts, self._known_risk, self.here, self.left), fairness_s=self._fixed_s)
+            queueing_s=self._start_s + self.here * scorer.settings.next_s,
+            transfer_s=self._transfer_s, slowdown_s=self._slow_s,
+            eviction_s=scorer.eviction_s(self.facts, self._risk, self.here, self.left), fairness_s=self._fixed_s)
 
     def total_s(self) -> float:
         """The sum of `cost`, without the object."""
-        _, transfer_s, slowdown_s = self._next_seat()
-        scorer, here = self.scorer, self.here
-        return (self._start_s + here * scorer.settings.next_s + transfer_s + slowdown_s
-                + scorer.eviction_s(self.facts, self._known_risk, here, self.left) + self._fixed_s)
+        if not self._seat:
+            self._find_seat()
+        return (self._begin_s + self.scorer.eviction_s(self.facts, self._risk, self.here, self.left)
+                + self._fixed_s)
 
     def lost_s(self) -> float:
         """That sum without the slowdown."""
-        return self.total_s() - self._next_seat()[2]
+        return self.total_s() - self._slow_s
 
     def take(self) -> Placed:
         """Places the next worker. ValueError if none fits."""
@@ -273,65 +280,78 @@ class Room:
 
     def seat(self) -> tuple[int, ...]:
         """The same, the cores only."""
-        domains, _, _ = self._next_seat()
-        cores: tuple[int, ...] = ()
-        needs = self.scorer.needs
+        if not self._seat:
+            self._find_seat()
+        scorer, facts = self.scorer, self.facts
+        needs = scorer.needs
         wanted = needs.cores_per_worker
-        usable = self.facts.usable(needs.whole_cores, needs.classes)
-        for domain in domains:
-            used = self._used.get(domain, 0)
-            some = usable[domain][used:used + wanted - len(cores)]
-            self._used[domain] = used + len(some)
+        cores: tuple[int, ...] = ()
+        for domain in self._seat:
+            if (left := self._cores.get(domain)) is None:
+                left = self._cores[domain] = facts.cores(domain, needs.whole_cores, needs.classes)
+            some = tuple(islice(left, wanted - len(cores)))
+            self._used[domain] = self._used.get(domain, 0) + len(some)
             cores += some
         self.left -= 1
         self.here += 1
-        self._seat = None
-        scorer = self.scorer
+        if self.left > 0 and self._slow is not None:
+            if self.here == 1:
+                self._slow = dict(self._slow)  # others may look at the first ones still
+            self._find_slow(self._seat)
+        self._seat = ()
         scorer.placed += 1
-        if cohort := self.facts.cohort:
+        if cohort := facts.cohort:
             scorer.by_cohort[cohort] = scorer.by_cohort.get(cohort, 0) + 1
         return cores
 
     # ---- inside ----------------------------------------------------------------------------------
 
-    @property
-    def _known_risk(self) -> float:
-        assert self._risk is not None          # _next_seat was called
-        return self._risk
-
-    def _prepare(self) -> None:
+    def _look(self) -> dict[int, float]:
+        """Finds what placing workers here doesn't change, and the first slowdowns."""
         scorer, facts, settings = self.scorer, self.facts, self.scorer.settings
         self._risk = scorer.ends_within(facts)
         self._start_s = (settings.warm_s if facts.warm else settings.cold_s) + facts.starting * settings.next_s
-        self._fixed_s = scorer.fairness_s(facts)
-        self._near = scorer.near(facts)
+        self._fixed_s = scorer.fairness_s(facts) if scorer.others_wait else 0.0
+        self._near = scorer.near(facts) if (facts.host or facts.node) in scorer.homes else []
         self._far = scorer.far_per_byte(facts)
+        # Without a rank or a network card on one side all NUMA nodes are equally far.
+        self._apart = bool(self._near) or facts.nic_numa is not None
+        # Few nodes change from one demand to the next; a factor of classes depends on more than this.
+        kept = facts.__dict__
+        if "_slow" in kept and kept["_slow"][0] == scorer.slow_key:
+            slow = self._slow = kept["_slow"][1]
+        else:
+            slow = self._slow = {}
+            self._find_slow(self._free)
+            if not facts.classes:
+                kept["_slow"] = (scorer.slow_key, slow)
+        return slow
 
-    def _next_seat(self) -> tuple[tuple[int, ...], float, float]:
+    def _find_seat(self) -> None:
         """The NUMA nodes that the next worker is on (one, if any has room), its transfer and its slowdown."""
-        if self._seat is not None:
-            return self._seat
         if self.left < 1:
             raise ValueError(f"no further worker fits on {self.facts.node}")
-        if self._risk is None:
-            self._prepare()
-        wanted, used = self.scorer.needs.cores_per_worker, self._used
-        # Without a rank or a network card on one side all NUMA nodes are equally far.
-        apart = bool(self._near) or self.facts.nic_numa is not None
-        transfer_s = 0.0 if apart else self._transfer_s(0)
-        best = best_s = None
+        slow = self._slow or self._look()
+        wanted, used, apart = self.scorer.needs.cores_per_worker, self._used, self._apart
+        transfer_s = 0.0 if apart else self._find_transfer_s(0)
+        best: int | None = None
+        best_s = best_transfer_s = 0.0
         for domain, free in self._free.items():
-            if free - (used.get(domain, 0) if used else 0) >= wanted:
-                if apart:
-                    transfer_s = self._transfer_s(domain)
-                slowdown_s = self._slowdown_s(domain)
-                if best_s is None or (transfer_s + slowdown_s, domain) < (best_s, best[0][0]):
-                    best_s, best = transfer_s + slowdown_s, ((domain,), transfer_s, slowdown_s)
-        self._seat = self._straddle() if best is None else best
-        return self._seat
+            if free - used.get(domain, 0) < wanted:
+                continue
+            if apart:
+                transfer_s = self._find_transfer_s(domain)
+            costs_s = transfer_s + slow[domain]
+            if best is None or costs_s < best_s or (costs_s == best_s and domain < best):
+                best, best_s, best_transfer_s = domain, costs_s, transfer_s
+        if best is None:
+            self._straddle(slow)
+        else:
+            self._seat, self._transfer_s, self._slow_s = (best,), best_transfer_s, slow[best]
+        self._begin_s = self._start_s + self.here * self.scorer.settings.next_s + self._transfer_s + self._slow_s
 
-    def _straddle(self) -> tuple[tuple[int, ...], float, float]:
-        """No NUMA node has enough: the fullest ones together, as slow as the slowest of them and far from each."""
+    def _straddle(self, slow: Mapping[int, float]) -> None:
+        """No NUMA node has enough: the fullest ones together, as slow as the slowest of all and far from each."""
         missing = self.scorer.needs.cores_per_worker
         free = {domain: free - self._used.get(domain, 0) for domain, free in self._free.items()}
         domains = []
@@ -340,11 +360,12 @@ class Room:
             missing -= free[domain]
             if missing <= 0:
                 break
+        self._seat = tuple(domains)
+        self._transfer_s = max(self._find_transfer_s(domain, far=True) for domain in domains)
         # One seat less to choose from never makes the next one cheaper.
-        return (tuple(domains), max(self._transfer_s(domain, far=True) for domain in domains),
-                max(self._slowdown_s(domain) for domain in self._free))
+        self._slow_s = max(slow.values())
 
-    def _transfer_s(self, domain: int, far: bool = False) -> float:
+    def _find_transfer_s(self, domain: int, far: bool = False) -> float:
         scorer, facts, settings = self.scorer, self.facts, self.scorer.settings
         if not scorer.bytes:
             return 0.0
@@ -354,24 +375,29 @@ class Room:
             seconds += share / settings.bandwidth[0] * (settings.far_numa if other else 1.0)
         if self._far:
             other = far or (facts.nic_numa is not None and facts.nic_numa != domain)
-            load = facts.network_load + self.here * scorer.rate / scorer._link
+            load = facts.network_load + self.here * scorer.rate / scorer.link
             seconds += self._far * (settings.far_numa if other else 1.0) / (1.0 - (load if load < 0.95 else 0.95))
         return scorer.bytes * seconds
 
-    def _slowdown_s(self, domain: int) -> float:
-        """How much longer its kernels take there, than on a quiet node's free core, over the whole duration."""
-        scorer, facts = self.scorer, self.facts
-        size, others = facts.domain_load.get(domain, (1, 0.0))
-        ours = self._used.get(domain, 0) / size if self._used else 0.0
-        pressure = scorer.settings.guessed_pressure * others
-        if facts.memory_pressure is not None:
-            pressure = facts.memory_pressure.get(domain, pressure)
-        busy = others + ours
-        factor = (1.0 + scorer.contention * (busy if busy < 1.0 else 1.0)
-                  + scorer.memory_contention * (pressure + scorer.needs.memory_bound * ours))
-        if facts.classes:
-            factor *= self._class_factor(domain)
-        return scorer.duration_s * (factor / facts.speed - 1.0)
+    def _find_slow(self, domains: Iterable[int]) -> None:
+        """How much longer kernels take on each of these NUMA nodes than on a quiet node's free core, over the whole
+        duration."""
+        scorer, facts, slow, used = self.scorer, self.facts, self._slow, self._used
+        contention, memory_contention, bound = scorer.contention, scorer.memory_contention, scorer.needs.memory_bound
+        guessed, duration_s, speed = scorer.settings.guessed_pressure, scorer.duration_s, facts.speed
+        measured, loads, classes = facts.memory_pressure, facts.domain_load, facts.classes
+        for domain in domains:
+            size, busy = loads.get(domain, (1, 0))
+            others, ours = busy / size, used.get(domain, 0) / size
+            pressure = guessed * others
+            if measured is not None:
+                pressure = measured.get(domain, pressure)
+            busy = others + ours
+            factor = (1.0 + contention * (busy if busy < 1.0 else 1.0)
+                      + memory_contention * (pressure + bound * ours))
+            if classes:
+                factor *= self._class_factor(domain)
+            slow[domain] = duration_s * (factor / speed - 1.0)
 
     def _class_factor(self, domain: int) -> float:
         """Of the worst core of the next worker there: idle cores come last, so that it never falls."""
@@ -379,6 +405,11 @@ class Room:
         cores = self.facts.usable(needs.whole_cores, needs.classes)[domain]
         last = min(self._used.get(domain, 0) + needs.cores_per_worker, len(cores)) - 1
         return self.scorer.settings.idle_class if self.facts.classes.get(cores[last]) == "idle" else 1.0
+
+
+def _heights(path: tuple[str, ...]) -> dict[str, int]:
+    """Switch → how high it is above its node; the lower one where it is there twice."""
+    return {switch: len(path) - position for position, switch in enumerate(reversed(path))}
 
 
 def _s(seconds: float) -> str:

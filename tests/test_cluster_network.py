@@ -107,6 +107,7 @@ def test_by_a_key_and_nobody_gets_in_with_another(tmp_path):
             Executor(1, **as_arguments(wrong))
         found = {check["name"]: check for check in json.loads(rfaas(means, "doctor", "--json").stdout)["checks"]}
         assert found["manager"]["ok"] and "by key; cores that you could have now: 2" in found["manager"]["reason"]
+        assert found["agents"]["ok"] and found["agents"]["reason"] == "1 of 1 report"
         found = {check["name"]: check for check in json.loads(rfaas(wrong, "doctor", "--json").stdout)["checks"]}
         assert not found["manager"]["ok"] and "holds no key" in found["manager"]["reason"]
         refused = rfaas(wrong, "lease", "ls")

@@ -153,3 +153,11 @@ def test_a_bound_rank_is_told_from_one_that_may_float():
     floating = doctor._bound([0, 1, 2, 3], 4, 2)
     assert not floating.ok
     assert "2 cores are kept" in floating.reason and "bind-to" in floating.fix
+
+
+def test_agents_that_are_silent_or_drained_are_named_and_many_are_counted():
+    assert doctor._agents(0, [], []) == "none lends to you"
+    assert doctor._agents(3, [], []) == "3 of 3 report"
+    assert doctor._agents(3, ["nid1"], ["nid2", "nid3"]) == "2 of 3 report; silent: nid1; drained: nid2, nid3"
+    many = [f"nid{number}" for number in range(20)]
+    assert doctor._agents(20, many, []).endswith("nid7 and 12 more")

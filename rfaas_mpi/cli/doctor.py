@@ -465,3 +465,22 @@ def _manager() -> Iterable[Check]:
     free = sum(len(view.free) for view in nodes)
     yield Check("manager", True, f"{manager.address} knows who you are {manager.known_by}; cores that you could have "
                                  f"now: {free}, on {len(nodes)} node{'' if len(nodes) == 1 else 's'}")
+    silent = [view.node for view in nodes if view.silent]
+    drained = [view.node for view in nodes if view.drained]
+    yield Check("agents", bool(nodes) and not silent, _agents(len(nodes), silent, drained),
+                "`systemctl status rfaas-agent` on such a node says why, or its log; nothing is lent there meanwhile"
+                if nodes else "start `rfaas agent` on the nodes that lend")
+
+
+def _agents(nodes: int, silent: Sequence[str], drained: Sequence[str]) -> str:
+    if not nodes:
+        return "none lends to you"
+    said = [f"{nodes - len(silent)} of {nodes} report"]
+    for what, which in (("silent", silent), ("drained", drained)):
+        if which:
+            more = f" and {len(which) - _NAMES} more" if len(which) > _NAMES else ""
+            said.append(f"{what}: {', '.join(which[:_NAMES])}{more}")
+    return "; ".join(said)
+
+
+_NAMES = 8                           # of nodes in one line

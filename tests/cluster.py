@@ -130,6 +130,11 @@ class Daemon:
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def ended(self) -> bool:
+        """It was told to end, or was never started."""
+        return self._process is None
+
     def said(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 

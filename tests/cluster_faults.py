@@ -235,6 +235,7 @@ class Disorder:
         self._wounds.append((self._step + 1 + fault.healed_after, heal))
 
     def _again(self, daemon: Daemon) -> None:
+        assert daemon.alive or daemon.ended, f"{daemon.log.name} ended by itself:\n{daemon.said()[-6000:]}"
         if not daemon.alive:
             daemon.start()
             self._note_agents()

@@ -406,7 +406,9 @@ static bool all_arrived(struct verbs_side *side)
     bool all = true;
 
     verbs_take_lock(&side->lock);
-    (void)rfm_verbs_drain(side);
+    if (rfm_verbs_drain(side) > 0) {
+        rfm_verbs_nudge(side);  /* it is none of ours, and who waits may have looked */
+    }
     for (uint32_t i = 0; i < side->n_links; i++) {
         struct verbs_link *v = side->links[i];
 

@@ -74,6 +74,7 @@ class SessionHandle:
     join: msg.Join | None = None
     kind: ZygoteKind | None = None
     dropped_lines: int = 0
+    dropped_from: tuple[int, int] = (0, 0)      # the lease and the worker of the last of them
     closed: bool = False
 
     @property
@@ -431,6 +432,8 @@ class AgentServer(ABC):
         wanted = READ | WRITE if session.out else READ
         if self.selector.get_key(session.connection).events != wanted:
             self.selector.modify(session.connection, wanted, lambda mask: self._on_session(session, mask))
+        if not session.out:
+            self._say_dropped(session)
 
     def _handle(self, session: SessionHandle, request: msg.AnyRequest) -> None:
         now = time.monotonic()
@@ -563,12 +566,16 @@ class AgentServer(ABC):
             return
         if len(found.out) > LOG_BUFFER_BYTES:
             found.dropped_lines += len(event.lines)
+            found.dropped_from = event.lease, event.worker
             return
-        if found.dropped_lines:
-            note = f"({found.dropped_lines} lines are left out: this rank did not read them in time)"
-            found.dropped_lines = 0
-            self.send(found, msg.Log(event.lease, event.worker, (note,)))
+        self._say_dropped(found)
         self.send(found, event)
+
+    def _say_dropped(self, session: SessionHandle) -> None:
+        if session.dropped_lines:
+            note = f"({session.dropped_lines} lines are left out: this rank did not read them in time)"
+            session.dropped_lines = 0
+            self.send(session, msg.Log(*session.dropped_from, (note,)))
 
     def lease_failed(self, lease: int, why: str) -> None:
         """Its workers can't be started: it has to end."""
@@ -587,6 +594,8 @@ class AgentServer(ABC):
             self.leases.pop(lease, None)
             self._failing.pop(lease, None)
             for number, request in self._releasing.pop(lease, []):
+                if found := self.sessions.get(number):
+                    self._say_dropped(found)
                 self.tell(number, msg.Done(request))
             log.info("lease=%d ended", lease)
         self.stopped(lease, seat, time.monotonic())

@@ -202,6 +202,12 @@ def used(number: int, **more: object) -> Usage:
                     "memory_bytes": GIB, "held_s": 3.0, "cpu_s": 1.5, "invocations": 4, **more})
 
 
+def test_whose_a_lease_was_is_known_as_long_as_it_is_kept(opened):
+    ledger = opened()
+    ledger.write([changes_of(lease(9), lease(10, uid=1001, node="n1"))])
+    assert opened().owners([9, 10, 11]) == {9: (1000, "n0"), 10: (1001, "n1")}
+
+
 def test_usage_counts_once_however_often_it_is_told(opened):
     ledger = opened()
     for _ in range(3):

@@ -23,6 +23,7 @@ import pytest
 
 from rfaas_mpi import api
 from rfaas_mpi.errors import ConfigError
+from rfaas_mpi.leases.book import LeaseBook
 from rfaas_mpi.leases.grants import Admission, AgentKey, GrantBody
 from rfaas_mpi.manager import keys as key_files
 from rfaas_mpi.manager import server
@@ -357,6 +358,21 @@ def test_usage_is_summed_by_the_batch_job_of_the_session(play):
                                   "cpu_s": 1.0} for number, lease in enumerate(leases, 1)])
         rows = (await call("GET", "/v1/usage?by=job"))["rows"]
         assert [(row["job"], row["core_s"]) for row in rows] == [("", 2.0), ("7", 4.0)]
+    play(scenario)
+
+
+def test_what_is_told_of_late_counts_though_the_book_has_forgotten_its_lease(play, monkeypatch):
+    async def scenario(call: Caller) -> None:
+        agent = Agent(call)
+        await agent.register()
+        await agent.report()
+        [lease] = (await call.ask(1))["leases"]
+        await agent.report(lease)
+        # As after two minutes and twenty thousand leases more.
+        monkeypatch.setattr(LeaseBook, "lease", lambda _book, _lease: None)
+        await agent.report(used=[{"number": number, "lease": number_of, "cores": 1, "memory_bytes": 0, "held_s": 2.0,
+                                  "cpu_s": 1.0} for number, number_of in ((1, lease["id"]), (2, lease["id"] + 1))])
+        assert [(row["uid"], row["core_s"]) for row in (await call("GET", "/v1/usage"))["rows"]] == [(ME, 2.0)]
     play(scenario)
 
 

@@ -301,6 +301,18 @@ class Ledger:
             raise self._db.trouble(error) from error
         return by_kernel(rows, {name: sum(row[name] for row in total) for name in _SUMS} if total else None)
 
+    def owners(self, leases: Iterable[int]) -> dict[int, tuple[int, str]]:
+        """The user and the node of each of these leases that is kept, also of what the book forgot. StoreError."""
+        found: dict[int, tuple[int, str]] = {}
+        try:
+            with self._db.reading() as db:
+                for lease in leases:
+                    for uid, node in db.execute("SELECT uid, node FROM leases WHERE id = ?", (lease,)):
+                        found[lease] = uid, node
+        except self._db.errors as error:
+            raise self._db.trouble(error) from error
+        return found
+
     def core_s(self, half_life_s: float) -> dict[int, float]:
         """User → core-seconds that were held, half of them forgotten each half-life; by the hour, which is enough."""
         now = self._wall()

@@ -422,8 +422,13 @@ class ManagerServer:
         return await self._reported(uid, request.match_info["node"], body)
 
     async def _reported(self, uid: int, node: str, body: api.Report) -> api.Orders:
-        now = self._clock()
         name = self.cluster.node_name(uid, node)
+        # What ended long ago may be told of late, and the book remembers only so many.
+        owners = {line.lease: (lease.uid, lease.node) for line in body.used
+                  if (lease := self.book.lease(line.lease)) is not None}
+        if forgotten := {line.lease for line in body.used} - set(owners):
+            owners |= await asyncio.to_thread(self._ledger.owners, forgotten)
+        now = self._clock()
         agent = self.directory.get(name, body.incarnation)
         report = NodeReport(
             node=node, spare=body.spare, memory_bytes=body.memory_bytes, numa=body.numa, grace_s=body.grace_s,
@@ -446,13 +451,13 @@ class ManagerServer:
                 and self.directory.reported(name, body.incarnation, body.clock_ns, now)):
             self.registry.agents(name, self.directory.of_node(name))
         used = [Usage(node=name, incarnation=line.incarnation or body.incarnation, number=line.number, lease=line.lease,
-                      uid=lease.uid, seat=line.seat,
+                      uid=owners[line.lease][0], seat=line.seat,
                       cores=line.cores, memory_bytes=line.memory_bytes, held_s=line.held_s, cpu_s=line.cpu_s,
                       exec_s=line.exec_s, poll_s=line.poll_s, invocations=line.invocations,
                       kernels=tuple(KernelUse(one.kernel, one.exec_s, one.invocations) for one in line.kernels))
                 for line in body.used
                 # An agent speaks for its own node's leases only.
-                if (lease := self.book.lease(line.lease)) is not None and lease.node == name]
+                if owners.get(line.lease, (0, ""))[1] == name]
         await self._durable(self._do(actions, used, lingers=True))
         before = self._channels.get(name)
         if known and before is not None and before[0] < body.incarnation and not superseded:

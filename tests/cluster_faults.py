@@ -197,7 +197,8 @@ class Disorder:
                 self.ranks[which].communicate()
                 self._start_rank(which)
             case "full disk":
-                if manager.alive:
+                # One that is still starting would end, and say so: who started it does it again, but not here.
+                if manager.alive and self._ask("nodes"):
                     with full_disk(manager, self.cluster.directory / "manager", bool(fault.size % 2)):
                         self._progress(1 << 30, PAUSE_S)
             case "clock":

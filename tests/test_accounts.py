@@ -80,7 +80,7 @@ def test_allocation_and_cpu_time_are_what_the_clocks_say_and_survive_the_manager
     ended = gone(pid)
     cluster.restart_manager()
     row = settled(cluster)
-    assert given_back - had <= row["core_s"] <= ended - asked
+    assert given_back - had <= row["core_s"] <= (ended - asked) * (1 + WITHIN)
     assert cpu_s <= row["cpu_s"] <= cpu_s * (1 + WITHIN) + ENDING_S
     assert row["workers"] == 1 and row["invocations"] == 2 and row["exec_s"] <= row["core_s"]
     # Whichever way the manager ends, the accounts are the same after it.

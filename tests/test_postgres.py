@@ -98,7 +98,7 @@ def test_a_leader_whose_session_ended_goes_on_where_nobody_took_over(postgres):
 
 
 def test_a_leader_that_shows_no_life_is_given_up_by_the_server(postgres, managers, monkeypatch):
-    monkeypatch.setattr(postgres_module, "SILENT_S", 0.2)
+    monkeypatch.setattr(postgres_module, "SILENT_S", 1.0)
     url = postgres.database()
     second = managers(url)
     with contextlib.closing(ledger_at(url)) as first:

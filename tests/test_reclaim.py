@@ -19,8 +19,9 @@ from tiny import Rank
 
 from rfaas_mpi import Executor
 from rfaas_mpi import messages as msg
+from rfaas_mpi.agent import reclaim
 from rfaas_mpi.agent.core import AgentCore, Exit, Fork, Freed, Halt, Kill, Move, Page, Quit, Stopped, Tell
-from rfaas_mpi.agent.reclaim import Clearing, threads
+from rfaas_mpi.agent.reclaim import Clearing, started_by, threads
 from rfaas_mpi.errors import ServiceError
 from rfaas_mpi.messages import Revoking
 from rfaas_mpi.session import Session
@@ -271,6 +272,13 @@ def test_a_killed_process_ends_on_other_cores_than_its_own(spun, wait_until):
     assert leaving.cleared()
     assert may_run_on(process.pid, CORES[-1]) == []
     leaving.close()
+
+
+def test_processes_that_start_each_other_are_found_however_deep_they_go(monkeypatch):
+    deepest = 3 * sys.getrecursionlimit()
+    monkeypatch.setattr(reclaim, "threads", lambda pid: [pid])
+    monkeypatch.setattr(reclaim, "_children", lambda pid, _thread: [pid + 1] if pid < deepest else [])
+    assert list(started_by(1)) == list(range(2, deepest + 1))
 
 
 @two_cores

@@ -26,10 +26,13 @@ def threads(pid: int) -> list[int]:
 
 def started_by(pid: int) -> Iterator[int]:
     """The living descendants of a process, parents first."""
-    for thread in threads(pid):
-        for child in _children(pid, thread):
-            yield child
-            yield from started_by(child)
+    left = [pid]                     # no recursion: how deep they go is for them to choose
+    while left:
+        parent = left.pop()
+        for thread in threads(parent):
+            for child in _children(parent, thread):
+                yield child
+                left.append(child)
 
 
 def runs_only_on(pid: int, cores: Collection[int]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import select
 import selectors
@@ -20,7 +21,7 @@ from site_of_users import ALICE, UID_MIN, interpreter
 
 from rfaas_mpi import messages as msg
 from rfaas_mpi.agent.core import AgentCore, Meter
-from rfaas_mpi.agent.pool import WorkerHandle, ZygoteKind
+from rfaas_mpi.agent.pool import WorkerHandle, ZygoteKind, page_of
 from rfaas_mpi.agent.spawner import Spawner
 from rfaas_mpi.agent.workers import FORKS_S, STARTS_S, STRAYS_MAX, Workers
 
@@ -285,6 +286,17 @@ def test_a_kernel_that_leaves_its_core_is_taken_back_to_it(users_node, cores):
     node.workers.check(node.workers._masks_at)
     assert os.sched_getaffinity(node.zygote.pid) == {other}
     handle.pid = 0
+
+
+def test_a_worker_whose_page_never_holds_still_holds_nobody_up():
+    class Restless(list):
+        changes = itertools.count(1)
+
+        def __getitem__(self, _at):
+            return next(self.changes)
+    page = page_of(Restless())
+    assert (page.invocation, page.limit_ns) == (0, 0), "it runs nothing for long enough to be past a limit"
+    assert page_of([7, 3 << 32 | 2, 11, 12, 13, 14, 15]).limit_ns == 12
 
 
 @pytest.mark.parametrize("says_ready", [False, True])

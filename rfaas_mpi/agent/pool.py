@@ -14,7 +14,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,11 +29,12 @@ from rfaas_mpi.agent.spawner import CHANNEL_FD, SETUP_FD, Command, Spawner, Spaw
 from rfaas_mpi.errors import ServiceError
 from rfaas_mpi.session import FileLock
 
-__all__ = ["CoreLocks", "Lines", "Taking", "WorkerHandle", "ZygoteHandle", "ZygoteKind"]
+__all__ = ["CoreLocks", "Lines", "Taking", "WorkerHandle", "ZygoteHandle", "ZygoteKind", "page_of"]
 
 log = logging.getLogger("rfaas_mpi.agent")
 
 PAGE_BYTES = 4096
+_PAGE_LOOKS = 100                    # for an invocation that is the same before and after
 _METERS_AT = 64                      # of the page, in bytes: what each kernel took (struct rfm_page_kernel)
 _METERS = 15
 _METER = struct.Struct("<QQ112s")
@@ -228,7 +229,8 @@ class ZygoteHandle:
     def became_ready(self) -> None:
         """Sends the orders that waited. OSError if it doesn't take them."""
         self.ready = True
-        self.ready_at = time.monotonic()
+        if self.ready_at is None:     # it is its user's, and may say so again and again
+            self.ready_at = time.monotonic()
         orders, self._orders = self._orders, []
         try:
             for data, fds in orders:
@@ -355,6 +357,19 @@ def _pieces(line: bytes) -> list[str]:
             for at in range(0, max(1, len(line)), _LINE_BYTES)]
 
 
+def page_of(words: Sequence[int]) -> Page:
+    """What a worker's page says, whose words may change at any time."""
+    for _ in range(_PAGE_LOOKS):
+        first = words[0]
+        pair = words[1]
+        page = Page(first, pair & 0xFFFFFFFF, pair >> 32, words[2], words[3], words[4], words[5], words[6])
+        # The limit that was read must be that invocation's.
+        if words[0] == first:
+            return page
+    # None of them lasts, or its user plays with us, who may write there whatever he likes for as long as he likes.
+    return Page(0, 0, page.state, page.start_ns, 0, page.exec_ns, page.poll_ns, page.count)
+
+
 @dataclass
 class WorkerHandle:
     """What the service holds for one worker: its socket, page, output pipe and, once forked, pidfd."""
@@ -413,13 +428,7 @@ class WorkerHandle:
     def read_page(self) -> Page:
         """What it is doing, word by word (each one is read at once)."""
         with memoryview(self.page) as raw, raw.cast("Q") as words:
-            while True:
-                first = words[0]
-                pair = words[1]
-                page = Page(first, pair & 0xFFFFFFFF, pair >> 32, words[2], words[3], words[4], words[5], words[6])
-                # The limit that was read must be that invocation's.
-                if words[0] == first:
-                    return page
+            return page_of(words)
 
     def read_kernels(self) -> tuple[KernelMeter, ...]:
         """What each kernel took in it, by the worker's own word."""

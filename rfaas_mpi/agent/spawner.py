@@ -57,6 +57,7 @@ FDS_MAX = 8                          # more than any request has: the rest is se
 ANCESTORS_MAX = 1000                 # of a process, up to its zygote: none of ours needs more than a few
 ANSWER_S = 10.0                      # a spawner that is silent for so long is given up
 START_S = 60.0                       # and one that has not begun
+BIND_ROUNDS = 8                      # looks for threads of a process that began during the one before
 REMOVE_RETRY_S = 0.002
 REMOVE_WAIT_S = 0.02
 MAGIC = 0x5053_4652                  # "RFSP"
@@ -548,9 +549,13 @@ class _Server:
         return cleared and not strays
 
     def _bind(self, pid: int, cpus: list[int]) -> None:
-        # A thread that another one starts meanwhile has inherited either mask.
+        # A thread that another one starts meanwhile has inherited either mask. Who starts them without end is not
+        # waited for.
         done: set[int] = set()
-        while threads := {int(name) for name in os.listdir(f"/proc/{pid}/task")} - done:
+        for _ in range(BIND_ROUNDS):
+            threads = {int(name) for name in os.listdir(f"/proc/{pid}/task")} - done
+            if not threads:
+                return
             for thread in threads:
                 with contextlib.suppress(ProcessLookupError):
                     os.sched_setaffinity(thread, cpus)
@@ -796,7 +801,8 @@ class Spawner:
         It may hold so much memory, less what its workers do; 0: any amount.
         """
         number, self._next_zygote = self._next_zygote, self._next_zygote + 1
-        answer, fds = self._ask(Request(Op.ZYGOTE, 0, number, uid=uid, size_bytes=memory_bytes), [channel, output, setup, command])
+        answer, fds = self._ask(Request(Op.ZYGOTE, 0, number, uid=uid, size_bytes=memory_bytes),
+                                [channel, output, setup, command])
         return number, answer.pid, fds[0]
 
     def signal(self, zygote: int, pidfd: int = -1, number: int = signal.SIGKILL, *, wait: bool = False) -> None:

@@ -40,6 +40,7 @@ ENDS_S = 5.0                         # killed workers are waited for, at our own
 STARTS_S = 120.0                     # an interpreter with the user's modules may need so long to be ready
 FORKS_S = 60.0                       # and then so long for a worker that serves
 MASKS_S = 1.0                        # how often it is looked at where other users' processes may run
+MOVES_S = 0.02                       # and what one look moves takes no longer
 STRAYS_MAX = 10                      # such looks in a row that find one elsewhere end its zygote
 
 _LEAVES_S = 2.0                      # a zygote that is told to end is killed after this
@@ -192,13 +193,17 @@ class Workers:
             log.error("zygote=%s runs where its user was lent nothing, again and again: it is killed", name)
             end()
             return
-        log.warning("zygote=%s may run where its user was lent nothing: pids %s are moved", name, strayed)
+        log.warning("zygote=%s may run where its user was lent nothing: %d processes, like pid %d, are moved", name,
+                    len(strayed), strayed[0])
         assert zygote.spawner is not None
+        until = time.monotonic() + MOVES_S
         for pid in strayed:
+            if time.monotonic() >= until:
+                return                # nobody else waits for thousands of them: the others are the next look's
             try:
                 pidfd = os.pidfd_open(pid)
-            except ProcessLookupError:
-                continue
+            except OSError:
+                continue              # it is gone, or the next look's
             try:
                 zygote.spawner.bind(zygote.number, pidfd, cores)
             except SpawnerLost as error:

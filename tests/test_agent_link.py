@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import given
@@ -420,6 +421,17 @@ def test_more_lines_than_a_report_carries_go_with_the_next(monkeypatch):
         carried.append([line.number for line in outbox.take().used])
         more = outbox.answered(one.clock_ns)
     assert carried == [[1, 2], [3, 4], [5]]
+
+
+def test_no_user_makes_a_report_too_long_for_the_manager_by_what_he_calls_his_kernels():
+    outbox = box()
+    kernels = tuple(api.KernelLine("\N{REPLACEMENT CHARACTER}" * 111, 1e9 / 7, (1 << 60) - 1 - each)
+                    for each in range(15))
+    outbox.use([line(number, 5, kernels=kernels) for number in range(1, 2 * link_module.LINES_MAX)])
+    outbox.put(report(7))
+    said = outbox.take()
+    assert len(said.used) == link_module.LINES_MAX
+    assert len(msgspec.json.encode(said)) < 0.8 * link_module.MESSAGE_BYTES_MAX
 
 
 @pytest.mark.parametrize("wrong", [line(0, 5), line(1, -5), line(1, 5, kernels=(api.KernelLine("x" * 300, 1.0, 1),)), line(1, 5, exec_s=-1.0)])

@@ -51,7 +51,7 @@ RETRY_MIN_S = 0.1
 RETRY_MAX_S = 5.0
 ANSWER_S = 30.0                  # a manager whose disk is full says so after 5
 PING_S = 10.0
-LINES_MAX = 1000                 # of usage, in one report
+LINES_MAX = 500                  # of usage, in one report: each has up to 6 KiB of kernels' names
 MESSAGE_BYTES_MAX = 4 << 20
 TURNS = 8                        # of the loop, in which a connection ends that was closed
 

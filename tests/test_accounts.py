@@ -13,6 +13,8 @@ import pytest
 from cluster import Cluster, wait_until
 
 from rfaas_mpi import Executor, api
+from rfaas_mpi.agent.core import Meter
+from rfaas_mpi.agent.daemon import Agent
 from rfaas_mpi.errors import ServiceLost
 
 METER = {"RFAAS_METER_S": "0.2"}
@@ -147,3 +149,11 @@ def test_a_worker_s_kill_loses_nothing_at_all(cluster):
         ex.submit(os.getpid).result()
     row = settled(cluster)
     assert row["workers"] == 2 and row["cpu_s"] >= cpu_s and row["invocations"] == 3
+
+
+def test_an_agent_that_got_another_number_tells_of_a_worker_under_the_one_in_which_its_lease_began():
+    agent = Agent.__new__(Agent)
+    agent._terms = {7: (1 << 20, 3)}
+    told = agent._line(Meter(lease=7, worker=1, session=1, cores=1, held_s=2.0, cpu_s=1.0, exec_ns=0, poll_ns=0,
+                             count=0))
+    assert (told.incarnation, told.memory_bytes) == (3, 1 << 20)

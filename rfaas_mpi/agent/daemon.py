@@ -147,7 +147,7 @@ class Agent(AgentServer):
         self._watch: NodeWatch | None = None
         self._lowering: Lowering | None = None
         self._spawner: Spawner | None = None                 # closed with the workers
-        self._memory_of: dict[int, int] = {}                 # lease → of each worker
+        self._terms: dict[int, tuple[int, int]] = {}         # lease → memory of each worker, our incarnation then
         self._listens = False
         self._changed = False                                # since the last report
         self._metered_at: float | None = None                # what workers used; None: there are none
@@ -544,7 +544,7 @@ class Agent(AgentServer):
         self._lock(visit.lease, self._usable(visit).cores, now)
         body = self._usable(visit, admit=True)
         hard_end = None if body.hard_end_ns is None else body.hard_end_ns / 1e9
-        self._memory_of[body.lease] = body.memory_per_worker
+        self._terms[body.lease] = body.memory_per_worker, body.seen.incarnation
         self.tenures.begin(body.lease, body.epoch, body.uid, session.number, body.workers, body.memory_per_worker,
                            hard_end)
         told, actions = self.start_lease(body.lease, body.epoch, session,
@@ -630,7 +630,7 @@ class Agent(AgentServer):
     def stopped(self, lease: int, seat: int, now: float) -> None:
         self._changed |= self.tenures.freed(lease, seat)
         if lease not in self.leases:
-            self._memory_of.pop(lease, None)
+            self._terms.pop(lease, None)
 
     def used(self, meter: agent_core.Meter, pid: int) -> None:
         if self._link is None:
@@ -643,9 +643,11 @@ class Agent(AgentServer):
         def seconds(ns: int, most: float) -> float:
             return min(ns / 1e9, most)
         cpu_s = max(0.0, meter.cpu_s)
+        # All of a worker is told under one number, even if we have got another one since: else it counts twice.
+        memory_bytes, incarnation = self._terms.get(meter.lease, (0, 0))
         return api.UsedLine(
             number=meter.worker, lease=meter.lease, seat=meter.seat, cores=meter.cores,
-            memory_bytes=self._memory_of.get(meter.lease, 0), held_s=meter.held_s, cpu_s=cpu_s,
+            memory_bytes=memory_bytes, incarnation=incarnation, held_s=meter.held_s, cpu_s=cpu_s,
             exec_s=seconds(meter.exec_ns, meter.held_s), poll_s=seconds(meter.poll_ns, cpu_s),
             invocations=min(meter.count, COUNT_MAX), kernels=tuple(
                 api.KernelLine(one.name or api.OTHERS, seconds(one.exec_ns, meter.held_s), min(one.count, COUNT_MAX))

@@ -91,12 +91,12 @@ def test_figures_follow_a_lease_from_its_begin_to_the_cores_that_came_back(watch
         watched.call("revoke", api.RevokeLease(grace_s=0.0), lease=lent.id)
         rank.hears(msg.LeaseEnded)
         all_free(watched)
+    wait_until(lambda: watched.figures()['rfaas_agent_zygotes{state="idle"}'] == 1, "its worker is gone")
     found = watched.figures()
     assert cores(watched)["free"] == 2
     assert reclaims(found) == reclaims(before) + 1
     assert found['rfaas_agent_reclaim_seconds_count{cause="revoked",grace="no"}'] >= 1
     assert found['rfaas_agent_reclaim_seconds_sum{cause="revoked",grace="no"}'] > 0
-    assert found['rfaas_agent_zygotes{state="idle"}'] == 1
 
 
 def test_a_lease_that_its_rank_gives_back_is_no_reclaim(watched):

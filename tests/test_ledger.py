@@ -177,8 +177,16 @@ def test_times_go_on_after_a_reboot(opened, clock, monkeypatch):
     # The machine starts again: its monotonic clock does, too.
     clock.monotonic = 3.0
     monkeypatch.setattr(ledger_module, "_boot_id", lambda: "another boot")
-    kept = opened().load().leases[0]
-    assert kept.hard_end == pytest.approx(53.0) and kept.stop_by == pytest.approx(-5.0)
+    ledger = opened()
+    kept = ledger.load()
+    assert kept.leases[0].hard_end == pytest.approx(53.0) and kept.leases[0].stop_by == pytest.approx(-5.0)
+    assert kept.answers[0].grant.leases[0].hard_end == pytest.approx(53.0), "whoever asks again is told the same end"
+    # And again, though nothing of that lease was written meanwhile.
+    ledger.write([changes_of(lease(2))])
+    assert opened().load().leases[0].hard_end == pytest.approx(53.0)
+    clock.monotonic = 1003.0
+    monkeypatch.setattr(ledger_module, "_boot_id", lambda: "a third boot")
+    assert opened().load().leases[0].hard_end == pytest.approx(1053.0)
 
 
 def test_a_wall_clock_that_jumps_changes_no_time_of_a_lease(opened, clock):

@@ -223,8 +223,34 @@ class Ledger:
             with self._db.transaction():
                 self._db.execute("INSERT INTO meta VALUES ('epoch', ?) ON CONFLICT DO NOTHING", (int(self._wall()),))
                 self.epoch = int(_meta(self._db, "epoch"))
+                self._carry_over()
         except self._db.errors as error:
             raise self._db.trouble(error) from error
+        except msgspec.MsgspecError as error:
+            raise self._db.damaged(f"a record makes no sense: {error}") from error
+
+    def _carry_over(self) -> None:
+        """Has the times of leases that live, and of what was answered for them, go by this manager's clock.
+
+        All of them at once: `meta` tells of one clock, and most leases are not written again.
+        """
+        boot, offset = _meta(self._db, "boot"), _meta(self._db, "offset")
+        if boot in ("", _boot_id()):
+            return
+        shift = float(offset) - (self._wall() - self._monotonic())
+        leases = [_later(_decode_lease(body), shift) for body, in self._db.execute(
+            "SELECT body FROM leases WHERE ended_at IS NULL").fetchall()]
+        answers = [_decode_answer(body) for body, in self._db.execute(
+            "SELECT body FROM answers WHERE (session, request) IN "
+            "(SELECT session, request FROM leases WHERE ended_at IS NULL)").fetchall()]
+        self._db.executemany("UPDATE leases SET body = ? WHERE id = ?",
+                             [(_encode(lease).decode(), lease.id) for lease in leases])
+        self._db.executemany(
+            "UPDATE answers SET body = ? WHERE session = ? AND request = ?",
+            [(_encode(_Answer(found.demand, msgspec.structs.replace(found.grant, leases=tuple(
+                _later(lease, shift) for lease in found.grant.leases)))).decode(),
+              found.demand.session, found.demand.request_id) for found in answers])
+        self._write_clock()
 
     # --- reading -----------------------------------------------------------------------------------
 
@@ -262,10 +288,6 @@ class Ledger:
         leases = [_decode_lease(body) for body, in db.execute(
             "SELECT body FROM leases WHERE ended_at IS NULL OR ended_at > ? OR (ended_at > ? AND state = ?) "
             "ORDER BY id", (since, lost, str(LeaseState.LOST)))]
-        if shift := self._shift(db):
-            leases = [msgspec.structs.replace(
-                lease, hard_end=None if lease.hard_end is None else lease.hard_end + shift,
-                stop_by=None if lease.stop_by is None else lease.stop_by + shift) for lease in leases]
         # An answer lives as long as its leases, of which the last was granted last.
         recent = {(lease.session, lease.request_id) for lease in leases}
         first = min((lease.id for lease in leases), default=0)
@@ -279,13 +301,6 @@ class Ledger:
             leases=leases, answers=answers,
             closed=[session for session, in db.execute("SELECT session FROM closed WHERE at > ?", (since,))],
             drained=[node for node, in db.execute("SELECT node FROM drained ORDER BY node")])
-
-    def _shift(self, db: Statements) -> float:
-        """What to add to a time that an earlier manager wrote down; 0 if it used this same clock."""
-        boot, offset = _meta(db, "boot"), _meta(db, "offset")
-        if boot in ("", _boot_id()):
-            return 0.0
-        return float(offset) - (self._wall() - self._monotonic())
 
     def usage(self, *, by: str = "uid", uid: int | None = None) -> list[dict[str, int | float | str]]:
         """Sums of everything that is kept, by one of USAGE_BY; of one user only, or of all. StoreError."""
@@ -448,6 +463,12 @@ class Ledger:
     def close(self) -> None:
         """Lets go of the database, once nobody writes or reads. Safe to call twice."""
         self._db.close()
+
+
+def _later(lease: Lease, shift: float) -> Lease:
+    return msgspec.structs.replace(
+        lease, hard_end=None if lease.hard_end is None else lease.hard_end + shift,
+        stop_by=None if lease.stop_by is None else lease.stop_by + shift)
 
 
 def _meta(db: Statements, name: str) -> str | float:

@@ -19,6 +19,9 @@ from cluster import IMPATIENT, Cluster, Star, children, tell, wait_until
 
 from rfaas_mpi import api
 
+# A time-out ends the whole run: what waits for two minutes, and says for what, has to come first.
+pytestmark = pytest.mark.timeout(300)
+
 CLUSTER, SESSION, LENDING, EXECUTOR = ("rfaas_mpi.cluster.ClusterSession", "rfaas_mpi.session.Session",
                                        "rfaas_mpi.lending.Lending", "rfaas_mpi.executor.Executor")
 # What is called then, and what comes with it if not every call is meant.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 
 import faults
+import pytest
 from cluster import Cluster, wait_until
 
 from rfaas_mpi import Executor, api
 
 
+@pytest.mark.timeout(300)
 def test_ranks_and_agents_go_on_with_the_manager_that_takes_over(postgres):
     with Cluster(["0", "0"], store=postgres.database()) as cluster:
         cluster.stand_by()

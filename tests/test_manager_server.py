@@ -22,7 +22,7 @@ import msgspec
 import pytest
 
 from rfaas_mpi import api
-from rfaas_mpi.errors import ConfigError
+from rfaas_mpi.errors import ConfigError, StoreError
 from rfaas_mpi.leases.book import LeaseBook
 from rfaas_mpi.leases.grants import Admission, AgentKey, GrantBody
 from rfaas_mpi.manager import keys as key_files
@@ -684,6 +684,22 @@ def test_who_waits_for_cores_is_answered_though_the_disk_is_full_when_there_are_
         [lease] = (await call("POST", "/v1/leases", body))["leases"]
         assert [one["id"] for one in (await call("GET", "/v1/leases"))["leases"]] == [lease["id"]]
     play(scenario)
+
+
+def test_a_manager_whose_store_is_away_for_long_ends_so_that_another_one_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "CUT_OFF_S", 0.05)
+
+    def away() -> None:
+        raise StoreError("the store is away")
+
+    async def whole() -> None:
+        ledger = Ledger(tmp_path / "ledger.db")
+        monkeypatch.setattr(ledger._db, "keep_s", 0.01)
+        monkeypatch.setattr(ledger._db, "keep", away)
+        async with ManagerServer(ledger) as manager:
+            with pytest.raises(StoreError, match="is away"):
+                await manager.wait()
+    asyncio.run(asyncio.wait_for(whole(), GUARD_S))
 
 
 # --- the page ---------------------------------------------------------------------

@@ -13,6 +13,7 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,6 +48,7 @@ BACKLOG = 8192                   # all agents come at once when the manager is b
 LINGER_S = 0.01                  # a report waits so long for others to be written down with
 WRITE_RETRY_S = 1.0              # the disk was full
 WRITE_WAIT_S = 5.0               # who waits longer for it is told so
+CUT_OFF_S = 30.0                 # a manager that leads, and doesn't reach its store for so long, ends
 TICK_MAX_S = 5.0
 EVENTS_KEPT = 10_000
 TELLING_MAX = 10_000             # orders that are on their way to agents
@@ -105,6 +107,8 @@ class ManagerServer:
         self._told: deque[tuple[int, api.Event]] = deque(maxlen=EVENTS_KEPT)       # (uid, event)
         # Above those of a manager that was here before.
         self._next_event = int(time.time()) * 1000
+        # Readers fill asyncio's own: who leads would show no life behind them.
+        self._disk = ThreadPoolExecutor(2, thread_name_prefix="rfaas-ledger")
         self._tasks: list[asyncio.Task[None]] = []
         self._telling: set[asyncio.Task[None]] = set()
         self._runner: web.AppRunner | None = None
@@ -201,6 +205,7 @@ class ManagerServer:
         await asyncio.gather(*ending, return_exceptions=True)
         self._tasks = []
         self._ledger.close()
+        self._disk.shutdown(wait=False, cancel_futures=True)
         self.callers.close()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -242,7 +247,8 @@ class ManagerServer:
                         actions = self.registry.write(group)
                         break
                     with self.metrics.write_s.time():
-                        actions = await asyncio.to_thread(self.registry.write, group)
+                        actions = await asyncio.get_running_loop().run_in_executor(
+                            self._disk, self.registry.write, group)
                     break
                 except NotLeading:
                     raise
@@ -337,13 +343,20 @@ class ManagerServer:
             self._do([])
 
     async def _keep_leading(self, every_s: float) -> None:
+        since: float | None = None       # it fails
         while True:
             try:
-                await asyncio.to_thread(self._ledger.keep)
+                await asyncio.get_running_loop().run_in_executor(self._disk, self._ledger.keep)
+                since = None
             except NotLeading:
                 raise
             except StoreError as error:
                 log.error("nothing is granted: %s", error)
+                now = self._clock()
+                since = now if since is None else since
+                if now - since >= CUT_OFF_S:
+                    # Another manager may lead: ranks and agents look for it once nobody listens here.
+                    raise
             await asyncio.sleep(every_s)
 
     async def _keep_keys(self) -> None:

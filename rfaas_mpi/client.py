@@ -208,7 +208,8 @@ class ManagerClient:
             yield
         except TimeoutError:
             raise _unreachable(door.address, f"says nothing for {NEXT_S:g} s") from None
-        connection.sock.settimeout(max(0.001, wait_s))
+        if connection.sock is not None:      # a manager that is ending closes it with its answer
+            connection.sock.settimeout(max(0.001, wait_s))
 
     def _request(self, connection: http.client.HTTPConnection, method: str, where: str, data: bytes,
                  headers: Mapping[str, str] = {}) -> tuple[int, bytes, str | None]:

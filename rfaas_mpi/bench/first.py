@@ -86,7 +86,10 @@ class _Cluster:
 
     def _run(self, core: int | None, *words: object, prefix: Sequence[str] = ()) -> None:
         kept = {name: value for name, value in config.environment().items() if not name.startswith(config.PREFIX)}
-        command = ["taskset", "-c", str(core)] if core is not None else []
+        # A benchmark that is killed closes nothing: they end with it.
+        command = ["setpriv", "--pdeathsig", "TERM", "--"]
+        if core is not None:
+            command += ["taskset", "-c", str(core)]
         with (self.directory / f"{words[0]}.log").open("ab") as log:
             self._processes.append(subprocess.Popen(
                 [*prefix, *command, sys.executable, "-m", "rfaas_mpi.cli", *map(str, words)],

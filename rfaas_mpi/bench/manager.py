@@ -89,8 +89,9 @@ def _managing(directory: Path, core: int) -> Iterator[_Manager]:
     path = directory / "bench.sock"
     environment = {name: value for name, value in config.environment().items()
                    if not name.startswith(config.PREFIX)}
+    # A benchmark that is killed closes nothing: it ends with it.
     process = subprocess.Popen(
-        ["taskset", "-c", str(core), sys.executable, "-m", "rfaas_mpi.cli", "manager", "--directory",
+        ["setpriv", "--pdeathsig", "TERM", "--", "taskset", "-c", str(core), sys.executable, "-m", "rfaas_mpi.cli", "manager", "--directory",
          str(directory / "manager"), "--socket", str(path)],
         env={**environment, "RFAAS_CONFIG": os.devnull, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

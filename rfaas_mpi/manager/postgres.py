@@ -44,6 +44,7 @@ _SERVER_ALIVE = {"tcp_keepalives_idle": "3", "tcp_keepalives_interval": "2", "tc
                  "tcp_user_timeout": "8000"}
 _NO_PASSWORD = ("put it into a file that only the manager's user may read, ~/.pgpass or the one that PGPASSFILE names, "
                 "or name a service of pg_service.conf: postgresql:///?service=rfaas")
+_PRIMARY = "name the primary server, or all of them with ?target_session_attrs=read-write"
 _SECRET = ("password", "sslpassword", "scram_client_key", "scram_server_key", "oauth_client_secret")
 
 
@@ -155,6 +156,9 @@ class Postgres:
             if db.info.server_version < VERSION_MIN:
                 raise StoreError(f"{self.name} is PostgreSQL {db.info.server_version // 10000}, which ends no session "
                                  "that shows no life", hint="PostgreSQL 14 or newer does")
+            if db.execute("SELECT pg_is_in_recovery()").fetchone() == (True,):
+                # Who reads there may miss the last grants.
+                raise StoreError(f"{self.name} is a standby server's copy", hint=_PRIMARY)
             db.execute(f"SET search_path = {SCHEMA}")
             if db.execute("SHOW fsync").fetchone() == ("off",):
                 raise StoreError(f"{self.name} runs with fsync = off: a power cut would lose grants",
@@ -238,7 +242,7 @@ class Postgres:
         with self._read_lock:
             if self._closed:
                 raise StoreError(f"{self.name} is closed")
-            if self._reading is not None and (self._reading.closed or self._reading.broken):
+            if self._reading is not None and not _answers(self._reading):
                 self._reading.close()
                 self._reading = None
             if self._reading is None:
@@ -265,8 +269,7 @@ class Postgres:
                 return StoreError(f"{self.name} can't be written ({said})",
                                   hint="make room on the server's disk; nothing is granted before, and nothing is lost")
             case errors.ReadOnlySqlTransaction():
-                return StoreError(f"{self.name} can't be written: it is read-only",
-                                  hint="name the primary server, or all of them with ?target_session_attrs=read-write")
+                return StoreError(f"{self.name} can't be written: it is read-only", hint=_PRIMARY)
             case errors.InsufficientPrivilege():
                 return StoreError(f"{self.name} doesn't let this user do what a manager does ({said})",
                                   hint=f"who administers the server: CREATE SCHEMA {SCHEMA} AUTHORIZATION USER")
@@ -335,6 +338,15 @@ def _term_of(db: Any) -> tuple[Any, ...] | None:
     if db.execute(f"SELECT to_regclass('{SCHEMA}.term')").fetchone()[0] is None:
         return None
     return db.execute("SELECT number, leader, keys FROM term").fetchone()
+
+
+def _answers(db: psycopg.Connection[Any]) -> bool:
+    """False for a session that has ended; that the server ended it is only known once it is used."""
+    try:
+        db.execute("SELECT 1")
+    except psycopg.OperationalError:
+        return False
+    return True
 
 
 def _cut(db: psycopg.Connection[Any] | None) -> None:

@@ -91,8 +91,8 @@ def _managing(directory: Path, core: int) -> Iterator[_Manager]:
                    if not name.startswith(config.PREFIX)}
     # A benchmark that is killed closes nothing: it ends with it.
     process = subprocess.Popen(
-        ["setpriv", "--pdeathsig", "TERM", "--", "taskset", "-c", str(core), sys.executable, "-m", "rfaas_mpi.cli", "manager", "--directory",
-         str(directory / "manager"), "--socket", str(path)],
+        ["setpriv", "--pdeathsig", "TERM", "--", "taskset", "-c", str(core), sys.executable, "-m", "rfaas_mpi.cli",
+         "manager", "--directory", str(directory / "manager"), "--socket", str(path)],
         env={**environment, "RFAAS_CONFIG": os.devnull, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

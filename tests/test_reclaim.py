@@ -279,6 +279,7 @@ def test_processes_that_start_each_other_are_found_however_deep_they_go(monkeypa
     monkeypatch.setattr(reclaim, "threads", lambda pid: [pid])
     monkeypatch.setattr(reclaim, "_children", lambda pid, _thread: [pid + 1] if pid < deepest else [])
     assert list(started_by(1)) == list(range(2, deepest + 1))
+    assert list(started_by(1, but={4})) == [2, 3]
 
 
 @two_cores

@@ -24,15 +24,16 @@ def threads(pid: int) -> list[int]:
         return []
 
 
-def started_by(pid: int) -> Iterator[int]:
-    """The living descendants of a process, parents first."""
+def started_by(pid: int, *, but: Collection[int] = ()) -> Iterator[int]:
+    """The living descendants of a process, parents first; without these, and theirs."""
     left = [pid]                     # no recursion: how deep they go is for them to choose
     while left:
         parent = left.pop()
         for thread in threads(parent):
             for child in _children(parent, thread):
-                yield child
-                left.append(child)
+                if child not in but:
+                    yield child
+                    left.append(child)
 
 
 def runs_only_on(pid: int, cores: Collection[int]) -> bool:

@@ -40,6 +40,8 @@ ENDS_S = 5.0                         # killed workers are waited for, at our own
 STARTS_S = 120.0                     # an interpreter with the user's modules may need so long to be ready
 FORKS_S = 60.0                       # and then so long for a worker that serves
 MASKS_S = 1.0                        # how often it is looked at where other users' processes may run
+MASKS_MOST_S = 10.0                  # less often where it takes long, but not less often than this …
+MASKS_PART = 20                      # … so that one part in so many of all time is spent on it
 MOVES_S = 0.02                       # and what one look moves takes no longer
 STRAYS_MAX = 10                      # such looks in a row that find one elsewhere end its zygote
 
@@ -145,10 +147,12 @@ class Workers:
             for number in self._guard.over():
                 self._end_for_memory(number)
         if self._confines and now >= self._masks_at:
-            self._masks_at = now + MASKS_S
+            begun = time.monotonic()
             for key, zygote in list(self.zygotes.items()):
                 if zygote.spawner is not None:
                     self._confine(key, zygote)
+            # Users may have many thousands of processes, and all others wait while we look.
+            self._masks_at = now + min(max(MASKS_S, MASKS_PART * (time.monotonic() - begun)), MASKS_MOST_S)
         self._end_late(now)
         self.act(self.core.tick(now))
         if self._spawner is not None and self._spawner.has_news:
@@ -164,8 +168,9 @@ class Workers:
 
         Groups bound its memory, but a mask is its own to change.
         """
-        own, seen = frozenset(self.core.own_cores), {zygote.pid}
+        own = frozenset(self.core.own_cores)
         lent: set[int] = set()
+        seen: set[int] = set()
         for number in zygote.workers:
             handle, worker = self._handles.get(number), self.core.workers.get(number)
             if handle is None or worker is None:
@@ -173,12 +178,12 @@ class Workers:
             lent.update(worker.seat.cores)
             if not handle.pid:
                 continue
-            family = [handle.pid, *started_by(handle.pid)]
-            seen.update(family)
+            seen.add(handle.pid)
             if handle.serves and not worker.killed and not worker.seat.stopping:
+                family = [handle.pid, *started_by(handle.pid)]
                 self._take_back(f"{key}/{number}", zygote, family, worker.seat.cores, worker.seat.cores, handle.kill)
         # One that is forked at this moment may be on its core already.
-        others = [zygote.pid, *(pid for pid in started_by(zygote.pid) if pid not in seen)]
+        others = [zygote.pid, *started_by(zygote.pid, but=seen)]
         self._take_back(key, zygote, others, own | lent, own, zygote.process.kill)
 
     def _take_back(self, name: str, zygote: ZygoteHandle, pids: Iterable[int], allowed: Collection[int],

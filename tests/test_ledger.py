@@ -303,6 +303,18 @@ def test_a_worker_s_kernels_are_those_of_its_latest_word(opened):
     assert [row["kernel"] for row in opened().usage(by="kernel")] == ["", "b", "c"]
 
 
+def test_numbers_that_no_database_holds_and_none_that_divide_to_nothing_are_no_error(opened):
+    """Any user's own agent may send them: the manager writes them down, and whoever asks gets an answer."""
+    ledger = opened()
+    most, least = (1 << 60) - 1, 1e-200
+    ledger.write([], [
+        used(1, invocations=most, exec_s=1.0, kernels=tuple(KernelUse("a", 0.01, most) for _ in range(16))),
+        used(2, held_s=least, cpu_s=least, exec_s=least, kernels=(KernelUse("b", least, 1),))])
+    rest, many, little = opened().usage(by="kernel")
+    assert (rest["kernel"], many["kernel"], little["kernel"]) == ("", "a", "b")
+    assert many["invocations"] == 2**63 - 1 and little["cpu_s"] == pytest.approx(0.0)
+
+
 def test_a_user_who_makes_names_without_end_fills_nothing(opened_file):
     ledger = opened_file()
     for first in range(0, 3 * KERNELS_MAX, 10):

@@ -17,6 +17,7 @@ __all__ = ["KERNELS_MAX", "OTHERS", "RECORD", "KernelUse", "Prices", "Usage", "b
 KERNELS_MAX = 1000               # names of one user that are kept apart
 RECORD = 0                       # the number of what the manager knows of a seat itself
 
+INVOCATIONS_MAX = 2**63 - 1
 GIB = 1 << 30
 
 
@@ -91,7 +92,8 @@ def believable(used: Usage, known: Collection[str], *, most: int = KERNELS_MAX) 
         seconds, invocations = ran.get(name, (0.0, 0))
         share = min(one.exec_s, left)
         left -= share
-        ran[name] = seconds + share, invocations + one.invocations
+        # No database's integer is larger.
+        ran[name] = seconds + share, min(invocations + one.invocations, INVOCATIONS_MAX)
     return msgspec.structs.replace(
         used, exec_s=exec_s, poll_s=min(used.poll_s, used.cpu_s),
         kernels=tuple(KernelUse(name, seconds, invocations) for name, (seconds, invocations) in ran.items()))

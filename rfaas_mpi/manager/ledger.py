@@ -112,8 +112,9 @@ _SUMS = {
 _KERNEL_SUMS = {
     "workers": "count(*)", "core_s": "sum(usage_kernels.exec_s * usage.cores)",
     "memory_byte_s": "sum(usage_kernels.exec_s * usage.memory_bytes)",
-    "cpu_s": "sum(CASE WHEN usage.exec_s > 0 THEN (usage.cpu_s - usage.poll_s) * usage_kernels.exec_s / usage.exec_s "
-             "ELSE 0 END)",
+    # A product that is too small is an error to PostgreSQL; below a nanosecond there is nothing to share.
+    "cpu_s": "sum(CASE WHEN usage.exec_s > 1e-9 AND usage_kernels.exec_s > 1e-9 AND usage.cpu_s - usage.poll_s > 1e-9 "
+             "THEN (usage.cpu_s - usage.poll_s) * usage_kernels.exec_s / usage.exec_s ELSE 0 END)",
     "exec_s": "sum(usage_kernels.exec_s)", "poll_s": "CAST(0 AS DOUBLE PRECISION)",
     "invocations": "sum(CAST(usage_kernels.invocations AS DOUBLE PRECISION))",
 }

@@ -42,6 +42,7 @@ from rfaas_mpi.leases import (
 from rfaas_mpi.manager import ledger as ledger_module
 from rfaas_mpi.manager import sqlite as sqlite_module
 from rfaas_mpi.manager.accounts import KERNELS_MAX, OTHERS, RECORD, KernelUse
+from rfaas_mpi.manager.directory import Registration
 from rfaas_mpi.manager.ledger import KEEP_ENDED_S, Ledger, Usage
 from rfaas_mpi.manager.registry import Registry
 from rfaas_mpi.manager.sqlite import network_file_system
@@ -161,6 +162,13 @@ def test_what_ended_long_ago_is_removed_from_the_file(opened, clock, monkeypatch
     assert {table: ledger._db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
             for table in ("leases", "answers", "closed", "usage")} == {
                 "leases": 1, "answers": 1, "closed": 0, "usage": 0}
+
+
+def test_of_a_node_that_is_forgotten_nothing_is_left(opened):
+    ledger = opened()
+    for known in ((Registration("n0/1000", "a", 1, "boot", bytes(32), ("tcp://n0:1",), "n0"),), ()):
+        ledger.write([], agents={"n0/1000": known})
+    assert ledger._db.execute("SELECT count(*) FROM agents").fetchone() == (0,)
 
 
 def test_a_first_ledger_begins_above_what_one_before_it_may_have_given_out(opened, clock):
@@ -313,6 +321,12 @@ def test_numbers_that_no_database_holds_and_none_that_divide_to_nothing_are_no_e
     rest, many, little = opened().usage(by="kernel")
     assert (rest["kernel"], many["kernel"], little["kernel"]) == ("", "a", "b")
     assert many["invocations"] == 2**63 - 1 and little["cpu_s"] == pytest.approx(0.0)
+
+
+def test_names_that_come_all_at_once_are_no_more_than_those_that_come_one_by_one(opened_file):
+    opened_file().write([], [used(1 + number, exec_s=1.0, kernels=(KernelUse(f"k{number}", 1.0, 1),))
+                             for number in range(KERNELS_MAX + 50)])
+    assert len(opened_file().usage(by="kernel")) == KERNELS_MAX + 2, 'with "" and the others'
 
 
 def test_a_user_who_makes_names_without_end_fills_nothing(opened_file):

@@ -367,7 +367,9 @@ class Ledger:
                 self._write_usage(usage)
                 self._db.executemany(
                     "INSERT INTO agents VALUES (?, ?) ON CONFLICT (node) DO UPDATE SET body = excluded.body",
-                    [(node, _encode(known).decode()) for node, known in agents.items()])
+                    [(node, _encode(known).decode()) for node, known in agents.items() if known])
+                self._db.executemany("DELETE FROM agents WHERE node = ?",
+                                     [(node,) for node, known in agents.items() if not known])
                 self._db.executemany(
                     "INSERT INTO jobs VALUES (?, ?, ?) ON CONFLICT (session) DO UPDATE SET job = excluded.job, "
                     "at = excluded.at", [(session, job, self._wall()) for session, job in jobs.items()])
@@ -405,7 +407,7 @@ class Ledger:
 
     def _write_usage(self, usage: Iterable[Usage]) -> None:
         """The latest that is known of each worker takes the place of what was known before."""
-        at, newer = self._wall(), []
+        at = self._wall()
         for one in usage:
             one = believable(one, self._names(one.uid) if one.kernels else ())
             done = self._db.execute(
@@ -416,9 +418,8 @@ class Ledger:
                 "WHERE excluded.held_s >= usage.held_s",
                 (one.node, one.incarnation, one.lease, one.seat, one.number, at, one.uid, one.cores,
                  one.memory_bytes, one.held_s, one.cpu_s, one.exec_s, one.poll_s, one.invocations))
-            if one.kernels and done.rowcount:
-                newer.append(one)
-        for one in newer:
+            if not one.kernels or not done.rowcount:
+                continue
             key = (one.node, one.incarnation, one.lease, one.seat, one.number)
             self._db.execute("DELETE FROM usage_kernels WHERE node = ? AND incarnation = ? AND lease = ? AND seat = ? "
                              "AND number = ?", key)

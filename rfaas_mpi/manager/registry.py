@@ -115,8 +115,10 @@ class Registry:
         clocks[incarnation] = max(clock_ns, clocks.get(incarnation, 0))
 
     def agents(self, node: str, known: tuple[Registration, ...]) -> None:
-        """Takes what is known of a node's agents, to be written down with the rest."""
+        """Takes what is known of a node's agents, to be written down with the rest; nothing: it is forgotten."""
         self._group.agents[node] = known
+        if not known:
+            self._clocks.pop(node, None)
 
     def job(self, session: int, job: str) -> None:
         """Takes the batch job in which a session runs, for the accounts."""

@@ -25,7 +25,7 @@ def kind(spin_us_max: int | None, **environment: str) -> ZygoteKind:
 
 
 @pytest.mark.parametrize(("wanted", "most", "spin_us"), [
-    ("5000", 100, "100"), ("50", 100, "50"), (None, 0, "0"), (None, 2000, None), ("5000", None, "5000")])
+    ("5000", 100, "100"), ("50", 100, "50"), (None, 0, "0"), (None, 2000, "1000"), ("5000", None, "5000")])
 def test_workers_spin_for_as_long_as_their_rank_wants_and_no_longer_than_the_node_allows(wanted, most, spin_us):
     given = {} if wanted is None else {"RFAAS_SPIN_US": wanted}
     found = {os.fsdecode(name): os.fsdecode(value) for name, value in kind(most, **given).environment}

@@ -148,7 +148,7 @@ class MemoryGuard:
 
     def held_by(self, zygotes: Iterable[Parent]) -> int:
         """Memory that zygotes of other users hold, which nobody was granted; 0 where they are in no group."""
-        if self.why_no_groups:
+        if self.why_no_groups or self._roots.why_not:
             return 0
         return sum(Group(f"{self._maker}-z{zygote.number}", self._roots).anonymous_bytes()
                    for zygote in zygotes if zygote.spawner is not None)

@@ -70,9 +70,12 @@ class ZygoteKind:
         Workers spin for as long as the rank wants, and at most for `spin_us_max`.
         """
         given = {os.fsdecode(name): os.fsdecode(value) for name, value in join.environment}
-        if spin_us_max is not None and (wanted := config.Settings.load(given).spin_us) > spin_us_max:
-            log.debug("workers spin for %d us, not the %d us that their rank wants", spin_us_max, wanted)
-            given[config.PREFIX + "SPIN_US"] = str(spin_us_max)
+        if spin_us_max is not None:
+            wanted = config.Settings.load(given).spin_us
+            if wanted > spin_us_max:
+                log.debug("workers spin for %d us, not the %d us that their rank wants", spin_us_max, wanted)
+            # Always said: a file of its user's could say something else.
+            given[config.PREFIX + "SPIN_US"] = str(min(wanted, spin_us_max))
         if device is not None:
             given[config.DEVICE_VARIABLE] = device
         environment = {**config.scrubbed(given), **dict.fromkeys(config.THREAD_VARIABLES, "1")}

@@ -14,7 +14,7 @@ from rfaas_mpi._version import __version__
 from rfaas_mpi.cli import commands, output
 from rfaas_mpi.cli.output import Output
 from rfaas_mpi.cli.shape import WIDTH, Finished, Ordered, common, examples, flag
-from rfaas_mpi.errors import RFaaSError
+from rfaas_mpi.errors import RFaaSError, ServiceLost
 
 
 @click.group(cls=Ordered, context_settings=WIDTH, epilog=(
@@ -374,7 +374,9 @@ def _run(given: list[str], out: Output) -> int:
             traceback.print_exc()
         hint = error.hint if isinstance(error, RFaaSError) else ""
         message = Exception.__str__(error) if isinstance(error, RFaaSError) else str(error)
-        out.error(message or type(error).__name__, kind=type(error).__name__, hint=hint)
+        # Which kind of loss it was is nothing for scripts: they have known one name from the start.
+        kind = ServiceLost.__name__ if isinstance(error, ServiceLost) else type(error).__name__
+        out.error(message or kind, kind=kind, hint=hint)
         return output.FAILED
     except (output.StdoutClosed, output.StdoutFailed):
         raise

@@ -40,7 +40,7 @@ def _named(context: click.Context) -> Path | None:
     "rfaas manager --directory ~/manager",
     "rfaas manager --listen 10.0.0.1:4712 --munge",
     "rfaas manager --listen 10.0.0.1:4712 --key alice=alice.key",
-    "rfaas manager --listen 10.0.0.2:4712 --munge --store postgresql://rfaas@db/rfaas"))
+    "rfaas manager --listen 10.0.0.2:4712 --munge --store postgresql://db/rfaas"))
 @_directory
 @click.option("--socket", metavar="PATH", type=_FILE, default=None,
               help="Where it listens.  [default: /run/rfaas/manager.sock with the site's directory, else manager.sock "

@@ -164,7 +164,7 @@ class ManagerClient:
     # ---- one request ---------------------------------------------------------------------------------
 
     def _exchange(self, method: str, where: str, data: bytes, wait_s: float) -> tuple[int, bytes]:
-        first, last = self._first, None
+        first, last, busy = self._first, None, None
         for turn in range(len(self._doors)):
             number = (first + turn) % len(self._doors)
             try:
@@ -172,12 +172,22 @@ class ManagerClient:
             except ManagerUnreachable as error:
                 last = error
                 continue
-            except (ServiceLost, ServiceError):
-                # Whoever takes its place is found by the next call.
+            except ServiceLost:
+                # The next call begins with whoever may have taken its place.
+                self._first = (number + 1) % len(self._doors)
+                raise
+            except ServiceError:
                 self._first = number
                 raise
+            if answered[0] == 503 and busy is None:
+                # It may be cut off from its store, and another one leads.
+                busy = number, answered
+                continue
             self._first = number
             return answered
+        if busy is not None:
+            self._first = busy[0]
+            return busy[1]
         assert last is not None
         raise last if len(self._doors) == 1 else ManagerUnreachable(
             f"none of the managers at {self._settings.manager} can be reached; the last one: "

@@ -222,6 +222,23 @@ def test_of_several_managers_the_one_that_answers_is_called(manager, tmp_path):
                 call.call("nodes")
 
 
+def test_where_one_of_several_managers_can_t_reach_its_store_the_others_are_asked(manager, tmp_path):
+    thread = speaking(tmp_path / "s", b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 2\r\n\r\n{}")
+    with ManagerClient(Settings.load({}, manager=f"unix:{tmp_path}/s,{manager.address}")) as call:
+        assert call.call("nodes", wait_s=GUARD_S) == api.Nodes(()) and str(call.address) == manager.address
+    thread.join(GUARD_S)
+
+
+def test_after_one_of_several_managers_fell_silent_the_next_one_is_asked_first(manager, tmp_path):
+    with socket.socket(socket.AF_UNIX) as frozen:
+        frozen.bind(str(tmp_path / "s"))
+        frozen.listen()
+        with ManagerClient(Settings.load({}, manager=f"unix:{tmp_path}/s,{manager.address}")) as call:
+            with pytest.raises(ServiceLost, match="has not answered"):
+                call.call("nodes", wait_s=0.01)
+            assert call.call("nodes", wait_s=GUARD_S) == api.Nodes(()) and str(call.address) == manager.address
+
+
 def test_nobody_named_is_an_error_that_names_the_setting():
     with pytest.raises(ConfigError, match="RFAAS_MANAGER"):
         ManagerClient(Settings())

@@ -300,7 +300,8 @@ class Ledger:
                 answers.append(Answered(found.demand, found.grant))
         return Kept(
             leases=leases, answers=answers,
-            closed=[session for session, in db.execute("SELECT session FROM closed WHERE at > ?", (since,))],
+            # All of the hour: a demand may come again long after its session's end, and they are small.
+            closed=[session for session, in db.execute("SELECT session FROM closed WHERE at > ?", (lost,))],
             drained=[node for node, in db.execute("SELECT node FROM drained ORDER BY node")])
 
     def usage(self, *, by: str = "uid", uid: int | None = None) -> list[dict[str, int | float | str]]:

@@ -329,16 +329,16 @@ static uint32_t kill_workers(int way)
             n = converse(chan, at);
             let_go(chan);
         }
-        /* after the goodbye it has no more to say, but may still be killed */
+        /* after the goodbye it has no more to say, but may still be killed:
+         * by now, or never */
+        end_between();
         whole = rfm_load_acquire(&between.killed) == 0;
         if (whole) {
             (void)t_worker_expect(&worker, RFM_AGENT_GONE);
-            end_between();
             CHECK_EQ(n, 0);
             t_worker_end(&worker);
         } else {
             CHECK_EQ(t_worker_bury(&worker), SIGKILL);
-            end_between();
             lost += n != 0;
         }
     }

@@ -18,7 +18,6 @@ import itertools
 import os
 import secrets
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ import numpy as np
 from rfaas_mpi import api, config
 from rfaas_mpi.bench import environment, kernels, measure
 from rfaas_mpi.bench.cold import lease_of
+from rfaas_mpi.bench.manager import end
 from rfaas_mpi.bench.raw import BenchError
 from rfaas_mpi.bench.stage import Options, check_quiet
 from rfaas_mpi.client import ManagerClient, here
@@ -121,12 +121,7 @@ class _Cluster:
         """Safe to call twice."""
         self.client.close()
         for process in reversed(self._processes):
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(10.0)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end(process)
         self._processes.clear()
 
 

@@ -43,7 +43,7 @@ from rfaas_mpi.leases import LiveLease
 from rfaas_mpi.leases.grants import AgentKey
 from rfaas_mpi.manager.ledger import Ledger
 
-__all__ = ["AGENTS", "RATES", "measure_http", "measure_restart"]
+__all__ = ["AGENTS", "RATES", "end", "measure_http", "measure_restart"]
 
 AGENTS = 1000
 CORES = 64
@@ -103,12 +103,17 @@ def _managing(directory: Path, core: int) -> Iterator[_Manager]:
             time.sleep(0.002)
         yield _Manager(process, path)
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(10.0)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Asks a daemon to end, and kills it if it doesn't."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(10.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _answers(path: Path) -> bool:

@@ -830,7 +830,7 @@ def _older(items: Iterable[tuple[_K, _V]], when: Callable[[_V], float],
 
 def _no_picker(spare: Sequence[int], workers_min: int, workers_max: int, cores_per_worker: int,
                numa: Mapping[int, int]) -> list[tuple[int, ...]]:
-    raise NotImplementedError("the chooser picks cores, too")
+    raise AssertionError("a book with a chooser has no use for a picker: it picks cores, too")
 
 
 def _same(one: Demand, other: Demand) -> bool:

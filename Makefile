@@ -99,12 +99,15 @@ sdist: setup  ## a source distribution under dist/
 # TSan (it forks while it has threads, say) holds the words "not under TSan:".
 # One that holds the words "over every transport" is run over each of these:
 # `make check-asan-test_invoke` (shm), `make check-tsan-tcp-test_invoke`. What is
-# called test_verbs* runs over that alone.
+# called test_verbs* runs over that alone. Most of them wait most of the time, so
+# that several run at once; a fuzz target has a core for itself.
 
 # verbs runs over a device that is none (csrc/verbs/null), where its headers are.
 C_VERBS      := $(shell echo '\#include <infiniband/verbs.h>' | gcc -E -o /dev/null - 2>/dev/null && echo verbs)
 C_TRANSPORTS := tcp $(C_VERBS)
 C_TIMEOUT   ?= 300
+CORES       := $(shell nproc)
+C_JOBS      ?= $(shell expr 2 '*' $(CORES))
 C_BUILD     ?= build
 CC          := gcc
 C_FLAGS     := -std=c11 -O1 -g -Wall -Wextra -Werror -fno-omit-frame-pointer -Icsrc -Icsrc/tests
@@ -162,8 +165,8 @@ $(foreach sanitizer,asan tsan plain,$(eval $(call sanitized,$(sanitizer))))
 define transported
 .PHONY: check-$(1)-$(2)-%
 check-$(1)-$(2)-%: $(C_BUILD)/$(1)/%.run $(if $(filter verbs,$(2)),$(C_BUILD)/$(1)/verbs.so)
-	@rm -f $(C_BUILD)/$(1)/$$*.device
-	$$(call report,$(1) $(2) $$*,env T_TRANSPORT=$(2) T_PLUGIN=$(C_BUILD)/$(1)/$(2).so RFM_NULL_DEVICE=$(C_BUILD)/$(1)/$$*.device $$(RUN_$(1)) $$<)
+	@rm -f $(C_BUILD)/$(1)/$$*.$(2)
+	$$(call report,$(1) $(2) $$*,env T_TRANSPORT=$(2) T_PLUGIN=$(C_BUILD)/$(1)/$(2).so RFM_NULL_DEVICE=$(C_BUILD)/$(1)/$$*.$(2) $$(RUN_$(1)) $$<)
 
 CHECKS += $$(patsubst csrc/tests/%.c,check-$(1)-$(2)-%,$$(filter $$(C_TESTS_$(1)),$$(C_TESTS_all)) $$(C_TESTS_of_$(2)))
 endef
@@ -172,7 +175,13 @@ $(foreach sanitizer,asan tsan,$(foreach transport,$(C_TRANSPORTS),$(eval $(call 
 
 include csrc/fuzz/fuzz.mk
 
-test-c: setup $(CHECKS) $(FUZZ_TARGETS:%=check-fuzz-%)
+.PHONY: checks fuzz-checks
+checks: $(CHECKS)
+fuzz-checks: $(FUZZ_TARGETS:%=check-fuzz-%)
+
+test-c: setup
+	@$(MAKE) --no-print-directory -j$(CORES) --output-sync=target fuzz-checks
+	@$(MAKE) --no-print-directory -j$(C_JOBS) --output-sync=target checks
 
 clean:  ## remove what was built (not .venv)
 	rm -rf build dist $(OUT) *.egg-info .pytest_cache .hypothesis

@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from rfaas_mpi import api, config
 from rfaas_mpi import messages as msg
 from rfaas_mpi.client import ManagerClient, ManagerRefused, here
@@ -218,7 +220,7 @@ class ClusterSession:
         try:
             session = Session.open_lease(lent, self.settings, on_event=lambda event: self._hear(line, event),
                                          begin=True)
-            lease = session.use()
+            lease = msgspec.structs.replace(session.use(), host=lent.host, addresses=lent.addresses)
             with self._lock:
                 if self.closed:
                     raise ClosedError("the executor was closed", hint="make a new Executor")
@@ -259,7 +261,13 @@ class ClusterSession:
 
     def reach(self, lease: GrantLease, worker: int, transport: str, timeout_s: float | None = None) -> tuple[int, int]:
         """The connections that a transport needs to a worker, as `Session.reach`."""
-        return self.at(lease).reach(lease, worker, transport, timeout_s)
+        session = self.at(lease)
+        # Who leased it may have reached its agent by another way.
+        return session.reach(msgspec.structs.replace(lease, endpoint=session.endpoint), worker, transport, timeout_s)
+
+    def hold(self, lease: GrantLease) -> None:
+        """This process keeps the lease, too, as `Session.hold`."""
+        self.at(lease).hold(lease)
 
     def kill(self, lease: GrantLease | int, worker: int, reason: str = "cancel", invocation: int = 0) -> bool:
         """Has a worker killed, as `Session.kill`; False where its agent is gone, and the worker with it."""
@@ -335,13 +343,13 @@ class ClusterSession:
 class _Held:
     """A lease that another process began, as `Session.open_lease` takes it."""
 
-    host = ""
     grant = b""
 
     def __init__(self, lease: GrantLease) -> None:
         self.id = lease.id
         self.secret = lease.secret
-        self.addresses = (lease.endpoint,)
+        self.host = lease.host
+        self.addresses = lease.addresses or (lease.endpoint,)
 
 
 def _number(lease: GrantLease | int) -> int:

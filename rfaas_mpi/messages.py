@@ -131,6 +131,7 @@ ROLE_DATA_RANK = b"data rank"
 ROLE_DATA_WORKER = b"data worker"
 ROLE_LEASE_RANK = b"lease rank"
 ROLE_LEASE_AGENT = b"lease agent"
+_HOLD = b"hold"
 
 
 def proof(secret: bytes, role: bytes, rank_nonce: bytes, service_nonce: bytes, lease: int, worker: int) -> bytes:
@@ -153,6 +154,11 @@ def lease_roles(grant: bytes) -> tuple[bytes, bytes]:
     """The roles of rank and agent at the begin of a lease's session: proofs are good for this grant only."""
     digest = hashlib.sha256(grant).digest()
     return ROLE_LEASE_RANK + digest, ROLE_LEASE_AGENT + digest
+
+
+def hold_proof(secret: bytes, lease: int, session: int) -> bytes:
+    """What a session shows that wants to keep a lease, too: it is good for that session only."""
+    return proof(secret, _HOLD, struct.pack("<Q", session), b"", lease, 0)
 
 
 class Frame(NamedTuple):
@@ -209,6 +215,8 @@ class GrantLease(msgspec.Struct, frozen=True):
     memory_bytes: int                # of the whole lease
     hard_end: float | None = None    # CLOCK_MONOTONIC seconds of the lease's node; None: no end known
     endpoint: str = ""               # where its workers are dialled: tcp:// or unix:; "": at the session's service
+    host: str = ""                   # its agent's, as the manager says; "": the service's
+    addresses: tuple[str, ...] = ()  # where other ranks find that agent; none: at the endpoint
 
     @property
     def memory_per_worker(self) -> int:
@@ -279,6 +287,16 @@ class Use(RankRequest, frozen=True, tag="use"):
     """Begins the lease that this session is about; in one that has begun already: says how it stands."""
 
 
+class Hold(RankRequest, frozen=True, tag="hold"):
+    """From now on this session keeps a lease besides those that do already. Each gives up its own part of it.
+
+    The proof is `hold_proof`: of who has the lease's secret.
+    """
+
+    lease: int
+    proof: bytes
+
+
 class KillRequest(RankRequest, frozen=True, tag="kill"):
     lease: int
     worker: int
@@ -324,7 +342,7 @@ class DownRequest(RankRequest, frozen=True, tag="down"):
     pass
 
 
-AnyRequest = (Join | LeaseRequest | Use | KillRequest | ReleaseRequest | StatusRequest | StayRequest | ListenRequest
+AnyRequest = (Join | LeaseRequest | Use | Hold | KillRequest | ReleaseRequest | StatusRequest | StayRequest | ListenRequest
               | ReclaimRequest | DownRequest)
 
 

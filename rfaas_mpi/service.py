@@ -66,6 +66,7 @@ class Service(AgentServer):
         self._for_others = msg.ListenRequest(0, ())
         self._around = node_cores.SlurmFacts()       # whoever opened the door
         self._ranks: dict[int, tuple[node_cores.Rank, node_cores.SlurmFacts]] = {}   # of this node, by session
+        self._outlived: set[int] = set()     # sessions that ended and whose leases others keep
         self._kept: dict[int, str] = {}
         self._why_none = ""
 
@@ -166,7 +167,16 @@ class Service(AgentServer):
 
     def session_over(self, session: SessionHandle, now: float) -> None:
         self._ranks.pop(session.number, None)
-        self._manage(self.manager.session_ended(session.number, now))
+        leases = [lease.id for lease in self.manager.book.session_leases(session.number)]
+        if any(map(self._is_held, leases)):
+            # Others keep some of what it was granted: the book takes that for its own until they have ended.
+            self._outlived.add(session.number)
+            self.manager.forget_demands(session.number)
+            for lease in leases:
+                if not self._is_held(lease):
+                    self._manage(self.manager.release(session.number, lease, now))
+        else:
+            self._manage(self.manager.session_ended(session.number, now))
         if session.holds:
             # Its own cores may be spare now, too.
             self._report_due = True
@@ -308,11 +318,23 @@ class Service(AgentServer):
 
     # ---- what the agent's half asks --------------------------------------------------------------
 
-    def owns(self, session: int, lease: int) -> bool:
-        return self.manager.owns(session, lease)
+    def _is_held(self, lease: int) -> bool:
+        """True if there is a session that keeps the lease."""
+        return lease in self.leases and bool(self.leases[lease].holders)
 
-    def release(self, session: int, lease: int, now: float) -> None:
-        self._manage(self.manager.release(session, lease, now))
+    def let_go(self, lease: int, now: float) -> None:
+        owner = self.leases[lease].session
+        if owner not in self._outlived:
+            if owner in self.sessions:       # else what it had ends with it
+                self._manage(self.manager.release(owner, lease, now))
+        elif any(self._is_held(held.id) for held in self.manager.book.session_leases(owner)):
+            self._manage(self.manager.release(owner, lease, now))
+        else:
+            self._outlived.discard(owner)
+            self._manage(self.manager.session_ended(owner, now))
+
+    def release(self, lease: int, now: float) -> None:
+        self._manage(self.manager.release(self.leases[lease].session, lease, now))
 
     def fail(self, lease: int, now: float) -> None:
         self._manage(self.manager.revoke(lease, now))

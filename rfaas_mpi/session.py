@@ -753,8 +753,19 @@ class Session:
             granted = self._answer(*begun, msg.Granted)
         if [lease.id for lease in granted.leases] != [lent.id]:
             raise ServiceError(f"{self.name} answered with leases {[lease.id for lease in granted.leases]}")
-        return msgspec.structs.replace(granted.leases[0], secret=lent.secret,
-                                       endpoint=str(self.home) if self.remote else f"{_UNIX}{self.home}")
+        return msgspec.structs.replace(granted.leases[0], secret=lent.secret, endpoint=self.endpoint)
+
+    @property
+    def endpoint(self) -> str:
+        """Where it is reached, as leases name it."""
+        return str(self.home) if self.remote else f"{_UNIX}{self.home}"
+
+    def hold(self, lease: GrantLease) -> None:
+        """This session keeps the lease from now on, besides those that do: it ends when the last one lets go of it.
+
+        ServiceError where it has ended already.
+        """
+        self._ask(msg.Hold(next(self._ids), lease.id, msg.hold_proof(lease.secret, lease.id, self.number)), msg.Done)
 
     def kill(self, lease: GrantLease | int, worker: int, reason: str = "cancel", invocation: int = 0) -> bool:
         """Has the worker killed; with `invocation` only if that one still runs. True if it was killed."""
@@ -762,6 +773,8 @@ class Session:
 
     def release(self, lease: GrantLease | int) -> None:
         """Gives a lease back; returns when its workers ended and their last lines were delivered, or after 2 s.
+
+        Where other sessions keep it, too, it is theirs from then on.
 
         Safe for a lease that is gone already, and when the service is.
         """

@@ -24,7 +24,7 @@ def place(tmp_path: Path) -> Path:
 class Bare(AgentServer):
     """Lends nothing: what a server does before anybody joins."""
 
-    offer = session_over = owns = release = fail = stopped = used = None
+    offer = session_over = let_go = release = fail = stopped = used = None
 
 
 @contextlib.contextmanager

@@ -66,10 +66,10 @@ def test_a_rank_is_told_of_what_it_did_not_do_itself(tenures, cause):
     assert told == (cause in NEWS)
 
 
-def test_the_end_of_the_session_that_used_a_grant_is_the_end_of_its_leases_and_of_no_others(tenures):
+def test_a_lease_that_nobody_keeps_any_more_ends_and_no_other_does(tenures):
     tenures.begin(8, 80, 1000, 2, workers((4,)), 0, None)
-    assert tenures.session_over(2, 0.0) == [Stop(8, (0,), Cause.SESSION_ENDED, 0.0)]
-    assert tenures.session_over(3, 0.0) == []
+    assert tenures.abandon(8, 0.0) == [Stop(8, (0,), Cause.SESSION_ENDED, 0.0)]
+    assert tenures.abandon(9, 0.0) == []
 
 
 def test_an_order_for_a_lease_that_has_not_begun_forbids_its_grant(tenures):
@@ -140,10 +140,10 @@ class Node(RuleBasedStateMachine):
                              None if life is None else self.now + life)
             self.next += 1
 
-    @rule(session=st.integers(1, 3))
-    def over(self, session):
-        self.do(self.table.session_over(session, self.now))
-        assert all(tenure.ending for tenure in self.table.all if tenure.session == session)
+    @rule(lease=st.integers(1, 8))
+    def abandon(self, lease):
+        self.do(self.table.abandon(lease, self.now))
+        assert lease not in self.table or self.table.get(lease).ending
 
     @rule(spare=st.sets(st.sampled_from(CORES)), grace=st.sampled_from([0.0, 1.0]))
     def lend(self, spare, grace):

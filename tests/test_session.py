@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 import tiny
 from tiny import Rank, other_rank
@@ -374,6 +375,47 @@ def test_closing_gives_everything_back(shared, wait_until):
         with Rank(shared):
             assert watcher.status()["leases"]
         wait_until(lambda: not watcher.status()["leases"] and not watcher.status()["workers"], "the lease is gone")
+
+
+def test_a_lease_lives_until_the_last_session_that_keeps_it_lets_go_of_it(shared, wait_until):
+    with Session.open(shared) as watcher:
+        def leases() -> list[int]:
+            return [found["id"] for found in watcher.status()["leases"]]
+
+        owner, second, third = (Session.open(shared) for _ in range(3))
+        lease, _ = (owner.request(1, 1).leases[0] for _ in range(2))
+        for session in (second, third):
+            session.hold(lease)
+        owner.close()
+        wait_until(lambda: leases() == [lease.id], "what nobody else keeps is gone")
+        second.release(lease)
+        second.close()
+        assert leases() == [lease.id]
+        os.close(third.dial(lease, lease.workers[0].number))
+        third.close()
+        wait_until(lambda: not leases(), "it is gone with the last one")
+
+
+def test_who_gives_back_what_others_keep_goes_on_and_the_last_release_is_waited_for(shared):
+    with Session.open(shared) as owner, Session.open(shared) as second:
+        lease = owner.request(1, 1).leases[0]
+        second.hold(lease)
+        owner.release(lease)
+        owner.release(lease)
+        assert [found["id"] for found in owner.status()["leases"]] == [lease.id]
+        second.release(lease)
+        assert not owner.status()["leases"]
+        assert owner.request(1, 1).leases[0].id > lease.id
+
+
+@pytest.mark.parametrize("changes", [{"secret": bytes(16)}, {"id": 4711}])
+def test_who_does_not_know_a_lease_s_secret_can_t_keep_it(shared, changes):
+    with Session.open(shared) as owner, Session.open(shared) as second:
+        lease = owner.request(1, 1).leases[0]
+        with pytest.raises(ServiceError, match="there is no lease"):
+            second.hold(msgspec.structs.replace(lease, **changes))
+        second.release(lease)
+        assert [found["id"] for found in owner.status()["leases"]] == [lease.id]
 
 
 def test_a_forked_child_can_not_use_its_parents_session(shared):

@@ -488,7 +488,7 @@ class Agent(AgentServer):
                 if visit is None and not observer:
                     raise ServiceError("this agent lends to whom its manager grants something",
                                        hint="set RFAAS_MANAGER to the manager's address, and RFAAS_SERVICE not at all")
-            case msg.KillRequest(lease=lease) | msg.ReleaseRequest(lease=lease):
+            case msg.KillRequest(lease=lease) | msg.ReleaseRequest(lease=lease) | msg.Hold(lease=lease):
                 if visit is None or visit.lease != lease:
                     raise ServiceError(f"lease {lease} is not this session's")
             case _ if visit is not None and not isinstance(request, msg.Use):
@@ -524,7 +524,6 @@ class Agent(AgentServer):
 
     def session_over(self, session: SessionHandle, now: float) -> None:
         visit = self._visits.pop(session.number, None)
-        self._do(self.tenures.session_over(session.number, now), now)
         if (visit is not None and session.join is not None and visit.lease not in self.tenures
                 and not any(other.lease == visit.lease for other in self._visits.values())):
             # Nobody is left who would use it: its cores needn't wait until it can't begin any more.
@@ -609,11 +608,10 @@ class Agent(AgentServer):
 
     # ---- what the agent's half asks --------------------------------------------------------------
 
-    def owns(self, session: int, lease: int) -> bool:
-        found = self.tenures.get(lease)
-        return found is not None and found.session == session
+    def let_go(self, lease: int, now: float) -> None:
+        self._do(self.tenures.abandon(lease, now), now)
 
-    def release(self, session: int, lease: int, now: float) -> None:
+    def release(self, lease: int, now: float) -> None:
         self._do(self.tenures.release(lease, agent_core.QUIT_GRACE_S, now), now)
 
     def fail(self, lease: int, now: float) -> None:

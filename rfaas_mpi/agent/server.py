@@ -91,6 +91,7 @@ class LeaseHandle:
     session: int
     kind: ZygoteKind
     hard_end: float | None = None
+    holders: set[int] = field(default_factory=set)   # the sessions that keep it
 
 
 class Offer(NamedTuple):
@@ -244,15 +245,15 @@ class AgentServer(ABC):
 
     @abstractmethod
     def session_over(self, session: SessionHandle, now: float) -> None:
-        """A session has ended: what it holds ends too."""
+        """A session has ended: what it alone kept ends too."""
 
     @abstractmethod
-    def owns(self, session: int, lease: int) -> bool:
-        """True if the session may release the lease."""
+    def let_go(self, lease: int, now: float) -> None:
+        """The last session that kept a lease has ended."""
 
     @abstractmethod
-    def release(self, session: int, lease: int, now: float) -> None:
-        """It does. Answered once its last seat has stopped."""
+    def release(self, lease: int, now: float) -> None:
+        """The last session that kept a lease gives it back. Answered once its last seat has stopped."""
 
     @abstractmethod
     def fail(self, lease: int, now: float) -> None:
@@ -404,7 +405,13 @@ class AgentServer(ABC):
             os.close(session.pidfd)
             session.pidfd = -1
         log.info("session=%d ends: %s", session.number, why)
-        self.session_over(session, time.monotonic())
+        now = time.monotonic()
+        for lease, handle in list(self.leases.items()):
+            if session.number in handle.holders:
+                handle.holders.discard(session.number)
+                if not handle.holders:
+                    self.let_go(lease, now)
+        self.session_over(session, now)
 
     def send(self, session: SessionHandle | None, message: msg.Answer | msg.Event) -> None:
         """Says it as soon as the session reads; nothing if there is none."""
@@ -448,6 +455,8 @@ class AgentServer(ABC):
                     self.send(session, msg.Done(request.id, self.workers.kill(request)))
                 case msg.ReleaseRequest():
                     self._release(session, request, now)
+                case msg.Hold():
+                    self._hold(session, request)
                 case msg.StatusRequest():
                     self.send(session, msg.StatusAnswer(request.id, self.status()))
                 case msg.ReclaimRequest():
@@ -495,7 +504,7 @@ class AgentServer(ABC):
                     now: float) -> tuple[msg.GrantLease, list[agent_core.Action]]:
         """The lease as its rank is told of it, less the secret; and what starts its workers: to be done first."""
         assert session.kind is not None
-        self.leases[lease] = LeaseHandle(secret, session.number, session.kind, hard_end)
+        self.leases[lease] = LeaseHandle(secret, session.number, session.kind, hard_end, {session.number})
         seats = {worker.number: worker.cores for worker in workers}
         numbers, actions = self.core.start(lease, session.number, seats, memory_per_worker, now)
         return msg.GrantLease(
@@ -506,15 +515,33 @@ class AgentServer(ABC):
     def tell_lease_ended(self, session: int, lease: int, cause: Cause) -> None:
         """The session hears that all of a lease ends, and why."""
         why = self._failing.pop(lease, "")
-        self.tell(session, msg.LeaseEnded(lease, "failed" if why else REASONS[cause],
-                                          why or _why_ended(lease, cause)))
+        ended = msg.LeaseEnded(lease, "failed" if why else REASONS[cause], why or _why_ended(lease, cause))
+        holders = self.leases[lease].holders if lease in self.leases else set()
+        for number in sorted(holders | {session}):
+            self.tell(number, ended)
+
+    def _hold(self, session: SessionHandle, request: msg.Hold) -> None:
+        handle = self.leases.get(request.lease)
+        if handle is None or not msg.same_proof(request.proof, msg.hold_proof(handle.secret, request.lease,
+                                                                              session.number)):
+            raise ServiceError(f"there is no lease {request.lease} that this session could keep",
+                               hint="it may have ended: make a new Executor")
+        handle.holders.add(session.number)
+        log.info("lease=%d session=%d keeps it, too", request.lease, session.number)
+        self.send(session, msg.Done(request.id))
 
     def _release(self, session: SessionHandle, request: msg.ReleaseRequest, now: float) -> None:
-        if not self.owns(session.number, request.lease):
+        handle = self.leases.get(request.lease)
+        if handle is None or session.number not in handle.holders:
             self.send(session, msg.Done(request.id, False))
             return
+        handle.holders.discard(session.number)
+        if handle.holders:
+            # Others work on with it.
+            self.send(session, msg.Done(request.id))
+            return
         self._releasing.setdefault(request.lease, []).append((session.number, request.id))
-        self.release(session.number, request.lease, now)
+        self.release(request.lease, now)
 
     # ---- for whom the workers work ---------------------------------------------------------------
 

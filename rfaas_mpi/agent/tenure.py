@@ -62,7 +62,7 @@ class Tenure:
     lease: int
     epoch: int
     uid: int
-    session: int                     # whose end is the lease's
+    session: int                     # that began it
     memory_per_worker: int
     hard_end: float | None
     seats: dict[int, tuple[int, ...]]                # whose cores are not free yet
@@ -121,10 +121,9 @@ class Tenures:
         self._live[lease] = tenure
         return tenure
 
-    def session_over(self, session: int, now: float) -> list[Action]:
-        """A rank is gone, and nobody waits for what its workers still do."""
-        return [action for tenure in self.all if tenure.session == session
-                for action in self._stop(tenure, tenure.seats, Cause.SESSION_ENDED, 0.0, now)]
+    def abandon(self, lease: int, now: float) -> list[Action]:
+        """The last of its ranks is gone, and nobody waits for what its workers still do."""
+        return self._stop_lease(lease, Cause.SESSION_ENDED, 0.0, now)
 
     def release(self, lease: int, grace_s: float, now: float) -> list[Action]:
         """Its rank gives it back."""

@@ -135,8 +135,12 @@ class Manager:
 
     def session_ended(self, session: int, now: float) -> list[Action]:
         """Its connection ended: what it holds and what it waits for."""
-        self._waiting = {key: waiting for key, waiting in self._waiting.items() if waiting.session != session}
+        self.forget_demands(session)
         return self.handle(SessionEnded(session), now)
+
+    def forget_demands(self, session: int) -> None:
+        """It waits for nothing any more."""
+        self._waiting = {key: waiting for key, waiting in self._waiting.items() if waiting.session != session}
 
     def stopped(self, lease: int, seat: int, now: float) -> list[Action]:
         """Nothing of this worker can run any more."""
@@ -157,10 +161,6 @@ class Manager:
         if ends is not None:
             times.append(ends)
         return min([*times, self._next_tick])
-
-    def owns(self, session: int, lease: int) -> bool:
-        """True if the session holds the lease, also while it is ending."""
-        return any(held.id == lease for held in self.book.session_leases(session))
 
     def live(self, lease: int) -> bool:
         """True while the lease may start workers."""

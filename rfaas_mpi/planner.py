@@ -1,0 +1,671 @@
+"""How much to offload: the grid of cells, what a cell costs here and there, and who runs which. Pure.
+
+A kernel's rows are cut into cells by its shape alone (`grid`). `Costs` learns
+from live measurements what a cell takes on the rank and at a worker:
+
+    here  = fixed + slope * rows
+    there = T0 + bytes / B + fixed + slope * rows
+
+and says before a run whether offloading pays, and how long either will take. A
+`Race` decides during a run, step by step, from what has happened so far. Neither
+has a clock: times come in as seconds. `simulate` runs a race against a world
+that is made up, which is how predictions are tested.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+__all__ = ["Costs", "Forecast", "Grid", "Link", "Race", "Step", "What", "World", "grid", "simulate"]
+
+# The largest cell and the smallest one are these parts of all rows: the first so
+# that 16 workers are busy to the end, the second so that all end together.
+_LARGEST = 32
+_SMALLEST = 512
+_TAPER = 5
+# What a call on fewer bytes costs is mostly the call.
+_GRAIN_BYTES = 32768
+
+# The rank looks at what is in flight no more often than this: a look costs a few µs.
+_GROUP_S = 50e-6
+# And while it isn't known what a worker takes, which may become known.
+_GROUP_UNKNOWN_S = 2e-3
+# How long beyond its time a cell may take before it is taken for stuck, and where
+# its worker may still be loading the kernel.
+PATIENCE_S = 0.010
+COLD_PATIENCE_S = 1.0
+# Less gain than this is within what is known of it.
+_GAIN = 0.97
+_LEAST_T0_S = 1e-7
+# Probes and second tries spend at most this part of the time.
+BUDGET = 0.01
+
+
+# --- the grid -----------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Grid:
+    """Cells of rows: cell k is rows edges[k] to edges[k + 1]."""
+
+    edges: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.edges[-1]
+
+    def __len__(self) -> int:
+        return len(self.edges) - 1
+
+    def cell(self, k: int) -> slice:
+        return slice(self.edges[k], self.edges[k + 1])
+
+    def size(self, k: int) -> int:
+        return self.edges[k + 1] - self.edges[k]
+
+
+def grid(rows: int, row_bytes: int = 0, grain: int | None = None) -> Grid:
+    """The cells of `rows` rows: large ones first, smaller ones towards the end.
+
+    They depend on the arguments alone, never on timing, workers or faults, so
+    that any division of the work gives the same bits. `row_bytes` are those that
+    a row has in all arrays that are divided; `grain` is the least number of rows
+    of a cell, by default what makes it 32 KiB. Cells but the last are multiples
+    of it.
+    """
+    if grain is None:
+        grain = max(1, _GRAIN_BYTES // row_bytes) if row_bytes else 1
+    least = max(grain, rows // _SMALLEST)
+    edges = [0]
+    while edges[-1] < rows:
+        left = rows - edges[-1]
+        size = max(min(rows // _LARGEST, left // _TAPER), least)
+        size = -(-size // grain) * grain
+        # A rest that is smaller than a cell may be goes to the last one.
+        edges.append(rows if left - size < least else edges[-1] + size)
+    return Grid(tuple(edges))
+
+
+# --- what things cost ------------------------------------------------------------------
+
+class Line:
+    """y = fixed + slope * x, by least squares; what is older counts less."""
+
+    __slots__ = ("_n", "_x", "_xx", "_xy", "_y", "fixed", "slope")
+
+    _KEEP = 0.9
+    # A sample this many times as long as expected says more about the machine than
+    # about the kernel; if it is the kernel, those after it say so too.
+    _OUTLIER = 4.0
+
+    def __init__(self) -> None:
+        self._n = self._x = self._y = self._xx = self._xy = 0.0
+        self.fixed = self.slope = 0.0
+
+    @property
+    def known(self) -> bool:
+        return self._n > 0.0
+
+    def add(self, x: float, y: float, weight: float = 1.0) -> None:
+        """One more sample, or `weight` like it."""
+        if self._n > 0.0:
+            y = min(y, self._OUTLIER * (self.fixed + self.slope * x) + 1e-9)
+        keep = self._KEEP
+        n = self._n = self._n * keep + weight
+        sx = self._x = self._x * keep + weight * x
+        sy = self._y = self._y * keep + weight * y
+        sxx = self._xx = self._xx * keep + weight * x * x
+        sxy = self._xy = self._xy * keep + weight * x * y
+        spread = n * sxx - sx * sx
+        # Sizes that hardly differ say nothing about what is fixed.
+        if spread > 0.01 * n * sxx:
+            slope = (n * sxy - sx * sy) / spread
+            fixed = (sy - slope * sx) / n
+            if slope >= 0.0 and fixed >= 0.0:
+                self.slope, self.fixed = slope, fixed
+                return
+            if slope < 0.0:
+                self.slope, self.fixed = 0.0, sy / n
+                return
+        self.fixed = 0.0 if sxx else sy / n
+        self.slope = sxy / sxx if sxx else 0.0
+
+    def at(self, x: float) -> float:
+        return self.fixed + self.slope * x
+
+
+class Link:
+    """What the way to the workers costs: T0, seconds a byte, and the rank's own time to hand a cell over.
+
+    An end is seen late, when the rank looks; so what is learned are bounds:
+    a figure within them stays, one outside moves to the nearer one.
+    """
+
+    def __init__(self, t0_s: float = 3e-6, byte_s: float = 0.0, hand_s: float = 2e-6) -> None:
+        self.t0_s = t0_s
+        self.byte_s = byte_s
+        self._hand = Line()
+        self._hand_s = hand_s
+
+    def hand(self, nbytes: float) -> float:
+        """Seconds of the rank's to hand a cell over and take its end."""
+        return self._hand.at(nbytes) if self._hand.known else self._hand_s
+
+    def handed(self, nbytes: float, seconds: float) -> None:
+        """A cell was handed over in this time."""
+        self._hand.add(nbytes, seconds)
+
+    def travelled(self, nbytes: float, least_s: float, most_s: float) -> None:
+        """A cell with so many bytes was under way for at least and at most this, its kernel's time not counted."""
+        wire = nbytes * self.byte_s
+        self.t0_s = max(_LEAST_T0_S, min(max(self.t0_s, least_s - wire), most_s - wire))
+
+    def streamed(self, nbytes: float, least_s: float, most_s: float) -> None:
+        """Behind another one, a cell with so many bytes came at least and at most this later."""
+        wire = nbytes * self.byte_s
+        if wire < least_s:
+            self.byte_s += (least_s - wire) / nbytes / 2
+        elif wire > most_s:
+            self.byte_s *= most_s / wire
+
+
+class Forecast(NamedTuple):
+    """What a run will take, in seconds."""
+
+    here_s: float
+    split_s: float
+    share: float
+    """The part of the cells' time that workers take."""
+
+
+class _Course:
+    """How one way to run has gone: by how much predictions were wrong, and how often it was gone."""
+
+    __slots__ = ("last_s", "ratio", "runs")
+
+    def __init__(self) -> None:
+        self.ratio = 1.0
+        self.runs = 0
+        self.last_s = 0.0
+
+    def ran(self, predicted_s: float, took_s: float) -> None:
+        self.last_s = took_s
+        self.runs += 1
+        if predicted_s > 0.0:
+            now = min(max(took_s / predicted_s, 0.25), 4.0)
+            self.ratio += (now - self.ratio) * (0.5 if self.runs == 1 else 0.3)
+
+
+@dataclass
+class Costs:
+    """What one kernel on one shape of rows costs, learned from each run. Not for several threads at once.
+
+    `row_bytes` are what travels for each row, `cell_bytes` for each cell; 0 where
+    memory is shared.
+    """
+
+    link: Link
+    row_bytes: float = 0.0
+    cell_bytes: float = 0.0
+    alone: Line = field(default_factory=Line)
+    beside: Line = field(default_factory=Line)
+    there: Line = field(default_factory=Line)
+    # How much longer than `there` each worker takes.
+    pace: dict[int, float] = field(default_factory=dict)
+    why: str = "nothing is known of it yet"
+    stalls: int = 0
+    here: _Course = field(default_factory=_Course)
+    split: _Course = field(default_factory=_Course)
+    _budget_s: float = 0.0
+
+    def bytes_of(self, rows: float) -> float:
+        return self.cell_bytes + self.row_bytes * rows
+
+    @property
+    def local(self) -> Line:
+        """What a cell takes on the rank while workers are busy."""
+        return self.beside if self.beside.known else self.alone
+
+    def ran_there(self, worker: int, rows: float, exec_s: float) -> None:
+        """A cell of so many rows took this at a worker."""
+        if self.there.known and (expected := self.there.at(rows)) > 0.0:
+            now = min(max(exec_s / expected, 0.1), 10.0)
+            pace = self.pace.get(worker, 1.0)
+            self.pace[worker] = pace + (now - pace) * 0.3
+        self.there.add(rows, exec_s)
+
+    def slowest(self) -> float:
+        """How much longer than expected the slowest worker takes."""
+        return max(1.0, *self.pace.values()) if self.pace else 1.0
+
+    def forget(self, workers: Sequence[int]) -> None:
+        """Only these workers are there now."""
+        for worker in [known for known in self.pace if known not in workers]:
+            del self.pace[worker]
+
+    def forecast(self, cells: Grid, workers: int) -> Forecast | None:
+        """How long it takes here and divided, as if workers were many small ones; None where too little is known."""
+        if not self.alone.known:
+            return None
+        count, rows = len(cells), cells.rows
+        here = count * self.alone.fixed + self.alone.slope * rows
+        if not self.there.known or not workers:
+            return Forecast(here * self.here.ratio, here * self.here.ratio, 0.0)
+        mine = count * self.local.fixed + self.local.slope * rows
+        # It is the large cells that are handed over.
+        large = cells.edges[1]
+        handed = rows / large
+        nbytes = self.bytes_of(large)
+        hand = handed * self.link.hand(nbytes)
+        wire = nbytes * self.link.byte_s
+        pool = handed * max(self.there.at(large) / workers, wire)
+        begin = self.link.t0_s + wire
+        share = (mine - begin) / (mine - hand + pool) if mine > max(begin, hand) else 0.0
+        share = min(max(share, 0.0), 1.0)
+        split = (1 - share) * mine + share * hand if share else here
+        return Forecast(here * self.here.ratio, split * self.split.ratio, share)
+
+    def decide(self, cells: Grid, workers: int) -> bool | None:
+        """Whether to offload; None where that isn't known yet. `why` says why."""
+        if not workers:
+            self.why = "no worker is there"
+            return False
+        found = self.forecast(cells, workers)
+        if found is None or not self.there.known:
+            if found is not None and found.here_s < 4 * (self.link.t0_s + self.link.hand(0.0)):
+                self.why = f"all of it takes {_time(found.here_s)} here, less than the way there"
+                return False
+            self.why = "what it takes at a worker is not known yet"
+            return None
+        what = f"{_time(found.here_s)} here, {_time(found.split_s)} with {workers} workers"
+        if found.share <= 0.0:
+            self.why = f"{what}: to hand a cell over takes as long as to run it"
+            return False
+        if found.split_s < _GAIN * found.here_s:
+            self.why = what
+            return True
+        loss = max(found.split_s - found.here_s, self.link.hand(0.0) * len(cells))
+        if self._budget_s > loss:
+            self._budget_s = 0.0
+            self.why = f"{what}: tried again"
+            return True
+        self.why = f"{what}: too little gained"
+        return False
+
+    def may_probe(self, cost_s: float) -> bool:
+        """Whether there is time to spend on a probe; if so, it is spent."""
+        if self._budget_s < cost_s:
+            return False
+        self._budget_s -= cost_s
+        return True
+
+    def ran(self, cells: Grid, workers: int, took_s: float, *, offloaded: bool, stalled: bool = False) -> None:
+        """A run is over: `offloaded` if workers ran some of it."""
+        self._budget_s += BUDGET * took_s
+        self.stalls += stalled
+        found = self.forecast(cells, workers)
+        if found is None:
+            return
+        if offloaded:
+            if self.split.runs == 0:
+                # It began with nothing known: what it took says nothing of the next one.
+                self.split.runs, self.split.last_s = 1, took_s
+            else:
+                self.split.ran(found.split_s / self.split.ratio, took_s)
+        else:
+            self.here.ran(found.here_s / self.here.ratio, took_s)
+
+
+def _time(seconds: float) -> str:
+    for unit, name in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+# --- one run ------------------------------------------------------------------------------
+
+class What(enum.Enum):
+    """What to do next."""
+
+    RUN = 1      # cells first to stop, here
+    HAND = 2     # cell first, to the workers
+    TAKE = 3     # cell first, back from them if none has begun it, to run it here
+    WAIT = 4     # until one in flight has ended, or for at most `wait_s`
+    GIVE_UP = 5  # on what is in flight: stop who runs it, and run it here
+    DONE = 6
+
+
+class Step(NamedTuple):
+    what: What
+    first: int = 0
+    stop: int = 0
+    wait_s: float = 0.0
+
+
+_DONE = Step(What.DONE)
+_GIVE_UP = Step(What.GIVE_UP)
+
+
+class Race:
+    """Who runs which cell of one run: the rank, or a worker.
+
+    Cells are handed over in order; each goes to whoever is free, so that workers
+    that are slower, farther or shared get fewer. One is handed over only if it is
+    expected back before the rank alone could have finished the rest without it.
+    Ask `next`, do it, and report with `ran`, `handed`, `ended` or `taken`.
+    """
+
+    def __init__(self, cells: Grid, costs: Costs, workers: int, *, use: bool | None = None, cold: bool = False) -> None:
+        self.cells = cells
+        self.costs = costs
+        self.workers = workers
+        self.cold = cold
+        self.offloaded = False
+        self.stalled = False
+        # None: not known yet; asked again as soon as more is known.
+        self.use = use
+        self._edges = cells.edges
+        self._head, self._tail = 0, len(cells)
+        self._slowest = costs.slowest()
+        # Cells in flight, oldest first, and what each is expected to take of the workers.
+        self._flying: dict[int, float] = {}
+        self._handed_at: dict[int, float] = {}
+        # The one that had nothing ahead of it.
+        self._first = -1
+        self._asked: set[int] = set()
+        # Time that the workers need for what is in flight, as of `_as_of`.
+        self._backlog = 0.0
+        self._as_of = 0.0
+        # When the last end was seen, and when the rank had looked before that.
+        self._progress = 0.0
+        self._before = 0.0
+
+    @property
+    def flying(self) -> dict[int, float]:
+        return self._flying
+
+    def next(self, now: float) -> Step:
+        """What to do at this moment."""
+        head, tail = self._head, self._tail
+        costs = self.costs
+        if head < tail:
+            if not costs.alone.known and not self._flying:
+                return Step(What.RUN, tail - 1, tail)
+            if self.use is None and costs.there.known:
+                self.use = costs.decide(self.cells, self.workers)
+            if self.use and self.workers:
+                cell = self._to_hand(now)
+                if cell >= 0:
+                    return Step(What.HAND, cell, cell + 1)
+            return Step(What.RUN, head, self._group())
+        if not self._flying:
+            return _DONE
+        backlog = self._drained(now)
+        for cell in reversed(self._flying):
+            if cell not in self._asked and costs.alone.at(self.cells.size(cell)) < backlog:
+                self._asked.add(cell)
+                return Step(What.TAKE, cell, cell + 1)
+            break
+        left = self._progress + self._patience() - now
+        if left <= 0.0:
+            self.stalled = True
+            return _GIVE_UP
+        return Step(What.WAIT, wait_s=left)
+
+    def _patience(self) -> float:
+        costs = self.costs
+        longest = max(self.cells.size(cell) for cell in self._flying)
+        once = costs.there.at(longest) + costs.link.t0_s + costs.bytes_of(longest) * costs.link.byte_s
+        return 2 * once + PATIENCE_S + (COLD_PATIENCE_S if self.cold else 0.0)
+
+    def _local(self, first: int, stop: int) -> float:
+        line = self.costs.local
+        return (stop - first) * line.fixed + line.slope * (self._edges[stop] - self._edges[first])
+
+    def _group(self) -> int:
+        """Where the cells end that the rank runs before it looks again."""
+        head, tail = self._head, self._tail
+        if self.use is False and not self._flying:
+            return tail
+        if not self.costs.alone.known:
+            return head + 1
+        rest = self._local(head, tail)
+        most = min(_GROUP_S, rest / 4) if self.use else max(_GROUP_S, min(rest / 8, _GROUP_UNKNOWN_S))
+        stop = head + 1
+        while stop < tail and self._local(head, stop + 1) <= most:
+            stop += 1
+        return stop
+
+    def _drained(self, now: float) -> float:
+        passed = now - self._as_of
+        if passed > 0.0:
+            self._backlog = max(0.0, self._backlog - passed)
+            self._as_of = now
+        return self._backlog
+
+    def _to_hand(self, now: float) -> int:
+        """The cell to hand over now, or -1."""
+        costs, link = self.costs, self.costs.link
+        head, tail = self._head, self._tail
+        backlog = self._drained(now) + max(0.0, self._as_of - now)
+        size = self._edges[head + 1] - self._edges[head]
+        nbytes = costs.bytes_of(size)
+        group = max(self._local(head, head + 1), _GROUP_S)
+        if len(self._flying) >= 2 * self.workers and backlog > 1.5 * (group + link.t0_s + nbytes * link.byte_s):
+            return -1
+        # The rank alone could do the rest without it in this time, and with the other workers in that.
+        alone = together = self._local(head, tail)
+        if self.workers > 1:
+            there = costs.there
+            all_there = (tail - head) * there.fixed + there.slope * (self._edges[tail] - self._edges[head])
+            together = (alone + backlog) / (1.0 + (self.workers - 1) * alone / max(all_there, 1e-9))
+        # The next one; or the smallest, where the next would keep a slow worker too long.
+        for cell in (head, tail - 1):
+            size = self._edges[cell + 1] - self._edges[cell]
+            nbytes = costs.bytes_of(size)
+            hand = link.hand(nbytes)
+            if costs.local.at(size) <= hand:
+                continue
+            # Where a worker is free it begins at once; else after its part of what is in flight.
+            queued = backlog if len(self._flying) >= self.workers else 0.0
+            exec_s = costs.there.at(size)
+            slower = exec_s * (self._slowest - 1.0)
+            if queued + hand + link.t0_s + nbytes * link.byte_s + exec_s + slower < alone and slower < 2 * together:
+                return cell
+        return -1
+
+    def handed(self, cell: int, now: float) -> None:
+        """The cell was handed over."""
+        if cell == self._head:
+            self._head += 1
+        else:
+            self._tail -= 1
+        costs = self.costs
+        size = self.cells.size(cell)
+        wire = costs.bytes_of(size) * costs.link.byte_s
+        if not self._flying:
+            self._progress = self._before = now
+            self._first = cell
+            self._backlog = 0.0
+            self._as_of = now + costs.link.t0_s + wire
+        need = max(costs.there.at(size) / self.workers, wire)
+        self._drained(now)
+        self._backlog += need
+        self._flying[cell] = need
+        self._handed_at[cell] = now
+        self.offloaded = True
+
+    def ended(self, cell: int, now: float, looked: float, worker: int = 0, exec_s: float = 0.0) -> None:
+        """A cell came back from a worker; `looked` is when it was last seen in flight."""
+        self._drained(now)
+        self._flying.pop(cell)
+        handed = self._handed_at.pop(cell)
+        if not self._flying:
+            self._backlog = 0.0
+        if exec_s > 0.0:
+            costs, size = self.costs, self.cells.size(cell)
+            nbytes = costs.bytes_of(size)
+            costs.ran_there(worker, size, exec_s)
+            if cell == self._first:
+                costs.link.travelled(nbytes, looked - handed - exec_s, now - handed - exec_s)
+            elif handed < self._progress:
+                least = looked - self._progress
+                # It waited for what was ahead of it: longer than for a worker means for the way.
+                if nbytes and (least > exec_s / self.workers or now - self._before < nbytes * costs.link.byte_s):
+                    costs.link.streamed(nbytes, least, now - self._before)
+        self._progress = now
+        self._before = looked
+
+    def taken(self, cell: int, now: float, back: bool) -> None:
+        """Whether the cell came back without having been run. The rank runs it then."""
+        if back:
+            self._drained(now)
+            self._backlog = max(0.0, self._backlog - self._flying.pop(cell))
+            self._handed_at.pop(cell)
+
+    def ran(self, first: int, stop: int, seconds: float) -> None:
+        """The rank has run these cells, in this time."""
+        if first == self._head:
+            self._head = stop
+        elif stop == self._tail:
+            self._tail = first
+        count = stop - first
+        rows = (self._edges[stop] - self._edges[first]) / count
+        line = self.costs.beside if self._flying else self.costs.alone
+        line.add(rows, seconds / count)
+
+    def workers_are(self, count: int) -> None:
+        """Workers came or went."""
+        self.workers = count
+
+
+# --- a world that is made up ----------------------------------------------------------------
+
+@dataclass
+class World:
+    """What things really take in a simulation, in seconds.
+
+    `speeds`: of each worker, how many times as long as here a kernel takes there.
+    `stops`: (worker, from, until) in which it does nothing; until infinity: it vanishes.
+    """
+
+    fixed_s: float = 0.0
+    row_s: float = 1e-6
+    speeds: Sequence[float] = (1.0,)
+    t0_s: float = 2e-6
+    byte_s: float = 0.0
+    hand_s: float = 1e-6
+    hand_byte_s: float = 0.0
+    beside: float = 1.0
+    step_s: float = 1e-6
+    kill_s: float = 0.002
+    can_take: bool = True
+    stops: Sequence[tuple[int, float, float]] = ()
+
+    def here(self, rows: float) -> float:
+        return self.fixed_s + self.row_s * rows
+
+    def end(self, worker: int, begin: float, seconds: float) -> float:
+        """When a worker is done that begins then."""
+        for who, since, until in self.stops:
+            if who == worker and begin < until and begin + seconds > since:
+                if begin >= since:
+                    begin = until
+                else:
+                    seconds, begin = seconds - (since - begin), until
+        return begin + seconds
+
+
+@dataclass
+class Simulated:
+    """What came of it."""
+
+    end: float
+    on_rank: int
+    away: int
+    died_s: float = 0.0
+    took: list[tuple[int, str]] = field(default_factory=list)
+
+
+def simulate(race: Race, world: World, now: float = 0.0, on_step: Callable[[float], None] | None = None) -> Simulated:
+    """Runs a race against a world. The workers take cells as the data plane gives them: to whoever is free."""
+    cells, costs = race.cells, race.costs
+    result = Simulated(now, 0, 0)
+    free = [(now, w) for w in range(len(world.speeds))]
+    heapq.heapify(free)
+    wire_free = now
+    # cell → (begins, ends, worker, seconds of its kernel)
+    flying: dict[int, tuple[float, float, int, float]] = {}
+    looked = now
+
+    def here(first: int, stop: int) -> float:
+        edges = cells.edges
+        seconds = (stop - first) * world.fixed_s + world.row_s * (edges[stop] - edges[first])
+        busy = any(begin <= now < end and not any(who == w and since <= now < until for who, since, until in world.stops)
+                   for begin, end, w, _ in flying.values())
+        return seconds * (world.beside if busy else 1.0)
+
+    for _ in itertools.count():
+        for cell in [c for c, (_, end, _, _) in flying.items() if end <= now]:
+            _, _, worker, seconds = flying.pop(cell)
+            race.ended(cell, now, looked, worker, seconds)
+            result.away += 1
+        looked = now
+        if on_step is not None:
+            on_step(now)
+        step = race.next(now)
+        now += world.step_s
+        match step.what:
+            case What.RUN:
+                seconds = here(step.first, step.stop)
+                now += seconds
+                race.ran(step.first, step.stop, seconds)
+                result.on_rank += step.stop - step.first
+                result.took.extend((cell, "here") for cell in range(step.first, step.stop))
+            case What.HAND:
+                size = cells.size(step.first)
+                nbytes = costs.bytes_of(size)
+                spent = world.hand_s + world.hand_byte_s * nbytes
+                now += spent
+                wire_free = max(now, wire_free) + nbytes * world.byte_s
+                since, worker = heapq.heappop(free)
+                seconds = world.here(size) * world.speeds[worker]
+                begin = max(since, wire_free + world.t0_s / 2)
+                done = world.end(worker, begin, seconds)
+                heapq.heappush(free, (done, worker))
+                flying[step.first] = (begin, done + world.t0_s / 2, worker, seconds)
+                costs.link.handed(nbytes, spent)
+                race.handed(step.first, now)
+                result.took.append((step.first, "there"))
+            case What.TAKE:
+                begin, end, worker, seconds = flying[step.first]
+                back = world.can_take and begin > now
+                race.taken(step.first, now, back)
+                if back:
+                    del flying[step.first]
+                    free = [(since - seconds if w == worker else since, w) for since, w in free]
+                    heapq.heapify(free)
+                    now += here(step.first, step.first + 1)
+                    result.on_rank += 1
+                    result.took.append((step.first, "back"))
+            case What.WAIT:
+                now = min(min(end for _, end, _, _ in flying.values()), now + step.wait_s)
+            case What.GIVE_UP:
+                now += world.kill_s
+                for cell in list(flying):
+                    begin, _, _, seconds = flying.pop(cell)
+                    race.taken(cell, now, True)
+                    if begin < now:
+                        result.died_s += seconds
+                    now += here(cell, cell + 1)
+                    result.on_rank += 1
+                    result.took.append((cell, "again"))
+            case What.DONE:
+                break
+    result.end = now
+    return result

@@ -1,8 +1,9 @@
 """What the manager's HTTP interface takes and says: types, routes, and the OpenAPI page made of them.
 
 Bodies are JSON. An error is a Problem: 400 names the field that is wrong, 401 and
-403 say who may, 404 and 409 what is not there or not now, 503 that nothing can be
-written down at the moment.
+403 say who may, 404 and 409 what is not there or not now, 426 that caller and manager
+are of versions that don't work together, 503 that nothing can be written down at the
+moment.
 """
 
 from __future__ import annotations
@@ -295,7 +296,10 @@ class Done(msgspec.Struct, frozen=True):
 # --- everybody and administrators -----------------------------------------------
 
 class Nodes(msgspec.Struct, frozen=True):
+    """`versions`: node → that of its agent, where it has said it."""
+
     nodes: tuple[NodeView, ...]
+    versions: dict[str, str] = {}
 
 
 class DrainNodes(Body, frozen=True):

@@ -23,16 +23,27 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
-from rfaas_mpi import api, identity, remote
+from rfaas_mpi import api, identity, remote, skew
+from rfaas_mpi._version import __version__
 from rfaas_mpi.config import Settings, core_list, site_users, user_id
-from rfaas_mpi.errors import AuthError, ClosedError, ConfigError, LeaseDenied, RFaaSError, ServiceError, ServiceLost
+from rfaas_mpi.errors import (
+    AuthError,
+    ClosedError,
+    ConfigError,
+    LeaseDenied,
+    RFaaSError,
+    ServiceError,
+    ServiceLost,
+    VersionMismatch,
+)
 
 __all__ = ["NO_ANSWER", "ManagerAddress", "ManagerClient", "ManagerRefused", "ManagerUnreachable", "check_owner",
-           "connect_s", "here", "prover_of", "read_challenge", "refusal", "target", "tls_of"]
+           "check_version", "connect_s", "here", "prover_of", "read_challenge", "refusal", "target", "tls_of"]
 
 WAIT_S = 60.0                    # for an answer; a demand may wait longer at the manager, and says so
 ANSWER_BYTES_MAX = 1 << 28       # all leases of a large cluster, for an administrator
 NEXT_S = 3.0                     # where there are several managers: which one leads is found out by trying
+OTHER_VERSION = 426              # HTTP's status for it: what the manager says then names the node
 UNIX_HOST = "manager"            # HTTP wants a host's name; a socket has none
 # What decoding raises for some bytes or other: not only errors of msgspec's own.
 NO_ANSWER = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -144,7 +155,8 @@ class ManagerClient:
 
         Waits up to `wait_s` for it (None: a minute, and as long as a demand may
         wait besides). Raises AuthError for who may not, LeaseDenied for a demand
-        that can't be met, ManagerRefused for any other refusal, ManagerUnreachable
+        that can't be met, VersionMismatch where the versions of the two don't work
+        together, ManagerRefused for any other refusal, ManagerUnreachable
         where no manager can be reached, ServiceLost where the answer doesn't come:
         the same request may be made again then.
         """
@@ -224,8 +236,10 @@ class ManagerClient:
     def _request(self, connection: http.client.HTTPConnection, method: str, where: str, data: bytes,
                  headers: Mapping[str, str] = {}) -> tuple[int, bytes, str | None]:
         """Status, body, and what the manager shows as its proof."""
-        connection.request(method, where, body=data or None, headers={"Content-Type": "application/json", **headers})
+        connection.request(method, where, body=data or None, headers={
+            "Content-Type": "application/json", skew.HEADER: __version__, **headers})
         with connection.getresponse() as response:
+            check_version(self.address, response.status, response.headers.get(skew.HEADER, ""))
             # A read of so many bytes would take the connection's early end for the answer's.
             if response.length is None or response.length > ANSWER_BYTES_MAX:
                 said = "says not how long its answer is" if response.length is None else (
@@ -346,6 +360,15 @@ def tls_of(settings: Settings, address: ManagerAddress) -> ssl.SSLContext | None
                           hint="RFAAS_CA_FILE names a file in PEM format") from None
 
 
+def check_version(address: ManagerAddress, status: int, theirs: str) -> None:
+    """VersionMismatch for a manager of a version that doesn't work with ours, unless its answer says so itself."""
+    try:
+        if status != OTHER_VERSION:
+            skew.check(theirs, f"the manager at {address}", f"its caller on {socket.gethostname()}")
+    except ValueError as error:
+        raise ServiceError(f"what answers at {address} is no manager: {error}") from None
+
+
 def read_challenge(address: ManagerAddress, status: int, answer: bytes) -> bytes:
     """What the manager answered to the request for a challenge. ServiceError if that is none."""
     try:
@@ -379,6 +402,8 @@ def refusal(name: str, status: int, answer: bytes) -> RFaaSError:
         problem = api.Problem(f"the manager answered {name} with HTTP status {status}")
     if status in (401, 403):
         return AuthError(problem.error, hint=problem.hint)
+    if status == OTHER_VERSION:
+        return VersionMismatch(problem.error, hint=problem.hint)
     if status == 409 and name == "ask":
         return LeaseDenied(problem.error, hint=problem.hint)
     refused = ManagerRefused(problem.error, hint=problem.hint)

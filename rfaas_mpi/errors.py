@@ -48,7 +48,7 @@ class AuthError(RFaaSError, PermissionError):
 
 
 class VersionMismatch(RFaaSError):
-    """Rank and service or worker run different versions."""
+    """Two parts run versions that do not work together: more than one minor version apart."""
 
 
 class ServiceError(RFaaSError):

@@ -10,10 +10,11 @@ import hashlib
 import hmac
 import struct
 from collections.abc import Iterator
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple, TypedDict, get_args
 
 import msgspec
 
+from rfaas_mpi import skew
 from rfaas_mpi._version import __version__
 from rfaas_mpi.errors import ServiceError
 from rfaas_mpi.types import TcpOptions
@@ -65,9 +66,7 @@ GONE_BODY = struct.Struct("<II")
 
 def version_number(version: str = __version__) -> int:
     """`major<<16 | minor<<8 | patch`, as the hello carries it."""
-    numbers = [int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:3]]
-    major, minor, patch = [*numbers, 0, 0, 0][:3]
-    return major << 16 | min(minor, 255) << 8 | min(patch, 255)
+    return skew.number(version)
 
 
 class Hello(NamedTuple):
@@ -113,7 +112,7 @@ class Hello(NamedTuple):
             return HELLO_BAD_MAGIC
         if self.protocol != PROTOCOL:
             return HELLO_PROTOCOL
-        if self.version != version_number():
+        if not skew.near(self.version, version_number()):
             return HELLO_VERSION
         if self.kind not in KINDS or (self.kind == KIND_WORKER and self.data > 1):
             return HELLO_REFUSED
@@ -346,6 +345,13 @@ AnyRequest = (Join | LeaseRequest | Use | Hold | KillRequest | ReleaseRequest | 
               | ReclaimRequest | DownRequest)
 
 
+class Unknown(msgspec.Struct, frozen=True, rename={"kind": "t"}):
+    """A request, answer or event of a newer version, which this one has no type for; id 0: an event."""
+
+    kind: Annotated[str, msgspec.Meta(max_length=64, pattern="^[a-z_]+$")]
+    id: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
 # ---- service → rank ----------------------------------------------------------------------------
 
 class Answer(msgspec.Struct, frozen=True, tag_field="t"):
@@ -487,6 +493,9 @@ AnyToRank = (Welcome | Granted | Denied | Failed | Done | StatusAnswer | Listeni
 _encoder = msgspec.json.Encoder()
 _decode_request: msgspec.json.Decoder[AnyRequest] = msgspec.json.Decoder(AnyRequest)
 _decode_to_rank: msgspec.json.Decoder[AnyToRank] = msgspec.json.Decoder(AnyToRank)
+_decode_unknown: msgspec.json.Decoder[Unknown] = msgspec.json.Decoder(Unknown)
+_REQUESTS = frozenset(kind.__struct_config__.tag for kind in get_args(AnyRequest))
+_TO_RANK = frozenset(kind.__struct_config__.tag for kind in get_args(AnyToRank))
 # What decoding raises for some bytes or other: not only errors of msgspec's own.
 _NO_MESSAGE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
@@ -496,20 +505,33 @@ def pack_message(message: msgspec.Struct) -> bytes:
     return pack_frame(FRAME_JSON, _encoder.encode(message))
 
 
-def unpack_request(body: bytes) -> AnyRequest:
-    """ServiceError if it is no request of this version."""
+def unpack_request(body: bytes) -> AnyRequest | Unknown:
+    """Unknown for one that a newer version may have; ServiceError if it is no request."""
     try:
         return _decode_request.decode(body)
     except _NO_MESSAGE as error:
+        if (unknown := _unknown(body, _REQUESTS)) is not None:
+            return unknown
         raise ServiceError(f"a message that is no request: {error}") from None
 
 
-def unpack_to_rank(body: bytes) -> AnyToRank:
-    """ServiceError if it is nothing a service of this version says."""
+def unpack_to_rank(body: bytes) -> AnyToRank | Unknown:
+    """Unknown for what a service of a newer version may say; ServiceError if it is no answer or event."""
     try:
         return _decode_to_rank.decode(body)
     except _NO_MESSAGE as error:
+        if (unknown := _unknown(body, _TO_RANK)) is not None:
+            return unknown
         raise ServiceError(f"a message that is no answer or event: {error}") from None
+
+
+def _unknown(body: bytes, known: frozenset[object]) -> Unknown | None:
+    """The message if it is of a kind that isn't known."""
+    try:
+        found = _decode_unknown.decode(body)
+    except _NO_MESSAGE:
+        return None
+    return None if found.kind in known else found
 
 
 # ---- service ↔ zygote (one datagram each, descriptors beside it) ---------------------------------
@@ -558,6 +580,7 @@ class ZygoteReady(msgspec.Struct, frozen=True, tag_field="t", tag="zygote_ready"
 
     pid: _Pid
     sandbox: SandboxLevel
+    version: _Word = ""              # of the package that its workers run
 
 
 class SpareForked(msgspec.Struct, frozen=True, tag_field="t", tag="spare"):

@@ -25,7 +25,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from rfaas_mpi import config, remote
+from rfaas_mpi import config, remote, skew
 from rfaas_mpi import messages as msg
 from rfaas_mpi._version import __version__
 from rfaas_mpi.config import Settings
@@ -249,7 +249,7 @@ def _connect(path: Path, timeout_s: float, site: Settings | None = None) -> sock
     return connection
 
 
-def _greet(connection: socket.socket, hello: msg.Hello, deadline: float) -> msg.Hello:
+def _greet(connection: socket.socket, hello: msg.Hello, deadline: float, who: str = "the service") -> msg.Hello:
     """The service's answer; raises what its status means."""
     connection.sendall(hello.pack())
     answer = msg.Hello.unpack(_receive(connection, msg.HELLO.size, deadline))
@@ -259,9 +259,9 @@ def _greet(connection: socket.socket, hello: msg.Hello, deadline: float) -> msg.
         case msg.HELLO_OK:
             return answer
         case msg.HELLO_VERSION | msg.HELLO_PROTOCOL:
-            other = f"{answer.version >> 16}.{answer.version >> 8 & 255}.{answer.version & 255}"
-            raise VersionMismatch(f"the service runs version {other}, this rank {__version__}",
-                                  hint="`rfaas down` ends the other one; both nodes need the same version")
+            raise VersionMismatch(f"{who} runs version {skew.text(answer.version)}, this rank {__version__}",
+                                  hint=skew.HINT if hello.kind == msg.KIND_LEASE else
+                                  "`rfaas down` ends the other one; both nodes need the same version")
         case msg.HELLO_CLOSING:
             raise ConnectionResetError("the service is shutting down")
         case _:
@@ -614,7 +614,8 @@ class Session:
 
     def _show_grant(self, lent: Lent, deadline: float) -> None:
         nonce = os.urandom(16)
-        answer = _greet(self._connection, msg.Hello.make(msg.KIND_LEASE, nonce, lease=lent.id), deadline)
+        answer = _greet(self._connection, msg.Hello.make(msg.KIND_LEASE, nonce, lease=lent.id), deadline,
+                        f"the agent on {lent.host or self.home}, of lease {lent.id},")
         try:
             status = _prove(self._connection, lent.secret, msg.lease_roles(lent.grant), nonce, answer, deadline,
                             lent.id, before=msg.GRANT_LENGTH.pack(len(lent.grant)) + lent.grant)
@@ -1029,7 +1030,14 @@ class Session:
                     break
                 for frame in frames.feed(self._opener.feed(data) if self._opener else data):
                     if frame.type == msg.FRAME_JSON:
-                        self._take(msg.unpack_to_rank(frame.body))
+                        message = msg.unpack_to_rank(frame.body)
+                        if not isinstance(message, msg.Unknown):
+                            self._take(message)
+                            continue
+                        log.debug("session=%d hears %r, of a newer version", self.number, message.kind)
+                        if message.id:
+                            self._take(msg.Failed(message.id, f"{self.name} answers {message.kind!r}, which "
+                                                              f"{__version__} doesn't know"))
         except (OSError, ServiceError) as error:
             why = str(error)
         self._lose(why)

@@ -32,6 +32,7 @@ from rfaas_mpi.errors import (
     LeaseDenied,
     ServiceError,
     ServiceLost,
+    VersionMismatch,
 )
 from rfaas_mpi.remote import make_key
 
@@ -153,6 +154,10 @@ def speaking(path: Path, said: bytes) -> threading.Thread:
     (b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n" + b'{"x":' + b"[" * 8995, ServiceError,
      "doesn't understand"),
     (b"HTTP/1.1 409 Conflict\r\nContent-Length: 13\r\n\r\n" + b'{"error":"\xff"}', ManagerRefused, "HTTP status 409"),
+    (b"HTTP/1.1 200 OK\r\nRFaaS-Version: 99.1.0\r\nContent-Length: 12\r\n\r\n" + b'{"nodes":[]}', VersionMismatch,
+     r"the manager at .* runs rfaas_mpi 99\.1\.0, its caller on .* runs .*one minor number apart"),
+    (b"HTTP/1.1 200 OK\r\nRFaaS-Version: newest\r\nContent-Length: 12\r\n\r\n" + b'{"nodes":[]}', ServiceError,
+     "no manager.*'newest'"),
     (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 2\r\n\r\nno", ManagerRefused, "HTTP status 502")])
 def test_what_is_no_manager_s_answer_is_an_error_and_no_hang(tmp_path, said, error, text):
     thread = speaking(tmp_path / "s", said)

@@ -34,6 +34,7 @@ STEPS = (
      "identity"),
     ("codec", "config", "messages", "policy", "native", "calling", "remote",
      "sealing", "munge", "errands"),
+    ("skew",),
     ("errors", "types", "_version", "_include"),
 )
 STEP_OF = {name: step for step, names in enumerate(STEPS) for name in names}

@@ -693,7 +693,7 @@ def good_hello() -> msg.Hello:
 
 
 FIELDS = {"magic": [b"GET / HT", bytes(8), b"\xff" * 8], "protocol": [0, 2, 0xFFFF],
-          "kind": [0, 4, 0xFFFF], "version": [0, 1, 0xFFFFFFFF]}
+          "kind": [0, 4, 0xFFFF], "version": [99 << 8, 99 << 16, 0xFFFFFFFF]}
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in FIELDS.items() for value in values])

@@ -317,7 +317,7 @@ def knock(chosen, hello: bytes) -> msg.Hello | None:
 
 @pytest.mark.parametrize(("changes", "status"), [
     ({"magic": b"GET / HT"}, msg.HELLO_BAD_MAGIC), ({"protocol": 9}, msg.HELLO_PROTOCOL),
-    ({"version": 1}, msg.HELLO_VERSION), ({"kind": 7}, msg.HELLO_REFUSED),
+    ({"version": 9 << 16}, msg.HELLO_VERSION), ({"kind": 7}, msg.HELLO_REFUSED),
     ({"kind": msg.KIND_WORKER, "lease": 1 << 60, "worker": 1}, msg.HELLO_UNKNOWN)])
 def test_a_hello_that_makes_no_sense_is_answered_with_its_status(shared, changes, status):
     with Session.open(shared):

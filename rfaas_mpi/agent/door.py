@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rfaas_mpi import messages as msg
-from rfaas_mpi import remote
+from rfaas_mpi import remote, skew
 from rfaas_mpi.errors import AuthError
 from rfaas_mpi.remote import Address
 from rfaas_mpi.types import TcpOptions
@@ -312,7 +312,7 @@ class Door:
         if status != msg.HELLO_OK:
             self.counts["refused"] += 1
             if guest.remote:
-                self._complain("refused %s: %s", guest, msg.HELLO_TEXT[status])
+                self._complain("refused %s: %s (it has %s)", guest, msg.HELLO_TEXT[status], skew.text(hello.version))
             self._drop(fd)
         elif hello.kind == msg.KIND_SESSION and not guest.remote:
             self._let_in(fd)

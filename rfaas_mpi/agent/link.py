@@ -26,11 +26,13 @@ from urllib.parse import quote
 import aiohttp
 import msgspec
 
-from rfaas_mpi import api, identity
+from rfaas_mpi import api, identity, skew
+from rfaas_mpi._version import __version__
 from rfaas_mpi.client import (
     NO_ANSWER,
     ManagerAddress,
     check_owner,
+    check_version,
     connect_s,
     prover_of,
     read_challenge,
@@ -217,7 +219,8 @@ class _Connection:
                      else aiohttp.TCPConnector(ssl=True if tls is None else tls))
         self._base = f"{'https' if tls is not None else 'http'}://{address.authority}"
         self._session = aiohttp.ClientSession(
-            connector=connector, timeout=aiohttp.ClientTimeout(total=ANSWER_S, connect=connect_s))
+            connector=connector, headers={skew.HEADER: __version__},
+            timeout=aiohttp.ClientTimeout(total=ANSWER_S, connect=connect_s))
         self._socket: aiohttp.ClientWebSocketResponse | None = None
         self._seal: identity.Channel | None = None
 
@@ -241,6 +244,7 @@ class _Connection:
         async with self._session.post(self._base + path, data=data, headers=headers,
                                       allow_redirects=False) as response:
             answer, proof = await response.read(), response.headers.get(identity.ANSWER_HEADER)
+            check_version(self._address, response.status, response.headers.get(skew.HEADER, ""))
         if asked is not None and not (response.status == 401 and proof is None):
             answer = await asyncio.to_thread(asked.open, response.status, proof, answer)
         if response.status != 200:

@@ -60,10 +60,11 @@ class ZygoteKind:
     environment: tuple[tuple[bytes, bytes], ...]
     prefix: tuple[str, ...] = ()     # the command that it is started through, as a container
     uid: int | None = None           # of the user as whom a spawner starts it; None: ours
+    version: int = 0                 # of the rank's package, which workers share with it to the byte; 0: not known
 
     @classmethod
     def of(cls, join: msg.Join, device: str | None = None, *, prefix: tuple[str, ...] = (),
-           uid: int | None = None, spin_us_max: int | None = None) -> ZygoteKind:
+           uid: int | None = None, spin_us_max: int | None = None, version: int = 0) -> ZygoteKind:
         """The rank's interpreter, without what belongs to that rank alone. ConfigError for settings that are none.
 
         `device` is this node's for verbs where the rank is another node's, and means its own.
@@ -81,12 +82,12 @@ class ZygoteKind:
         environment = {**config.scrubbed(given), **dict.fromkeys(config.THREAD_VARIABLES, "1")}
         return cls(join.executable, join.flags, join.path, join.directory,
                    tuple(sorted((os.fsencode(name), os.fsencode(value)) for name, value in environment.items())),
-                   prefix, uid)
+                   prefix, uid, version)
 
     @property
     def key(self) -> str:
         text = json.dumps([repr(self.executable), self.flags, repr(self.path), repr(self.directory),
-                           repr(self.environment), self.prefix, self.uid])
+                           repr(self.environment), self.prefix, self.uid, self.version])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

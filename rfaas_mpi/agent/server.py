@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rfaas_mpi import messages as msg
+from rfaas_mpi import skew
 from rfaas_mpi._version import __version__
 from rfaas_mpi.agent import core as agent_core
 from rfaas_mpi.agent import sandbox
@@ -73,6 +74,7 @@ class SessionHandle:
     out: bytearray = field(default_factory=bytearray)
     join: msg.Join | None = None
     kind: ZygoteKind | None = None
+    version: int = 0                 # of the rank's package
     dropped_lines: int = 0
     dropped_from: tuple[int, int] = (0, 0)      # the lease and the worker of the last of them
     closed: bool = False
@@ -347,7 +349,8 @@ class AgentServer(ABC):
         """Listens to it from now on; over TCP it is sealed with the key that it proved to know, rank's role first."""
         number, self._next_session = self._next_session, self._next_session + 1
         session = SessionHandle(number, guest.connection, peer_pid=guest.pid, where=guest.where,
-                                nonces=guest.nonces, since=time.monotonic())
+                                nonces=guest.nonces, since=time.monotonic(),
+                                version=0 if guest.hello is None else guest.hello.version)
         if guest.pid > 0:
             try:
                 session.pidfd = os.pidfd_open(guest.pid)
@@ -442,9 +445,12 @@ class AgentServer(ABC):
         if not session.out:
             self._say_dropped(session)
 
-    def _handle(self, session: SessionHandle, request: msg.AnyRequest) -> None:
+    def _handle(self, session: SessionHandle, request: msg.AnyRequest | msg.Unknown) -> None:
         now = time.monotonic()
         try:
+            if isinstance(request, msg.Unknown):
+                raise ServiceError(f"there is no request {request.kind!r} in rfaas_mpi {__version__}, which runs here",
+                                   hint=f"the rank runs {skew.text(session.version)}")
             self.check(session, request)
             match request:
                 case msg.Join():
@@ -479,7 +485,8 @@ class AgentServer(ABC):
                 # Another user's files may not be ours to see: there the zygote says what is missing.
                 _check_places(join)
             session.kind = ZygoteKind.of(join, self.device if session.where else None,
-                                         prefix=self.prefix(environment), uid=uid, spin_us_max=self.spin_us_max)
+                                         prefix=self.prefix(environment), uid=uid, spin_us_max=self.spin_us_max,
+                                         version=session.version)
             _check_program(session.kind)
             self.joined(session, join, environment)
         session.join = join

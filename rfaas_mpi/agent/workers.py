@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import msgspec
 
 from rfaas_mpi import messages as msg
+from rfaas_mpi import skew
 from rfaas_mpi.agent import core as agent_core
 from rfaas_mpi.agent import sandbox
 from rfaas_mpi.agent.core import AgentCore, Exit, Meter, Page
@@ -591,7 +592,10 @@ class Workers:
             log.debug("zygote=%s tells of worker %d, which it doesn't have", key, number)
             return
         match said:
-            case msg.ZygoteReady(sandbox=level):
+            case msg.ZygoteReady(sandbox=level, version=version):
+                if zygote.kind.version not in (0, skew.number(version)):
+                    self._of_another_version(key, zygote, version)
+                    return
                 zygote.sandbox = dict(level)
                 zygote.became_ready()
                 log.info("zygote=%s pid=%d ready, sandbox %s", key, zygote.pid, sandbox.level_text(level))
@@ -625,6 +629,16 @@ class Workers:
                     lines = text.strip().splitlines() or ["it doesn't say why"]
                     self._employer.lease_failed(self._handles[number].lease, lines[-1])
                     self._worker_ended(number, Exit(lost=True))
+
+    def _of_another_version(self, key: str, zygote: ZygoteHandle, version: str) -> None:
+        """What rank and worker say to each other is of one version; the zygote can't be of use to its rank."""
+        why = (f"workers on {socket.gethostname()} would run rfaas_mpi {version[:40]}, and their rank runs "
+               f"{skew.text(zygote.kind.version)}: it finds another package there than where the rank runs")
+        log.error("zygote=%s %s", key, why)
+        for number in list(zygote.workers):
+            if (handle := self._handles.get(number)) is not None:
+                self._employer.lease_failed(handle.lease, why)
+        zygote.process.kill()
 
     def _on_spawner(self) -> None:
         assert self._spawner is not None

@@ -21,6 +21,7 @@ import traceback
 
 from rfaas_mpi import config
 from rfaas_mpi import messages as msg
+from rfaas_mpi._version import __version__
 from rfaas_mpi.agent import sandbox
 from rfaas_mpi.agent.priority import LowPriority, Means
 
@@ -290,7 +291,7 @@ def serve(channel: socket.socket, low: LowPriority, *, tell_spares: bool = False
     selector = selectors.DefaultSelector()
     selector.register(channel, selectors.EVENT_READ)
     selector.register(wake_r, selectors.EVENT_READ)
-    _say(channel, msg.ZygoteReady(os.getpid(), dict(zygote.plan.level)))
+    _say(channel, msg.ZygoteReady(os.getpid(), dict(zygote.plan.level), __version__))
     while True:
         ready = selector.select(SPARE_AFTER_S if zygote.spare is None else None)
         if not ready:

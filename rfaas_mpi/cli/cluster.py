@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from rfaas_mpi import api
+from rfaas_mpi._version import __version__
 from rfaas_mpi.cli.output import core_ranges
 from rfaas_mpi.client import ManagerClient
 from rfaas_mpi.config import Settings
@@ -136,6 +137,8 @@ def status(manager: str | None) -> Answer:
              f"nodes      {len(nodes.nodes)}"]
     for node in nodes.nodes:
         condition = "".join(f", {word}" for word, true in (("silent", node.silent), ("drained", node.drained)) if true)
+        if (version := nodes.versions.get(node.node, __version__)) != __version__:
+            condition += f", version {version}"
         lines.append(f"  {node.node}: {_many(len(node.spare), 'core')}, {len(node.lent)} lent, "
                      f"{len(node.free)} free, {gib(node.memory_free)} of {gib(node.memory_bytes)} free{condition}")
     lines.append(f"leases     {len(live.leases)}")

@@ -65,13 +65,14 @@ class AgentClock(msgspec.Struct, frozen=True):
     ns: int
 
 
-class GrantBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class GrantBody(msgspec.Struct, frozen=True):
     """What is granted: one lease on one node.
 
     `seen` is the agent's clock as the manager knew it, `not_after_ns` the last
     moment of that clock at which the grant may be shown, `hard_end_ns` the one
     at which the lease ends (None: when its rank lets it go), `sealed` the lease's
-    secret for this agent's eyes (`seal_secret`).
+    secret for this agent's eyes (`seal_secret`). What a newer manager says besides is
+    ignored: what must not be, needs another VERSION.
     """
 
     grant_id: int

@@ -24,12 +24,14 @@ from typing import Any
 import msgspec
 from aiohttp import WSMsgType, web
 
-from rfaas_mpi import api, identity
+from rfaas_mpi import api, identity, skew
+from rfaas_mpi._version import __version__
 from rfaas_mpi.errors import AuthError, ConfigError, StoreError
 from rfaas_mpi.identity import Caller, Unproved
+from rfaas_mpi.manager.bodies import UNREADABLE
 from rfaas_mpi.remote import make_key
 
-__all__ = ["UNREADABLE", "AgentChannel", "Audit", "Callers", "Muffler", "Strangers"]
+__all__ = ["AgentChannel", "Audit", "Callers", "Muffler", "Strangers"]
 
 log = logging.getLogger("rfaas_mpi.manager.callers")
 
@@ -38,8 +40,6 @@ STRANGER_S = 10.0                # for somebody to prove who he is, once connect
 STRANGERS_MAX = 4096             # who have not yet; a thousand agents may come at once
 LOOK_S = 1.0                     # how often that is looked at
 MUNGE_THREADS = 4                # a munged that hangs holds up no more than proofs
-# What decoding raises for some bytes or other: not only errors of msgspec's own.
-UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _caller_of: ContextVar[Caller | None] = ContextVar("caller", default=None)     # of the request that this task handles
 # What agents say all the time is no change that somebody asked for.
 QUIET = frozenset({"report"})
@@ -199,6 +199,10 @@ class Callers:
             raise ConfigError(f"the manager can't listen on {where}: nobody could prove there who he is",
                               hint="let it believe MUNGE or shared keys, or use the Unix socket")
 
+    def often(self, what: str) -> int | None:
+        """How often it happened since it was last said in the log; None: not to be said now."""
+        return self._muffler.hear(what, self._clock())
+
     def add_routes(self, router: web.UrlDispatcher) -> None:
         """Where a challenge is to be had."""
         router.add_get(identity.CHALLENGE_PATH, self._challenge)
@@ -245,6 +249,13 @@ class Callers:
         @web.middleware
         async def around(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
                          ) -> web.StreamResponse:
+            response = await answered(request, handler)
+            if not response.prepared:
+                response.headers[skew.HEADER] = __version__
+            return response
+
+        async def answered(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+                           ) -> web.StreamResponse:
             _caller_of.set(None)             # that of the request before on this connection
             try:
                 response = await handler(request)

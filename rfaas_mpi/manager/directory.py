@@ -29,6 +29,7 @@ class Registration(msgspec.Struct, frozen=True):
     key: bytes
     addresses: tuple[str, ...]
     host: str
+    version: str = ""                # of its package; "": it didn't say
 
 
 class _Heard:

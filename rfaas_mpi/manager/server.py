@@ -21,10 +21,19 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from rfaas_mpi import api
-from rfaas_mpi.errors import AuthError, ConfigError, NotLeading, RFaaSError, ServiceError, StoreError
+from rfaas_mpi import api, skew
+from rfaas_mpi.errors import (
+    AuthError,
+    ConfigError,
+    NotLeading,
+    RFaaSError,
+    ServiceError,
+    StoreError,
+    VersionMismatch,
+)
 from rfaas_mpi.leases import Lease, LeaseBook, NodeReport, NodeTraits, Release
-from rfaas_mpi.manager.callers import UNREADABLE, AgentChannel, Callers
+from rfaas_mpi.manager.bodies import UNREADABLE, Bodies, check_version
+from rfaas_mpi.manager.callers import AgentChannel, Callers
 from rfaas_mpi.leases.held import Held
 from rfaas_mpi.manager.accounts import KernelUse, Usage
 from rfaas_mpi.manager.cluster import Cluster, Policy, session_number
@@ -113,7 +122,7 @@ class ManagerServer:
         self._telling: set[asyncio.Task[None]] = set()
         self._runner: web.AppRunner | None = None
         self._metrics_runner: web.AppRunner | None = None
-        self._decoders = {route.body: msgspec.json.Decoder(route.body) for route in api.ROUTES if route.body}
+        self._bodies = Bodies(route.body for route in api.ROUTES if route.body)
         self._page = json.dumps(api.openapi()).encode()
 
     @property
@@ -376,13 +385,18 @@ class ManagerServer:
         async def handle(request: web.Request) -> web.Response:
             try:
                 uid = await self.callers.identify(request)
+                data = b"" if route.body is None else await request.read()
+                theirs = request.headers.get(skew.HEADER, "")
+                check_version(theirs, request.match_info, data)
                 if route.body is None:
                     answer = await operation(uid, request)
                 else:
-                    answer = await operation(uid, request, self._body(route.body, await request.read()))
+                    answer = await operation(uid, request, self._body(route.body, data, theirs))
                 return _json(200, answer)
             except _Refusal as problem:
                 return _json(problem.status, api.Problem(str(problem), problem.hint))
+            except VersionMismatch as problem:
+                return self._other_version(problem)
             except AuthError as problem:
                 self.metrics.unproved.inc()
                 return _json(403, _problem(problem))
@@ -393,9 +407,15 @@ class ManagerServer:
 
         return handle
 
-    def _body(self, kind: type[Any], data: bytes) -> Any:
+    def _other_version(self, problem: VersionMismatch) -> web.Response:
+        # Agents try again and again.
+        if (times := self.callers.often(str(problem))) is not None:
+            log.error("refused: %s (%d times since this was last said)", problem, times)
+        return _json(426, _problem(problem))
+
+    def _body(self, kind: type[Any], data: bytes, theirs: str = "") -> Any:
         try:
-            return self._decoders[kind].decode(data)
+            return self._bodies.read(kind, data, theirs)
         except UNREADABLE as problem:
             raise _Refusal(400, f"the body is no {kind.__name__}: {problem}", "see /openapi.json") from None
 
@@ -413,7 +433,7 @@ class ManagerServer:
     async def _public_metrics(self, _request: web.Request) -> web.Response:
         return web.Response(body=self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
-    async def _start_agent(self, uid: int, _request: web.Request, body: api.StartAgent) -> api.Admitted:
+    async def _start_agent(self, uid: int, request: web.Request, body: api.StartAgent) -> api.Admitted:
         check_agent_key(body.key)
         name = self.cluster.node_name(uid, body.node)
         self.directory.check_room(name)
@@ -423,7 +443,7 @@ class ManagerServer:
             actions = self.cluster.agent_started(uid, body.node, body.agent, self._clock())
             (incarnation,) = [action.incarnation for action in actions if isinstance(action, Admit)]
         self.directory.add(Registration(name, body.agent, incarnation, body.boot_id, body.key, body.addresses,
-                                        body.host))
+                                        body.host, request.headers.get(skew.HEADER, "")))
         self.registry.agents(name, self.directory.of_node(name))
         self.cluster.expected((name,), self._clock())
         await self._durable(self._do(actions))
@@ -488,6 +508,12 @@ class ManagerServer:
         try:
             uid = await self.callers.identify(request)
             name = self.cluster.node_name(uid, node)
+            theirs = request.headers.get(skew.HEADER, "")
+            check_version(theirs, request.match_info, b"")
+        except ValueError as problem:
+            return _json(400, api.Problem(str(problem)))
+        except VersionMismatch as problem:
+            return self._other_version(problem)
         except RFaaSError as problem:
             return _json(403 if isinstance(problem, AuthError) else 409, _problem(problem))
         channel = self.callers.channel(request, heartbeat=AGENT_PING_S, max_msg_size=BODY_BYTES_MAX)
@@ -495,7 +521,7 @@ class ManagerServer:
         try:
             async for message in channel.messages():
                 try:
-                    report = self._body(api.Report, message)
+                    report = self._body(api.Report, message, theirs)
                     orders = await self._reported(uid, node, report)
                 except (RFaaSError, ValueError, _Refusal) as problem:
                     await _say(channel, api.Problem(f"the report was not taken: {problem}"))
@@ -638,7 +664,9 @@ class ManagerServer:
         return api.Done()
 
     async def _nodes(self, uid: int, _request: web.Request) -> api.Nodes:
-        return api.Nodes(tuple(self.cluster.nodes(uid)))
+        views = tuple(self.cluster.nodes(uid))
+        versions = {view.node: known[-1].version for view in views if (known := self.directory.of_node(view.node))}
+        return api.Nodes(views, {node: version for node, version in versions.items() if version})
 
     async def _drain(self, uid: int, _request: web.Request, body: api.DrainNodes) -> api.Done:
         await self._durable(self._do(self.cluster.drain(uid, list(body.nodes), body.grace_s, self._clock())))

@@ -964,10 +964,10 @@ def check_wrong_proofs(place: Place, _options: argparse.Namespace) -> None:
 
 
 def check_wrong_version(place: Place, _options: argparse.Namespace) -> None:
-    """Another version of the package is refused, and told which one is there."""
+    """A version of the package that is too far away is refused, and told which one is there."""
     with leased(place) as lease:
         try:
-            dial(place, lease, data=False, version=place.version + 1)
+            dial(place, lease, data=False, version=place.version + (2 << 8))
         except Refused as refusal:
             assert (refusal.status, refusal.version) == (HELLO_VERSION, place.version)
         else:

@@ -493,7 +493,7 @@ class LeaseBook:
         node.held.update(dict.fromkeys(cores, lease.id))
         self.held.change(lease.uid, len(cores), now)
         node.memory_held += lease.memory_bytes
-        self._nodes.changed(node)
+        self._nodes.changed(node, cores)
         self._note(lease)
         return lease
 
@@ -769,7 +769,7 @@ class LeaseBook:
         self.held.change(lease.uid, -len(cores), now)
         for core in cores:
             del node.held[core]
-        self._nodes.changed(node)
+        self._nodes.changed(node, cores)
         del self._live[lease.id]
         of_session = self._by_session[lease.session]
         del of_session[lease.id]

@@ -33,6 +33,9 @@ class Chooser(Protocol):
                 lends_to_uid: int | None = None, closed: str = "") -> None:
         """This is free there now, or nothing is, and `closed` says why; `numa` None: nothing new was reported."""
 
+    def moved(self, node: str, cores: Collection[int], free: tuple[int, ...], memory_bytes: int) -> None:
+        """These free cores were lent, or these lent ones are free again, and nothing else has changed."""
+
     def tell(self, node: str, **facts: Any) -> None:
         """What the agent knows of it, by the names of NodeTraits."""
 
@@ -177,8 +180,9 @@ class Nodes:
         """Those that have reported, by name."""
         return [node.view for _, node in sorted(self._all.items()) if node.report is not None]
 
-    def changed(self, node: Node) -> None:
-        """Works out what is free there and puts it on the right shelf."""
+    def changed(self, node: Node, moved: tuple[int, ...] = ()) -> None:
+        """Works out what is free there and puts it on the right shelf; `moved`: only these were lent, or given back."""
+        before = node.free
         report = node.report
         place = None
         if report is None or node.silent or node.drained or node.fence_ns:
@@ -190,7 +194,11 @@ class Nodes:
             if node.free:
                 place = (report.lends_to_uid, len(node.free))
         if self.chooser is not None:
-            self._tell(self.chooser, node)
+            # Cores that have left what is spare, or are busy still, don't become free.
+            if moved and report is node.told and abs(len(node.free) - len(before)) == len(moved):
+                self.chooser.moved(node.name, moved, node.free, node.memory_free)
+            else:
+                self._tell(self.chooser, node)
         if place == node.place:
             return
         if node.place is not None:

@@ -1,6 +1,8 @@
 """Which nodes and cores a demand gets: pure functions over facts."""
 
 from rfaas_mpi.placement.facts import (
+    Asked,
+    AskedFrom,
     ClusterView,
     Needs,
     NodeFacts,
@@ -12,7 +14,7 @@ from rfaas_mpi.placement.facts import (
     Verdict,
 )
 from rfaas_mpi.placement.pick import pick_cores
-from rfaas_mpi.placement.placer import Asked, AskedFrom, Cohorts, Placer
+from rfaas_mpi.placement.placer import Cohorts, Placer
 from rfaas_mpi.placement.policies import POLICIES, Policy, explain, fill, place
 from rfaas_mpi.placement.score import Settings
 from rfaas_mpi.placement.survival import Learned, LogNormals, Survival, Window

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import repeat
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from rfaas_mpi.placement.survival import Survival
 
-__all__ = ["ClusterView", "CoreClass", "Needs", "NodeFacts", "Placed", "Placement", "RankPlace", "Refusal", "Terms",
-           "Verdict"]
+__all__ = ["Asked", "AskedFrom", "ClusterView", "CoreClass", "Needs", "NodeFacts", "Placed", "Placement", "RankPlace",
+           "Refusal", "Terms", "Verdict"]
 
 CoreClass: TypeAlias = Literal["free", "specialised", "unused", "idle"]
 """Whose a spare core is, in the detector's words: in no job's cpuset · kept from jobs · a job's, in no task's mask ·
@@ -255,6 +255,46 @@ class Needs:
             raise ValueError(f"memory_per_worker is {self.memory_per_worker}; it can't be negative")
         if self.duration_s is not None and not self.duration_s > 0:
             raise ValueError(f"duration_s is {self.duration_s}; it must be above 0")
+
+
+class AskedFrom(Protocol):
+    """Where ranks of a demand run, as the lease book has it."""
+
+    @property
+    def node(self) -> str: ...
+    @property
+    def numa(self) -> int | None: ...
+    @property
+    def switches(self) -> tuple[str, ...]: ...
+    @property
+    def ranks(self) -> int: ...
+
+
+class Asked(Protocol):
+    """A demand as the lease book has it."""
+
+    @property
+    def request_id(self) -> int: ...
+    @property
+    def session(self) -> int: ...
+    @property
+    def uid(self) -> int: ...
+    @property
+    def workers_min(self) -> int: ...
+    @property
+    def workers_max(self) -> int: ...
+    @property
+    def cores_per_worker(self) -> int: ...
+    @property
+    def memory_per_worker(self) -> int | None: ...
+    @property
+    def duration_s(self) -> float | None: ...
+    @property
+    def least_s(self) -> float: ...
+    @property
+    def place(self) -> AskedFrom | None: ...
+    @property
+    def bytes_per_s(self) -> float | None: ...
 
 
 @dataclass(frozen=True)

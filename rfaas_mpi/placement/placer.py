@@ -9,56 +9,17 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
-from rfaas_mpi.placement.facts import ClusterView, Needs, NodeFacts, RankPlace, Verdict
+from rfaas_mpi.placement.facts import Asked, ClusterView, Needs, NodeFacts, RankPlace, Verdict
 from rfaas_mpi.placement.policies import POLICIES, Search, explain, seats
+from rfaas_mpi.placement.quick import Spot, cheapest
 from rfaas_mpi.placement.score import Settings
 
-__all__ = ["Asked", "AskedFrom", "Cohorts", "Placer"]
+__all__ = ["Cohorts", "Placer"]
 
 _TOLD = frozenset(NodeFacts.__dataclass_fields__) - {"node", "spare", "lent", "memory_bytes", "numa", "hard_end",
                                                      "lends_to_uid", "closed", "cohort", "cohort_size"}
-
-
-class AskedFrom(Protocol):
-    """Where ranks of a demand run, as the lease book has it."""
-
-    @property
-    def node(self) -> str: ...
-    @property
-    def numa(self) -> int | None: ...
-    @property
-    def switches(self) -> tuple[str, ...]: ...
-    @property
-    def ranks(self) -> int: ...
-
-
-class Asked(Protocol):
-    """A demand as the lease book has it."""
-
-    @property
-    def request_id(self) -> int: ...
-    @property
-    def session(self) -> int: ...
-    @property
-    def uid(self) -> int: ...
-    @property
-    def workers_min(self) -> int: ...
-    @property
-    def workers_max(self) -> int: ...
-    @property
-    def cores_per_worker(self) -> int: ...
-    @property
-    def memory_per_worker(self) -> int | None: ...
-    @property
-    def duration_s(self) -> float | None: ...
-    @property
-    def least_s(self) -> float: ...
-    @property
-    def place(self) -> AskedFrom | None: ...
-    @property
-    def bytes_per_s(self) -> float | None: ...
 
 
 class Cohorts:
@@ -138,7 +99,9 @@ class Placer:
         self.paths: dict[str, tuple[str, ...]] = {}    # switches above nodes that lend nothing
         self.waiting_cores = 0                 # wanted by demands that wait, for the fairness term
         self.debt_s: Callable[[int], float] | None = None
-        self._nodes: dict[str, NodeFacts] = {}
+        self._nodes: dict[str, NodeFacts] = {}         # of those in _moved they are old
+        self._spots: dict[str, Spot] = {}
+        self._moved: set[str] = set()
         self._likely: list[str] = []           # those with something free, in order
         self._told: dict[str, dict[str, Any]] = {}
         self._cohorts = Cohorts()
@@ -154,7 +117,7 @@ class Placer:
         A node that may lend nothing has nothing free, and `closed` says why. `numa` None: nothing was reported, what
         is lent has changed; NUMA nodes, end and user are those that were said before.
         """
-        known = self._nodes.get(node)
+        known = self._known(node)
         held = frozenset(held)
         if known is None:
             facts = NodeFacts(node=node, spare=free, memory_bytes=memory_bytes, lent=held, numa=numa or {},
@@ -172,6 +135,15 @@ class Placer:
             facts = replace(known, spare=free, lent=held, memory_bytes=memory_bytes, **said)
         self._put(facts)
 
+    def moved(self, node: str, cores: Iterable[int], free: tuple[int, ...], memory_bytes: int) -> None:
+        """`changed`, for much less, where nothing else has: these cores were free and are held, or the reverse."""
+        spot = self._spots[node]
+        before = spot.free
+        spot.move(cores, free, memory_bytes)
+        self._moved.add(node)
+        if not before or not free:
+            self._list(node, bool(before), bool(free))
+
     def tell(self, node: str, **facts: Any) -> None:
         """Facts that the book hasn't got, by the names of NodeFacts; they stay until they are told anew.
 
@@ -181,7 +153,7 @@ class Placer:
             raise ValueError(f"{min(unknown)} can't be told of a node; what can is {', '.join(sorted(_TOLD))}")
         told = self._told.setdefault(node, {})
         told.update(facts)
-        known = self._nodes.get(node)
+        known = self._known(node)
         if known is not None and any(getattr(known, name) != value for name, value in facts.items()):
             facts_now = replace(known, **facts)
             self._put(facts_now)
@@ -190,9 +162,9 @@ class Placer:
     def gone(self, node: str) -> None:
         """The node isn't there any more, and what was told of it no longer holds."""
         self._told.pop(node, None)
-        if (known := self._nodes.pop(node, None)) is not None:
-            if known.spare:
-                del self._likely[bisect_left(self._likely, node)]
+        if self._known(node) is not None:
+            self._list(node, bool(self._nodes.pop(node).spare), False)
+            del self._spots[node]
             self._cohorts.window(node, "", None)
             self._view = None
 
@@ -205,8 +177,13 @@ class Placer:
 
         `more`: further fields of Needs.
         """
-        search = Search(self.needs(demand, ranks, **more), self.view(), self.settings, now,
-                        hash((self.seed, demand.session, demand.request_id)), self._likely)
+        seed = hash((self.seed, demand.session, demand.request_id))
+        others_wait = self.waiting_cores > 0 and self.debt_s is not None
+        if self.policy == "default" and not ranks and not more and not others_wait:
+            found = cheapest(demand, now, seed, self._spots, self._likely, self._places(), self.settings)
+            if found is not None:
+                return found
+        search = Search(self.needs(demand, ranks, **more), self.view(), self.settings, now, seed, self._likely)
         return seats(search, self.policy)
 
     def explain(self, demand: Asked, now: float, *, ranks: tuple[RankPlace, ...] = (),
@@ -230,29 +207,51 @@ class Placer:
 
     def view(self) -> ClusterView:
         """All nodes as they are known now; good until the next change."""
-        for name, (cohort, size) in self._cohorts.news().items():
-            facts = self._nodes.get(name)
-            if facts is not None and (facts.cohort, facts.cohort_size) != (cohort, size):
-                self._nodes[name] = replace(facts, cohort=cohort, cohort_size=size)
-        view = self._view
-        if view is None:
-            # A copy of all nodes for each change of one would cost more than all the rest of a decision.
-            view = self._view = replace(ClusterView.of(self._nodes.values()), nodes=self._nodes, paths=self.paths)
-        if self.waiting_cores or view.waiting_cores:
+        moved, self._moved = self._moved, set()
+        for name in moved:
+            self._nodes[name] = self._spots[name].facts
+        view = self._places()
+        if self.waiting_cores or view.waiting_cores or moved:
             # Not the same one: it keeps how many cores were free.
             view = self._view = replace(view, waiting_cores=self.waiting_cores)
         return view
 
     # ---- inside ----------------------------------------------------------------------------------
 
+    def _places(self) -> ClusterView:
+        """The view, where what is free and held is not asked of it."""
+        for name, (cohort, size) in self._cohorts.news().items():
+            facts = self._known(name)
+            if facts is not None and (facts.cohort, facts.cohort_size) != (cohort, size):
+                self._nodes[name] = facts = replace(facts, cohort=cohort, cohort_size=size)
+                self._spots[name].know(facts, self.settings)
+        view = self._view
+        if view is None:
+            # A copy of all nodes for each change of one would cost more than all the rest of a decision.
+            view = self._view = replace(ClusterView.of(self._nodes.values()), nodes=self._nodes, paths=self.paths)
+        return view
+
+    def _known(self, node: str) -> NodeFacts | None:
+        """The node as it is now."""
+        if node in self._moved:
+            self._moved.discard(node)
+            self._nodes[node] = self._spots[node].facts
+        return self._nodes.get(node)
+
     def _put(self, facts: NodeFacts) -> None:
         node = facts.node
         before = self._nodes.get(node)
         self._nodes[node] = facts
+        if before is None:
+            self._spots[node] = Spot(facts, self.settings)
+        else:
+            self._spots[node].know(facts, self.settings)
         if before is None or (before.switches, before.host) != (facts.switches, facts.host):
             self._view = None
-        if facts.spare:
-            if before is None or not before.spare:
-                insort(self._likely, node)
-        elif before is not None and before.spare:
+        self._list(node, before is not None and bool(before.spare), bool(facts.spare))
+
+    def _list(self, node: str, was_likely: bool, is_likely: bool) -> None:
+        if is_likely and not was_likely:
+            insort(self._likely, node)
+        elif was_likely and not is_likely:
             del self._likely[bisect_left(self._likely, node)]

@@ -11,49 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, TypeAlias
 
+from rfaas_mpi.placement.chance import Chance
 from rfaas_mpi.placement.facts import ClusterView, Needs, Placed, Placement, Refusal, Verdict
 from rfaas_mpi.placement.score import Room, Scorer, Settings, fits, refusals
 
-__all__ = ["POLICIES", "Chance", "Policy", "Search", "explain", "fill", "least_cost", "place", "seats"]
+__all__ = ["POLICIES", "Policy", "Search", "explain", "fill", "least_cost", "place", "seats"]
 
 # So many draws of a node may meet none that has room before all of them are looked at.
 _DRAWS = 8
 
 
-class Chance:
-    """Numbers by chance, from a seed: a generator that is made in less time than one decision takes.
-
-    PCG's: a congruential generator modulo 2^64, its upper half mixed (O'Neill, PCG: A Family of Simple Fast
-    Space-Efficient Statistically Good Algorithms for Random Number Generation, 2014).
-    """
-
-    __slots__ = ("_state",)
-
-    def __init__(self, seed: int) -> None:
-        self._state = (seed * 0x9E3779B97F4A7C15 + 0xDA3E39CB94B95BDB) & _64
-        self.below(2)
-
-    def below(self, limit: int) -> int:
-        """A number from 0 to limit - 1."""
-        state = self._state
-        self._state = (state * 6364136223846793005 + 1442695040888963407) & _64
-        mixed = ((state >> 18) ^ state) >> 27 & 0xFFFFFFFF
-        turn = state >> 59
-        return ((mixed >> turn | mixed << (32 - turn)) & 0xFFFFFFFF) * limit >> 32
-
-    def shuffled(self, names: Sequence[str]) -> Iterator[str]:
-        """All of them in an order of chance, each drawn when it is asked for."""
-        moved: dict[int, str] = {}
-        last, below = len(names), self.below
-        for position in range(last):
-            other = position + below(last - position)
-            name = moved[other] if other in moved else names[other]
-            if other != position:
-                moved[other] = moved.get(position, names[position])
-            yield name
-
-
-_64 = (1 << 64) - 1
 _UNKNOWN: Any = object()
 
 
@@ -150,8 +117,8 @@ def least_cost(search: Search) -> Iterator[Room]:
     """Each worker where it costs least, given those before it; the default.
 
     Beyond `exact_to` nodes that may have room that is the least of `sample` rooms (those of the ranks' own nodes and
-    leaf switches first, the others by chance) as long as they have one left, then of all. Above `workers_min` it ends where
-    a worker would lose more time than it has.
+    leaf switches first, the others by chance) as long as they have one left, then of all. Above `workers_min` it ends
+    where a worker would lose more time than it has. `quick.cheapest` answers the same for most demands of a lease book.
     """
     needs, scorer = search.needs, search.scorer
     rooms = search.rooms() if len(search.likely) <= search.settings.exact_to else _sample(search)

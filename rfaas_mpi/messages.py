@@ -551,7 +551,7 @@ class Entrance(msgspec.Struct, frozen=True, tag_field="t", tag="entrance"):
 
 
 class ForkWorker(msgspec.Struct, frozen=True, tag_field="t", tag="fork"):
-    """Descriptors: agent socket, page, output pipe."""
+    """Descriptors: agent socket, page, output pipe, then entrances of its control group."""
 
     worker: int
     cores: tuple[int, ...]

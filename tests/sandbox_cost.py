@@ -53,7 +53,7 @@ class Way:
             uid=ALICE if spawner is not None else None)
         self.guard = guard
         self.fds: list[int] = []
-        self.zygote = ZygoteHandle(kind, time.monotonic(), spawner, tell_spares=guard is not None)
+        self.zygote = ZygoteHandle(kind, time.monotonic(), spawner, tell_spares=guard is not None and guard.moves)
         said = self._hear()
         assert isinstance(said, msg.ZygoteReady), said
         assert said.sandbox["policy"] == sandbox
@@ -85,15 +85,20 @@ class Way:
             time.sleep(SPARE_S)
 
     def start(self, kind: str) -> None:
-        begin = time.perf_counter()
-        handle = WorkerHandle.fork(self.zygote, number := self.take(), 1, (CORE,), MEMORY, time.monotonic())
+        begin, number = time.perf_counter(), self.take()
+        entrances = self.guard.expect(self.zygote, number, MEMORY) if self.guard is not None else []
+        handle = WorkerHandle.fork(self.zygote, number, 1, (CORE,), MEMORY, time.monotonic(), entrances)
+        for fd in entrances:
+            os.close(fd)
         said = self._hear()
         assert isinstance(said, msg.WorkerForked) and said.worker == number, said
         handle.forked(self.fds[0], said.pid)
         if self.guard is not None:
             self.guard.begin(handle)
-        handle.admit()
         assert select.select([handle.agent], [], [], 60)[0]
+        if self.guard is not None:
+            self.guard.check(handle)
+        handle.admit()
         took = time.perf_counter() - begin
         [frame] = handle.frames.feed(handle.agent.recv(1 << 16))
         assert frame.type == msg.FRAME_READY

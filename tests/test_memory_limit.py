@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import faults
 import numpy as np
@@ -87,6 +89,55 @@ def test_memory_within_the_limit_is_nobodys_business(ex):
     assert ex.submit(np.sum, array).result() == 12 * MIB
     first = ex.submit(pid).result()
     assert ex.submit(len, bytes(20 * MIB)).result() == 20 * MIB and ex.submit(pid).result() == first
+
+
+def test_workers_that_are_forked_when_they_are_ordered_are_in_their_groups_when_a_kernel_begins(
+        tmp_path, monkeypatch):
+    monkeypatch.setenv("RFAAS_MEMORY_LIMIT", "cgroup")       # the embedded service makes none by itself
+    cores = tuple(sorted(os.sched_getaffinity(0))[:2])
+    if MemoryGuard("auto").why_no_groups or len(cores) < 2:
+        pytest.skip(MemoryGuard("auto").why_no_groups or "no second core")
+    with Executor(workers=2, memory_per_worker="128M", runtime_dir=str(tmp_path), linger_s=0.2, lend="yes",
+                  cores=cores) as two:
+        groups = set(two.map(own_groups, range(8)))
+    assert len(groups) == 2 and all(groups)
+
+
+def own_groups(_: int) -> str:
+    return "".join(groups_of(os.getpid()))
+
+
+def test_who_has_not_entered_his_group_is_moved_there():
+    with contextlib.closing(MemoryGuard("auto")) as guard:
+        if guard.why_no_groups or guard.moves:
+            pytest.skip(guard.why_no_groups or "processes are moved in version 2")
+        zygote = SimpleNamespace(spawner=None, number=0)
+        for fd in guard.expect(zygote, 7, 64 * MIB):
+            os.close(fd)
+        process = subprocess.Popen(["sleep", "600"])
+        try:
+            worker = SimpleNamespace(number=7, pid=process.pid, pidfd=-1, memory_bytes=64 * MIB, zygote=zygote)
+            guard.begin(worker)
+            assert not groups_of(process.pid)
+            guard.check(worker)
+            assert groups_of(process.pid)
+            assert not guard.end(7)
+            assert process.wait(30) == -9, "what is in a group ends with it"
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_the_group_of_a_worker_that_never_came_is_removed():
+    with contextlib.closing(MemoryGuard("auto")) as guard:
+        if guard.why_no_groups or guard.moves:
+            pytest.skip(guard.why_no_groups or "processes are moved in version 2")
+        before = set(os.listdir(guard._roots.memory))
+        for fd in guard.expect(SimpleNamespace(spawner=None, number=0), 8, 64 * MIB):
+            os.close(fd)
+        assert {name for name in set(os.listdir(guard._roots.memory)) - before if f".{os.getpid()}." in name}
+        assert not guard.end(8)
+        assert not [name for name in os.listdir(guard._roots.memory) if f".{os.getpid()}." in name]
 
 
 def test_what_bounds_memory_is_told(ex):

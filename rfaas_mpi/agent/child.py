@@ -183,8 +183,13 @@ class Embryo:
         sandbox.restrict(plan, scratch)
 
     def become(self, worker: int, cores: Sequence[int], memory_bytes: int, agent_fd: int, page_fd: int,
-               output_fd: int) -> None:
-        """From here on this is worker `worker`: its agent socket is descriptor 3, its page 4, nothing else is open."""
+               output_fd: int, *entrances: int) -> None:
+        """From here on this is worker `worker`: its agent socket is descriptor 3, its page 4, nothing else is open.
+
+        It enters the control groups of these entrances first; OSError where it isn't let in.
+        """
+        for entrance in entrances:
+            os.write(entrance, b"0")
         os.sched_setaffinity(0, cores)
         # The three may already have the numbers that they get.
         agent_fd, page_fd, output_fd = (_above(fd) for fd in (agent_fd, page_fd, output_fd))

@@ -146,6 +146,22 @@ def _has_one_thread(pid: int) -> bool:
         return False                 # gone: who tries to move it hears that
 
 
+def _open_as(file: Path, uid: int | None) -> int:
+    """To write to. Whom a group lets in depends on who has opened its file, and not on who writes."""
+    if uid is None:
+        return os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+    before = os.geteuid()
+    os.chown(file, uid, -1)
+    try:
+        os.seteuid(uid)
+        try:
+            return os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+        finally:
+            os.seteuid(before)
+    finally:
+        os.chown(file, before, -1)
+
+
 class Group:
     """One group, in each hierarchy that it needs. close() ends what is in it and removes it."""
 
@@ -216,13 +232,35 @@ class Group:
 
     def _enter(self, pid: int) -> None:
         for directory in self._directories:
-            if not self.unified and _has_one_thread(pid):
-                # In v1 one thread enters without the lock that all forks of the node
-                # share, and that takes 10 ms to have.
-                (directory / "tasks").write_text(str(pid))
-                if _has_one_thread(pid):
-                    continue          # what it begins from now on begins here
+            if not self.unified and pid == 0 and _has_one_thread(pid):
+                # In v1 the thread itself enters without the lock that all forks of the
+                # node share, and that takes 10 ms to have.
+                (directory / "tasks").write_text("0")
+                continue              # what it begins from now on begins here
             (directory / "cgroup.procs").write_text(str(pid))
+
+    def entrances(self, uid: int | None = None) -> list[int]:
+        """Descriptors, the caller's to close, by which a process with one thread enters it: it writes `0` to each.
+
+        In v1 that needs no lock, while somebody else moves it in 10 ms. None in v2, where it has no advantage. They
+        are for nobody but our own user; with `uid` for that one, who may let in any process that is his and no other.
+        """
+        fds: list[int] = []
+        if self.unified:
+            return fds
+        try:
+            for directory in self._directories:
+                fds.append(_open_as(directory / "tasks", uid))
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return fds
+
+    def holds(self, pid: int) -> bool:
+        """Whether that process is in it, in every hierarchy; False if it is gone."""
+        lines = read_text(Path(f"/proc/{pid}/cgroup")).splitlines()
+        return sum(line.endswith(f"/{self.name}") for line in lines) == len(self._directories)
 
     def members(self) -> list[int]:
         """Processes that are in it now."""

@@ -60,15 +60,17 @@ class Guarded(Protocol):
 class _Bound:
     """A process in a control group of its own, made by us or by the spawner."""
 
-    def __init__(self, zygote: Parent, number: int, name: str, roots: Roots, low: bool) -> None:
+    def __init__(self, zygote: Parent, number: int, name: str, roots: Roots, low: bool, memory_bytes: int) -> None:
         """OSError if it can't be made."""
         self.number = number
         self.spawner, self.zygote = zygote.spawner, zygote.number
+        self.entrances: list[int] = []       # whoever asks for it closes them
         if self.spawner is None:
-            self.group = Group.make(name, roots, low=low)
+            self.group = Group.make(name, roots, memory_bytes, low=low)
+            self.entrances = self.group.entrances()
         else:
-            self.spawner.make_group(self.zygote, number, 0, low=low)
-            self.group = Group(name, roots)       # to look at
+            self.entrances = self.spawner.make_group(self.zygote, number, memory_bytes, low=low)
+            self.group = Group(name, roots, low)  # to look at
 
     def enter(self, pid: int, pidfd: int) -> None:
         if self.spawner is None:
@@ -125,6 +127,7 @@ class MemoryGuard:
         self._low = low and (spawner is not None or self._roots.unified)
         self._maker = maker() if spawner is None else maker(spawner.pid)
         self._kept: dict[int, _Kept] = {}
+        self._expected: dict[int, _Bound] = {}                   # of workers that are being forked
         self._spares: dict[int, tuple[Parent, _Bound]] = {}      # by pid
         self._next_group = 1
         self._removing: list[Group] = []
@@ -136,6 +139,11 @@ class MemoryGuard:
     def means(self) -> Means:
         """What bounds the next worker's memory."""
         return Means.WATCH if self.why_no_groups else Means.CGROUP
+
+    @property
+    def moves(self) -> bool:
+        """Whether processes are moved into their groups, which takes 10 ms or 20; else they enter them themselves."""
+        return not self.why_no_groups and self._roots.unified
 
     @property
     def may_unbind(self) -> bool:
@@ -153,10 +161,23 @@ class MemoryGuard:
         return sum(Group(f"{self._maker}-z{zygote.number}", self._roots).anonymous_bytes()
                    for zygote in zygotes if zygote.spawner is not None)
 
+    def expect(self, zygote: Parent, number: int, memory_bytes: int) -> list[int]:
+        """The zygote is about to fork that worker, whose group is made: by what the fork enters it, the caller's to
+        close. None where it is in no group, or is moved there."""
+        if self.why_no_groups or self.moves or not memory_bytes:
+            return []
+        try:
+            bound = self._make(zygote, memory_bytes + BASE_BYTES)
+        except OSError as error:
+            log.warning("worker=%d will have no control group: %s", number, error)
+            return []
+        self._expected[number] = bound
+        return bound.entrances
+
     def prepare(self, zygote: Parent, pidfd: int) -> None:
-        """A process of it waits to become a worker: it gets its group now, since entering one may take 20 ms."""
+        """A process of it waits to become a worker: it is moved into a group now, while nobody waits for it."""
         self.forget(zygote)           # it has one at a time, whatever it says
-        if self.why_no_groups:
+        if not self.moves:
             return
         try:
             pid = pid_of(pidfd)
@@ -174,8 +195,8 @@ class MemoryGuard:
     def begin(self, worker: Guarded) -> None:
         """From here on it is bounded, once its process exists."""
         kept = self._kept[worker.number] = _Kept(worker)
-        _, kept.bound = self._spares.pop(worker.pid, (None, None))
-        if self.why_no_groups or not worker.memory_bytes:
+        _, kept.bound = self._spares.pop(worker.pid, (None, self._expected.pop(worker.number, None)))
+        if not self.moves or not worker.memory_bytes:
             return
         try:
             if kept.bound is None:
@@ -186,9 +207,27 @@ class MemoryGuard:
         except OSError as error:
             log.warning("worker=%d pid=%d has no control group: %s", worker.number, worker.pid, error)
 
-    def _bind(self, zygote: Parent, pid: int, pidfd: int) -> _Bound:
+    def check(self, worker: Guarded) -> None:
+        """It serves: moved into its group if it isn't there, for another user's zygote may do what it likes."""
+        kept = self._kept.get(worker.number)
+        if kept is None or kept.bound is None or self.moves or kept.bound.group.holds(worker.pid):
+            return
+        log.warning("worker=%d pid=%d has not entered its control group: it is moved there", worker.number, worker.pid)
+        try:
+            kept.bound.enter(worker.pid, worker.pidfd)
+        except ProcessLookupError:
+            return                    # it has ended already
+        except OSError as error:
+            log.warning("worker=%d pid=%d has no control group: %s", worker.number, worker.pid, error)
+            self._drop(kept.bound)
+            kept.bound = None
+
+    def _make(self, zygote: Parent, memory_bytes: int = 0) -> _Bound:
         number, self._next_group = self._next_group, self._next_group + 1
-        bound = _Bound(zygote, number, f"{self._maker}-w{number}", self._roots, self._low)
+        return _Bound(zygote, number, f"{self._maker}-w{number}", self._roots, self._low, memory_bytes)
+
+    def _bind(self, zygote: Parent, pid: int, pidfd: int) -> _Bound:
+        bound = self._make(zygote)
         try:
             bound.enter(pid, pidfd)
         except BaseException:
@@ -211,7 +250,8 @@ class MemoryGuard:
     def end(self, number: int) -> bool:
         """The worker's process has ended, and so does all that it started: whether its limit has killed there."""
         kept = self._kept.pop(number, None)
-        return kept is not None and kept.bound is not None and self._drop(kept.bound)
+        bound = self._expected.pop(number, None) if kept is None else kept.bound
+        return bound is not None and self._drop(bound)
 
     def over(self) -> list[int]:
         """Workers that hold more than they were granted, or have lost a part for that: they are to be killed.
@@ -237,9 +277,11 @@ class MemoryGuard:
 
     def close(self) -> None:
         """Ends what is in groups of ours, and removes them. Safe to call twice."""
-        bounds = [kept.bound for kept in self._kept.values()] + [bound for _, bound in self._spares.values()]
+        bounds = [*(kept.bound for kept in self._kept.values()), *self._expected.values(),
+                  *(bound for _, bound in self._spares.values())]
         groups = [bound.group for bound in bounds if bound is not None and bound.spawner is None] + self._removing
         self._kept.clear()
+        self._expected.clear()
         self._spares.clear()
         self._removing = []
         for group in groups:

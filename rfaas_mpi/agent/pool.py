@@ -398,8 +398,8 @@ class WorkerHandle:
 
     @classmethod
     def fork(cls, zygote: ZygoteHandle, number: int, lease: int, cores: tuple[int, ...], memory_bytes: int,
-             now: float) -> WorkerHandle:
-        """Orders the worker from its zygote."""
+             now: float, entrances: Iterable[int] = ()) -> WorkerHandle:
+        """Orders the worker from its zygote; it enters its control group by `entrances`, which stay the caller's."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         output_r, output_w = os.pipe2(os.O_CLOEXEC)
         page_fd = os.memfd_create("rfaas-page", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -408,7 +408,8 @@ class WorkerHandle:
             os.ftruncate(page_fd, PAGE_BYTES)
             fcntl.fcntl(page_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             page = mmap.mmap(page_fd, PAGE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
-            zygote.fork(msg.ForkWorker(number, cores, memory_bytes), [theirs.fileno(), page_fd, output_w])
+            zygote.fork(msg.ForkWorker(number, cores, memory_bytes),
+                        [theirs.fileno(), page_fd, output_w, *entrances])
         except BaseException:
             ours.close()
             os.close(output_r)

@@ -80,6 +80,7 @@ class Op(IntEnum):
     ZYGOTE = 1                       # uid; channel, output, setup, command → pid, pidfd; size_bytes: its limit
     SIGNAL = 2                       # argument: the signal; a process' pidfd, none: the zygote
     GROUP = 3                        # a worker's control group; size_bytes: its limit; argument 1: low priority
+                                     # → descriptors by which processes of its user may enter it
     LIMIT = 4                        # another limit for it
     ENTER = 5                        # a process' pidfd: it moves there
     REMOVE = 6                       # ends what is in it → how often its limit killed
@@ -421,7 +422,7 @@ class _Server:
             case Op.SIGNAL:
                 self._signal(request, fds)
             case Op.GROUP:
-                self._make_group(request)
+                passed += self._make_group(request)
             case Op.LIMIT:
                 self._group(request).limit(request.size_bytes)
             case Op.ENTER:
@@ -511,13 +512,15 @@ class _Server:
             raise
         signal.pidfd_send_signal(fds[0], request.argument)
 
-    def _make_group(self, request: Request) -> None:
+    def _make_group(self, request: Request) -> list[int]:
         zygote = self._zygote(request)
         if request.group in self.groups or not 0 < request.group < 1 << 31:
             raise FileExistsError(errno.EEXIST, f"group {request.group} exists already")
-        self.groups[request.group] = Group.make(f"{self.maker}-w{request.group}", self.roots, request.size_bytes,
-                                                low=request.argument == 1)
+        group = Group.make(f"{self.maker}-w{request.group}", self.roots, request.size_bytes,
+                           low=request.argument == 1)
+        self.groups[request.group] = group
         zygote.groups.add(request.group)
+        return group.entrances(zygote.uid)
 
     def _remove(self, request: Request) -> int:
         group = self._group(request)
@@ -810,9 +813,9 @@ class Spawner:
         fds = [pidfd] if pidfd >= 0 else []
         self._ask(Request(Op.SIGNAL, 0, zygote, argument=number), fds, wait=wait)
 
-    def make_group(self, zygote: int, group: int, memory_bytes: int, *, low: bool = False) -> None:
-        """A control group for one worker, of low priority if that is wanted."""
-        self._ask(Request(Op.GROUP, 0, zygote, group, argument=int(low), size_bytes=memory_bytes))
+    def make_group(self, zygote: int, group: int, memory_bytes: int, *, low: bool = False) -> list[int]:
+        """A control group for one worker, of low priority if that is wanted: Group.entrances, for the zygote's user."""
+        return self._ask(Request(Op.GROUP, 0, zygote, group, argument=int(low), size_bytes=memory_bytes))[1]
 
     def limit(self, zygote: int, group: int, memory_bytes: int) -> None:
         """Another limit on a group's memory."""
@@ -865,7 +868,7 @@ class Spawner:
         if not select.select([self.channel], [], [], within_s)[0]:
             raise self._lost(f"it was silent for {within_s:g} s")
         try:
-            data, fds, _, _ = socket.recv_fds(self.channel, ANSWER.size + 1, 1, socket.MSG_CMSG_CLOEXEC)
+            data, fds, _, _ = socket.recv_fds(self.channel, ANSWER.size + 1, FDS_MAX, socket.MSG_CMSG_CLOEXEC)
         except OSError as error:
             raise self._lost(str(error)) from None
         if not data:

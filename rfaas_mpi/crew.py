@@ -106,15 +106,25 @@ class Crew:
 
     def hire(self, act: Callable[[Lending], None]) -> None:
         """Opens the session and lets `act` get workers through it; closes everything where that fails."""
-        if self.inline:
+        lending = self.open()
+        if lending is None:
             return
         try:
-            self.lending = Lending(self.settings, self.invoker, self.look_around)
-            act(self.lending)
+            act(lending)
         except BaseException:
             self.close()
             raise
-        self.memory.limit = self.lending.memory_limit
+        self.memory.limit = lending.memory_limit
+
+    def open(self) -> Lending | None:
+        """The session that workers are had through, opened once; None where kernels run inline."""
+        if self.lending is None and not self.inline:
+            try:
+                self.lending = Lending(self.settings, self.invoker, self.look_around)
+            except BaseException:
+                self.close()
+                raise
+        return self.lending
 
     @property
     def transport(self) -> str:

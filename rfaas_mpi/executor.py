@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from rfaas_mpi import config, local
+from rfaas_mpi._version import __version__
 from rfaas_mpi.arrays import Constant, as_inputs, as_outputs, check_memory, check_overlap
 from rfaas_mpi.config import Settings
 from rfaas_mpi.crew import Crew
@@ -49,7 +50,9 @@ class Executor(concurrent.futures.Executor):
 
     `workers`: (min, max), or a number for exactly so many; `max_workers` asks
     for none to so many, as the standard library's executors do; neither asks
-    for all cores that are spare. Where none is granted, kernels run on the rank
+    for all cores that are spare. With `comm`, a communicator of mpi4py, so many are
+    leased for all of its ranks together, by one demand, and each rank gets its share:
+    all of them call this with the same arguments. Where none is granted, kernels run on the rank
     and one warning says why. `transport="inline"` runs every kernel in this
     process, for a debugger. `service="tcp://HOST:PORT"` and `key_file` name a
     service on another node; `manager` names a cluster's, and workers are then on
@@ -66,24 +69,38 @@ class Executor(concurrent.futures.Executor):
     from any thread. Use it as a context manager, or call `shutdown`.
     """
 
-    def __init__(self, workers: tuple[int, int] | int | None = None, *, max_workers: int | None = None,
-                 cores_per_worker: int = 1, memory_per_worker: int | str | None = None,
+    def __init__(self, workers: tuple[int, int] | int | None = None, *, comm: Any = None,
+                 max_workers: int | None = None, cores_per_worker: int = 1, memory_per_worker: int | str | None = None,
                  initializer: Callable[..., Any] | None = None, initargs: tuple[Any, ...] = (),
                  transport: Literal["auto", "shm", "tcp", "verbs", "inline"] | None = None, slots: int | None = None,
                  slot_bytes: int | str | None = None, spin_us: int | None = None,
                  fallback: bool | None = None, **settings: Any) -> None:
         self._crew: Crew | None = None
         _refuse_nesting()
-        least, most = _demand(workers, max_workers, cores_per_worker)
-        if initializer is not None and not callable(initializer):
-            raise TypeError("initializer must be a callable")
-        self._settings = Settings.load(
-            transport=transport, slots=slots, slot_bytes=slot_bytes, spin_us=spin_us, fallback=fallback,
-            memory_per_worker=memory_per_worker, **settings)
-        self._prepare(initializer, initargs)
-        crew = self._crew = _new_crew(self, self._settings)
-        crew.hire(lambda lending: lending.hire(least, most, cores_per_worker,
-                                               self._settings.memory_per_worker))
+
+        def set_up() -> tuple[Crew, int, int | None]:
+            least, most = _demand(workers, max_workers, cores_per_worker)
+            if initializer is not None and not callable(initializer):
+                raise TypeError("initializer must be a callable")
+            self._settings = Settings.load(
+                transport=transport, slots=slots, slot_bytes=slot_bytes, spin_us=spin_us, fallback=fallback,
+                memory_per_worker=memory_per_worker, **settings)
+            self._prepare(initializer, initargs)
+            self._crew = _new_crew(self, self._settings)
+            return self._crew, least, most
+
+        if comm is None:
+            crew, least, most = set_up()
+            crew.hire(lambda lending: lending.hire(least, most, cores_per_worker, self._settings.memory_per_worker))
+        else:
+            from rfaas_mpi import mpi
+
+            def ask() -> mpi.Ask:
+                crew, least, most = set_up()
+                return mpi.Ask(crew, _terms(least, most, cores_per_worker, initializer, self._settings), least, most,
+                               cores_per_worker)
+            mpi.hire(comm, ask)
+            crew = self._open()
         if crew.alone and not crew.inline:
             crew.said_fallback = True
             why = crew.lending.why if crew.lending is not None else None
@@ -420,6 +437,20 @@ def _demand(workers: tuple[int, int] | int | None, max_workers: int | None,
             return least, most
     raise ConfigError(f"workers={workers!r} is no demand",
                       hint="give (min, max) with 0 <= min <= max and max >= 1, or one number")
+
+
+# Of these settings all ranks of a communicator have the same; the others say where a rank is.
+_COMMON = ("service", "manager", "transport", "lend", "lease_duration_s", "lease_timeout_s", "spin_us", "slots",
+           "slot_bytes", "memory_per_worker", "sandbox", "worker_prefix", "fallback", "integrity")
+
+
+def _terms(least: int, most: int | None, cores_per_worker: int, initializer: Callable[..., Any] | None,
+           settings: Settings) -> dict[str, str]:
+    """What the ranks of a communicator have to agree on, by name."""
+    named = getattr(initializer, "__qualname__", type(initializer).__name__)
+    return {"rfaas_mpi's version": __version__, "workers": f"({least}, {'all' if most is None else most})",
+            "cores_per_worker": str(cores_per_worker), "initializer": "None" if initializer is None else named,
+            **{name: repr(getattr(settings, name)) for name in _COMMON}}
 
 
 def _wait_any(crew: Crew) -> Callable[[list[Any], float | None], None]:

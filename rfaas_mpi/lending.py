@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import queue
+import socket
 import sys
 import threading
 import time
@@ -90,7 +91,11 @@ class Lending:
         self._broken: dict[tuple[int, int], float] = {}
         self._unreached: dict[tuple[int, int], float] = {}
         self._whys: dict[tuple[int, int], str] = {}
-        self._own = True
+        self._own = True                                 # nobody else uses these workers
+        self._keeps = True                               # the leases end no sooner than we
+        # Of leases that are shared: on which cores our workers are, and who they have been.
+        self._only: dict[int, set[tuple[int, ...]]] | None = None
+        self._mine: set[tuple[int, int]] = set()
         self._closed = False
         self.memory_limit = 0
         self.alone = True
@@ -117,25 +122,51 @@ class Lending:
         where fewer than `workers_min` can be had, ServiceError and
         TransportError where the service fails.
         """
-        if workers_min > _WORKERS_MAX:
-            raise LeaseDenied(f"{workers_min} workers are more than an executor can have ({_WORKERS_MAX})",
+        self._accept(self.ask(workers_min, workers_max, cores_per_worker, memory_per_worker))
+
+    def ask(self, workers_min: int, workers_max: int | None, cores_per_worker: int, memory_per_worker: int | None,
+            ranks: int = 1) -> Grant:
+        """Asks for workers, for so many ranks in all, and connects to none yet. Raises as `hire`."""
+        most = _WORKERS_MAX * ranks
+        if workers_min > most:
+            raise LeaseDenied(f"{workers_min} workers are more than "
+                              + (f"{ranks} ranks" if ranks > 1 else "an executor") + f" can have ({most})",
                               hint="share the work between several executors")
         if workers_max is None:
             workers_max = max(1, workers_min, len(self.session.spare) // cores_per_worker)
-        grant = self.session.request(workers_min, min(workers_max, _WORKERS_MAX), cores_per_worker, memory_per_worker)
-        if not grant.leases:
-            reason = getattr(grant, "reason", "") or self.session.why_none or "no core is spare"
-            self.why = WorkerLost(f"no worker was lent: {reason}")
-            self._look()
-            return
-        self._accept(grant)
+        return self.session.request(workers_min, min(workers_max, most), cores_per_worker, memory_per_worker)
 
     def join(self, grant: Grant) -> None:
         """Connects to the workers of a lease that another process of this user holds and releases."""
-        self._own = False
+        self._own = self._keeps = False
         self._accept(grant)
 
+    def take(self, part: Grant) -> None:
+        """Connects to the workers of a part of what another rank leased for all, and keeps those leases, too.
+
+        Raises ServiceError for a lease that has ended meanwhile, and as `hire`.
+        """
+        self._own = False
+        self._only = {lease.id: {worker.cores for worker in lease.workers} for lease in part.leases}
+        with self._lock:
+            self._mine = {(lease.id, worker.number) for lease in part.leases for worker in lease.workers}
+        for failure in each(self.session.hold, part.leases):
+            if failure is not None:
+                raise failure
+        self._accept(part)
+
+    def leave_to_others(self, whole: Grant) -> None:
+        """Lets go of the leases that this process asked for and of which it has no worker."""
+        for lease in whole.leases:
+            if lease.id not in (self._only or {}):
+                self.session.release(lease)
+
     def _accept(self, grant: Grant) -> None:
+        if not grant.leases:
+            reason = grant.reason or self.session.why_none or "no core is spare"
+            self.why = WorkerLost(f"no worker was lent: {reason}")
+            self._look()
+            return
         self.memory_limit = min((lease.memory_per_worker for lease in grant.leases), default=0)
         with self._lock:
             for lease in grant.leases:
@@ -252,6 +283,18 @@ class Lending:
         """How invocations travel; with workers on several nodes perhaps in two ways, as in "shm+tcp"."""
         with self._lock:
             return "+".join(sorted(set(self._ways.values()))) or self._way
+
+    @property
+    def service(self) -> str:
+        """Who lends: ranks that are to share workers have the same."""
+        if isinstance(self.session, Session) and not self.session.remote:
+            return f"{self.session.home} on {socket.gethostname()}"
+        return self.session.name
+
+    @property
+    def host(self) -> str:
+        """Where the workers are of a lease that doesn't say so itself."""
+        return getattr(self.session, "host", "") or socket.gethostname()
 
     @property
     def grant(self) -> Grant:
@@ -403,6 +446,11 @@ class Lending:
         self._look()
 
     def _handle(self, event: msg.AnyEvent) -> None:
+        if self._only is not None and isinstance(event, (msg.Log, msg.WorkerReady, msg.WorkerEnded)):
+            if isinstance(event, msg.WorkerReady) and event.cores in self._only.get(event.lease, ()):
+                self._mine.add((event.lease, event.worker))
+            if (event.lease, event.worker) not in self._mine:
+                return
         match event:
             case msg.Log():
                 self._print(event)
@@ -522,7 +570,7 @@ class Lending:
             self._closed = True
             leases = list(self._leases)
             self._awaited.clear()
-        if self._own:
+        if self._keeps:
             for lease, failure in zip(leases, each(self.session.release, leases), strict=True):
                 if isinstance(failure, ServiceError):
                     log.debug("lease=%d not released: %s", lease, failure)

@@ -21,9 +21,8 @@ HERE = "tests/test_layering.py"
 STEPS = (
     ("cli",),
     ("bench", "service"),
-    ("mpi",),
     ("executor",),
-    ("requests", "futures", "mapping"),
+    ("requests", "futures", "mapping", "mpi"),
     ("crew",),
     ("manager", "agent"),
     ("planner", "worker", "lending", "local"),
@@ -33,7 +32,7 @@ STEPS = (
     ("fabric", "placement", "leases", "slurm", "kernels", "session", "inline",
      "identity"),
     ("codec", "config", "messages", "policy", "native", "calling", "remote",
-     "sealing", "munge", "errands"),
+     "sealing", "munge", "errands", "gang"),
     ("skew",),
     ("errors", "types", "_version", "_include"),
 )

@@ -1,0 +1,273 @@
+"""Communicators that lease for all of their ranks at once. The only module that imports mpi4py.
+
+    every rank   opens its session ──▶ says what it asks for ──▶ all know who differs or failed
+    rank 0       ── one demand ──▶ leases ── each rank's share, with the leases' secrets ──▶ all
+    every rank   keeps the leases of its share, connects to its workers ──▶ all know who failed
+
+From then on no rank needs another one: each has sessions and connections of its own,
+and a lease ends with the last rank that keeps it. There is no MPI call after that.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import socket
+import sys
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from rfaas_mpi import errors, gang
+from rfaas_mpi.crew import Crew
+from rfaas_mpi.errors import ConfigError, LeaseDenied, RFaaSError, ServiceError, TransportError
+from rfaas_mpi.messages import Grant, GrantLease
+
+__all__ = ["Ask", "hire"]
+
+log = logging.getLogger("rfaas_mpi.mpi")
+
+_SPIN_S = 0.001
+_PAUSE_S = 0.0005
+# What ranks may take besides what their settings let them wait for.
+_LATE_S = 8.0
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What one rank asks for: the crew that is to have the workers, how many in all, and what all have to agree on."""
+
+    crew: Crew
+    terms: Mapping[str, str]
+    workers_min: int
+    workers_max: int | None
+    cores_per_worker: int
+
+
+@dataclass(frozen=True)
+class _Here:
+    """What a rank that is ready says of itself."""
+
+    terms: dict[str, str]
+    host: str
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a rank can't take part, for the others."""
+
+    kind: str
+    message: str
+    hint: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> _Failure:
+        return cls(type(error).__name__, Exception.__str__(error), getattr(error, "hint", ""))
+
+    def error(self, rank: int) -> RFaaSError:
+        """What other ranks raise."""
+        kind = getattr(errors, self.kind, None)
+        if not (isinstance(kind, type) and issubclass(kind, RFaaSError)):
+            kind = ConfigError if self.kind in ("TypeError", "ValueError") else ServiceError
+        found: RFaaSError = kind(f"rank {rank} failed to set up the executor: {self.message}", hint=self.hint)
+        return found
+
+
+def hire(comm: Any, prepare: Callable[[], Ask]) -> None:
+    """Has every rank of the communicator connected to its share of the workers that `prepare` asks for.
+
+    Collective. On return each rank's crew has its workers, or none where there are too few.
+    Otherwise all ranks raise: what failed on this one; or, of the same kind, what failed on
+    another one, which is named; ConfigError where they ask for different things. A crew that
+    was made is closed then.
+    """
+    world = _World(comm)
+    crew: Crew | None = None
+    try:
+        ask = prepare()
+        crew = ask.crew
+        lending = crew.open()
+        terms = {**ask.terms, "the service": lending.service if lending is not None else "none"}
+    except Exception as error:
+        if crew is not None:
+            crew.close()
+        world.gather(_Failure.of(error))
+        raise
+    try:
+        seen = world.agreed(_Here(terms, socket.gethostname()))
+        if differs := gang.disagreement([here.terms for here in seen]):
+            raise ConfigError(f"the ranks of this executor don't ask for the same: {differs}",
+                              hint="give all ranks the same arguments and settings; ranks of several nodes need a "
+                                   "cluster's manager (RFAAS_MANAGER)")
+        _at_finalize(crew)
+        if lending is None:
+            return
+        settings = crew.settings
+        world.patience_s = settings.lease_timeout_s + settings.start_timeout_s + _LATE_S
+        parts: Sequence[Any] = ()
+        failed: Exception | None = None
+        whole = Grant(())
+        if world.rank == 0:
+            try:
+                whole = lending.ask(ask.workers_min, ask.workers_max, ask.cores_per_worker,
+                                    settings.memory_per_worker, ranks=world.size)
+                parts = _parts(whole, [here.host for here in seen], lending.host)
+            except Exception as error:
+                failed, parts = error, [_Failure.of(error)] * world.size
+        part = world.scatter(parts)
+        if failed is not None:
+            raise failed
+        if isinstance(part, _Failure):
+            raise part.error(0)
+        try:
+            crew.hire(lambda lending: lending.take(part))
+        except Exception as error:
+            world.gather(_Failure.of(error))
+            raise
+        world.agreed(None)
+        lending.leave_to_others(whole)
+    except BaseException:
+        crew.close()
+        raise
+
+
+def _parts(grant: Grant, ranks: Sequence[str], host: str) -> list[Grant]:
+    """Each rank's share of a grant: the leases that it is to keep, with its workers alone."""
+    workers = [(lease, worker) for lease in grant.leases for worker in lease.workers]
+    parts = []
+    for mine in gang.shares(ranks, [lease.host or host for lease, _ in workers]):
+        numbers: dict[int, set[int]] = {}
+        for number in mine:
+            lease, worker = workers[number]
+            numbers.setdefault(lease.id, set()).add(worker.number)
+        parts.append(Grant(tuple(_part(lease, numbers[lease.id]) for lease in grant.leases if lease.id in numbers),
+                           grant.reason or ("" if mine else f"{len(workers)} workers serve {len(ranks)} ranks")))
+    return parts
+
+
+def _part(lease: GrantLease, numbers: set[int]) -> GrantLease:
+    return msgspec.structs.replace(
+        lease, workers=tuple(worker for worker in lease.workers if worker.number in numbers),
+        memory_bytes=lease.memory_per_worker * len(numbers))
+
+
+# ---- what goes over the communicator -----------------------------------------------------------------
+
+class _World:
+    """A communicator, for the set-up of one executor.
+
+    Raises TypeError for what is none, ConfigError for one that can't be used: MPI has not
+    begun or has ended, it was freed, it is an inter-communicator, or this isn't the thread
+    in which MPI may be called.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        if "mpi4py.MPI" not in sys.modules:
+            # Whoever has a communicator has imported it; importing it here could begin MPI.
+            raise TypeError(f"comm={comm!r} is no communicator of mpi4py")
+        from mpi4py import MPI
+        if not isinstance(comm, MPI.Comm):
+            raise TypeError(f"comm={comm!r} is no communicator of mpi4py")
+        if not MPI.Is_initialized():
+            raise ConfigError("MPI is not initialized", hint="call MPI.Init() (or MPI.Init_thread()) first")
+        if MPI.Is_finalized():
+            raise ConfigError("MPI is finalized already", hint="make the Executor before MPI.Finalize()")
+        if comm == MPI.COMM_NULL:
+            raise ConfigError("comm is MPI.COMM_NULL", hint="only the ranks of a communicator make an Executor on it")
+        if comm.Is_inter():
+            raise ConfigError("comm is an inter-communicator", hint="merge its groups (comm.Merge()), or give each "
+                                                                    "group's own communicator")
+        if MPI.Query_thread() < MPI.THREAD_SERIALIZED and not MPI.Is_thread_main():
+            raise ConfigError("MPI may be called from its main thread only (MPI_THREAD_FUNNELED)",
+                              hint="make the Executor there, or begin MPI with MPI_THREAD_MULTIPLE")
+        self._mpi = MPI
+        self._comm = comm
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+        self.patience_s: float | None = None     # None: all come when they come
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What each rank says, in their order."""
+        MPI, comm = self._mpi, self._comm
+        data = np.frombuffer(pickle.dumps(mine), np.uint8)
+        # Requests don't keep what they are given: our variables do, until they have ended.
+        length, lengths = np.array([data.size], np.int64), np.empty(self.size, np.int64)
+        self._wait(comm.Iallgather([length, MPI.INT64_T], [lengths, MPI.INT64_T]), (length, lengths))
+        starts = np.concatenate(([0], np.cumsum(lengths)))
+        said = np.empty(int(starts[-1]), np.uint8)
+        self._wait(comm.Iallgatherv([data, MPI.BYTE], [said, lengths.tolist(), starts[:-1].tolist(), MPI.BYTE]),
+                   (data, said))
+        return [pickle.loads(said[starts[n]:starts[n + 1]].tobytes()) for n in range(self.size)]
+
+    def agreed(self, mine: Any) -> list[Any]:
+        """What each rank says; raises what one of them failed with."""
+        said = self.gather(mine)
+        for rank, theirs in enumerate(said):
+            if isinstance(theirs, _Failure):
+                raise theirs.error(rank)
+        return said
+
+    def scatter(self, parts: Sequence[Any]) -> Any:
+        """Rank 0 has one for each rank."""
+        MPI, comm = self._mpi, self._comm
+        length, data, lengths = np.empty(1, np.int64), np.empty(0, np.uint8), np.empty(0, np.int64)
+        send: Any = None
+        if self.rank == 0:
+            packed = [pickle.dumps(part) for part in parts]
+            data, lengths = np.frombuffer(b"".join(packed), np.uint8), np.array(list(map(len, packed)), np.int64)
+            send = [lengths, MPI.INT64_T]
+        self._wait(comm.Iscatter(send, [length, MPI.INT64_T], root=0), (lengths, length))
+        mine = np.empty(int(length[0]), np.uint8)
+        if self.rank == 0:
+            send = [data, lengths.tolist(), np.concatenate(([0], np.cumsum(lengths)))[:-1].tolist(), MPI.BYTE]
+        self._wait(comm.Iscatterv(send, [mine, MPI.BYTE], root=0), (data, mine))
+        return pickle.loads(mine.tobytes())
+
+    def _wait(self, request: Any, buffers: Any) -> None:
+        begun = time.monotonic()
+        try:
+            while not request.Test():
+                took = time.monotonic() - begun
+                if self.patience_s is not None and took > self.patience_s:
+                    # MPI may still write there.
+                    _left.append((request, buffers))
+                    raise ServiceError(f"not every rank of the communicator set its executor up within {took:.0f} s",
+                                       hint="one of them may have died, or be stopped")
+                if took > _SPIN_S:
+                    time.sleep(_PAUSE_S)
+        except self._mpi.Exception as error:
+            raise TransportError(f"MPI failed while an executor was set up: {error}",
+                                 hint="is the communicator still whole?") from error
+
+
+_left: list[Any] = []
+
+
+# ---- the end of MPI ----------------------------------------------------------------------------------
+
+_crews: weakref.WeakSet[Crew] = weakref.WeakSet()
+_watches: list[int] = []
+
+
+def _at_finalize(crew: Crew) -> None:
+    """Has MPI.Finalize() close the crew, if that is called: its application takes that for the end."""
+    _crews.add(crew)
+    if _watches:
+        return
+    from mpi4py import MPI
+
+    def ends(comm: Any, keyval: int, value: Any) -> None:
+        for crew in list(_crews):
+            try:
+                crew.close()
+            except Exception:
+                # MPI has to end all the same, and the other executors.
+                log.exception("could not close an executor at MPI.Finalize()")
+
+    _watches.append(MPI.Comm.Create_keyval(delete_fn=ends))
+    MPI.COMM_SELF.Set_attr(_watches[0], None)

@@ -1,0 +1,157 @@
+"""Executors of communicators, in worlds of 1, 2, 3 and 4 ranks: `mpiexec -n N python -m pytest --with-mpi` this.
+
+Each assertion is on what all ranks saw, so that none waits for one that failed.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import kernels_for_tests as k
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from rfaas_mpi import ClosedError, ConfigError, Executor, LeaseDenied
+from rfaas_mpi.session import Session
+
+COMM = MPI.COMM_WORLD
+RANK, SIZE = COMM.rank, COMM.size
+LAST = SIZE - 1
+pytestmark = pytest.mark.mpi
+
+
+def on_all(fact: object) -> bool:
+    return COMM.allreduce(bool(fact), op=MPI.LAND)
+
+
+def gang(workers=(1, 2), comm=COMM, **changes) -> Executor:
+    return Executor(comm=comm, workers=workers, **{"cores": (0, 1), **changes})
+
+
+def leases() -> int:
+    with Session.open(observer=True) as watcher:
+        return len(watcher.status()["leases"])
+
+
+def works(ex: Executor) -> bool:
+    x, y = ex.array(np.arange(1000.0) + RANK), ex.empty(1000)
+    ex.Invoke(k.double, x, y)
+    return bool((y == 2 * x).all()) and ex.submit(k.add, RANK, 1).result() == RANK + 1
+
+
+def raised(kind: type[Exception], act) -> str:
+    """What an error of that kind says; "" if there is none."""
+    try:
+        act()
+    except kind as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_ranks_of_a_communicator_share_the_workers_of_one_lease(count):
+    with gang(count) as ex:
+        held = leases()
+        COMM.Barrier()
+        pids = set().union(*COMM.allgather({ex.submit(k.pid).result() for _ in range(16)}))
+        assert on_all(works(ex)) and on_all(ex.workers)
+        assert on_all(held == 1) and len(pids) == count
+        COMM.Barrier()
+
+
+def test_every_rank_has_as_many_workers_as_the_others():
+    with gang(2) as ex:
+        assert set(COMM.allgather(len(ex.workers))) == {{1: 2, 2: 1, 3: 2, 4: 1}[SIZE]}
+        COMM.Barrier()
+
+
+def test_the_rank_that_asked_may_end_first():
+    ex = gang(1)
+    if RANK == 0:
+        ex.shutdown()
+    COMM.Barrier()
+    assert on_all(raised(ClosedError, lambda: works(ex)) if RANK == 0 else works(ex))
+    COMM.Barrier()
+    ex.shutdown()
+    ex.shutdown()
+    COMM.Barrier()
+    with gang((1, 2)) as ex:
+        assert on_all(works(ex))
+
+
+def test_each_part_of_a_split_communicator_has_an_executor_of_its_own():
+    half = COMM.Split(RANK % 2, -RANK)
+    with gang(1, half) as ex:
+        pids = COMM.allgather((RANK % 2, ex.submit(k.pid).result()))
+        assert len({pid for _, pid in pids}) == len({part for part, _ in pids}) == len(set(pids))
+        assert on_all(works(ex))
+    half.Free()
+    COMM.Barrier()
+
+
+def test_a_topology_is_a_communicator_as_any_other():
+    line = COMM.Create_cart([SIZE])
+    with gang(1, line) as ex:
+        line.Free()
+        assert on_all(works(ex))
+    COMM.Barrier()
+
+
+def test_ranks_that_ask_for_different_things_all_hear_who_differs():
+    said = raised(ConfigError, lambda: gang((1, 2), slots=4 if RANK == LAST else 8))
+    if SIZE == 1:
+        assert not said
+    else:
+        assert on_all(f"slots is 4 on rank {LAST}" in said or (SIZE == 2 and "slots is 8 on rank 0" in said))
+    with gang() as ex:
+        assert on_all(works(ex))
+
+
+@pytest.mark.parametrize("wrong", [{"workers": (3, 2)}, {"spin_us": -1}, {"initializer": 3}])
+def test_an_argument_that_is_wrong_on_one_rank_is_an_error_on_all(wrong):
+    said = raised((ConfigError, TypeError), lambda: gang(**(wrong if RANK == LAST else {})))
+    assert on_all(said and (RANK == LAST or f"rank {LAST}" in said))
+    with gang() as ex:
+        assert on_all(works(ex))
+
+
+def test_a_demand_that_is_denied_is_denied_to_all_ranks():
+    said = raised(LeaseDenied, lambda: gang(99, lease_timeout_s=0))
+    assert on_all("99 workers" in said)
+
+
+def test_ranks_without_workers_run_their_kernels_themselves():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ex = gang((0, 1), lend="no")
+    with ex:
+        assert on_all(works(ex) and not ex.workers)
+        assert on_all(["run on the rank" in str(one.message) for one in caught] == [True])
+
+
+def test_inline_executors_are_collective_as_well():
+    with gang(transport="inline") as ex:
+        assert on_all(works(ex) and not ex.workers)
+
+
+def test_what_is_no_communicator_is_refused():
+    assert on_all(raised(TypeError, lambda: gang(comm=4711)) and raised(ConfigError, lambda: gang(comm=MPI.COMM_NULL)))
+
+
+@pytest.mark.mpi(min_size=2)
+def test_an_inter_communicator_is_refused():
+    half = COMM.Split(min(RANK, 1))
+    between = half.Create_intercomm(0, COMM, 1 if RANK == 0 else 0)
+    assert on_all("inter-communicator" in raised(ConfigError, lambda: gang(comm=between)))
+    between.Free()
+    half.Free()
+
+
+def test_collectives_of_the_application_may_be_under_way():
+    mine, total = np.ones(1), np.empty(1)
+    request = COMM.Iallreduce(mine, total)
+    with gang() as ex:
+        request.Wait()
+        assert on_all(works(ex)) and total[0] == SIZE
+    COMM.Barrier()

@@ -1,0 +1,180 @@
+"""Communicators that lease for all of their ranks: what is promised inside a world is in mpi/gang_world.py.
+
+What ends MPI, or a rank, has a world of its own. They share the runtime directory of
+this test run, and so one service.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import faults
+import pytest
+from mpi_launch import LIBRARIES, PRELUDE, World
+
+from rfaas_mpi.session import Session
+
+INSIDE = Path(__file__).parent / "mpi" / "gang_world.py"
+
+
+@pytest.fixture(params=LIBRARIES)
+def world(request) -> World:
+    return World(request.param)
+
+
+@pytest.fixture
+def nothing_is_leased(wait_until):
+    """Afterwards no lease is left, whoever died."""
+    yield
+    with Session.open(observer=True) as watcher:
+        wait_until(lambda: not watcher.status()["leases"], "no lease is left")
+
+
+@pytest.mark.parametrize(("library", "ranks"), [("mpich", 1), ("mpich", 2), ("mpich", 3), ("mpich", 4),
+                                                ("openmpi", 3)])
+def test_ranks_lease_as_one(library, ranks):
+    done = World(library).launch(ranks, [
+        sys.executable, "-m", "pytest", "--with-mpi", "--noconftest", "-q", "--color=no", "-p", "no:cacheprovider", INSIDE])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" passed") == ranks, done.stdout
+    assert ("skipped" in done.stdout) == (ranks == 1), done.stdout
+
+
+def test_importing_the_package_has_nothing_to_do_with_mpi():
+    program = """
+import sys, rfaas_mpi, rfaas_mpi.executor, rfaas_mpi.mpi
+from rfaas_mpi import Executor
+try:
+    Executor(comm=3)
+except TypeError as error:
+    assert "no communicator" in str(error)
+assert "mpi4py" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], env=faults.environment(), check=True, timeout=60)
+
+
+def test_mpi_that_has_not_begun_or_is_over_is_an_error(world):
+    assert world.run(1, """
+        MPI, COMM = comm_world(initialize=False)
+        from rfaas_mpi import ConfigError
+        def refused():
+            try:
+                Executor(comm=COMM, workers=1)
+            except ConfigError as error:
+                say(error)
+        refused()
+        MPI.Init()
+        MPI.Finalize()
+        refused()
+        """) == ["MPI is finalized already; make the Executor before MPI.Finalize()",
+                 "MPI is not initialized; call MPI.Init() (or MPI.Init_thread()) first"]
+
+
+def test_the_main_thread_is_enough(world):
+    assert world.run(2, """
+        MPI, COMM = comm_world(thread_level="funneled")
+        from rfaas_mpi import ConfigError
+        def elsewhere():
+            try:
+                Executor(comm=COMM, workers=1)
+            except ConfigError as error:
+                say("main thread" in str(error))
+        thread = threading.Thread(target=elsewhere)
+        if MPI.Query_thread() == MPI.THREAD_FUNNELED:
+            thread.start()
+            thread.join()
+        else:
+            say(True)
+        with Executor(comm=COMM, workers=1, cores=(0, 1)) as ex:
+            say(ex.submit(k.add, 1, 1).result())
+        """) == ["2", "2", "True", "True"]
+
+
+@pytest.mark.usefixtures("nothing_is_leased")
+def test_the_end_of_mpi_is_the_executors_end(world):
+    assert world.run(2, """
+        MPI, COMM = comm_world()
+        from rfaas_mpi import ClosedError
+        ex = Executor(comm=COMM, workers=1, cores=(0, 1))
+        say(ex.submit(k.add, 1, 1).result())
+        MPI.Finalize()
+        try:
+            ex.submit(k.add, 1, 1)
+        except ClosedError:
+            say("closed")
+        ex.shutdown()
+        """) == ["2", "2", "closed", "closed"]
+
+
+@pytest.mark.usefixtures("nothing_is_leased")
+def test_a_program_may_just_end(world):
+    assert world.run(2, """
+        MPI, COMM = comm_world()
+        ex = Executor(comm=COMM, workers=1, cores=(0, 1))
+        say(ex.submit(k.add, 1, 1).result())
+        """) == ["2", "2"]
+
+
+@pytest.mark.usefixtures("nothing_is_leased")
+def test_a_rank_that_raises_takes_nobody_s_workers_along(world):
+    done = world.launch(3, [sys.executable, "-c", PRELUDE + """
+from mpi4py import MPI
+with Executor(comm=MPI.COMM_WORLD, workers=1, cores=(0, 1)) as ex:
+    ex.submit(k.pid).result()
+    if MPI.COMM_WORLD.rank == 0:
+        raise ValueError("on rank 0")
+    say(sum(ex.map(k.add, range(100))))
+"""])
+    assert done.returncode != 0 and "on rank 0" in done.stderr
+    assert done.stdout.split() == ["4950"] * 2, done.stdout + done.stderr
+
+
+@pytest.mark.usefixtures("nothing_is_leased")
+def test_a_rank_that_is_killed_takes_nobody_s_workers_along(tmp_path, wait_until):
+    world = World("openmpi", goes_on=True)
+    done = world.launch(3, [sys.executable, "-c", PRELUDE + """
+from mpi4py import MPI
+rank, here = MPI.COMM_WORLD.rank, Path(sys.argv[1])
+def wait_for(*names):
+    while not all((here / name).exists() for name in names):
+        time.sleep(0.01)
+ex = Executor(comm=MPI.COMM_WORLD, workers=1, cores=(0, 1), fallback=False)
+ex.submit(k.pid).result()
+(here / f"ready{rank}").touch()
+if rank == 0:
+    (here / "pid.new").write_text(str(os.getpid()))
+    (here / "pid.new").rename(here / "pid")
+    wait_for("ready1", "ready2")
+    os.kill(os.getpid(), signal.SIGKILL)
+wait_for("pid")
+while Path("/proc", (here / "pid").read_text(), "exe").exists():
+    time.sleep(0.01)
+(here / f"sum{rank}").write_text(f"{sum(ex.map(k.add, range(100)))}.")
+ex.shutdown()
+os._exit(0)      # MPI has no end any more
+""", tmp_path])
+    for rank in (1, 2):
+        wait_until(lambda said=tmp_path / f"sum{rank}": said.exists() and said.read_text() == "4950.",
+                   f"rank {rank} has its workers: {done.stdout + done.stderr}")
+
+
+@pytest.mark.usefixtures("nothing_is_leased")
+def test_a_rank_that_stops_during_the_set_up_is_an_error_for_the_others(world):
+    done = world.launch(3, [sys.executable, "-c", PRELUDE + """
+from mpi4py import MPI
+from rfaas_mpi import ServiceError, lending, mpi
+mpi._LATE_S = 0.5
+def stops(self, part):
+    threading.Event().wait(20)
+    os._exit(0)
+if MPI.COMM_WORLD.rank == 1:
+    lending.Lending.take = stops
+try:
+    Executor(comm=MPI.COMM_WORLD, workers=1, cores=(0, 1), lease_timeout_s=0.1, start_timeout_s=2.0)
+except ServiceError as error:
+    say("not every rank" in str(error))
+    MPI.COMM_WORLD.Abort(3)
+"""])
+    assert "True" in done.stdout, done.stdout + done.stderr

@@ -64,15 +64,13 @@ def test_the_collector_is_as_before_afterwards() -> None:
     assert gc.get_freeze_count() == 0
 
 
-def test_a_full_pass_is_due_when_a_quarter_more_is_left() -> None:
-    growth = Growth(1_000_000)
-    assert not growth.add(200_000)
-    assert growth.add(60_000)
-    assert growth.due(1_260_000)
+def test_a_full_pass_is_due_when_there_is_twice_as_much() -> None:
+    growth = Growth(10 * LEAST)
+    assert not growth.due(19 * LEAST)
+    assert growth.due(20 * LEAST + 1)
 
 
-def test_what_came_and_went_makes_no_full_pass_due() -> None:
+def test_a_little_more_of_a_little_makes_no_full_pass_due() -> None:
     growth = Growth(0)
-    assert growth.add(LEAST + 1)
-    assert not growth.due(LEAST - 1)
-    assert not growth.add(LEAST)
+    assert not growth.due(LEAST)
+    assert growth.due(LEAST + 1)

@@ -1,47 +1,37 @@
-"""When a manager looks for garbage: often among what is new, and through all that it has only when that has grown.
+"""When a manager looks for garbage: often among what is new, and through all that it has only when that has doubled.
 
 Python's own collector looks through everything whenever a quarter more is there, which
 stops a manager of a thousand agents for a tenth of a second. What has survived one look
 is therefore put aside (`gc.freeze`); cycles that end after that are found by the next
-full pass.
+full pass. What there is in all is known by its pieces of memory: to count what was put
+aside goes through all of it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 __all__ = ["Growth", "collecting"]
 
-EVERY_S = 0.5
-LEAST = 50_000                   # objects more, before all of them are worth a look
-SHARE = 0.25                     # likewise, of those that the last full pass left
+EVERY_S = 0.2
+LEAST = 200_000                  # pieces of memory more, before all of them are worth a look
+SHARE = 1.0                      # likewise, of those that the last full pass left
+_NEW = 1                         # the generations that hold what was not put aside
 
 
 class Growth:
-    """When a full pass is due, pure. `aside` is how many objects the last one left."""
+    """When a full pass is due, pure. `left` is how many pieces of memory the last one left."""
 
-    def __init__(self, aside: int) -> None:
-        self._aside = aside
-        self._added = 0
+    def __init__(self, left: int) -> None:
+        self._most = left + max(LEAST, SHARE * left)
 
-    def add(self, survived: int) -> bool:
-        """So many more were put aside; True if it is time to count what is left of all of them."""
-        self._added += survived
-        return self._added > self._much
-
-    def due(self, now_aside: int) -> bool:
-        """So many are left: True if that is so much more that a full pass is worth it. Counts anew if not."""
-        if now_aside > self._aside + self._much:
-            return True
-        self._added = 0
-        return False
-
-    @property
-    def _much(self) -> float:
-        return max(LEAST, SHARE * self._aside)
+    def due(self, now: int) -> bool:
+        """So many are there: True if that is so much more that a full pass is worth it."""
+        return now > self._most
 
 
 @contextmanager
@@ -63,10 +53,9 @@ async def _collect() -> None:
     growth = _full()
     while True:
         await asyncio.sleep(EVERY_S)
-        gc.collect()
-        survived = len(gc.get_objects())
+        gc.collect(_NEW)
         gc.freeze()
-        if growth.add(survived) and growth.due(gc.get_freeze_count()):
+        if growth.due(sys.getallocatedblocks()):
             growth = _full()
 
 
@@ -74,4 +63,4 @@ def _full() -> Growth:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
-    return Growth(gc.get_freeze_count())
+    return Growth(sys.getallocatedblocks())

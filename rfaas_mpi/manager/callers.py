@@ -8,7 +8,6 @@ those who have.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import socket
@@ -129,11 +128,10 @@ class Audit:
 
     def write(self, entry: Mapping[str, object]) -> None:
         """Adds a line, whole. OSError on a full disk."""
-        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
-        end = os.fstat(self._fd).st_size
-        if os.write(self._fd, line) != len(line):
+        line = msgspec.json.encode(entry) + b"\n"
+        if (written := os.write(self._fd, line)) != len(line):
             # Half a line would spoil the next one.
-            os.ftruncate(self._fd, end)
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
             raise OSError("the disk is full")
 
     def close(self) -> None:

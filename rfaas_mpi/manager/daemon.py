@@ -18,6 +18,7 @@ import signal
 import socket
 import ssl
 import stat
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ __all__ = ["Facts", "Options", "run", "state_directory"]
 SITE_DIRECTORY = Path("/var/lib/rfaas")
 SITE_SOCKET = Path("/run/rfaas/manager.sock")
 SOCKET_PATH_MAX = 107
+SWITCH_S = 0.0005                # who waits for the interpreter, loop or writer, waits no longer than about this
 STAND_BY_S = 1.0                 # how soon a manager that stands by sees that nobody leads
 
 log = logging.getLogger("rfaas_mpi.manager.daemon")
@@ -100,6 +102,7 @@ def run(options: Options, ready: Callable[[Facts], None]) -> None:
     # A connection for each agent, and one for each rank that asks.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    sys.setswitchinterval(SWITCH_S)
     with _owned(options.directory):
         keys = Keys.of(options.directory)
         asyncio.run(_serve(options, keys, tls, ready))

@@ -14,7 +14,10 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from types import TracebackType
 from typing import Any
 
@@ -82,6 +85,85 @@ class _Asked:
         self.told = False
 
 
+class _Flush:
+    """A group on its way to the disk, and who waits for it, the first one first. One timer for all of them."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: deque[tuple[float, asyncio.Future[None]]] = deque()      # until when
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def wait(self) -> None:
+        """Returns once it is on disk. _Refusal where that takes longer than WRITE_WAIT_S."""
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        until = self._loop.time() + WRITE_WAIT_S
+        self._waiting.append((until, waiter))
+        if self._timer is None:
+            self._timer = self._loop.call_at(until, self._late)
+        await waiter
+
+    def done(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for _, waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiting.clear()
+
+    def _late(self) -> None:
+        # A timer comes a little early at times.
+        now = self._loop.time() + 0.001
+        while self._waiting and self._waiting[0][0] <= now:
+            _, waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_exception(_cant_write())
+        self._timer = self._loop.call_at(self._waiting[0][0], self._late) if self._waiting else None
+
+
+class _Writer:
+    """A thread that writes one group after the other; an executor's costs as much as the writing."""
+
+    def __init__(self, write: Callable[[Group], list[Action]]) -> None:
+        self._write = write
+        self._groups: SimpleQueue[tuple[Group, asyncio.Future[list[Action]]] | None] = SimpleQueue()
+        self._thread: Thread | None = None
+
+    def write(self, group: Group) -> asyncio.Future[list[Action]]:
+        """What may be done once it is on disk; StoreError where it can't be written."""
+        if self._thread is None:
+            self._thread = Thread(target=self._run, name="rfaas-ledger-writer", daemon=True)
+            self._thread.start()
+        future: asyncio.Future[list[Action]] = asyncio.get_running_loop().create_future()
+        self._groups.put((group, future))
+        return future
+
+    def close(self) -> None:
+        """Ends the thread, once it has written what it was given. Safe to call twice."""
+        self._groups.put(None)
+
+    def _run(self) -> None:
+        while (one := self._groups.get()) is not None:
+            group, future = one
+            actions: list[Action] = []
+            problem: BaseException | None = None
+            try:
+                actions = self._write(group)
+            except BaseException as error:          # whoever waits for it raises it
+                problem = error
+            # Nobody waits any more where the loop was closed.
+            with suppress(RuntimeError):
+                future.get_loop().call_soon_threadsafe(_settle, future, actions, problem)
+
+
+def _settle(future: asyncio.Future[list[Action]], actions: list[Action], problem: BaseException | None) -> None:
+    if future.done():
+        return
+    if problem is None:
+        future.set_result(actions)
+    else:
+        future.set_exception(problem)
+
+
 class ManagerServer:
     """Owns the ledger, the listening sockets and every connection; use it with `async with`.
 
@@ -107,7 +189,7 @@ class ManagerServer:
         self.callers.when_refused = self.metrics.unproved.inc
         self._closing = False
         self._asking: dict[tuple[int, int], _Asked] = {}
-        self._written: asyncio.Future[None] | None = None
+        self._flush: _Flush | None = None
         self._wake = asyncio.Event()
         self._sooner = asyncio.Event()
         self._sleeps_until = 0.0
@@ -116,8 +198,9 @@ class ManagerServer:
         self._told: deque[tuple[int, api.Event]] = deque(maxlen=EVENTS_KEPT)       # (uid, event)
         # Above those of a manager that was here before.
         self._next_event = int(time.time()) * 1000
+        self._writer = _Writer(self.registry.write)
         # Readers fill asyncio's own: who leads would show no life behind them.
-        self._disk = ThreadPoolExecutor(2, thread_name_prefix="rfaas-ledger")
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="rfaas-ledger")
         self._tasks: list[asyncio.Task[None]] = []
         self._telling: set[asyncio.Task[None]] = set()
         self._runner: web.AppRunner | None = None
@@ -214,6 +297,7 @@ class ManagerServer:
         await asyncio.gather(*ending, return_exceptions=True)
         self._tasks = []
         self._ledger.close()
+        self._writer.close()
         self._disk.shutdown(wait=False, cancel_futures=True)
         self.callers.close()
 
@@ -223,23 +307,23 @@ class ManagerServer:
 
     # ---- disk first, then everything else --------------------------------------------------------------
 
-    def _do(self, actions: list[Action], usage: Iterable[Usage] = (), *, lingers: bool = False) -> asyncio.Future[None]:
-        """Has these actions done; the future ends when they are on disk and done.
+    def _do(self, actions: list[Action], usage: Iterable[Usage] = (), *, lingers: bool = False) -> _Flush:
+        """Has these actions done; what is returned is done when they are on disk and done.
 
         `lingers`: nobody is in a hurry, so that others may share the flush, unless an action is for somebody else.
         """
         self.registry.add(actions)
         self.registry.used(usage)
         loop = asyncio.get_running_loop()
-        if self._written is None:
-            self._written = loop.create_future()
+        if self._flush is None:
+            self._flush = _Flush(loop)
         if not lingers or any(isinstance(action, (Granted, Refused, StopWorkers)) for action in actions):
             self._wake.set()
         elif self._lingering is None:
             self._lingering = loop.call_later(LINGER_S, self._wake.set)
         if self.cluster.next_deadline() < self._sleeps_until:
             self._sooner.set()
-        return self._written
+        return self._flush
 
     async def _write(self) -> None:
         while True:
@@ -248,7 +332,7 @@ class ManagerServer:
             if self._lingering is not None:
                 self._lingering.cancel()
                 self._lingering = None
-            group, written, self._written = self.registry.take(), self._written, None
+            group, flush, self._flush = self.registry.take(), self._flush, None
             while True:
                 try:
                     if not self.registry.must_write(group):
@@ -256,8 +340,7 @@ class ManagerServer:
                         actions = self.registry.write(group)
                         break
                     with self.metrics.write_s.time():
-                        actions = await asyncio.get_running_loop().run_in_executor(
-                            self._disk, self.registry.write, group)
+                        actions = await self._writer.write(group)
                     break
                 except NotLeading:
                     raise
@@ -268,8 +351,8 @@ class ManagerServer:
                     await asyncio.sleep(WRITE_RETRY_S)
             for action in actions:
                 self._act(action)
-            if written is not None and not written.done():
-                written.set_result(None)
+            if flush is not None:
+                flush.done()
 
     def _act(self, action: Action) -> None:
         match action:
@@ -303,21 +386,13 @@ class ManagerServer:
         else:
             self.metrics.refused.inc()
 
-    async def _durable(self, written: asyncio.Future[None]) -> None:
+    async def _answered(self, answer: asyncio.Future[Granted | Refused], within_s: float) -> Granted | Refused:
+        """What becomes of a demand; it is said once it is on disk, and that has to be within this time."""
+        late = asyncio.get_running_loop().call_later(within_s, _too_late, answer)
         try:
-            # wait_for (3.11) swallows a cancellation that comes with the news.
-            async with asyncio.timeout(WRITE_WAIT_S):
-                await asyncio.shield(written)
-        except TimeoutError:
-            raise _cant_write() from None
-
-    async def _answered(self, answer: asyncio.Future[Granted | Refused], timeout_s: float) -> Granted | Refused:
-        """What becomes of a demand, which is decided within `timeout_s`; it is said once it is on disk."""
-        try:
-            async with asyncio.timeout(timeout_s + WRITE_WAIT_S):
-                return await answer
-        except TimeoutError:
-            raise _cant_write() from None
+            return await answer
+        finally:
+            late.cancel()
 
     async def _keep_time(self) -> None:
         while True:
@@ -446,7 +521,7 @@ class ManagerServer:
                                         body.host, request.headers.get(skew.HEADER, "")))
         self.registry.agents(name, self.directory.of_node(name))
         self.cluster.expected((name,), self._clock())
-        await self._durable(self._do(actions))
+        await self._do(actions).wait()
         log.info("node=%s agent=%s uid=%d is admitted as %d, at %s", name, body.agent, uid, incarnation,
                  " ".join(body.addresses))
         return api.Admitted(name, incarnation, self.keys.public)
@@ -491,7 +566,7 @@ class ManagerServer:
                 for line in body.used
                 # An agent speaks for its own node's leases only.
                 if owners.get(line.lease, (0, ""))[1] == name]
-        await self._durable(self._do(actions, used, lingers=True))
+        await self._do(actions, used, lingers=True).wait()
         before = self._channels.get(name)
         if known and before is not None and before[0] < body.incarnation and not superseded:
             # It would lend and begin leases until its own next report is answered.
@@ -542,11 +617,10 @@ class ManagerServer:
         answer: asyncio.Future[Granted | Refused] = asyncio.get_running_loop().create_future()
         asked = self._asking.setdefault(key, _Asked())
         asked.waiting.append(answer)
-        written = self._do(actions)
+        self._do(actions)
+        decided = any(isinstance(action, (Granted, Refused)) for action in actions)
         try:
-            if any(isinstance(action, (Granted, Refused)) for action in actions):
-                await self._durable(written)
-            match await self._answered(answer, body.timeout_s):
+            match await self._answered(answer, WRITE_WAIT_S + (0.0 if decided else body.timeout_s)):
                 case Granted(leases=leases, reason=reason):
                     granted = api.LeaseGrant(self._lent(leases), reason)
                     if body.job and leases:
@@ -643,7 +717,7 @@ class ManagerServer:
             actions = self.cluster.release(uid, _lease_number(request), self._clock())
         except ServiceError as problem:
             raise _Refusal(404, Exception.__str__(problem), problem.hint) from None
-        await self._durable(self._do(actions))
+        await self._do(actions).wait()
         return api.Done()
 
     async def _revoke(self, uid: int, request: web.Request, body: api.RevokeLease) -> api.Done:
@@ -651,12 +725,12 @@ class ManagerServer:
             actions = self.cluster.revoke(uid, _lease_number(request), body.grace_s, self._clock())
         except ServiceError as problem:
             raise _Refusal(404, Exception.__str__(problem), problem.hint) from None
-        await self._durable(self._do(actions))
+        await self._do(actions).wait()
         return api.Done()
 
     async def _end_session(self, uid: int, request: web.Request) -> api.Done:
         session = request.match_info["session"]
-        await self._durable(self._do(self.cluster.end_session(uid, session, self._clock())))
+        await self._do(self.cluster.end_session(uid, session, self._clock())).wait()
         for key in [key for key in self._asking if key[0] == session_number(uid, session)]:
             for waiting in self._asking.pop(key).waiting:
                 if not waiting.done():
@@ -669,11 +743,11 @@ class ManagerServer:
         return api.Nodes(views, {node: version for node, version in versions.items() if version})
 
     async def _drain(self, uid: int, _request: web.Request, body: api.DrainNodes) -> api.Done:
-        await self._durable(self._do(self.cluster.drain(uid, list(body.nodes), body.grace_s, self._clock())))
+        await self._do(self.cluster.drain(uid, list(body.nodes), body.grace_s, self._clock())).wait()
         return api.Done()
 
     async def _undrain(self, uid: int, _request: web.Request, body: api.UndrainNodes) -> api.Done:
-        await self._durable(self._do(self.cluster.undrain(uid, list(body.nodes), self._clock())))
+        await self._do(self.cluster.undrain(uid, list(body.nodes), self._clock())).wait()
         return api.Done()
 
     async def _usage(self, uid: int, request: web.Request) -> api.UsageSums:
@@ -719,6 +793,11 @@ def _lease_number(request: web.Request) -> int:
     if not (text.isascii() and text.isdigit() and 0 < len(text) < 20):
         raise _Refusal(400, f"{text[:40]!r} is no number of a lease")
     return int(text)
+
+
+def _too_late(answer: asyncio.Future[Granted | Refused]) -> None:
+    if not answer.done():
+        answer.set_exception(_cant_write())
 
 
 def _cant_write() -> _Refusal:

@@ -206,6 +206,7 @@ class LeaseBook:
         self._settled: dict[_Key, float] = {}
         self._closed_sessions: dict[int, float] = {}
         self._admitted: dict[str, tuple[str, int]] = {}     # node → its newest agent
+        self._reporting: Node | None = None                 # whose report is being taken
         self._changed: _Changed | None = _Changed() if durable else None
 
     @property
@@ -535,8 +536,13 @@ class LeaseBook:
         node.incarnation, node.clock_ns = report.incarnation, report.clock_ns
 
         if report.live is not None:
-            for lease_id in dict.fromkeys(node.held.values()):
-                actions += self._reconcile(self._live[lease_id], report, live.get(lease_id), lease_id in over, now)
+            # Who chooses nodes is told once, below, of all that is different.
+            self._reporting = node
+            try:
+                for lease_id in dict.fromkeys(node.held.values()):
+                    actions += self._reconcile(self._live[lease_id], report, live.get(lease_id), lease_id in over, now)
+            finally:
+                self._reporting = None
         busy = dict(report.busy)
         for begun in live.values():
             busy.update((core, begun.lease_id) for worker in begun.workers for core in worker.cores)
@@ -741,7 +747,8 @@ class LeaseBook:
                 self.held.change(lease.uid, -len(worker.cores), now)
                 for core in worker.cores:
                     del node.held[core]
-        self._nodes.changed(node)
+        if node is not self._reporting:
+            self._nodes.changed(node)
         self._change(entry, workers=left)
         # Nothing else stops some workers of a lease and not the others.
         self._restate(entry, Cause.REVOKED)
@@ -769,7 +776,8 @@ class LeaseBook:
         self.held.change(lease.uid, -len(cores), now)
         for core in cores:
             del node.held[core]
-        self._nodes.changed(node, cores)
+        if node is not self._reporting:
+            self._nodes.changed(node, cores)
         del self._live[lease.id]
         of_session = self._by_session[lease.session]
         del of_session[lease.id]

@@ -7,6 +7,7 @@ network both prove it (identity.py), which takes the extra `cluster`.
 
 from __future__ import annotations
 
+import functools
 import http.client
 import os
 import re
@@ -413,13 +414,18 @@ def refusal(name: str, status: int, answer: bytes) -> RFaaSError:
 
 def here(root: Path = Path("/"), switches: tuple[str, ...] = ()) -> api.Place:
     """Where this process runs: its host's name, the NUMA node if it is bound to one, and the switches above it."""
-    mine = os.sched_getaffinity(0)
+    mine, nodes = os.sched_getaffinity(0), _numa_nodes(root)
+    bound = [number for number, cores in nodes.items() if mine <= cores]
+    return api.Place(node=socket.gethostname(), numa=bound[0] if len(nodes) > 1 and bound else None,
+                     switches=switches)
+
+
+@functools.cache
+def _numa_nodes(root: Path) -> dict[int, set[int]]:
     nodes = {}
     for directory in root.glob("sys/devices/system/node/node[0-9]*"):
         try:
             nodes[int(directory.name.removeprefix("node"))] = set(core_list((directory / "cpulist").read_text()))
         except (OSError, ValueError):
             continue
-    bound = [number for number, cores in nodes.items() if mine <= cores]
-    return api.Place(node=socket.gethostname(), numa=bound[0] if len(nodes) > 1 and bound else None,
-                     switches=switches)
+    return nodes

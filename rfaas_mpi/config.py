@@ -6,6 +6,7 @@ The only module that reads environment variables and configuration files.
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import pwd
 import re
@@ -13,7 +14,7 @@ import shlex
 import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -205,17 +206,22 @@ class Settings:
     @classmethod
     def given(cls, environment: Mapping[str, str] | None = None, **arguments: Any) -> dict[str, Given]:
         """What `load` would take from elsewhere than the defaults, and from where. Raises ConfigError as it does."""
-        own = os.environ if environment is None else environment
-        known = {item.name: item for item in fields(cls)}
+        # Asked for each setting; os.environ encodes each name first.
+        own = dict(os.environ) if environment is None else environment
+        return cls._found(own, environment is None, arguments)
+
+    @classmethod
+    def _found(cls, own: Mapping[str, str], with_files: bool, arguments: Mapping[str, Any]) -> dict[str, Given]:
+        known = _known()
         for name in arguments:
             if name not in known:
                 raise _unknown(name, f"there is no setting {name!r}")
         found: dict[str, tuple[Any, str, str]] = {}
-        if environment is None:
+        if with_files:
             for path, in_file in _read_files(own):
                 found |= {name: (value, str(path), f"{name} = {value!r} in {path}") for name, value in in_file.items()}
-        for name in known:
-            if (text := own.get(variable := PREFIX + name.upper(), "")) != "":
+        for name, variable in _variables().items():
+            if (text := own.get(variable, "")) != "":
                 found[name] = text, variable, f"{variable}={text!r}"
         for name, value in arguments.items():
             if value is not None:
@@ -240,8 +246,18 @@ class Given(NamedTuple):
     origin: str
 
 
+@functools.cache
+def _known() -> Mapping[str, Field[Any]]:
+    return {item.name: item for item in fields(Settings)}
+
+
+@functools.cache
+def _variables() -> Mapping[str, str]:
+    return {name: PREFIX + name.upper() for name in _known()}
+
+
 def _unknown(name: str, said: str) -> ConfigError:
-    known = [item.name for item in fields(Settings)]
+    known = list(_known())
     near = difflib.get_close_matches(name, known, 1)
     return ConfigError(said, hint=f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}")
 
@@ -266,7 +282,7 @@ def files(environment: Mapping[str, str] | None = None) -> tuple[Path, ...]:
 
 def _read_files(environment: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, Any]]]:
     must_exist = bool(environment.get(CONFIG_VARIABLE))
-    known = {item.name for item in fields(Settings)}
+    known = _known()
     for path in files(environment):
         if str(path) == os.devnull:
             continue
@@ -329,7 +345,7 @@ def environment() -> dict[str, str]:
     Services and workers are started from it, on other nodes too: they need no file.
     """
     copy = dict(os.environ)
-    for name, given in Settings.given().items():
+    for name, given in Settings._found(copy, True, {}).items():
         if given.origin != PREFIX + name.upper():
             copy[PREFIX + name.upper()] = _as_text(given.value)
     copy[CONFIG_VARIABLE] = os.devnull

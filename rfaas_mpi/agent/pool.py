@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -70,7 +71,14 @@ class ZygoteKind:
         `device` is this node's for verbs where the rank is another node's, and means its own.
         Workers spin for as long as the rank wants, and at most for `spin_us_max`.
         """
-        given = {os.fsdecode(name): os.fsdecode(value) for name, value in join.environment}
+        return _kind(join.executable, join.flags, join.path, join.directory, join.environment, device, prefix, uid,
+                     spin_us_max, version)
+
+    @classmethod
+    def _of(cls, executable: bytes, flags: tuple[str, ...], path: tuple[bytes, ...], directory: bytes,
+            environment: tuple[tuple[bytes, bytes], ...], device: str | None, prefix: tuple[str, ...],
+            uid: int | None, spin_us_max: int | None, version: int) -> ZygoteKind:
+        given = {os.fsdecode(name): os.fsdecode(value) for name, value in environment}
         if spin_us_max is not None:
             wanted = config.Settings.load(given).spin_us
             if wanted > spin_us_max:
@@ -79,16 +87,20 @@ class ZygoteKind:
             given[config.PREFIX + "SPIN_US"] = str(min(wanted, spin_us_max))
         if device is not None:
             given[config.DEVICE_VARIABLE] = device
-        environment = {**config.scrubbed(given), **dict.fromkeys(config.THREAD_VARIABLES, "1")}
-        return cls(join.executable, join.flags, join.path, join.directory,
-                   tuple(sorted((os.fsencode(name), os.fsencode(value)) for name, value in environment.items())),
+        made = {**config.scrubbed(given), **dict.fromkeys(config.THREAD_VARIABLES, "1")}
+        return cls(executable, flags, path, directory,
+                   tuple(sorted((os.fsencode(name), os.fsencode(value)) for name, value in made.items())),
                    prefix, uid, version)
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         text = json.dumps([repr(self.executable), self.flags, repr(self.path), repr(self.directory),
                            repr(self.environment), self.prefix, self.uid, self.version])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+# Ranks come again and again with the same environment.
+_kind = functools.lru_cache(maxsize=32)(ZygoteKind._of)
 
 
 class Program(Protocol):

@@ -7,6 +7,7 @@ elsewhere. Both fill in the hooks in the middle of the class.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import selectors
@@ -478,8 +479,8 @@ class AgentServer(ABC):
         if session.join is not None:
             raise ServiceError("this session has joined already")
         if not join.observer:
-            environment = {os.fsdecode(name): os.fsdecode(value) for name, value in join.environment}
-            sandbox.required(Settings.load(environment).sandbox, sandbox.probe())
+            environment = _decoded(join.environment)
+            sandbox.required(_settings_of(join.environment).sandbox, sandbox.probe())
             uid = self.user_of(session)
             if session.where and uid is None:
                 # Another user's files may not be ours to see: there the zygote says what is missing.
@@ -633,6 +634,17 @@ class AgentServer(ABC):
                 self.tell(number, msg.Done(request))
             log.info("lease=%d ended", lease)
         self.stopped(lease, seat, time.monotonic())
+
+
+# Ranks come again and again with the same environment.
+@functools.lru_cache(maxsize=32)
+def _decoded(environment: tuple[tuple[bytes, bytes], ...]) -> Mapping[str, str]:
+    return {os.fsdecode(name): os.fsdecode(value) for name, value in environment}
+
+
+@functools.lru_cache(maxsize=32)
+def _settings_of(environment: tuple[tuple[bytes, bytes], ...]) -> Settings:
+    return Settings.load(_decoded(environment))
 
 
 def _why_ended(lease: int, cause: Cause) -> str:

@@ -315,3 +315,6 @@ def serve(channel: socket.socket, low: LowPriority, *, tell_spares: bool = False
                 except BlockingIOError:
                     continue
                 zygote.reap()
+                if not zygote.workers:
+                    # Nobody's time is taken, and the next one may be ordered soon.
+                    zygote.make_spare()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+
 import pytest
 
 from rfaas_mpi.bench import first
+from rfaas_mpi.bench.namespaces import other_node
+from rfaas_mpi.bench.raw import BenchError
 from rfaas_mpi.bench.stage import Options
 
 STEPS = ["ask", "open", "use", "dial", "attach", "first_call"]
@@ -24,5 +29,22 @@ def test_each_step_of_a_lease_through_manager_and_agent_is_timed_and_they_add_up
 
 def test_beside_it_stand_itself_again_the_embedded_service_and_an_environment_s_first_lease(figures):
     assert figures["figures"]["first_ms"]["aa"]["count"] == figures["first_ms_count"] > 0
-    assert figures["first_embedded_ms"] > 0 and figures["first_executor_ms"] > 0
+    assert figures["first_embedded_ms"] > 0 and figures["first_executor_ms"] > 0 and figures["first_at_once_ms"] > 0
     assert figures["first_cold_zygote_ms_count"] == 2 and figures["first_cold_zygote_ms"] > 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a network namespace: needs root")
+def test_another_node_is_a_namespace_that_can_be_reached_and_is_gone_in_the_end():
+    with other_node() as place:
+        here, there = (subprocess.run([*prefix, "readlink", "/proc/self/ns/net"], capture_output=True).stdout
+                       for prefix in ((), place.prefix))
+        assert here != there
+        assert subprocess.run(["ip", "route", "get", place.host], capture_output=True).returncode == 0
+        assert f"rfaas{os.getpid()}" in os.listdir("/sys/class/net")
+    assert f"rfaas{os.getpid()}" not in os.listdir("/sys/class/net")
+
+
+def test_where_no_namespace_can_be_made_it_is_said_why(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BenchError, match="there is no unshare|isn't root"), other_node():
+        raise AssertionError("there is no other node")

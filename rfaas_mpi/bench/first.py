@@ -7,8 +7,9 @@
     attach      rank ◀─▶ worker                     what it may use; the worker has been forked, and answers
     first_call  rank ◀─▶ worker                     kernel and binding sent, and the first result there
 
-One round is one lease of one worker, over tcp. Rounds alternate with the same by the
-embedded service of this node (shared memory, no manager elsewhere), and with themselves.
+One round is one lease of one worker, over tcp, of an agent that has had none for a moment. Rounds
+alternate with the same by the embedded service of this node (shared memory, no manager elsewhere), with
+themselves, and with leases that are asked for as soon as the one before has ended.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rfaas_mpi import api, config
 from rfaas_mpi.bench import environment, kernels, measure
 from rfaas_mpi.bench.cold import lease_of
 from rfaas_mpi.bench.manager import end
+from rfaas_mpi.bench.namespaces import Place, other_node
 from rfaas_mpi.bench.raw import BenchError
 from rfaas_mpi.bench.stage import Options, check_quiet
 from rfaas_mpi.client import ManagerClient, here
@@ -47,17 +49,10 @@ __all__ = ["Place", "measure_first"]
 ROUNDS = 40                      # of each run
 COLD_ROUNDS = 20
 START_S = 60.0
+REST_S = 0.05                    # after this a zygote has forked the next worker ahead
 NODE = "bench"
 # In the environment of a rank: each value is another environment, with a zygote of its own.
 _NEW = "BENCH_ENVIRONMENT"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the agent runs: its command goes behind `prefix`, and it listens on `host`."""
-
-    prefix: tuple[str, ...] = ()
-    host: str = "127.0.0.1"
 
 
 # ---- the cluster -----------------------------------------------------------------------------------
@@ -210,12 +205,13 @@ def _executor(settings: Settings) -> float:
 
 # ---- figures ---------------------------------------------------------------------------------------
 
-def measure_first(options: Options, *, place: Place = Place()) -> dict:
+def measure_first(options: Options) -> dict:
     """Figures in ms: `first_…` through manager and agent, `first_embedded` by the embedded service; A/A beside."""
     check_quiet(options.progress)
     directory = Path(tempfile.mkdtemp(prefix="rfaas-b-"))
     try:
-        with environment.pinned(options.core) as cores, contextlib.ExitStack() as stack:
+        with (other_node(wanted=options.namespaces) as place, environment.pinned(options.core) as cores,
+              contextlib.ExitStack() as stack):
             lent = max(core for core in cores.allowed if core != cores.rank)
             cluster = _Cluster(directory, place, rank_core=cores.rank, lent=lent, allowed=cores.allowed)
             stack.callback(cluster.close)
@@ -225,7 +221,7 @@ def measure_first(options: Options, *, place: Place = Place()) -> dict:
             keeper.stay()
             stack.callback(keeper.down)
             near = stack.enter_context(Session.open(embedded))
-            far, again, executors, cold = [], [], [], []
+            far, again, at_once, executors, cold = [], [], [], [], []
             beside: list[float] = []
             rank = _Rank(cluster)
             rank.lease()                 # starts the zygotes, which then stay
@@ -234,9 +230,13 @@ def measure_first(options: Options, *, place: Place = Place()) -> dict:
             for number in range(1, options.runs + 1):
                 options.progress(f"lease to first result: run {number} of {options.runs}")
                 for _ in range(count):
+                    time.sleep(REST_S)
                     far.append(rank.lease())
+                    at_once.append(sum(rank.lease().values()))
                     beside.append(sum(lease_of(near, embedded).values()))
+                    time.sleep(REST_S)
                     again.append(rank.lease())
+                    time.sleep(REST_S)
                     executors.append(_executor(cluster.settings))
                     cluster.rest()
             options.progress("first leases of an environment")
@@ -249,12 +249,13 @@ def measure_first(options: Options, *, place: Place = Place()) -> dict:
     figures = {
         "first_ms": {**total, "aa": _figure([sum(steps.values()) for steps in again])},
         **{f"first_{name}_ms": _figure([steps[name] for steps in far]) for name in far[0]},
+        "first_at_once_ms": _figure(at_once),
         "first_executor_ms": _figure(executors),
         "first_cold_zygote_ms": _figure(cold),
         "first_embedded_ms": _figure(beside),
     }
     return {**measure.flat(figures), "first_timeline_ms": _timeline(far),
-            "first_pinning": {"rank_core": cores.rank, "lent_core": lent}, "first_over": place.host}
+            "first_pinning": {"rank_core": cores.rank, "lent_core": lent}, "first_over": "namespaces" if options.namespaces else place.host}
 
 
 def _figure(values: Sequence[float]) -> dict:

@@ -30,6 +30,7 @@ class Options:
     core: int | None = None
     quick: bool = False
     of: tuple[str, ...] = ()  # which workers are reclaimed; none named: each kind
+    namespaces: bool = False  # the agent of `first` in a network namespace of its own
     progress: Callable[[str], None] = field(default=lambda _text: None, compare=False)
 
     def cycles(self, full: int) -> int:

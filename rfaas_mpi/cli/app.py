@@ -300,6 +300,8 @@ def reclaim(out: Output, **arguments: Any) -> None:
 @measured
 @click.option("--of", type=click.Choice(["book", "http", "restart", "first"]), multiple=True,
               help="This part only; may be repeated.")
+@click.option("--namespaces", is_flag=True,
+              help="For `first`: the agent in a network namespace of its own, as on another node. Needs root.")
 @click.pass_obj
 def control(out: Output, **arguments: Any) -> None:
     """How many leases a cluster's manager grants.

@@ -26,6 +26,7 @@ from rfaas_mpi.kernels import Kernel, object_kernel
 from rfaas_mpi.mapping import Pump, Results, chunks
 from rfaas_mpi.messages import Grant
 from rfaas_mpi.requests import PersistentRequest, Request, check_peers
+from rfaas_mpi.splitting import Explained, Split, Splits, Where
 from rfaas_mpi.types import Chunk, Initialised, Outcome, apply
 
 __all__ = ["Executor"]
@@ -135,6 +136,7 @@ class Executor(concurrent.futures.Executor):
         self._known: set[bytes] = set()
         self._submitted = 0
         self._pumps: set[Pump] = set()
+        self._splits: Splits | None = None
         self._shutdown_lock = threading.Lock()
 
     # -- what it has -----------------------------------------------------------------------------------
@@ -306,6 +308,44 @@ class Executor(concurrent.futures.Executor):
                     timeout_s: float | None = None) -> PersistentRequest:
         """A request on these arrays that can be started again and again; not started yet."""
         return PersistentRequest(self._open(), *self._checked(kernel, inputs, out), out, timeout_s)
+
+    def Split(self, kernel: Kernel, inputs: Buffers, out: Buffers, *, whole: Sequence[int] = (),
+              rows: int | None = None, index: bool = False, reduce: Callable[..., Any] | None = None,
+              grain: int | None = None, timeout_s: float | None = None, where: Where = "both") -> Any:
+        """Runs a data-parallel kernel on all rows, here and at the workers, and fills `out`, which it returns.
+
+        The arrays are cut along their first axis into cells, by their shape
+        alone, and the kernel is called once for each: any split gives the same
+        bits. Constants, scalars and the inputs named in `whole` go to each cell
+        as they are. With `index` the kernel gets one more input, the number of
+        its cell's first row (int64). With `reduce` (such as numpy.add) each cell
+        fills arrays of the shape of `out`, which are then combined in order.
+        `rows` says how many rows there are where no array does; `grain` is the
+        least number of rows of a cell: 1 for a kernel that takes long for a row.
+
+        Who runs which cell is decided from what it takes here and there; where
+        offloading can't win, nothing is. `where` takes that decision: "here" or
+        "workers". Raises as `Invoke`.
+        """
+        made = self.Split_init(kernel, inputs, out, whole=whole, rows=rows, index=index, reduce=reduce,
+                               grain=grain, timeout_s=timeout_s, where=where, persistent=False)
+        try:
+            return made.Run()
+        finally:
+            made.Free()
+
+    def Split_init(self, kernel: Kernel, inputs: Buffers, out: Buffers, *, persistent: bool = True,
+                   **how: Any) -> Split:
+        """As Split, set up once for these arrays: `Run` it as often as you like."""
+        crew = self._open()
+        if self._splits is None:
+            self._splits = Splits(crew)
+        return Split(self._splits, kernel, inputs, out, persistent=persistent, **how)
+
+    def explain(self) -> list[Explained]:
+        """For each kernel and size that was divided: what would be done now, what it would take, and why."""
+        self._open()
+        return self._splits.explain() if self._splits is not None else []
 
     def _checked(self, kernel: Kernel, inputs: Buffers,
                  out: Buffers) -> tuple[Kernel, tuple[Any, ...], tuple[np.ndarray, ...]]:

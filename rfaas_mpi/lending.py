@@ -339,6 +339,25 @@ class Lending:
         lease, worker = self._home(raw)
         return self.session.kill(lease, worker, "cancel", raw.id)
 
+    def give_up(self, raw: Any) -> None:
+        """Has done with the worker that an invocation was given to, whatever it does: it is replaced.
+
+        Over a network the connection is ended, which needs nobody's help; on shared
+        memory only a worker's end keeps it from writing.
+        """
+        lease, worker = home = self._home(raw)
+        with self._lock:
+            channel = self._channels.get(home)
+            shared = self._ways.get(lease, self._way) == "shm"
+        if channel is None:
+            return
+        if not shared:
+            channel.close()
+        elif not self._own:
+            channel.kill()
+        else:
+            self.session.kill(lease, worker, "link")
+
     def _home(self, raw: Any) -> tuple[int, int]:
         """Lease and number of the worker that an invocation was given to last."""
         with self._lock:

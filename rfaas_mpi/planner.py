@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["Costs", "Forecast", "Grid", "Link", "Race", "Step", "What", "World", "grid", "simulate"]
+__all__ = ["Costs", "Forecast", "Grid", "Link", "Race", "Step", "What", "World", "default_grain", "grid", "simulate"]
 
 # The largest cell and the smallest one are these parts of all rows: the first so
 # that 16 workers are busy to the end, the second so that all end together.
@@ -29,7 +29,7 @@ _LARGEST = 32
 _SMALLEST = 512
 _TAPER = 5
 # What a call on fewer bytes costs is mostly the call.
-_GRAIN_BYTES = 32768
+_GRAIN_BYTES = 4096
 
 # The rank looks at what is in flight no more often than this: a look costs a few µs.
 _GROUP_S = 50e-6
@@ -74,11 +74,10 @@ def grid(rows: int, row_bytes: int = 0, grain: int | None = None) -> Grid:
     They depend on the arguments alone, never on timing, workers or faults, so
     that any division of the work gives the same bits. `row_bytes` are those that
     a row has in all arrays that are divided; `grain` is the least number of rows
-    of a cell, by default what makes it 32 KiB. Cells but the last are multiples
-    of it.
+    of a cell (see `default_grain`). Cells but the last are multiples of it.
     """
     if grain is None:
-        grain = max(1, _GRAIN_BYTES // row_bytes) if row_bytes else 1
+        grain = default_grain(row_bytes)
     least = max(grain, rows // _SMALLEST)
     edges = [0]
     while edges[-1] < rows:
@@ -88,6 +87,11 @@ def grid(rows: int, row_bytes: int = 0, grain: int | None = None) -> Grid:
         # A rest that is smaller than a cell may be goes to the last one.
         edges.append(rows if left - size < least else edges[-1] + size)
     return Grid(tuple(edges))
+
+
+def default_grain(row_bytes: int) -> int:
+    """The least rows of a cell where nothing is said: those that make 4 KiB."""
+    return max(1, _GRAIN_BYTES // row_bytes) if row_bytes else 1
 
 
 # --- what things cost ------------------------------------------------------------------
@@ -113,7 +117,12 @@ class Line:
     def add(self, x: float, y: float, weight: float = 1.0) -> None:
         """One more sample, or `weight` like it."""
         if self._n > 0.0:
-            y = min(y, self._OUTLIER * (self.fixed + self.slope * x) + 1e-9)
+            expected = self.fixed + self.slope * x
+            if y * self._OUTLIER < expected:
+                # Nothing is quicker than it can be by chance: what was there before was disturbed.
+                self._n = self._x = self._y = self._xx = self._xy = 0.0
+            else:
+                y = min(y, self._OUTLIER * expected + 1e-9)
         keep = self._KEEP
         n = self._n = self._n * keep + weight
         sx = self._x = self._x * keep + weight * x
@@ -137,32 +146,31 @@ class Line:
     def at(self, x: float) -> float:
         return self.fixed + self.slope * x
 
+    def guess(self, other: Line) -> None:
+        """Takes what another line knows for a beginning, as one sample says it."""
+        if other.known:
+            self.fixed, self.slope = other.fixed, other.slope
+            self._n, self._x, self._y, self._xx, self._xy = (
+                value / other._n for value in (other._n, other._x, other._y, other._xx, other._xy))
+
 
 class Link:
-    """What the way to the workers costs: T0, seconds a byte, and the rank's own time to hand a cell over.
+    """What the way to the workers costs: T0 and seconds a byte.
 
     An end is seen late, when the rank looks; so what is learned are bounds:
     a figure within them stays, one outside moves to the nearer one.
     """
 
-    def __init__(self, t0_s: float = 3e-6, byte_s: float = 0.0, hand_s: float = 2e-6) -> None:
+    def __init__(self, t0_s: float = 3e-6, byte_s: float = 0.0) -> None:
         self.t0_s = t0_s
         self.byte_s = byte_s
-        self._hand = Line()
-        self._hand_s = hand_s
-
-    def hand(self, nbytes: float) -> float:
-        """Seconds of the rank's to hand a cell over and take its end."""
-        return self._hand.at(nbytes) if self._hand.known else self._hand_s
-
-    def handed(self, nbytes: float, seconds: float) -> None:
-        """A cell was handed over in this time."""
-        self._hand.add(nbytes, seconds)
 
     def travelled(self, nbytes: float, least_s: float, most_s: float) -> None:
         """A cell with so many bytes was under way for at least and at most this, its kernel's time not counted."""
         wire = nbytes * self.byte_s
-        self.t0_s = max(_LEAST_T0_S, min(max(self.t0_s, least_s - wire), most_s - wire))
+        # One that was slow may have waited for its core: four times as long is believed at a time.
+        longer = min(max(self.t0_s, least_s - wire), 4 * self.t0_s)
+        self.t0_s = max(_LEAST_T0_S, min(longer, most_s - wire))
 
     def streamed(self, nbytes: float, least_s: float, most_s: float) -> None:
         """Behind another one, a cell with so many bytes came at least and at most this later."""
@@ -211,16 +219,36 @@ class Costs:
     link: Link
     row_bytes: float = 0.0
     cell_bytes: float = 0.0
+    hand_s: float = 2e-6
+    """What the rank is expected to spend on a cell to hand it over, before that was seen."""
     alone: Line = field(default_factory=Line)
     beside: Line = field(default_factory=Line)
     there: Line = field(default_factory=Line)
+    handing: Line = field(default_factory=Line)
     # How much longer than `there` each worker takes.
     pace: dict[int, float] = field(default_factory=dict)
-    why: str = "nothing is known of it yet"
     stalls: int = 0
     here: _Course = field(default_factory=_Course)
     split: _Course = field(default_factory=_Course)
     _budget_s: float = 0.0
+    _said: tuple[str, Forecast | None, int] = ("nothing is known of it yet", None, 0)
+
+    @property
+    def why(self) -> str:
+        """Why the last decision was what it was."""
+        text, found, workers = self._said
+        if found is None:
+            return text
+        if not self.there.known:
+            return f"{_time(found.here_s)} here; {text}"
+        what = f"{_time(found.here_s)} here, {_time(found.split_s)} with {workers} worker{'s' if workers > 1 else ''}"
+        return f"{what}; {text}" if text else what
+
+    def guess(self, other: Costs) -> None:
+        """Begins with what is known of another number of such rows."""
+        for mine, its in ((self.alone, other.alone), (self.beside, other.beside), (self.there, other.there),
+                          (self.handing, other.handing)):
+            mine.guess(its)
 
     def bytes_of(self, rows: float) -> float:
         return self.cell_bytes + self.row_bytes * rows
@@ -229,6 +257,10 @@ class Costs:
     def local(self) -> Line:
         """What a cell takes on the rank while workers are busy."""
         return self.beside if self.beside.known else self.alone
+
+    def hand(self, nbytes: float) -> float:
+        """Seconds of the rank's to hand a cell over and take its end."""
+        return self.handing.at(nbytes) if self.handing.known else self.hand_s
 
     def ran_there(self, worker: int, rows: float, exec_s: float) -> None:
         """A cell of so many rows took this at a worker."""
@@ -240,7 +272,7 @@ class Costs:
 
     def slowest(self) -> float:
         """How much longer than expected the slowest worker takes."""
-        return max(1.0, *self.pace.values()) if self.pace else 1.0
+        return max(1.0, *list(self.pace.values())) if self.pace else 1.0
 
     def forget(self, workers: Sequence[int]) -> None:
         """Only these workers are there now."""
@@ -260,7 +292,7 @@ class Costs:
         large = cells.edges[1]
         handed = rows / large
         nbytes = self.bytes_of(large)
-        hand = handed * self.link.hand(nbytes)
+        hand = handed * self.hand(nbytes)
         wire = nbytes * self.link.byte_s
         pool = handed * max(self.there.at(large) / workers, wire)
         begin = self.link.t0_s + wire
@@ -272,33 +304,39 @@ class Costs:
     def decide(self, cells: Grid, workers: int) -> bool | None:
         """Whether to offload; None where that isn't known yet. `why` says why."""
         if not workers:
-            self.why = "no worker is there"
+            self._said = "no worker is there", None, 0
             return False
         found = self.forecast(cells, workers)
         if found is None or not self.there.known:
-            if found is not None and found.here_s < 4 * (self.link.t0_s + self.link.hand(0.0)):
-                self.why = f"all of it takes {_time(found.here_s)} here, less than the way there"
+            if found is not None and found.here_s < 4 * (self.link.t0_s + self.hand(0.0)):
+                self._said = "that is less than the way there and back takes", found, workers
                 return False
-            self.why = "what it takes at a worker is not known yet"
+            self._said = "what it takes at a worker is not known yet", found, workers
             return None
-        what = f"{_time(found.here_s)} here, {_time(found.split_s)} with {workers} workers"
-        if found.share <= 0.0:
-            self.why = f"{what}: to hand a cell over takes as long as to run it"
-            return False
-        if found.split_s < _GAIN * found.here_s:
-            self.why = what
+        if found.split_s < _GAIN * found.here_s and found.share > 0.0:
+            self._said = "", found, workers
             return True
-        loss = max(found.split_s - found.here_s, self.link.hand(0.0) * len(cells))
-        if self._budget_s > loss:
+        text = "too little gained" if found.share > 0.0 else "to hand a cell over takes as long as to run it"
+        large = self.bytes_of(cells.edges[1])
+        if self._budget_s > max(found.split_s - found.here_s, 0.0) + len(cells) * self.hand(large):
             self._budget_s = 0.0
-            self.why = f"{what}: tried again"
+            self._said = f"{text}, but tried again", found, workers
             return True
-        self.why = f"{what}: too little gained"
+        self._said = text, found, workers
         return False
 
-    def may_probe(self, cost_s: float) -> bool:
+    def foresee(self, cells: Grid, workers: int) -> tuple[bool | None, str]:
+        """What `decide` would say now, and why; nothing is changed."""
+        kept = self._said, self._budget_s
+        try:
+            return self.decide(cells, workers), self.why
+        finally:
+            self._said, self._budget_s = kept
+
+    def may_probe(self, cells: Grid, cost_s: float) -> bool:
         """Whether there is time to spend on a probe; if so, it is spent."""
-        if self._budget_s < cost_s:
+        found = self.forecast(cells, 0)
+        if found is None or self._budget_s + BUDGET * found.here_s < cost_s:
             return False
         self._budget_s -= cost_s
         return True
@@ -468,7 +506,7 @@ class Race:
         for cell in (head, tail - 1):
             size = self._edges[cell + 1] - self._edges[cell]
             nbytes = costs.bytes_of(size)
-            hand = link.hand(nbytes)
+            hand = costs.hand(nbytes)
             if costs.local.at(size) <= hand:
                 continue
             # Where a worker is free it begins at once; else after its part of what is in flight.
@@ -500,8 +538,12 @@ class Race:
         self._handed_at[cell] = now
         self.offloaded = True
 
-    def ended(self, cell: int, now: float, looked: float, worker: int = 0, exec_s: float = 0.0) -> None:
-        """A cell came back from a worker; `looked` is when it was last seen in flight."""
+    def ended(self, cell: int, now: float, looked: float, worker: int = 0, exec_s: float = 0.0,
+              anew: bool = False) -> None:
+        """A cell came back from a worker; `looked` is when it was last seen in flight.
+
+        `anew`: it had to be set up there, so that its way says nothing of others'.
+        """
         self._drained(now)
         self._flying.pop(cell)
         handed = self._handed_at.pop(cell)
@@ -511,7 +553,9 @@ class Race:
             costs, size = self.costs, self.cells.size(cell)
             nbytes = costs.bytes_of(size)
             costs.ran_there(worker, size, exec_s)
-            if cell == self._first:
+            if anew:
+                pass
+            elif cell == self._first:
                 costs.link.travelled(nbytes, looked - handed - exec_s, now - handed - exec_s)
             elif handed < self._progress:
                 least = looked - self._progress
@@ -606,8 +650,8 @@ def simulate(race: Race, world: World, now: float = 0.0, on_step: Callable[[floa
     def here(first: int, stop: int) -> float:
         edges = cells.edges
         seconds = (stop - first) * world.fixed_s + world.row_s * (edges[stop] - edges[first])
-        busy = any(begin <= now < end and not any(who == w and since <= now < until for who, since, until in world.stops)
-                   for begin, end, w, _ in flying.values())
+        idle = {who for who, since, until in world.stops if since <= now < until}
+        busy = any(begin <= now < end and worker not in idle for begin, end, worker, _ in flying.values())
         return seconds * (world.beside if busy else 1.0)
 
     for _ in itertools.count():
@@ -639,7 +683,7 @@ def simulate(race: Race, world: World, now: float = 0.0, on_step: Callable[[floa
                 done = world.end(worker, begin, seconds)
                 heapq.heappush(free, (done, worker))
                 flying[step.first] = (begin, done + world.t0_s / 2, worker, seconds)
-                costs.link.handed(nbytes, spent)
+                costs.handing.add(nbytes, spent)
                 race.handed(step.first, now)
                 result.took.append((step.first, "there"))
             case What.TAKE:

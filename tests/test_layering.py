@@ -22,6 +22,7 @@ STEPS = (
     ("cli",),
     ("bench", "service"),
     ("executor",),
+    ("splitting",),
     ("requests", "futures", "mapping", "mpi"),
     ("crew",),
     ("manager", "agent"),

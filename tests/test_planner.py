@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rfaas_mpi.planner import BUDGET, Costs, Line, Link, Race, Simulated, What, World, grid, simulate
+from rfaas_mpi.planner import BUDGET, Costs, Line, Link, Race, Simulated, What, World, default_grain, grid, simulate
 
 # What a run may cost beyond all else: a few looks of the rank's at the clock.
 SLACK_S = 5e-6
@@ -40,8 +40,8 @@ class Rank:
     def __init__(self, where: World, rows: int, row_bytes: float) -> None:
         self.where = where
         self.cells = grid(rows)
-        link = Link(60e-6, 1e-9, 10e-6) if row_bytes else Link()
-        self.costs = Costs(link, row_bytes=row_bytes)
+        link = Link(60e-6, 1e-9) if row_bytes else Link()
+        self.costs = Costs(link, row_bytes=row_bytes, hand_s=10e-6 if row_bytes else 2e-6)
         self.now = 0.0
         self.probed = INF
         self.races: list[Race] = []
@@ -100,7 +100,7 @@ def test_the_grid_covers_every_row_once_in_whole_grains(rows, row_bytes, grain):
     assert cells.edges[0] == 0 and cells.rows == rows
     sizes = [cells.size(k) for k in range(len(cells))]
     assert min(sizes) > 0
-    least = grain or max(1, 32768 // row_bytes if row_bytes else 1)
+    least = grain or default_grain(row_bytes)
     assert all(edge % least == 0 for edge in cells.edges[:-1])
     assert len(sizes) <= 64
     # No cell is so small that the call costs more than its work, unless there is only one.
@@ -261,7 +261,7 @@ def test_it_says_why():
     costs = Costs(Link())
     costs.alone.add(100, 1e-3)
     costs.there.add(100, 1e-3)
-    assert costs.decide(grid(1000), 1) is True and "with 1 workers" in costs.why
+    assert costs.decide(grid(1000), 1) is True and "with 1 worker" in costs.why
 
 
 def test_what_has_no_worker_is_run_here_in_one_go():

@@ -1,0 +1,266 @@
+"""Split: a kernel divided between the rank and its workers gives the answer that it gives in one place."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import transports
+
+import rfaas_mpi as rf
+from rfaas_mpi import ClosedError, Executor, InvalidBuffer, KernelError
+from rfaas_mpi.planner import grid
+
+WHERE = ("both", "here", "workers")
+
+
+@rf.kernel
+def cubes(x, out):
+    np.multiply(x * x, x, out=out)
+
+
+@rf.kernel
+def naps(x, out):
+    """As a kernel that takes 2 ms a row, on any core and beside any number of others."""
+    time.sleep(0.002 * len(x))
+    result, who = out
+    result[...] = x * 3
+    who[...] = os.getpid()
+
+
+@rf.kernel
+def rotated(x, matrix, factor, out):
+    np.matmul(x, matrix * factor, out=out)
+
+
+@rf.kernel
+def numbers(first, out):
+    out[...] = first + np.arange(len(out))
+
+
+@rf.kernel
+def tally(x, out):
+    out[0] = x.sum()
+    out[1] = (x * x).sum()
+
+
+@rf.kernel
+def refuses(x, out):
+    if (x < 0).any():
+        raise ValueError("a row is negative")
+    out[...] = x
+
+
+@pytest.fixture(params=["inline", *transports.OVER])
+def ex(request, executor_over):
+    with executor_over(request.param) as executor:
+        yield executor
+
+
+@pytest.fixture(params=transports.OVER)
+def worker(request, executor_over):
+    with executor_over(request.param) as executor:
+        yield executor
+
+
+def napping(executor: Executor, rows: int = 96) -> tuple[rf.splitting.Split, np.ndarray, np.ndarray, np.ndarray]:
+    """A split of 2 ms a row; its input and outputs."""
+    x = executor.array(np.arange(rows, dtype=float))
+    result, who = executor.zeros(rows), executor.zeros(rows, np.int64)
+    return executor.Split_init(naps, x, (result, who), grain=1), x, result, who
+
+
+# --- the same bits -----------------------------------------------------------------------
+
+def test_every_row_is_there_wherever_it_was_run(ex):
+    for where in WHERE:
+        for rows in (0, 1, 7, 8, 1000, 100_003):
+            for array in (np.array, ex.array):
+                x, out = array(np.linspace(-1.0, 1.0, rows)), array(np.full(rows, np.nan))
+                assert ex.Split(cubes, x, out, where=where) is out
+                assert np.array_equal(out, x * x * x)
+
+
+def test_what_is_whole_goes_to_each_cell(ex):
+    random = np.random.default_rng(3)
+    x, matrix = random.random((5000, 8)), random.random((8, 8))
+    expected = np.empty((5000, 8))
+    for k in range(len(cells := grid(5000, 128, 64))):
+        part = cells.cell(k)
+        np.matmul(x[part], matrix * 1.5, out=expected[part])
+    for given, whole in ((matrix, (1,)), (matrix, (-2,)), (ex.put(matrix), ())):
+        for where in WHERE:
+            out = np.full((5000, 8), np.nan)
+            ex.Split(rotated, (x, given, 1.5), out, whole=whole, grain=64, where=where)
+            assert np.array_equal(out, expected)
+
+
+def test_a_cell_knows_where_it_begins(ex):
+    for where in WHERE:
+        out = ex.zeros(10_000, np.int64)
+        ex.Split(numbers, (), out, index=True, where=where)
+        assert np.array_equal(out, np.arange(10_000))
+
+
+def test_results_are_combined_in_one_order_whoever_had_them_first(ex):
+    x = ex.array(np.random.default_rng(5).standard_normal(200_000))
+    found = {where: ex.Split(tally, x, np.empty(2), reduce=np.add, where=where).tobytes() for where in WHERE}
+    assert len(set(found.values())) == 1
+    cells = grid(200_000, 8)
+    total = x[cells.cell(0)].sum()
+    for k in range(1, len(cells)):
+        total = total + x[cells.cell(k)].sum()
+    assert np.frombuffer(found["here"])[0] == total
+
+
+def test_a_split_runs_again_on_what_its_arrays_hold_now(ex):
+    x, out = ex.empty(50_000), ex.empty(50_000)
+    split = ex.Split_init(cubes, x, out)
+    for turn in range(5):
+        x[...] = turn + np.arange(50_000)
+        assert split.Run() is out
+        assert np.array_equal(out, x * x * x)
+    split.Free()
+    split.Free()
+    with pytest.raises(ClosedError, match="freed"):
+        split.Run()
+
+
+# --- who runs what -------------------------------------------------------------------------
+
+def test_workers_are_used_where_that_pays(worker):
+    split, x, result, who = napping(worker)
+    for _ in range(20):
+        split.Run()
+        assert np.array_equal(result, x * 3)
+        if len(set(who)) > 1:
+            break
+    assert len(set(who)) == 2 and os.getpid() in who
+    found = split.predict()
+    assert found.offload is True and found.split_s < found.here_s
+    assert 0.2 < found.share < 0.8
+    assert "with 1 worker" in found.why
+    assert found in worker.explain() and "offload" in str(found)
+
+
+def test_workers_are_not_used_where_that_can_t_pay(worker):
+    x, out = worker.array(np.arange(16.0)), worker.empty(16)
+    split = worker.Split_init(cubes, x, out, grain=1)
+    for _ in range(50):
+        split.Run()
+    assert split.predict().offload is not True
+
+
+def test_a_run_is_predicted_before_it_runs(worker):
+    split = napping(worker)[0]
+    assert split.predict().offload is None and split.predict().predicted_s is None
+    for _ in range(6):
+        split.Run()
+    assert split.predict().predicted_s > 0.0
+    # What was seen on few rows tells of more of them.
+    assert napping(worker, 400)[0].predict().here_s > 0.7
+
+
+def test_without_a_worker_all_of_it_runs_here():
+    with Executor(transport="inline") as ex:
+        split, x, result, who = napping(ex, 16)
+        split.Run()
+        assert set(who) == {os.getpid()} and np.array_equal(result, x * 3)
+        assert "no worker" in split.predict().why
+
+
+# --- faults --------------------------------------------------------------------------------
+
+def test_a_kernel_that_fails_raises_and_leaves_nothing_in_flight(ex):
+    x, out = ex.array(np.arange(50_000.0)), ex.empty(50_000)
+    for where in WHERE:
+        split = ex.Split_init(refuses, x, out, where=where)
+        for bad in (0, 25_000, 49_999):
+            x[bad] = -1.0
+            with pytest.raises(KernelError, match="a row is negative"):
+                split.Run()
+            x[bad] = bad
+            split.Run()
+            assert np.array_equal(out, x)
+        split.Free()
+
+
+@pytest.mark.parametrize("deed", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_is_gone_or_stopped_costs_no_row(worker, deed):
+    split, x, result, who = napping(worker)
+    for _ in range(20):
+        split.Run()
+        if len(set(who)) > 1:
+            break
+    pid = next(pid for pid in who if pid != os.getpid())
+    result.fill(np.nan)
+    timer = threading.Timer(0.03, os.kill, (pid, deed))
+    timer.start()
+    split.Run()
+    timer.join()
+    assert np.array_equal(result, x * 3)
+    for _ in range(3):
+        result.fill(np.nan)
+        split.Run()
+        assert np.array_equal(result, x * 3)
+
+
+def test_a_worker_that_is_stopped_all_along_is_not_waited_for(worker):
+    split, x, result, who = napping(worker)
+    for _ in range(20):
+        split.Run()
+        if len(set(who)) > 1:
+            break
+    os.kill(next(pid for pid in who if pid != os.getpid()), signal.SIGSTOP)
+    result.fill(np.nan)
+    split.Run()
+    assert np.array_equal(result, x * 3)
+    assert split.predict().stalls >= 1
+
+
+# --- arguments -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("inputs, out, how, said", [
+    ((np.ones(4), np.ones(5)), np.ones(4), {}, "input 1"),
+    (np.ones(4), np.ones(5), {}, "has 4 rows"),
+    (np.ones(4), np.array(1.0), {}, "no rows to divide"),
+    (1.0, np.ones(2), {"reduce": np.add}, "nothing says how many rows"),
+    (np.ones(4), np.ones(4), {"whole": (1,)}, "names input 1"),
+    (np.ones(4), np.ones(4), {"rows": 5}, "has 4 rows"),
+    (np.ones(8)[::2], np.ones(4), {}, "not C-contiguous")])
+def test_arguments_that_can_t_be_divided_are_named(inputs, out, how, said):
+    with Executor(transport="inline") as ex, pytest.raises(InvalidBuffer, match=said):
+        ex.Split(cubes, inputs, out, **how)
+
+
+def test_wrong_words_are_refused():
+    with Executor(transport="inline") as ex:
+        for how in ({"grain": 0}, {"where": "there"}):
+            with pytest.raises(ValueError):
+                ex.Split(cubes, np.ones(4), np.ones(4), **how)
+        with pytest.raises(TypeError, match="is no kernel"):
+            ex.Split(np.sqrt, np.ones(4), np.ones(4))
+
+
+def test_arrays_of_a_call_in_flight_are_refused(worker):
+    x, result, who = worker.array(np.ones(200)), worker.empty(200), worker.empty(200)
+    request = worker.Iinvoke(naps, x, (result, who))
+    with pytest.raises(InvalidBuffer, match="in flight"):
+        worker.Split(cubes, x, result)
+    request.Wait()
+    worker.Split(cubes, x, result)
+    assert (result == 1.0).all()
+
+
+def test_inputs_are_the_caller_s_again_when_a_split_returns(worker):
+    # A probe may still read what is whole: it is over, too.
+    x, table, out = worker.array(np.ones((3000, 8))), worker.array(np.eye(8)), worker.empty((3000, 8))
+    for turn in range(30):
+        table[...] = np.eye(8) * turn
+        worker.Split(rotated, (x, table, 1.0), out, whole=(1,))
+        assert (out == turn).all()
+        worker.Invoke(cubes, np.ones(64), table.reshape(-1))

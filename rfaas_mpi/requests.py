@@ -313,11 +313,15 @@ def Startall(requests: Sequence[PersistentRequest]) -> None:
         request._active = True
 
 
-def Waitall(requests: Sequence[Request], timeout_s: float | None = None) -> bool:
+def Waitall(requests: Sequence[Any], timeout_s: float | None = None) -> bool:
     """True once all have ended; False after `timeout_s` seconds.
 
-    Raises the first failure (by index), after all of them have ended.
+    This one and those below take MPI's requests as well, mixed with ours as you
+    like; both make progress while one waits. Raises the first failure (by
+    index), after all of them have ended.
     """
+    if not _OURS.issuperset(map(type, requests)):
+        return _wait_all_mixed(requests, timeout_s)
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     failure: BaseException | None = None
     for request in requests:
@@ -341,12 +345,13 @@ def Waitall(requests: Sequence[Request], timeout_s: float | None = None) -> bool
     return True
 
 
-def Waitany(requests: Sequence[Request], timeout_s: float | None = None) -> int:
+def Waitany(requests: Sequence[Any], timeout_s: float | None = None) -> int:
     """Index of an active request that has ended, UNDEFINED if none is active, -1 after the time-out.
 
     Raises what that request ended with.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    pace = _Pace()
     while True:
         index, flag = Testany(requests)
         if flag:
@@ -354,12 +359,13 @@ def Waitany(requests: Sequence[Request], timeout_s: float | None = None) -> int:
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
             return -1
-        _wait_some(requests, left)
+        _wait_some(requests, left, pace)
 
 
-def Waitsome(requests: Sequence[Request], timeout_s: float | None = None) -> list[int] | None:
+def Waitsome(requests: Sequence[Any], timeout_s: float | None = None) -> list[int] | None:
     """Indices of active requests that have ended, at least one; None if none is active, [] after the time-out."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    pace = _Pace()
     while True:
         found = Testsome(requests)
         if found is None or found:
@@ -367,50 +373,120 @@ def Waitsome(requests: Sequence[Request], timeout_s: float | None = None) -> lis
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
             return []
-        _wait_some(requests, left)
+        _wait_some(requests, left, pace)
 
 
-def Testall(requests: Sequence[Request]) -> bool:
+def Testall(requests: Sequence[Any]) -> bool:
     """True if all have ended; else none of them is told to have. Raises the first failure."""
     for request in requests:
-        if request._active and not request._raw.test():
+        if not isinstance(request, Request):
+            if not _checked(request).Get_status():
+                return False
+        elif request._active and not request._raw.test():
             return False
     return Waitall(requests, 0.0)
 
 
-def Testany(requests: Sequence[Request]) -> tuple[int, bool]:
+def Testany(requests: Sequence[Any]) -> tuple[int, bool]:
     """(index, True) of an active request that has ended, (UNDEFINED, True) if none is active, else
     (UNDEFINED, False). Raises what that request ended with."""
     active = False
     for index, request in enumerate(requests):
-        if request._active:
-            active = True
-            if request.Test():
-                return index, True
+        ended = _ended(request)
+        if ended:
+            return index, True
+        active |= ended is False
     return UNDEFINED, not active
 
 
-def Testsome(requests: Sequence[Request]) -> list[int] | None:
+def Testsome(requests: Sequence[Any]) -> list[int] | None:
     """Indices of active requests that have ended; None if none is active. Raises the first failure."""
-    active = [index for index, request in enumerate(requests) if request._active]
-    if not active:
+    ended = [_ended(request) for request in requests]
+    if all(one is None for one in ended):
         return None
-    return [index for index in active if requests[index].Test()]
+    return [index for index, one in enumerate(ended) if one]
 
 
-def _wait_some(requests: Sequence[Request], timeout_s: float | None) -> None:
+def _ended(request: Any) -> bool | None:
+    """Whether a request has ended, as its Test says; None for one that isn't active."""
+    if isinstance(request, Request):
+        return request.Test() if request._active else None
+    # MPI's Test is also true for one that isn't active.
+    index, flag = _checked(request).Testany([request])
+    return (True if index == 0 else None) if flag else False
+
+
+def _checked(request: Any) -> Any:
+    if not hasattr(request, "Testany") or not hasattr(request, "Get_status"):
+        raise TypeError(f"{request!r} is no request, neither of ours nor of MPI's")
+    return request
+
+
+def _wait_all_mixed(requests: Sequence[Any], timeout_s: float | None) -> bool:
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    failures: dict[int, BaseException] = {}
+    left, pace = dict(enumerate(requests)), _Pace()
+    for index, request in enumerate(requests):
+        if isinstance(request, Request) and not request._active and request._error is not None:
+            # It was told already, and is told again.
+            failures[index] = request._error.with_traceback(None)
+    while True:
+        for index, request in list(left.items()):
+            try:
+                if _ended(request) is False:
+                    continue
+            except Exception as error:
+                # All must have ended before the caller may touch any array again.
+                failures[index] = error
+            del left[index]
+        if not left:
+            break
+        patience = None if deadline is None else deadline - time.monotonic()
+        if patience is not None and patience <= 0:
+            return False
+        _wait_some(list(left.values()), patience, pace)
+    if failures:
+        raise failures[min(failures)]
+    return True
+
+
+class _Pace:
+    """How long to look away from requests that have no doorbell: MPI's make progress only while they are asked."""
+
+    __slots__ = ("_begun",)
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+
+    @property
+    def slice_s(self) -> float:
+        """At most a tenth of the time that it has taken so far."""
+        return min(0.001, (time.monotonic() - self._begun) / 10)
+
+
+def _wait_some(requests: Sequence[Any], timeout_s: float | None, pace: _Pace) -> None:
     by_crew: dict[Crew, list[Any]] = {}
+    others = False
     for request in requests:
-        if request._active:
+        if not isinstance(request, Request):
+            others = True
+        elif request._active:
             by_crew.setdefault(request._crew, []).append(request._raw)
-    if len(by_crew) == 1:
+    if len(by_crew) == 1 and not others:
         [(crew, raws)] = by_crew.items()
         crew.wait_any(raws, timeout_s)
         return
-    # Requests of several executors have no common doorbell: look at each in turn.
+    # MPI's, and requests of several executors, have no common doorbell: look at each in turn.
+    slice_s = pace.slice_s if others else 0.001
+    if timeout_s is not None:
+        slice_s = min(slice_s, timeout_s)
     for crew, raws in by_crew.items():
-        crew.wait_any(raws, 0.001 if timeout_s is None else min(0.001, timeout_s))
+        crew.wait_any(raws, slice_s)
+    if not by_crew:
+        time.sleep(slice_s)
 
+
+_OURS = {Request, PersistentRequest}
 
 # mpi4py has them as static methods of its requests too.
 PersistentRequest.Startall = staticmethod(Startall)

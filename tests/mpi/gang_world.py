@@ -12,7 +12,21 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from rfaas_mpi import ClosedError, ConfigError, Executor, LeaseDenied
+from rfaas_mpi import (
+    UNDEFINED,
+    ClosedError,
+    ConfigError,
+    Executor,
+    KernelError,
+    LeaseDenied,
+    Startall,
+    Testall,
+    Testany,
+    Testsome,
+    Waitall,
+    Waitany,
+    Waitsome,
+)
 from rfaas_mpi.session import Session
 
 COMM = MPI.COMM_WORLD
@@ -155,3 +169,95 @@ def test_collectives_of_the_application_may_be_under_way():
         request.Wait()
         assert on_all(works(ex)) and total[0] == SIZE
     COMM.Barrier()
+
+
+# ---- MPI's requests beside ours --------------------------------------------------------------------
+
+NEXT, BEFORE = (RANK + 1) % SIZE, (RANK - 1) % SIZE
+
+
+class Neighbours:
+    """A message to the next rank, one from the rank before, and an invocation."""
+
+    def __init__(self, ex: Executor) -> None:
+        self.sent, self.got = np.full(4, float(RANK)), np.zeros(4)
+        self.x, self.y = np.full(4, RANK + 0.5), np.zeros(4)
+        self.receive = COMM.Irecv(self.got, BEFORE, 7)
+        self.call = ex.Iinvoke(k.double, self.x, self.y)
+        self.requests = [self.receive, self.call]
+
+    def send(self) -> None:
+        self.requests.append(COMM.Isend(self.sent, NEXT, 7))
+
+    @property
+    def right(self) -> bool:
+        return bool((self.got == BEFORE).all() and (self.y == 2 * RANK + 1).all())
+
+
+def test_one_wait_is_for_messages_and_invocations():
+    with gang() as ex:
+        both = Neighbours(ex)
+        both.send()
+        assert on_all(Waitall(both.requests) and both.right)
+        assert on_all(Waitall(both.requests) and Testall(both.requests)), "of what isn't active nothing is awaited"
+        assert on_all(Waitany(both.requests) == UNDEFINED and Waitsome(both.requests) is None)
+        COMM.Barrier()
+
+
+def test_one_loop_takes_each_as_it_ends():
+    with gang() as ex:
+        both = Neighbours(ex)
+        both.send()
+        ended = [Waitany(both.requests) for _ in range(3)]
+        assert on_all(sorted(ended) == [0, 1, 2] and both.right)
+        both = Neighbours(ex)
+        both.send()
+        ended = []
+        while (some := Waitsome(both.requests)) is not None:
+            ended += some
+        assert on_all(sorted(ended) == [0, 1, 2] and both.right)
+        COMM.Barrier()
+
+
+def test_a_message_that_does_not_come_keeps_nobody_from_an_invocation():
+    with gang() as ex:
+        both = Neighbours(ex)
+        first = Waitany(both.requests)
+        late = Waitany(both.requests, 0.01), Waitall(both.requests, 0.01), Waitsome(both.requests, 0.01)
+        tested = Testall(both.requests), Testany(both.requests), Testsome(both.requests)
+        COMM.Barrier()
+        both.send()
+        assert on_all(Waitall(both.requests) and both.right)
+        assert on_all(first == 1 and late == (-1, False, []) and tested == (False, (UNDEFINED, False), []))
+
+
+def test_an_invocation_that_fails_is_told_once_every_message_has_come():
+    with gang() as ex:
+        got, sent = np.zeros(1), np.ones(1)
+        requests = [ex.Iinvoke(k.fails, np.ones(1), np.ones(1)), COMM.Irecv(got, BEFORE, 8), COMM.Isend(sent, NEXT, 8)]
+        said = raised(KernelError, lambda: Waitall(requests))
+        again = raised(KernelError, lambda: Waitall(requests))
+        assert on_all(said and again and got[0] == 1)
+        COMM.Barrier()
+
+
+def test_persistent_requests_of_both_kinds_are_started_again_and_again():
+    with gang() as ex:
+        sent, got, x, y = np.zeros(4), np.zeros(4), np.zeros(4), np.zeros(4)
+        call = ex.Invoke_init(k.double, x, y)
+        messages = [COMM.Send_init(sent, NEXT, 9), COMM.Recv_init(got, BEFORE, 9)]
+        right = Waitany([call, *messages]) == UNDEFINED
+        for i in range(50):
+            sent[:], x[:] = 100 * RANK + i, i
+            Startall([call])
+            MPI.Prequest.Startall(messages)
+            right &= Waitall([messages[0], call, messages[1]]) and bool((got == 100 * BEFORE + i).all()
+                                                                        and (y == 2 * i).all())
+        assert on_all(right)
+        for message in messages:
+            message.Free()
+        COMM.Barrier()
+
+
+def test_what_is_no_request_is_refused():
+    assert on_all(all(raised(TypeError, lambda wait=wait: wait([3])) for wait in (Waitall, Waitany, Testall, Testsome)))

@@ -57,7 +57,7 @@ class Node:
 
     __slots__ = ("clock_ns", "drained", "fence_ns", "foreign", "free", "held",
                  "incarnation", "memory_held", "name", "place", "received", "report",
-                 "silent", "told", "traits")
+                 "settled", "silent", "told", "traits")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -72,6 +72,7 @@ class Node:
         self.memory_held = 0
         self.foreign: frozenset[int] = frozenset()  # busy, but for no live lease
         self.free: tuple[int, ...] = ()             # would be granted, in this order
+        self.settled: NodeReport | None = None      # of which `free` is what isn't held
         self.place: tuple[int | None, int] | None = None  # the shelf it stands on
         self.told: NodeReport | None = None         # the last of which a chooser knows
         self.traits = NodeTraits()                  # likewise
@@ -151,9 +152,11 @@ class Nodes:
         self.chooser = chooser
         self._all: dict[str, Node] = {}
         # For the only user that its nodes lend to (None: for all): free cores →
-        # names in order, and those numbers of cores in order.
+        # names in order, and those numbers of cores in order. A chooser knows the names;
+        # for one only how many there are is kept.
         self._shelves: dict[int | None, dict[int, list[str]]] = {}
         self._sizes: dict[int | None, list[int]] = {}
+        self._counts: dict[tuple[int | None, int], int] = {}
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self._all.values())
@@ -186,11 +189,15 @@ class Nodes:
         report = node.report
         place = None
         if report is None or node.silent or node.drained or node.fence_ns:
-            node.free = ()
+            node.free, node.settled = (), None
         else:
             # This is done for each grant and end: no loop of Python's over a node's cores.
-            free = filterfalse(node.held.__contains__, report.spare)
-            node.free = tuple(filterfalse(node.foreign.__contains__, free) if node.foreign else free)
+            if moved and report is node.settled and moved[0] in node.held:
+                node.free = tuple(filterfalse((moved if len(moved) < 4 else set(moved)).__contains__, before))
+            else:
+                free = filterfalse(node.held.__contains__, report.spare)
+                node.free = tuple(filterfalse(node.foreign.__contains__, free) if node.foreign else free)
+                node.settled = report
             if node.free:
                 place = (report.lends_to_uid, len(node.free))
         if self.chooser is not None:
@@ -200,6 +207,16 @@ class Nodes:
             else:
                 self._tell(self.chooser, node)
         if place == node.place:
+            return
+        if self.chooser is not None:
+            counts = self._counts
+            if node.place is not None:
+                counts[node.place] -= 1
+                if not counts[node.place]:
+                    del counts[node.place]
+            if place is not None:
+                counts[place] = counts.get(place, 0) + 1
+            node.place = place
             return
         if node.place is not None:
             user, size = node.place
@@ -283,11 +300,11 @@ class Nodes:
     def _may_fit(self, demand: Demand) -> bool:
         """False if there are too few free cores for sure."""
         missing = demand.workers_min
-        for user in (None, demand.uid):
-            for size in reversed(self._sizes.get(user, ())):
-                if missing <= 0 or size < demand.cores_per_worker:
-                    break
-                missing -= size // demand.cores_per_worker * len(self._shelves[user][size])
+        for (user, size), nodes in self._counts.items():
+            if missing <= 0:
+                break
+            if user is None or user == demand.uid:
+                missing -= size // demand.cores_per_worker * nodes
         return missing <= 0
 
     def _tightest(self, demand: Demand, workers: int, now: float, taken: set[str]) -> Node | None:

@@ -35,9 +35,14 @@ class Chance:
     def shuffled(self, names: Sequence[str]) -> Iterator[str]:
         """All of them in an order of chance, each drawn when it is asked for."""
         moved: dict[int, str] = {}
-        last, below = len(names), self.below
+        last = len(names)
         for position in range(last):
-            other = position + below(last - position)
+            # `below`, without the call.
+            state = self._state
+            self._state = (state * _FACTOR + _STEP) & _64
+            mixed = ((state >> 18) ^ state) >> 27 & 0xFFFFFFFF
+            turn = state >> 59
+            other = position + (((mixed >> turn | mixed << (32 - turn)) & 0xFFFFFFFF) * (last - position) >> 32)
             name = moved[other] if other in moved else names[other]
             if other != position:
                 moved[other] = moved.get(position, names[position])

@@ -13,11 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heapreplace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeAlias
 
 from rfaas_mpi.placement.chance import Chance
-from rfaas_mpi.placement.facts import Asked, AskedFrom, ClusterView, Needs, NodeFacts
+from rfaas_mpi.placement.facts import Asked, ClusterView, Needs, NodeFacts
 from rfaas_mpi.placement.score import Settings
 
 __all__ = ["Spot", "cheapest"]
@@ -33,7 +33,7 @@ class Spot:
     """A node as it stands, and what its next worker costs as far as that follows from the node."""
 
     __slots__ = ("_facts", "_held", "_size_of", "_stale", "_used_of", "cohort", "count", "free", "free_of", "hard_end",
-                 "home", "lends_to_uid", "load", "memory_bytes", "nic_numa", "odd", "risk", "risk_key", "since",
+                 "home", "lends_to_uid", "load", "memory_bytes", "nic_numa", "odd", "rest", "risk", "risk_key", "since",
                  "slow", "slow_key", "speed", "start_s", "switches")
 
     def __init__(self, facts: NodeFacts, settings: Settings) -> None:
@@ -51,6 +51,7 @@ class Spot:
         self.home, self.switches, self.nic_numa = facts.home, facts.switches, facts.nic_numa
         self.lends_to_uid, self.hard_end, self.since = facts.lends_to_uid, facts.hard_end, facts.since
         self.cohort, self.load, self.speed = facts.cohort, facts.network_load, facts.speed
+        self.rest = 1.0 - (facts.network_load if facts.network_load < 0.95 else 0.95)
         self.start_s = (settings.warm_s if facts.warm else settings.cold_s) + facts.starting * settings.next_s
         # Costs that depend on more than is kept here.
         self.odd = (bool(facts.draining or facts.closed) or facts.heard_at is not None
@@ -104,8 +105,14 @@ class Spot:
 
     def find_slow(self, key: tuple[float, ...]) -> dict[int, float]:
         """Room._find_slow of all NUMA nodes with free cores; the dictionary is the spot's own."""
-        slow = self.slow = {domain: self.slow_beside(domain, 0, key) for domain in self.free_of}
-        self.slow_key = key
+        duration_s, contention, memory_contention, guessed = key
+        used_of, size_of, speed = self._used_of, self._size_of, self.speed
+        slow = {}
+        for domain in self.free_of:
+            busy = used_of.get(domain, 0) / size_of.get(domain, 1)
+            factor = 1.0 + contention * (busy if busy < 1.0 else 1.0) + memory_contention * (guessed * busy)
+            slow[domain] = duration_s * (factor / speed - 1.0)
+        self.slow, self.slow_key = slow, key
         return slow
 
     def slow_beside(self, domain: int, ours: int, key: tuple[float, ...]) -> float:
@@ -157,34 +164,28 @@ def cheapest(demand: Asked, now: float, seed: int, spots: Mapping[str, Spot], li
     alone_s = redo_s + cold_s
     slow_key = (duration_s, settings.contention, settings.memory_contention * _MEMORY_BOUND, settings.guessed_pressure)
     risk_key = (settings.survival, math.floor(now), duration_s)
-    exchange, heights = 0.0, {}
+    bandwidth, far_numa = settings.bandwidth, settings.far_numa
+    home, at_home, home_s, home_away_s, exchange = None, None, 0.0, 0.0, 0.0
+    path: tuple[str, ...] = ()
+    heights: dict[str, int] = {}
     if place is not None:
+        home = place.node
         exchange = (settings.assumed_bytes_per_s if demand.bytes_per_s is None else demand.bytes_per_s) * duration_s
         path = view.path(place.node) or place.switches
         for position, switch in enumerate(reversed(path)):
             heights[switch] = len(path) - position
-    home = place.node if place is not None else None
-    bandwidth, far_numa = settings.bandwidth, settings.far_numa
+        at_home, home_s = place.numa, exchange * (1.0 / bandwidth[0])
+        home_away_s = exchange * (1.0 / bandwidth[0] * settings.far_numa)
     per_byte: dict[tuple[str, ...], float] = {}            # switches above a node → s for each byte
 
-    def transfer(spot: Spot, here: int) -> tuple[int | None, float, float]:
-        """The NUMA node that is nearest, if any is, and the transfer from there and from any other one."""
-        if spot.home == home:
-            seconds, near = 1.0 / bandwidth[0], place.numa if place is not None else None
-            return near, exchange * seconds, exchange * (seconds * far_numa)
-        seconds = per_byte.get(spot.switches, -1.0)
-        if seconds < 0.0:
-            last = level = len(bandwidth) - 1
-            for height, switch in enumerate(spot.switches, 1):
-                if switch in heights:
-                    level = min(max(height, heights[switch]), last)
-                    break
-            seconds = per_byte[spot.switches] = 1.0 / bandwidth[level]
-        load = spot.load
-        if here:
-            load += here * (exchange / duration_s) / bandwidth[min(1, len(bandwidth) - 1)]
-        rest = 1.0 - (load if load < 0.95 else 0.95)
-        return spot.nic_numa, exchange * (seconds / rest), exchange * (seconds * far_numa / rest)
+    def find_per_byte(switches: tuple[str, ...]) -> float:
+        last = level = len(bandwidth) - 1
+        for height, switch in enumerate(switches, 1):
+            if switch in heights:
+                level = min(max(height, heights[switch]), last)
+                break
+        seconds = per_byte[switches] = 1.0 / bandwidth[level]
+        return seconds
 
     # ---- what the first worker costs on each node that is looked at --------------------------------
     chance = Chance(seed)
@@ -193,7 +194,9 @@ def cheapest(demand: Asked, now: float, seed: int, spots: Mapping[str, Spot], li
     sample = settings.sample
     everywhere = len(likely) <= settings.exact_to
     rounds: tuple[tuple[int, bool, Iterable[str]], ...] = ((len(likely), False, likely),) if everywhere else (
-        (sample // 2, False, _near(place, view, chance) if place is not None else ()),
+        (sample // 2, False, () if place is None else chain(
+            (place.node,) if place.node in view.nodes else (), view.by_host.get(place.node, ()),
+            chance.shuffled(view.by_switch.get(path[0], ())) if path else ())),
         (sample, True, chance.shuffled(likely)))
     for enough, for_all, names in rounds:
         for name in names:
@@ -217,7 +220,15 @@ def cheapest(demand: Asked, now: float, seed: int, spots: Mapping[str, Spot], li
             left = spot.count // wanted
             if memory > 0 and (left := min(left, spot.memory_bytes // memory)) < 1:
                 continue
-            near, here_s, away_s = transfer(spot, 0) if exchange else (None, 0.0, 0.0)
+            near, here_s, away_s = None, 0.0, 0.0
+            if exchange:
+                if spot.home == home:
+                    near, here_s, away_s = at_home, home_s, home_away_s
+                else:
+                    seconds = per_byte.get(spot.switches) or find_per_byte(spot.switches)
+                    here_s = exchange * (seconds / spot.rest)
+                    if (near := spot.nic_numa) is not None:
+                        away_s = exchange * (seconds * far_numa / spot.rest)
             slow = spot.slow if spot.slow_key == slow_key else spot.find_slow(slow_key)
             best, best_s, moved_s = -1, math.inf, 0.0
             for domain, free in spot.free_of.items():
@@ -237,6 +248,7 @@ def cheapest(demand: Asked, now: float, seed: int, spots: Mapping[str, Spot], li
     found: _Seats = {}
     by_cohort: dict[str, int] = {}
     placed, least = 0, demand.workers_min
+    same, other = settings.same_cohort, settings.other_cohort
     heapify(offers)
     while offers:
         cost_s, name, spot, left, domain, begin_s, risk, slow_s, stay = offers[0]
@@ -244,7 +256,7 @@ def cheapest(demand: Asked, now: float, seed: int, spots: Mapping[str, Spot], li
         if placed:
             here = stay.here if stay is not None else 0
             together = by_cohort.get(cohort, 0) if cohort else here
-            lost_too = here + settings.same_cohort * (together - here) + settings.other_cohort * (placed - together)
+            lost_too = here + same * (together - here) + other * (placed - together)
             fresh_s = begin_s + risk * (redo_s + cold_s * (1.0 + lost_too))
             if fresh_s > cost_s:
                 heapreplace(offers, (fresh_s, name, spot, left, domain, begin_s, risk, slow_s, stay))
@@ -275,7 +287,14 @@ def cheapest(demand: Asked, now: float, seed: int, spots: Mapping[str, Spot], li
         used, slow = stay.used, stay.slow
         used[domain] = used.get(domain, 0) + wanted
         slow[domain] = spot.slow_beside(domain, used[domain], slow_key)
-        near, here_s, away_s = transfer(spot, stay.here) if exchange else (None, 0.0, 0.0)
+        near, here_s, away_s = None, 0.0, 0.0
+        if exchange and spot.home == home:
+            near, here_s, away_s = at_home, home_s, home_away_s
+        elif exchange:
+            load = spot.load + stay.here * (exchange / duration_s) / bandwidth[min(1, len(bandwidth) - 1)]
+            rest = 1.0 - (load if load < 0.95 else 0.95)
+            near, seconds = spot.nic_numa, per_byte[spot.switches]
+            here_s, away_s = exchange * (seconds / rest), exchange * (seconds * far_numa / rest)
         best, best_s, moved_s = -1, math.inf, 0.0
         for domain, free in spot.free_of.items():
             if free - used.get(domain, 0) >= wanted:
@@ -289,11 +308,3 @@ def cheapest(demand: Asked, now: float, seed: int, spots: Mapping[str, Spot], li
         heapreplace(offers, (cost_s, name, spot, left, best, begin_s, risk, slow[best], stay))
     return None
 
-
-def _near(place: AskedFrom, view: ClusterView, chance: Chance) -> Iterator[str]:
-    """policies._near of one place."""
-    if place.node in view.nodes:
-        yield place.node
-    yield from view.by_host.get(place.node, ())
-    if path := view.path(place.node) or place.switches:
-        yield from chance.shuffled(view.by_switch.get(path[0], ()))

@@ -26,6 +26,7 @@ OTHERS = "(others)"              # kernels that have no line of their own
 KEY_BYTES = 32
 
 Core = Annotated[int, Meta(ge=0, lt=1 << 20)]
+Uid = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Size = Annotated[int, Meta(ge=0, lt=1 << 60)]
 Number = Annotated[int, Meta(ge=1, lt=1 << 62)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
@@ -125,6 +126,7 @@ class Report(Body, frozen=True):
     """All that an agent lends and runs now. Times: `clock_ns` is its own clock, `ends_in_s` from now.
 
     `over` are leases that it won't begin (again), though their grants aren't late yet.
+    `owners`: core → the user of the batch job that it is of; only from the site's own agents.
     """
 
     incarnation: Number
@@ -137,6 +139,7 @@ class Report(Body, frozen=True):
     ends_in_s: Seconds | None = None
     grace_s: Grace = 0.0
     traits: Traits = Traits()
+    owners: Annotated[dict[Core, Uid], Meta(max_length=CORES_MAX)] = {}
     used: Annotated[tuple[UsedLine, ...], Meta(max_length=10_000)] = ()
 
 

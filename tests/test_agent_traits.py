@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from rfaas_mpi import api
 from rfaas_mpi.agent.detector import Core, CoreClass, Report
-from rfaas_mpi.agent.traits import cpu_type, traits_of
+from rfaas_mpi.agent.traits import cpu_type, owners_of, traits_of
 
 
 def core(cpu: int, which: CoreClass = CoreClass.FREE, *, physical: int | None = None,
@@ -24,6 +26,12 @@ def test_hardware_threads_of_one_core_are_told():
 
 def test_a_node_that_lends_nothing_has_no_window():
     assert traits_of(Report((core(0, CoreClass.OWNED),), (), 0), 1.0) == api.Traits(busy=(0,))
+
+
+def test_whose_job_s_core_is_lent_is_told_where_it_is_known():
+    found = Report((core(0, CoreClass.OWNED), msgspec.structs.replace(core(1, CoreClass.IDLE, since=1.0), uid=1000),
+                    msgspec.structs.replace(core(2, CoreClass.IDLE), uid=1001), core(3, since=1.0)), (1, 3), 0)
+    assert owners_of(found) == {1: 1000} and owners_of(None) == {}
 
 
 SITE = api.Traits(cpu_type="fast", partition="day", switches=("leaf", "top"))

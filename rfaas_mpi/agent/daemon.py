@@ -43,7 +43,7 @@ from rfaas_mpi.agent.scrape import ScrapeDoor
 from rfaas_mpi.agent.server import REASONS, AgentServer, Offer, SessionHandle
 from rfaas_mpi.agent.spawner import Spawner, leave_root, service_identity
 from rfaas_mpi.agent.tenure import Tenures
-from rfaas_mpi.agent.traits import cpu_type, traits_of
+from rfaas_mpi.agent.traits import cpu_type, owners_of, traits_of
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import ConfigError, LeaseDenied, ServiceError
 from rfaas_mpi.leases import Cause
@@ -397,7 +397,7 @@ class Agent(AgentServer):
             spare=() if leaving else self.lendable.cores, memory_bytes=0 if leaving else memory_bytes,
             live=self.tenures.live, over=self._admission.over(clock_ns, self.tenures),
             numa={} if leaving else self.lendable.numa, grace_s=self.options.grace_s,
-            traits=traits_of(self._found, time.monotonic(), self._site)))
+            traits=traits_of(self._found, time.monotonic(), self._site), owners=owners_of(self._found)))
 
     # ---- what is to be done ----------------------------------------------------------------------
 

@@ -122,6 +122,7 @@ class Core(msgspec.Struct, frozen=True):
     why: str = ""                          # why it isn't spare
     owners: tuple[str, ...] = ()           # the jobs whose leave counts
     since: float | None = None             # begin of its window: spare ever since
+    uid: int | None = None                 # of those jobs, where all are one user's and that is known
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -320,6 +321,7 @@ class Detector:
         for physical in self._buffers(jobs, worst, refusal, threads):
             refusal[physical] = "kept idle for its owner"
 
+        uids = {job.name: job.uid for job in jobs}
         usable = frozenset(topology.cpus) if observed.usable is None else observed.usable
         cores = []
         for cpu in topology.cpus:
@@ -336,7 +338,8 @@ class Detector:
             else:
                 self._since.setdefault(cpu, now)
             cores.append(Core(cpu=cpu, physical=physical, numa=topology.numa.get(cpu, 0), which=worst[physical].which,
-                              spare=not why, why=why, owners=worst[physical].owners, since=self._since.get(cpu)))
+                              spare=not why, why=why, owners=worst[physical].owners, since=self._since.get(cpu),
+                              uid=_one({uids.get(name) for name in worst[physical].owners})))
         for cpu in self._since.keys() - set(topology.cpus):
             del self._since[cpu]
         return Report(tuple(cores), _in_order(cores, threads), self._memory(topology, jobs))
@@ -432,6 +435,10 @@ class Detector:
             # Without a limit it may take all of it.
             left -= topology.memory_bytes if job.memory_bytes is None else job.memory_bytes
         return max(0, left)
+
+
+def _one(users: set[int | None]) -> int | None:
+    return users.pop() if len(users) == 1 else None
 
 
 def _names(owners: Iterable[str]) -> str:

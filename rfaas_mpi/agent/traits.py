@@ -7,7 +7,7 @@ import msgspec
 from rfaas_mpi import api
 from rfaas_mpi.agent.detector import CoreClass, Report
 
-__all__ = ["cpu_type", "traits_of"]
+__all__ = ["cpu_type", "owners_of", "traits_of"]
 
 _CPU_TYPE_CHARS = 128
 
@@ -38,3 +38,10 @@ def traits_of(report: Report | None, now: float, site: api.Traits = api.Traits()
         classes={core.cpu: str(core.which) for core in spare if core.which is not CoreClass.FREE},
         physical={core.cpu: core.physical for core in report.cores} if threads else {},
         busy=tuple(core.cpu for core in report.cores if core.which is CoreClass.OWNED))
+
+
+def owners_of(report: Report | None) -> dict[int, int]:
+    """Core that is lent → the user whose job it is of, where that is known: the manager's credit for lenders."""
+    if report is None:
+        return {}
+    return {core.cpu: core.uid for core in report.cores if core.spare and core.uid is not None}

@@ -156,13 +156,15 @@ def usage(manager: str | None, by: str) -> Answer:
     column = USAGE_BY[by]
     rows = []
     priced = any(found.prices.values())
+    lent = any(row.get("lent_core_s") for row in found.rows)
     for row in found.rows:
         name = user_name(row[column]) if by == "user" else str(row[column]) or "-"
         rows.append((name, str(row["workers"]), f"{row['core_s'] / 3600:.3f}",
                      f"{row['memory_byte_s'] / 3600 / 2**30:.3f}", f"{row['cpu_s']:.1f}", f"{row['exec_s']:.1f}",
-                     f"{row['poll_s']:.1f}", str(row["invocations"]), *([f"{row['cost']:.4f}"] if priced else [])))
+                     f"{row['poll_s']:.1f}", str(row["invocations"]), *([f"{row['cost']:.4f}"] if priced else []),
+                     *([f"{row['lent_core_s'] / 3600:.3f}", f"{row['credit_core_s'] / 3600:.3f}"] if lent else [])))
     lines = table((by.upper(), "WORKERS", "CORE-H", "GIB-H", "CPU-S", "EXEC-S", "POLL-S", "INVOCATIONS",
-                   *(["COST"] if priced else [])), rows)
+                   *(["COST"] if priced else []), *(["LENT-H", "CREDIT-H"] if lent else [])), rows)
     return {"by": by, "rows": list(found.rows), "prices": found.prices}, lines if rows else ["Nothing was used yet."]
 
 

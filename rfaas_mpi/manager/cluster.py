@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -30,6 +30,7 @@ from rfaas_mpi.leases import (
 )
 from rfaas_mpi.manager.agents import Agents
 from rfaas_mpi.manager.core import Action, Manager
+from rfaas_mpi.manager.credit import Lent, owners_of
 from rfaas_mpi.manager.policy import Policy
 from rfaas_mpi.messages import LeaseRequest
 from rfaas_mpi.placement import Placer, Verdict
@@ -70,14 +71,19 @@ class Cluster:
     """
 
     def __init__(self, book: LeaseBook, now: float, *, policy: Policy = Policy(), agents: Agents | None = None,
-                 placer: Placer | None = None) -> None:
+                 placer: Placer | None = None, lent: Lent | None = None) -> None:
         self.policy = policy
+        self._lent = lent                     # None: lending earns nothing
+        self._runs: dict[str, int] = {}       # node → who runs its agent
+        self._jobs: dict[str, Mapping[int, int]] = {}       # node → core → whose job it is of
         self._placer = placer                 # who chooses the book's nodes, if that is one
         self._since: dict[str, float] = {}
         self._now = now
         if placer is not None:
             placer.debt_s = self._debt_s
         self.manager = Manager(book)
+        if lent is not None:
+            self.manager.precedence = self._precedence
         self.agents = agents or Agents()
         self.agents.expected(book.unheard, now)
 
@@ -96,8 +102,11 @@ class Cluster:
         self.agents.expected([node for node in nodes
                               if _is_private(node) and self.agents.age_s(node, now) is None], now)
 
-    def report(self, uid: int, report: NodeReport, now: float) -> list[Action]:
-        """What an agent sees. ServiceError if it was never admitted, ValueError if it makes no sense."""
+    def report(self, uid: int, report: NodeReport, now: float, *, jobs: Mapping[int, int] = {}) -> list[Action]:
+        """What an agent sees. ServiceError if it was never admitted, ValueError if it makes no sense.
+
+        `jobs`: core → the user of the job that it is of, which a site's agent may know.
+        """
         node = self.node_name(uid, report.node)
         if report.incarnation < 1 or report.live is None:
             raise ServiceError(f"the agent of {node} reports without its number", hint="register it first")
@@ -113,7 +122,27 @@ class Cluster:
             report, node=node, lends_to_uid=None if trusted else uid, traits=traits), now)
         if self.book.heard(node) != before:
             self.agents.heard(node, now)
+            self._runs[node], self._jobs[node] = uid, jobs
+            if self._lent is not None:
+                self._lent.heard(node, now)
         return actions
+
+    # ---- lenders ---------------------------------------------------------------------------------
+
+    def owners(self, lease: Lease) -> dict[int, int]:
+        """Core of the lease → who lends it to the lease's user, where that is known."""
+        return owners_of(lease, self._runs.get(lease.node), self.policy.site, self._jobs.get(lease.node, {}))
+
+    def credit(self, uid: int, now: float | None = None) -> float:
+        """Core-seconds that the user has lent to others, as far as they count."""
+        if self._lent is None:
+            return 0.0
+        return self.policy.credit.of(self._lent.core_s(self._now if now is None else now).get(uid, 0.0))
+
+    def _precedence(self, uid: int) -> float:
+        """What is left of the user's credit once he has used so much himself."""
+        credit = self.credit(uid)
+        return max(0.0, credit - self.book.held.had(self._now).get(uid, 0.0)) if credit else 0.0
 
     def node_name(self, uid: int, node: str) -> str:
         """What the book calls the node of this caller's agent. ServiceError for what is no name."""
@@ -178,7 +207,13 @@ class Cluster:
     def _debt_s(self, uid: int) -> float:
         # What users' own agents say of themselves is no part of what is shared: it would make any debt small.
         cores = sum(len(view.spare) for view in self.book.nodes if not _is_private(view.node))
-        return debt_s(uid, self.book.held.had(self._now), self.policy.weights, cores) if cores else 0.0
+        if not cores:
+            return 0.0
+        used = self.book.held.had(self._now)
+        if self._lent is not None:
+            for lender, lent in self._lent.core_s(self._now).items():
+                used[lender] = used.get(lender, 0.0) - self.policy.credit.of(lent)
+        return debt_s(uid, used, self.policy.weights, cores)
 
     def _window(self, node: str, since: float | None) -> float | None:
         """Since when the node's window is open: as it was said first, as long as it is the same window."""
@@ -239,7 +274,8 @@ class Cluster:
                      if _is_private(node) and self.book.forget(node)]
         for node in forgotten:
             self.agents.forget(node)
-            self._since.pop(node, None)
+            for known in (self._since, self._runs, self._jobs):
+                known.pop(node, None)
         return forgotten
 
     def next_deadline(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rfaas_mpi.leases import (
@@ -68,7 +69,8 @@ class Manager:
 
     A demand that can't be met waits for its time-out; those that wait are
     served, in the order in which they came, by the next report: the shell makes
-    one when something may have become free. One that could not be met if every
+    one when something may have become free. Users for whom `precedence` says more
+    come before others. One that could not be met if every
     core were free holds nobody up, nor does one whose user has to give cores back
     first, by his quota. Actions are to be done in order.
 
@@ -78,6 +80,7 @@ class Manager:
 
     def __init__(self, book: LeaseBook) -> None:
         self.book = book
+        self.precedence: Callable[[int], float] | None = None
         self._waiting: dict[tuple[int, int], _Waiting] = {}     # in the order in which they came
         self._next_tick = 0.0
 
@@ -108,7 +111,7 @@ class Manager:
                                                  "use a new request id")]
         # Not past those that already wait, unless it was answered long ago.
         ahead = (not self.book.remembers(session, request.id)
-                 and any(self._can_be_met(one, now) for one in self._waiting.values()))
+                 and any(self._can_be_met(one, now) for one in self._before(uid)))
         answer = [] if ahead else self._try(waiting, now)
         if answer:
             return answer
@@ -170,7 +173,7 @@ class Manager:
     def retry(self, now: float) -> list[Action]:
         """Something may have become free: serves those that wait."""
         actions: list[Action] = []
-        for key, waiting in list(self._waiting.items()):
+        for key, waiting in self._in_turn():
             if answer := self._try(waiting, now):
                 del self._waiting[key]
                 actions += answer
@@ -189,6 +192,22 @@ class Manager:
         return demand
 
     # ---- inside ----------------------------------------------------------------------------------
+
+    def _before(self, uid: int) -> list[_Waiting]:
+        """Those that wait and aren't to be passed by a demand of this user."""
+        waiting = list(self._waiting.values())
+        if not waiting or self.precedence is None or not (mine := self.precedence(uid)):
+            return waiting
+        of = {one.uid: self.precedence(one.uid) for one in waiting}
+        return [one for one in waiting if one.uid == uid or of[one.uid] >= mine]
+
+    def _in_turn(self) -> list[tuple[tuple[int, int], _Waiting]]:
+        """Those that wait, who comes first first."""
+        waiting = list(self._waiting.items())
+        if len(waiting) > 1 and self.precedence is not None:
+            of = {one.uid: self.precedence(one.uid) for _, one in waiting}
+            waiting.sort(key=lambda item: -of[item[1].uid])
+        return waiting
 
     def _can_be_met(self, waiting: _Waiting, now: float) -> bool:
         """True if there are cores enough, lent ones included, and all that its user waits for are others' to return."""

@@ -7,6 +7,7 @@
     closed    sessions that ended        drained   nodes that lend nothing
     usage     what a worker has used     meta      epoch, clock, version
     usage_kernels  in which kernels      kernels   names of each user's that are kept apart
+    lent      what a lease has, or had, of a lender's cores (credit.py)
 
 Times in a lease are seconds on the manager's monotonic clock, which begins anew
 with each boot; `meta` says which boot it was, and what the wall clock showed then.
@@ -27,10 +28,11 @@ from rfaas_mpi.errors import StoreError
 from rfaas_mpi.leases import Answered, Changes, Demand, Grant, Kept, Lease, LeaseState
 from rfaas_mpi.leases.book import REMEMBER_LEAST_S
 from rfaas_mpi.manager.accounts import Usage, believable, by_kernel
+from rfaas_mpi.manager.credit import LentLine
 from rfaas_mpi.manager.directory import Registration
 from rfaas_mpi.manager.sqlite import SqliteFile
 
-__all__ = ["USAGE_BY", "Database", "Ledger", "Usage"]
+__all__ = ["USAGE_BY", "USAGE_SUMS", "Database", "Ledger", "Usage"]
 
 log = logging.getLogger("rfaas_mpi.manager.ledger")
 
@@ -67,6 +69,9 @@ CREATE TABLE IF NOT EXISTS usage_kernels (
     PRIMARY KEY (node, incarnation, lease, seat, number, kernel)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS kernels (
     uid INTEGER NOT NULL, kernel TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (uid, kernel)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS lent (
+    lease INTEGER NOT NULL, owner INTEGER NOT NULL, uid INTEGER NOT NULL, node TEXT NOT NULL, cores TEXT NOT NULL,
+    core_s REAL NOT NULL, at REAL NOT NULL, PRIMARY KEY (lease, owner)) WITHOUT ROWID;
 CREATE VIEW IF NOT EXISTS seats AS
     SELECT node, incarnation, lease, seat, uid, workers, cores, memory_bytes,
            CASE WHEN held_s > record_s THEN held_s ELSE record_s END AS held_s, cpu_s, exec_s, poll_s, invocations
@@ -119,6 +124,8 @@ _KERNEL_SUMS = {
     "invocations": "sum(CAST(usage_kernels.invocations AS DOUBLE PRECISION))",
 }
 
+USAGE_SUMS = tuple(_SUMS)
+
 _encode = msgspec.json.Encoder().encode
 _decode_lease = msgspec.json.Decoder(Lease).decode
 
@@ -129,6 +136,7 @@ class _Answer(msgspec.Struct, frozen=True):
 
 
 _decode_answer = msgspec.json.Decoder(_Answer).decode
+_decode_cores = msgspec.json.Decoder(tuple[int, ...]).decode
 _decode_agents = msgspec.json.Decoder(tuple[Registration, ...]).decode
 
 
@@ -350,10 +358,43 @@ class Ledger:
             had[lease.uid] = had.get(lease.uid, 0.0) + max(0.0, now - granted_at) * len(lease.cores)
         return had
 
+    def lent(self, half_life_s: float) -> tuple[list[LentLine], dict[int, float]]:
+        """Loans of leases that live; and lender → core-seconds of all others, half of them forgotten each half-life."""
+        now = self._wall()
+        lines, had = [], dict[int, float]()
+        try:
+            with self._db.reading() as db:
+                for lease, owner, uid, node, cores, core_s, at, live in db.execute(
+                        "SELECT lent.lease, lent.owner, lent.uid, lent.node, lent.cores, lent.core_s, lent.at, "
+                        "CASE WHEN leases.id IS NULL THEN 0 ELSE 1 END FROM lent LEFT JOIN leases "
+                        "ON leases.id = lent.lease AND leases.ended_at IS NULL WHERE lent.at > ? OR lent.cores <> '[]'",
+                        (now - 20 * half_life_s,)):
+                    if live and cores != "[]":
+                        lines.append(LentLine(lease, owner, uid, node, _decode_cores(cores), core_s,
+                                              max(0.0, now - at)))
+                    else:
+                        had[owner] = had.get(owner, 0.0) + core_s * 0.5 ** (max(0.0, now - at) / half_life_s)
+        except self._db.errors as error:
+            raise self._db.trouble(error) from error
+        except msgspec.MsgspecError as error:
+            raise self._db.damaged(f"a record of what is lent makes no sense: {error}") from error
+        return lines, had
+
+    def lent_core_s(self, uid: int | None = None) -> dict[int, float]:
+        """Lender → core-seconds in all lines that are kept; of one user, or of all. StoreError."""
+        try:
+            with self._db.reading() as db:
+                return dict(db.execute(
+                    f"SELECT owner, sum(core_s) FROM lent {'' if uid is None else 'WHERE owner = ? '}GROUP BY owner",
+                    () if uid is None else (uid,)).fetchall())
+        except self._db.errors as error:
+            raise self._db.trouble(error) from error
+
     # --- writing -----------------------------------------------------------------------------------
 
     def write(self, changes: Sequence[Changes], usage: Iterable[Usage] = (),
-              agents: Mapping[str, tuple[Registration, ...]] = {}, jobs: Mapping[int, str] = {}) -> None:
+              agents: Mapping[str, tuple[Registration, ...]] = {}, jobs: Mapping[int, str] = {},
+              lent: Iterable[LentLine] = ()) -> None:
         """Makes all of it durable, in this order, with one flush; all or nothing.
 
         `agents`: all that is known of these nodes', `jobs`: the batch job of these sessions.
@@ -374,6 +415,11 @@ class Ledger:
                 self._db.executemany(
                     "INSERT INTO jobs VALUES (?, ?, ?) ON CONFLICT (session) DO UPDATE SET job = excluded.job, "
                     "at = excluded.at", [(session, job, self._wall()) for session, job in jobs.items()])
+                self._db.executemany(
+                    "INSERT INTO lent VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (lease, owner) DO UPDATE SET "
+                    "cores = excluded.cores, core_s = excluded.core_s, at = excluded.at",
+                    [(line.lease, line.owner, line.uid, line.node, _encode(line.cores).decode(), line.core_s,
+                      self._wall()) for line in lent])
                 self._write_clock()
                 self._groups += 1
                 if self._groups % PRUNE_EVERY == 0:
@@ -460,6 +506,8 @@ class Ledger:
                          "(SELECT node, incarnation, lease, seat, number FROM usage WHERE at < ?)", (before,))
         self._db.execute("DELETE FROM usage WHERE at < ?", (before,))
         self._db.execute("DELETE FROM kernels WHERE at < ?", (before,))
+        self._db.execute("DELETE FROM lent WHERE at < ? AND lease NOT IN "
+                         "(SELECT id FROM leases WHERE ended_at IS NULL)", (before,))
         self._kernels = {}
         self._db.execute("DELETE FROM jobs WHERE at < ? AND session NOT IN (SELECT session FROM leases)", (before,))
 

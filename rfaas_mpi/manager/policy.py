@@ -16,6 +16,13 @@
     half_life_s = 86400
     weights = {alice = 2.0}
 
+    [credit]                           # for users whose agents are lenders, see docs/placement.md
+    weight = 1.0                       # a core-second lent makes up for so many used; 0: lending earns nothing
+    half_life_s = 86400
+    core_h_max = 1000                  # nobody has more
+    extra_cores = 0                    # that it may add to a user's quota
+    site = ["root", "slurm"]           # whose agents are the site's: they earn nothing themselves
+
     [prices]                           # of an hour; see Prices in accounts.py
     core_h = 0.02                      # a core that is held
     gib_h = 0.002                      # a GiB of memory that is held
@@ -27,6 +34,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import pwd
 import tomllib
 from collections.abc import Mapping
@@ -38,6 +46,7 @@ from rfaas_mpi.config import trusted_text
 from rfaas_mpi.errors import ConfigError
 from rfaas_mpi.leases.held import HALF_LIFE_S
 from rfaas_mpi.manager.accounts import Prices
+from rfaas_mpi.manager.credit import Credit
 from rfaas_mpi.placement import POLICIES, Settings
 
 __all__ = ["Policy", "load_policy"]
@@ -49,7 +58,8 @@ class Policy:
 
     `lenders` are the uids whose agents lend to everybody; any other lends to its own user only. `cores_max` is what one
     user may hold at a time (None: any number), `cores_max_of` the same for some users. `weights`: a user with 2 may
-    have twice as much as one with 1 before others come first.
+    have twice as much as one with 1 before others come first. Agents of a uid in `site` are the site's, and nobody's
+    own.
     """
 
     lenders: frozenset[int] = frozenset((0,))
@@ -61,6 +71,8 @@ class Policy:
     half_life_s: float = HALF_LIFE_S
     weights: Mapping[int, float] = field(default_factory=dict)
     prices: Prices = Prices()
+    credit: Credit = Credit()
+    site: frozenset[int] = field(default_factory=lambda: frozenset((0, os.geteuid())))
 
     def quota(self, uid: int) -> int | None:
         """How many cores the user may hold at a time; None: any number."""
@@ -91,11 +103,12 @@ class _Reader:
         self._path = path
 
     def policy(self, found: dict[str, Any]) -> Policy:
-        self._known("", found, {"lenders", "admins", "placement", "quota", "fairness", "prices"})
+        self._known("", found, {"lenders", "admins", "placement", "quota", "fairness", "prices", "credit"})
         placement = self._table("placement", found, {"policy", "bandwidth", *_NUMBERS})
         quota = self._table("quota", found, {"cores", "users"})
         fairness = self._table("fairness", found, {"half_life_s", "weights"})
         prices = self._table("prices", found, set(Prices.__struct_fields__))
+        credit = self._table("credit", found, {"weight", "half_life_s", "core_h_max", "extra_cores", "site"})
         chosen = placement.pop("policy", "default")
         if chosen not in POLICIES:
             raise self._wrong("placement.policy", chosen, f"one of {', '.join(sorted(POLICIES))}")
@@ -106,7 +119,14 @@ class _Reader:
             cores_max_of=self._by_user("quota.users", quota.get("users", {}), self._cores),
             half_life_s=self._above_0("fairness.half_life_s", fairness.get("half_life_s", HALF_LIFE_S)),
             weights=self._by_user("fairness.weights", fairness.get("weights", {}), self._above_0),
-            prices=Prices(**{name: self._number(f"prices.{name}", value) for name, value in prices.items()}))
+            prices=Prices(**{name: self._number(f"prices.{name}", value) for name, value in prices.items()}),
+            credit=Credit(
+                weight=self._number("credit.weight", credit.get("weight", Credit.weight)),
+                half_life_s=self._above_0("credit.half_life_s", credit.get("half_life_s", Credit.half_life_s)),
+                core_s_max=3600 * self._number("credit.core_h_max", credit.get("core_h_max", Credit.core_s_max / 3600)),
+                extra_cores=self._cores("credit.extra_cores", credit.get("extra_cores", Credit.extra_cores))),
+            **({"site": self._users("credit.site", {"credit.site": credit["site"]}, frozenset())}
+               if "site" in credit else {}))
 
     def _settings(self, found: dict[str, Any]) -> Settings:
         for name, value in found.items():

@@ -9,7 +9,8 @@ Killed at any point, the manager has said nothing that the next one doesn't know
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,7 @@ from rfaas_mpi.leases import Changes, Event, Lease, LeaseBook, LeaseState, Store
 from rfaas_mpi.leases.held import Held
 from rfaas_mpi.leases.nodes import Chooser, Picker
 from rfaas_mpi.manager.accounts import RECORD, Usage
+from rfaas_mpi.manager.credit import Lent, LentLine
 from rfaas_mpi.manager.directory import Registration
 from rfaas_mpi.manager.ledger import Ledger
 
@@ -47,13 +49,14 @@ class Group:
         self.usage: list[Usage] = []
         self.agents: dict[str, tuple[Registration, ...]] = {}
         self.jobs: dict[int, str] = {}
+        self.lent: list[LentLine] = []
         self.changes: list[Changes] = []
         self.epoch = 0
 
     @property
     def to_write(self) -> bool:
         """True if any of it has to be on disk."""
-        return bool(self.usage or self.agents or self.jobs or self.changes)
+        return bool(self.usage or self.agents or self.jobs or self.lent or self.changes)
 
     def __bool__(self) -> bool:
         return self.to_write or bool(self.actions)
@@ -73,8 +76,12 @@ class Registry:
     def __init__(self, ledger: Ledger, pick: Picker | Chooser, now: float, *, begin_within_s: float = 20.0,
                  remember_s: float = 3600.0, remember_most: int = REMEMBER_MOST,
                  quota: Callable[[int], int | None] = lambda uid: None,
-                 held: Held | None = None) -> None:
+                 held: Held | None = None, lent: Lent | None = None,
+                 clock: Callable[[], float] = time.monotonic) -> None:
         self.begin_within_s = begin_within_s
+        self.owners: Callable[[Lease], Mapping[int, int]] = lambda lease: {}     # whose cores it holds
+        self._lent = lent
+        self._clock = clock
         self._ledger = ledger
         self._group = Group()
         self._unwritten: list[Group] = []
@@ -138,6 +145,11 @@ class Registry:
                 del self._held[lease.id]
                 if lease.state is LeaseState.LOST:
                     group.usage += self._lost(before)
+        if self._lent is not None:
+            now = self._clock()
+            for lease in changes.leases:
+                group.lent += self._lent.changed(lease, self.owners(lease) if self._lent.begun(lease) else {}, now)
+            group.lent += self._lent.due(now)
         return group
 
     def _lost(self, lease: Lease) -> list[Usage]:
@@ -163,8 +175,9 @@ class Registry:
         usage = [each for one in waiting for each in one.usage]
         agents = {node: known for one in waiting for node, known in one.agents.items()}
         jobs = {session: job for one in waiting for session, job in one.jobs.items()}
-        if changes or usage or agents or jobs:
-            self._ledger.write(changes, usage, agents, jobs)
+        lent = [line for one in waiting for line in one.lent]
+        if changes or usage or agents or jobs or lent:
+            self._ledger.write(changes, usage, agents, jobs, lent)
         self._unwritten = []
         return [action for one in waiting for action in one.actions]
 

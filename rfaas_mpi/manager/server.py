@@ -40,10 +40,11 @@ from rfaas_mpi.manager.callers import AgentChannel, Callers
 from rfaas_mpi.leases.held import Held
 from rfaas_mpi.manager.accounts import KernelUse, Usage
 from rfaas_mpi.manager.cluster import Cluster, Policy, session_number
+from rfaas_mpi.manager.credit import Lent
 from rfaas_mpi.manager.core import Action, Admit, Granted, Notify, Refused, StopWorkers, Superseded
 from rfaas_mpi.manager.directory import Directory, Registration
 from rfaas_mpi.manager.keys import Keys, check_agent_key, name_of
-from rfaas_mpi.manager.ledger import USAGE_BY, Ledger
+from rfaas_mpi.manager.ledger import USAGE_BY, USAGE_SUMS, Ledger
 from rfaas_mpi.manager.metrics import CONTENT_TYPE, Metrics
 from rfaas_mpi.manager.registry import Group, Registry
 from rfaas_mpi.messages import LeaseRequest, RankAt
@@ -176,11 +177,14 @@ class ManagerServer:
         self._clock = clock
         self.callers = callers or Callers()
         self._ledger = ledger
+        self._policy_is = policy
         placer = Placer(policy.placement, policy.settings)
         held = Held(policy.half_life_s)
         held.add(ledger.core_s(policy.half_life_s), clock())
-        self.registry = Registry(ledger, placer, clock(), quota=policy.quota, held=held)
-        self.cluster = Cluster(self.registry.book, clock(), policy=policy, placer=placer)
+        self._loans = self._lenders(policy, clock())
+        self.registry = Registry(ledger, placer, clock(), quota=self._quota, held=held, lent=self._loans, clock=clock)
+        self.cluster = Cluster(self.registry.book, clock(), policy=policy, placer=placer, lent=self._loans)
+        self.registry.owners = self.cluster.owners
         self.directory = Directory(ledger.agents())
         # Users' own that aren't heard of are forgotten some day.
         self.cluster.expected(self.directory.nodes, clock())
@@ -207,6 +211,21 @@ class ManagerServer:
         self._metrics_runner: web.AppRunner | None = None
         self._bodies = Bodies(route.body for route in api.ROUTES if route.body)
         self._page = json.dumps(api.openapi()).encode()
+
+    def _lenders(self, policy: Policy, now: float) -> Lent | None:
+        if not policy.credit.weight:
+            return None
+        kept, core_s = self._ledger.lent(policy.credit.half_life_s)
+        return Lent(policy.credit.half_life_s, now, kept=kept, core_s=core_s)
+
+    def _quota(self, uid: int) -> int | None:
+        """Cores that the user may hold at a time: what the policy says, and what his credit adds."""
+        policy = self._policy_is
+        most = policy.quota(uid)
+        if most is None or self._loans is None or not policy.credit.extra_cores:
+            return most
+        credit = policy.credit.of(self._loans.core_s(self._clock()).get(uid, 0.0))
+        return most + policy.credit.cores(credit)
 
     @property
     def book(self) -> LeaseBook:
@@ -484,7 +503,7 @@ class ManagerServer:
 
     def _other_version(self, problem: VersionMismatch) -> web.Response:
         # Agents try again and again.
-        if (times := self.callers.often(str(problem))) is not None:
+        if (times := self.callers.often("version")) is not None:
             log.error("refused: %s (%d times since this was last said)", problem, times)
         return _json(426, _problem(problem))
 
@@ -551,7 +570,7 @@ class ManagerServer:
         if not known:
             # Nothing can be granted for it; what it runs still holds its cores.
             report = msgspec.structs.replace(report, spare=())
-        actions = self.cluster.report(uid, report, now)
+        actions = self.cluster.report(uid, report, now, jobs=body.owners)
         if self.book.heard(name) == (body.incarnation, body.clock_ns):
             self.registry.reported(name, body.incarnation, body.clock_ns)
         superseded = any(isinstance(action, Superseded) for action in actions)
@@ -757,14 +776,31 @@ class ManagerServer:
             raise _Refusal(400, f"by is {by[:40]!r}", f"ask by {', '.join(USAGE_BY)}")
         prices = self.cluster.policy.prices
         rows = await asyncio.to_thread(self._ledger.usage, by=by, uid=None if everybody else uid)
+        if by == "uid":
+            rows = await self._with_lent(rows, None if everybody else uid)
         return api.UsageSums(by, tuple({**row, "cost": prices.cost(row)} for row in rows),
                              msgspec.structs.asdict(prices))
+
+    async def _with_lent(self, rows: list[dict[str, Any]], uid: int | None) -> list[dict[str, Any]]:
+        """The rows of users with what they have lent; with rows of users who have only lent."""
+        lent: dict[int, float] = {}
+        if self._loans is not None:
+            lent = await asyncio.to_thread(self._ledger.lent_core_s, uid)
+            for owner, more in self._loans.unkept(self._clock()).items():
+                if uid is None or owner == uid:
+                    lent[owner] = lent.get(owner, 0.0) + more
+        nothing = {name: 0 if name in ("workers", "invocations") else 0.0 for name in USAGE_SUMS}
+        of = {row["uid"]: row for row in rows} | {owner: {"uid": owner, **nothing} for owner in
+                                                  lent.keys() - {row["uid"] for row in rows}}
+        now = self._clock()
+        return [{**of[owner], "lent_core_s": lent.get(owner, 0.0), "credit_core_s": self.cluster.credit(owner, now)}
+                for owner in sorted(of)]
 
     async def _policy(self, uid: int, _request: web.Request) -> api.PolicyView:
         policy = self.cluster.policy
         return api.PolicyView(
             tuple(sorted(policy.lenders)), tuple(sorted(policy.admins)), placement=policy.placement,
-            cores_max=policy.quota(uid), half_life_s=policy.half_life_s, weight=policy.weights.get(uid, 1.0))
+            cores_max=self._quota(uid), half_life_s=policy.half_life_s, weight=policy.weights.get(uid, 1.0))
 
     async def _events(self, uid: int, request: web.Request) -> api.Events:
         text = request.query.get("after", "0")

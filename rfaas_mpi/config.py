@@ -23,7 +23,7 @@ from rfaas_mpi.types import TcpOptions
 
 __all__ = [
     "Given", "Places", "Settings", "core_list", "describe", "environment", "files", "inside_worker",
-    "password_in_environment", "places", "scrubbed", "site_users", "slurm_job", "user_id",
+    "packed_environment", "password_in_environment", "places", "scrubbed", "site_users", "slurm_job", "user_id",
 ]
 
 PREFIX = "RFAAS_"
@@ -350,6 +350,17 @@ def environment() -> dict[str, str]:
             copy[PREFIX + name.upper()] = _as_text(given.value)
     copy[CONFIG_VARIABLE] = os.devnull
     return copy
+
+
+def packed_environment(sandbox: str) -> tuple[tuple[bytes, bytes], ...]:
+    """environment(), as a join carries it, with that sandbox. What files say is read once for each environment."""
+    return _packed(tuple(os.environb.items()), sandbox)
+
+
+@functools.lru_cache(maxsize=4)
+def _packed(_own: tuple[tuple[bytes, bytes], ...], sandbox: str) -> tuple[tuple[bytes, bytes], ...]:
+    wanted = {**environment(), f"{PREFIX}SANDBOX": sandbox}
+    return tuple((os.fsencode(name), os.fsencode(value)) for name, value in wanted.items())
 
 
 def inside_worker(environment: Mapping[str, str] | None = None) -> bool:

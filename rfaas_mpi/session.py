@@ -676,13 +676,12 @@ class Session:
         self._connection.settimeout(None)
         self._reader = threading.Thread(target=self._read, name="rfaas-session", daemon=True)
         self._reader.start()
-        environment = {**config.environment(), f"{config.PREFIX}SANDBOX": self.settings.sandbox}
         join = msg.Join(
             id=next(self._ids), pid=os.getpid(),
             executable=os.fsencode(sys.executable or ""), flags=_interpreter_flags(),
             path=tuple(os.fsencode(_absolute(entry)) for entry in sys.path if isinstance(entry, str)),
             directory=os.fsencode(_directory()),
-            environment=tuple((os.fsencode(name), os.fsencode(value)) for name, value in environment.items()),
+            environment=config.packed_environment(self.settings.sandbox),
             affinity=tuple(sorted(os.sched_getaffinity(os.getpid()))), lend=self.settings.lend,
             cores=self.settings.cores, observer=observer, package=os.fsencode(Path(__file__).parent))
         if begin:

@@ -176,7 +176,6 @@ class Embryo:
             numpy_random.seed()
         forbid_mpi()
         os.environ[config.WORKER_MARK] = "0"
-        config.Settings.load()        # for the pages that it touches
         self._data_bytes = _data_bytes()
         # Here already: what is left to do needs nothing that a sandbox denies, and
         # the order for a worker does not wait for it.

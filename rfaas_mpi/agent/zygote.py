@@ -109,7 +109,7 @@ class _Zygote:
         order = msg.unpack_to_zygote(data)
         assert isinstance(order, msg.ForkWorker)
         try:
-            pid = self._order_spare(data, fds) or self._fork(order, fds)
+            pid = self._order_spare(order, data, fds) or self._fork(order, fds)
         except RuntimeError as error:
             _say(self.channel, msg.ZygoteProblem(order.worker, str(error)))
             return
@@ -137,13 +137,15 @@ class _Zygote:
             ours.close()
         return pid
 
-    def _order_spare(self, data: bytes, fds: list[int]) -> int:
+    def _order_spare(self, order: msg.ForkWorker, data: bytes, fds: list[int]) -> int:
         """Its pid; 0 if there is none."""
         if self.spare is None:
             return 0
         (pid, channel), self.spare = self.spare, None
         with channel:
             try:
+                # While it sleeps, so that it wakes up where it belongs: to move by itself takes half a millisecond.
+                os.sched_setaffinity(pid, order.cores)
                 socket.send_fds(channel, [data], fds)
             except OSError:
                 return 0              # it was killed; it will be reaped like any other
@@ -240,6 +242,8 @@ def _run_worker(order: msg.ForkWorker | None, fds: list[int], orders: socket.soc
     try:
         from rfaas_mpi.agent import child
         embryo = child.Embryo(parent, [*fds, orders.fileno()], plan, scratch, low)
+        from rfaas_mpi.worker.main import Ready
+        ready = Ready()
         if order is None:
             data, fds, _, _ = socket.recv_fds(orders, DATAGRAM_BYTES, FDS_MAX)
             if not data:
@@ -249,8 +253,7 @@ def _run_worker(order: msg.ForkWorker | None, fds: list[int], orders: socket.soc
             order = later
         orders.detach()               # become() closes it with all the rest
         embryo.become(order.worker, order.cores, order.memory_bytes, *fds)
-        from rfaas_mpi.worker.main import main as serve_kernels
-        status = serve_kernels(child.AGENT_FD, child.PAGE_FD, order.cores)
+        status = ready.serve(child.AGENT_FD, child.PAGE_FD)
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else 1
     except BaseException:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from rfaas_mpi import config, fabric
 from rfaas_mpi.worker.handlers import Handlers
 
-__all__ = ["main"]
+__all__ = ["Ready"]
 
 _STDIO_LINES = 1          # _IOLBF
 
@@ -49,17 +49,23 @@ def _line_buffer_stdio() -> None:
     libc.setvbuf(stdout, None, ctypes.c_int(_STDIO_LINES), ctypes.c_size_t(0))
 
 
-def main(agent_fd: int, page_fd: int, cores: tuple[int, ...]) -> int:
-    """Serves kernels on `cores`, to which this process is pinned already; returns the exit status.
+class Ready:
+    """All of it that needs none of a worker's descriptors: done by a fork that waits to become one."""
 
-    Ends when it is told to on the agent's socket, or when that is closed.
-    """
-    flush = _capture_output()
-    faulthandler.enable(file=2, all_threads=False)
-    _line_buffer_stdio()
-    settings = config.Settings.load()
-    worker = fabric.Worker(agent_fd, page_fd, Handlers(flush), spin_us=settings.spin_us)
-    try:
-        return worker.run()
-    finally:
-        flush()
+    def __init__(self) -> None:
+        # By their numbers, which will be other files' once it is known which worker this is.
+        self._flush = _capture_output()
+        faulthandler.enable(file=2, all_threads=False)
+        _line_buffer_stdio()
+        self._spin_us = config.Settings.load().spin_us
+
+    def serve(self, agent_fd: int, page_fd: int) -> int:
+        """Serves kernels; returns the exit status.
+
+        Ends when it is told to on the agent's socket, or when that is closed.
+        """
+        worker = fabric.Worker(agent_fd, page_fd, Handlers(self._flush), spin_us=self._spin_us)
+        try:
+            return worker.run()
+        finally:
+            self._flush()

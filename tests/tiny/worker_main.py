@@ -64,5 +64,6 @@ class Tiny:
             self.send(GONE, struct.pack("<II", self.connection, 0))
 
 
-def main(agent_fd, page_fd, cores):
-    return Tiny(agent_fd, page_fd).serve()
+class Ready:
+    def serve(self, agent_fd, page_fd):
+        return Tiny(agent_fd, page_fd).serve()

@@ -9,8 +9,14 @@ PURPOSE
 
 USAGE
     mpiexec -n 1 python apps/blackscholes.py [--options 10000000] [--workers 0|1]
-        [--rounds 9] [--bound] [--bound-shared] [--kill] [--json FILE]
+        [--mode local|remote|split|mpi]... [--rounds 9] [--bound] [--bound-shared]
+        [--kill] [--json FILE]
 
+    --mode M     what to run, in turn; may be repeated. local: the rank's core alone;
+                 remote: all on borrowed cores; split: Executor.Split, which divides the
+                 work as its planner says; mpi: ranks alone, for `mpiexec -n 2`. By
+                 default local, and the rank and its workers with the work divided by
+                 this program ("shared").
     --workers N  cores to borrow; 0: the rank's core alone
     --bound      also time two bare pinned processes that price half each (one
                  rank only): no borrowed core can do better than that
@@ -39,6 +45,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +55,7 @@ import rfaas_mpi as rf
 
 BLOCK = 1 << 16       # options that are drawn together: the same for any number of ranks
 ALIGN = 64            # cells are multiples of this, so each starts on a cache line
+SMALLEST = 16384      # options of a cell: what a call costs is little beside that
 TOLERANCE = 1e-10     # of a price; prices are up to 126, so 1e-14 is one rounding
 AHEAD = 2             # cells at a worker: one that runs, one so that it never waits for the rank
 PAUSE_NS = 100_000_000  # between wiping the prices and a run: what was just written lies in caches
@@ -123,7 +131,7 @@ def grid(count: int) -> list[slice]:
     """
     cells, start = [], 0
     while start < count:
-        size = max(min((count - start) // 5, count // 12), 16384)
+        size = max(min((count - start) // 5, count // 12), SMALLEST)
         size = min(-(-size // ALIGN) * ALIGN, count - start)
         cells.append(slice(start, start + size))
         start += size
@@ -298,6 +306,7 @@ class Pricing:
         self.pieces = [(self.options.part(cell), self.prices[cell]) for cell in self.cells]
         self.workers: dict[int, int] = {}
         self.requests: list[Any] = []
+        self.splits: dict[str, Any] = {}
         if self.executor:
             places = dict(self.executor.map(whereabouts, range(16 * workers), chunksize=1))
             self.workers = {pid: core for pid, core in places.items() if pid != os.getpid()}
@@ -307,6 +316,22 @@ class Pricing:
         """A persistent request for each cell, into `prices`."""
         return [self.executor.Invoke_init(self.kernel, tuple(self.options.part(cell)), prices[cell])
                 for cell in self.cells]
+
+    def divide(self, mode: str) -> Any:
+        """The split that runs the block as `mode` says, made once."""
+        if mode not in self.splits:
+            self.splits[mode] = self.executor.Split_init(
+                self.kernel, tuple(self.options), self.prices, grain=SMALLEST,
+                where={"remote": "workers", "split": "both"}[mode])
+        return self.splits[mode]
+
+    def divided(self, mode: str) -> float:
+        """Seconds to price the block as a split."""
+        split = self.divide(mode)
+        self.wipe()
+        start = time.perf_counter()
+        split.Run()
+        return time.perf_counter() - start
 
     def wipe(self) -> None:
         """Forgets all prices; the next run begins as the bare processes begin, some time later."""
@@ -366,9 +391,9 @@ class Pricing:
 
     def close(self) -> None:
         """Frees the requests and gives the cores back. Safe to call twice."""
-        for request in self.requests:
-            request.Free()
-        self.requests = []
+        for held in (*self.requests, *self.splits.values()):
+            held.Free()
+        self.requests, self.splits = [], {}
         if self.executor:
             self.executor.shutdown()
 
@@ -421,6 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--options", type=int, default=10_000_000)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--mode", action="append", choices=["local", "remote", "split", "mpi"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seed", type=int, default=1973)
     parser.add_argument("--bound", action="store_true")
@@ -432,6 +458,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
+    modes = args.mode or []
+    if "mpi" in modes:
+        if modes != ["mpi"]:
+            parser.error("--mode mpi goes with no other: it is for several ranks")
+        args.workers = 0
     if (args.bound or args.bound_shared) and comm.size > 1:
         parser.error("--bound and --bound-shared are for one rank")
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -457,20 +488,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.workers and not pricing.workers:
             print(f"rank {comm.rank}: no core is spare here; it works alone", file=sys.stderr)
 
-        ways: dict[str, Callable[[], float]] = {"alone": pricing.alone}
-        if pricing.workers:
+        ways: dict[str, Callable[[], float]] = {"mpi" if "mpi" in modes else "alone": pricing.alone}
+        if pricing.workers and not modes:
             ways["shared"] = pricing.shared
+        for mode in dict.fromkeys(modes):
+            if mode in ("remote", "split") and pricing.workers:
+                ways[mode] = partial(pricing.divided, mode)
         for name, memory, wanted in (("bound", "private", args.bound),
                                      ("bound_shared", "shared", args.bound_shared)):
             if wanted and pricing.workers:
                 bounds[name] = BareProcesses(pricing.library, memory, [core, *worker_cores], count, args.seed)
         verdict = Verdict()
         seconds: dict[str, list[float]] = {way: [] for way in ways}
+        predicted: list[float | None] = []
+        if "split" in ways:
+            say("  a run to learn from", sys.stderr)
+            ways["split"]()
+            verdict.check("split, first", pricing.options, pricing.prices)
         # Taken in turn, so that what disturbs the machine disturbs all alike.
         for turn in range(args.rounds):
             say(f"  round {turn + 1} of {args.rounds}", sys.stderr)
             for way, run in ways.items():
                 comm.Barrier()
+                if way == "split":
+                    predicted.append(pricing.divide(way).predict().predicted_s)
                 elapsed = run()
                 seconds[way].append(comm.allreduce(elapsed, MPI.MAX))
                 verdict.check(way, pricing.options, pricing.prices)
@@ -478,6 +519,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 elapsed, digests = processes.run()
                 seconds.setdefault(name, []).append(elapsed)
                 verdict.check_digests(name, processes.parts, digests)
+        plan = str(pricing.divide("split").predict()) if "split" in ways else None
         kill = None
         if args.kill and pricing.workers:
             say("  once more, with a worker killed in mid-run", sys.stderr)
@@ -501,19 +543,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"         the last {PASSES} lost a worker by SIGKILL after "
             f"{(kill['killed_ns'] - kill['begin_ns']) / 1e6:.0f} ms: no price is missing")
     median = {way: statistics.median(values) for way, values in seconds.items()}
-    names = {"alone": "rank's core alone", "shared": f"with {len(pricing.workers)} borrowed",
+    first_way = next(iter(median))
+    names = {"alone": "rank's core alone", "mpi": f"{comm.size} rank(s) alone",
+             "remote": f"on {len(pricing.workers)} borrowed, alone", "split": f"split with {len(pricing.workers)}",
+             "shared": f"with {len(pricing.workers)} borrowed",
              "bound": "bound: bare processes", "bound_shared": "bound, shared memory"}
     label = "rate   "
     for way, value in median.items():
         say(f"{label}  {names[way]:<22} {args.options / value / 1e6:8.1f} M options/s"
-            f"   {value * 1e3:8.1f} ms   {median['alone'] / value:5.2f}x")
+            f"   {value * 1e3:8.1f} ms   {median[first_way] / value:5.2f}x")
         label = "       "
+    prediction = None
+    if predicted and None not in predicted:
+        prediction = statistics.median(p / s for p, s in zip(predicted, seconds["split"]))
+        say(f"         predicted: {prediction:.0%} of what a split took (median of the rounds)")
     disturbed = False
     of: dict[str, float | None] = {}
     for name, where in (("bound", ""), ("bound_shared", " on shared memory")):
         of[name] = None
         if name in median:
-            of[name] = statistics.median(b / s for b, s in zip(seconds[name], seconds["shared"]))
+            with_workers = next(way for way in ("shared", "split", "remote", "alone") if way in seconds)
+            of[name] = statistics.median(b / s for b, s in zip(seconds[name], seconds[with_workers]))
             say(f"         {of[name]:.1%} of the bound's speed-up{where} (median of the rounds)")
     if "bound" in median:
         disturbed = max(seconds["bound"]) > 1.2 * min(seconds["bound"])
@@ -524,6 +574,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                                 "allowed": TOLERANCE, "runs": verdict.runs},
                   "seconds": seconds, "median_s": median, "of_bound": of["bound"],
                   "of_bound_shared": of["bound_shared"],
+                  "predicted_s": predicted, "of_prediction": prediction, "plan": plan,
                   "disturbed": disturbed, "kill": kill}
         Path(args.json).write_text(json.dumps(report))
     return 0

@@ -110,6 +110,46 @@ def test_two_ranks_share_the_options(tmp_path):
 
 
 @needs_two_cores
+def test_the_planner_s_division_gives_the_same_prices(tmp_path):
+    report = tmp_path / "report.json"
+    done = mpiexec(1, "blackscholes.py", "--options", 500_000, "--rounds", 2, "--bound",
+                   "--mode", "local", "--mode", "remote", "--mode", "split", "--json", report)
+    assert done.returncode == 0, done.stdout + done.stderr
+    data = json.loads(report.read_text())
+    assert data["verdict"]["correct"] is True
+    assert set(data["seconds"]) == {"alone", "remote", "split", "bound"}
+    assert len(data["predicted_s"]) == 2 and "cells" in data["plan"]
+
+
+def test_ranks_alone_are_a_mode(tmp_path):
+    report = tmp_path / "report.json"
+    done = mpiexec(2, "blackscholes.py", "--options", 100_000, "--rounds", 1, "--mode", "mpi", "--json", report)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(json.loads(report.read_text())["seconds"]) == {"mpi"}
+
+
+LIES = {
+    "a cell of zeros": lambda prices: np.put(prices, range(20_000, 30_000), 0.0),
+    "two cells swapped": lambda prices: np.put(prices, range(40_000), np.roll(prices[:40_000], 20_000)),
+    "an older result": lambda prices: np.put(prices, range(10_000), prices[:10_000] * 1.01),
+    "one price off by a millionth": lambda prices: np.put(prices, [4_711], prices[4_711] * (1 + 1e-6)),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("later", [False, True], ids=["first run", "later run"])
+def test_each_lie_of_a_worker_is_found(blackscholes, lie, later):
+    options = blackscholes.make_options(0, 50_000, 7, np.empty)
+    prices = blackscholes.black_scholes_ref(options)
+    verdict = blackscholes.Verdict()
+    if later:
+        verdict.check("right", options, prices)
+    LIES[lie](prices)
+    verdict.check(lie, options, prices)
+    assert len(verdict.wrong) == 1
+
+
+@needs_two_cores
 def test_thumbnails_made_by_a_worker_equal_local_ones():
     done = mpiexec(1, "thumbnails.py", "--repeat", 1)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -292,8 +292,10 @@ class Nodes:
         chosen = []
         for name, workers in chooser.choose(demand, now).items():
             node = self._all[name]
-            if any(core in node.held for cores in workers for core in cores):
-                raise RuntimeError(f"who chooses nodes wants to lend a core of {name} that is lent: {workers}")
+            held = node.held.keys()
+            for cores in workers:
+                if not held.isdisjoint(cores):
+                    raise RuntimeError(f"who chooses nodes wants to lend a core of {name} that is lent: {workers}")
             chosen.append((node, workers))
         return chosen
 

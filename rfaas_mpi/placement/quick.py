@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from heapq import heapify, heappop, heapreplace
 from itertools import chain, islice
 from typing import Any, TypeAlias
@@ -147,6 +148,17 @@ class _Stay:
         self.found: list[tuple[int, ...]] = []
 
 
+@lru_cache(maxsize=1 << 16)
+def _per_byte(switches: tuple[str, ...], path: tuple[str, ...], bandwidth: tuple[float, ...]) -> float:
+    """Scorer.far_per_byte of a node below these switches and a rank below that path."""
+    last = level = len(bandwidth) - 1
+    for height, switch in enumerate(switches, 1):
+        if switch in path:
+            level = min(max(height, path.index(switch) + 1), last)
+            break
+    return 1.0 / bandwidth[level]
+
+
 def cheapest(demand: Asked, now: float, seed: int, spots: Mapping[str, Spot], likely: Sequence[str],
              view: ClusterView, settings: Settings) -> _Seats | None:
     """Node → the cores of each worker, as by the default policy; None where `least_cost` has to be asked.
@@ -167,25 +179,12 @@ def cheapest(demand: Asked, now: float, seed: int, spots: Mapping[str, Spot], li
     bandwidth, far_numa = settings.bandwidth, settings.far_numa
     home, at_home, home_s, home_away_s, exchange = None, None, 0.0, 0.0, 0.0
     path: tuple[str, ...] = ()
-    heights: dict[str, int] = {}
     if place is not None:
         home = place.node
         exchange = (settings.assumed_bytes_per_s if demand.bytes_per_s is None else demand.bytes_per_s) * duration_s
         path = view.path(place.node) or place.switches
-        for position, switch in enumerate(reversed(path)):
-            heights[switch] = len(path) - position
         at_home, home_s = place.numa, exchange * (1.0 / bandwidth[0])
         home_away_s = exchange * (1.0 / bandwidth[0] * settings.far_numa)
-    per_byte: dict[tuple[str, ...], float] = {}            # switches above a node → s for each byte
-
-    def find_per_byte(switches: tuple[str, ...]) -> float:
-        last = level = len(bandwidth) - 1
-        for height, switch in enumerate(switches, 1):
-            if switch in heights:
-                level = min(max(height, heights[switch]), last)
-                break
-        seconds = per_byte[switches] = 1.0 / bandwidth[level]
-        return seconds
 
     # ---- what the first worker costs on each node that is looked at --------------------------------
     chance = Chance(seed)
@@ -225,7 +224,7 @@ def cheapest(demand: Asked, now: float, seed: int, spots: Mapping[str, Spot], li
                 if spot.home == home:
                     near, here_s, away_s = at_home, home_s, home_away_s
                 else:
-                    seconds = per_byte.get(spot.switches) or find_per_byte(spot.switches)
+                    seconds = _per_byte(spot.switches, path, bandwidth)
                     here_s = exchange * (seconds / spot.rest)
                     if (near := spot.nic_numa) is not None:
                         away_s = exchange * (seconds * far_numa / spot.rest)
@@ -293,7 +292,7 @@ def cheapest(demand: Asked, now: float, seed: int, spots: Mapping[str, Spot], li
         elif exchange:
             load = spot.load + stay.here * (exchange / duration_s) / bandwidth[min(1, len(bandwidth) - 1)]
             rest = 1.0 - (load if load < 0.95 else 0.95)
-            near, seconds = spot.nic_numa, per_byte[spot.switches]
+            near, seconds = spot.nic_numa, _per_byte(spot.switches, path, bandwidth)
             here_s, away_s = exchange * (seconds / rest), exchange * (seconds * far_numa / rest)
         best, best_s, moved_s = -1, math.inf, 0.0
         for domain, free in spot.free_of.items():

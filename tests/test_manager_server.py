@@ -715,3 +715,35 @@ def test_the_openapi_page_tells_of_every_operation_and_type(play):
         assert {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]} == names
         assert page["components"]["schemas"]["AskLease"]["properties"]["workers_max"]["maximum"] == api.WORKERS_MAX
     play(scenario)
+
+
+def test_nodes_of_a_partition_whose_windows_were_short_are_chosen_last(play):
+    async def scenario(call: Caller) -> None:
+        numbers = {node: await call.start(node) for node in ("nid1", "nid2")}
+
+        async def tell(node: str, partition: str, age_s: float | None) -> None:
+            await call.report(node, numbers[node], cores=4 if age_s is not None else 0,
+                              traits={"partition": partition, "window_age_s": age_s})
+
+        async def explained() -> tuple[list[str], dict[str, float]]:
+            found = await call("POST", "/v1/explain", {"session": "s", "request_id": next(_ids), "workers_min": 1,
+                                                       "workers_max": 1, "duration_s": 60.0})
+            return ([one["node"] for one in found["nodes"] if one["chosen"]],
+                    {one["node"]: one["terms"]["eviction_s"] for one in found["nodes"]})
+
+        await tell("nid1", "short", 30.0)
+        await tell("nid2", "long", 30.0)
+        chosen, risk_s = await explained()
+        assert chosen == ["nid1"] and risk_s["nid1"] == pytest.approx(risk_s["nid2"], rel=0.2)
+        for _ in range(20):
+            # Owners come after half a minute, again and again.
+            await tell("nid1", "short", None)
+            await tell("nid1", "short", 30.0)
+        while chosen == ["nid1"]:
+            # What was seen counts after some seconds.
+            await call.report("nid2", numbers["nid2"], traits={"partition": "long", "window_age_s": 30.0})
+            chosen, risk_s = await explained()
+        assert chosen == ["nid2"] and risk_s["nid1"] > 1.5 * risk_s["nid2"]
+        assert (await call.ask())["leases"][0]["node"] == "nid2"
+
+    play(scenario)

@@ -22,6 +22,7 @@ from rfaas_mpi.leases import (
     LeaseBook,
     LeaseState,
     NodeDrained,
+    NodeLost,
     NodeReport,
     NodeUndrained,
     NodeView,
@@ -125,6 +126,9 @@ class Cluster:
             self._runs[node], self._jobs[node] = uid, jobs
             if self._lent is not None:
                 self._lent.heard(node, now)
+            if trusted and self._placer is not None:
+                # What a user's own agent says of windows would be counted against the site's nodes.
+                self._placer.observe(node, traits.since, report.spare, now)
         return actions
 
     # ---- lenders ---------------------------------------------------------------------------------
@@ -265,7 +269,11 @@ class Cluster:
 
     def tick(self, now: float) -> list[Action]:
         """Who fell silent or died, what came to its end, who waited long enough."""
-        actions = [action for event in self.agents.tick(now) for action in self.manager.handle(event, now)]
+        actions: list[Action] = []
+        for event in self.agents.tick(now):
+            if isinstance(event, NodeLost) and self._placer is not None:
+                self._placer.lost(event.node)
+            actions += self.manager.handle(event, now)
         return actions + self.manager.tick(now)
 
     def forget(self, now: float) -> list[str]:

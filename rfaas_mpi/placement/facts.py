@@ -112,7 +112,7 @@ class NodeFacts:
         if "_risk" in kept and (known := kept["_risk"])[1] == asked and known[0] is survival:
             return known[2]
         age = at - self.since if self.since is not None else 0.0
-        risk = survival.ends_within(age, for_s, self.cohort_size)
+        risk = survival.of(self.partition).ends_within(age, for_s, self.cohort_size)
         kept["_risk"] = (survival, asked, risk)
         return risk
 

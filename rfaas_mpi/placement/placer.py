@@ -15,6 +15,7 @@ from rfaas_mpi.placement.facts import Asked, ClusterView, Needs, NodeFacts, Rank
 from rfaas_mpi.placement.policies import POLICIES, Search, explain, seats
 from rfaas_mpi.placement.quick import Spot, cheapest
 from rfaas_mpi.placement.score import Settings
+from rfaas_mpi.placement.windows import Windows
 
 __all__ = ["Cohorts", "Placer"]
 
@@ -106,6 +107,8 @@ class Placer:
         self._told: dict[str, dict[str, Any]] = {}
         self._cohorts = Cohorts()
         self._view: ClusterView | None = ClusterView.of(())
+        self._windows = (Windows(settings.survival, settings.learn_half_life_s)
+                         if settings.learn_half_life_s > 0 else None)
 
     # ---- facts -----------------------------------------------------------------------------------
 
@@ -159,9 +162,23 @@ class Placer:
             self._put(facts_now)
             self._cohorts.window(node, facts_now.partition, facts_now.since)
 
+    def observe(self, node: str, since: float | None, spare: Iterable[int], now: float) -> None:
+        """A report of a node whose word counts: what its window has lasted, and which of its cores are wanted back.
+
+        The default's risk of evictions follows from what all nodes of its partition have shown.
+        """
+        if self._windows is not None and (facts := self._nodes.get(node)) is not None:
+            self._windows.seen(node, facts.partition, since, spare, now, facts.cohort_size)
+
+    def lost(self, node: str) -> None:
+        """Nothing is heard of the node any more."""
+        if self._windows is not None:
+            self._windows.lost(node)
+
     def gone(self, node: str) -> None:
         """The node isn't there any more, and what was told of it no longer holds."""
         self._told.pop(node, None)
+        self.lost(node)
         if self._known(node) is not None:
             self._list(node, bool(self._nodes.pop(node).spare), False)
             del self._spots[node]
@@ -177,6 +194,7 @@ class Placer:
 
         `more`: further fields of Needs.
         """
+        self._learn(now)
         seed = hash((self.seed, demand.session, demand.request_id))
         others_wait = self.waiting_cores > 0 and self.debt_s is not None
         if self.policy == "default" and not ranks and not more and not others_wait:
@@ -189,6 +207,7 @@ class Placer:
     def explain(self, demand: Asked, now: float, *, ranks: tuple[RankPlace, ...] = (),
                 **more: Any) -> tuple[Verdict, ...]:
         """For each node: why not, or how many workers fit and what one costs."""
+        self._learn(now)
         return explain(self.needs(demand, ranks, **more), self.view(), now=now, settings=self.settings)
 
     def needs(self, demand: Asked, ranks: tuple[RankPlace, ...] = (), **more: Any) -> Needs:
@@ -217,6 +236,10 @@ class Placer:
         return view
 
     # ---- inside ----------------------------------------------------------------------------------
+
+    def _learn(self, now: float) -> None:
+        if self._windows is not None and self._windows.due(now):
+            self.settings = replace(self.settings, survival=self._windows.fold(now))
 
     def _places(self) -> ClusterView:
         """The view, where what is free and held is not asked of it."""

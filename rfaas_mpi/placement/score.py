@@ -46,6 +46,7 @@ class Settings:
     same_cohort: float = 0.70
     other_cohort: float = 0.15
     horizon_s: float = 60.0                    # for a demand that doesn't say how long
+    learn_half_life_s: float = 604_800.0       # what was seen of windows counts half then; 0: nothing is learned
     min_age_s: float = 0.0                     # younger windows aren't lent
     silent_after_s: float = 30.0               # three heartbeats of ten seconds
     assumed_bytes_per_s: float = 1e8           # of a rank whose place is known and its traffic isn't; assumed

@@ -10,7 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 __all__ = ["DAINT", "PROMETHEUS_FIB", "PROMETHEUS_VAR", "Learned", "LogNormals", "Survival", "Window",
@@ -21,7 +21,12 @@ _LEAST_SURVIVAL = 1e-6
 
 
 class Survival(Protocol):
-    """A model of idle windows."""
+    """A model of idle windows: a fact, so that it has a hash."""
+
+    def __hash__(self) -> int: ...
+
+    def of(self, partition: str) -> Survival:
+        """The model of that partition's windows: itself, where it tells none apart."""
 
     def ends_within(self, age_s: float, for_s: float, cohort_size: int = 1) -> float:
         """The probability that a window of this age ends within the next `for_s` seconds."""
@@ -54,6 +59,10 @@ class LogNormals:
             raise ValueError(f"the weights of {self.parts} must add up to 1")
         if any(weight < 0 or median <= 0 or sigma <= 0 for weight, median, sigma in self.parts):
             raise ValueError(f"weights of {self.parts} can't be negative, medians and sigmas must be above 0")
+
+    def of(self, partition: str) -> Survival:
+        """See Survival."""
+        return self
 
     def survival(self, x: float) -> float:
         """The share of windows longer than x seconds."""
@@ -102,6 +111,7 @@ class Window:
     ended: bool = True                         # False: still open, or given up for a reason of ours
     seen_from_s: float = 0.0                   # older than 0 where it was open before anybody looked
     cohort_size: int = 1
+    share: float = 1.0                         # of the node that it ended for
 
 
 @dataclass(frozen=True)
@@ -128,21 +138,28 @@ class Learned:
     def observe(self, windows: Iterable[Window], keep: float = 1.0) -> Learned:
         """The model that knows these too; `keep` < 1 has what it knew before fade.
 
-        ValueError for a window that ends before it begins.
+        ValueError for a window that ends before it begins, and for a share that is none.
         """
         ends = [[keep * value for value in row] for row in self.ends or self._zeros]
         at_risk = [[keep * value for value in row] for row in self.at_risk_s or self._zeros]
         for window in windows:
             if not 0 <= window.seen_from_s <= window.end_age_s:
                 raise ValueError(f"{window} ends before it begins")
+            if not 0 < window.share <= 1:
+                raise ValueError(f"{window}: its share is above 0 and at most 1")
             row = self._row(window.cohort_size)
-            for bucket, begin in enumerate(self.AGES):
-                inside = min(window.end_age_s, self._upper(bucket)) - max(window.seen_from_s, begin)
+            for bucket in range(bisect_right(self.AGES, window.seen_from_s) - 1,
+                                bisect_right(self.AGES, window.end_age_s)):
+                inside = min(window.end_age_s, self._upper(bucket)) - max(window.seen_from_s, self.AGES[bucket])
                 if inside > 0:
                     at_risk[row][bucket] += inside
             if window.ended:
-                ends[row][bisect_right(self.AGES, window.end_age_s) - 1] += 1.0
+                ends[row][bisect_right(self.AGES, window.end_age_s) - 1] += window.share
         return replace(self, ends=tuple(map(tuple, ends)), at_risk_s=tuple(map(tuple, at_risk)))
+
+    def of(self, partition: str) -> Survival:
+        """See Survival."""
+        return self
 
     def ends_within(self, age_s: float, for_s: float, cohort_size: int = 1) -> float:
         """See Survival."""
@@ -168,15 +185,23 @@ class Learned:
 
     @cached_property
     def _rates(self) -> tuple[tuple[float, ...], ...]:
-        ends, at_risk = self.ends or self._zeros, self.at_risk_s or self._zeros
+        ends, at_risk, prior = self.ends or self._zeros, self.at_risk_s or self._zeros, _mean_rates(self.prior)
         return tuple(
-            tuple((self.strength + ends[row][bucket]) / (self.strength / self._prior_rate(bucket, size)
-                                                         + at_risk[row][bucket])
+            tuple((self.strength + ends[row][bucket]) / (self.strength / prior[row][bucket] + at_risk[row][bucket])
                   for bucket in range(len(self.AGES)))
-            for row, size in enumerate(self.SIZES))
+            for row in range(len(self.SIZES)))
 
-    def _prior_rate(self, bucket: int, cohort_size: int) -> float:
-        begin = self.AGES[bucket]
-        width = min(self._upper(bucket), 2 * begin + 1.0) - begin if bucket else self.AGES[1]
-        left = 1.0 - self.prior.ends_within(begin, width, cohort_size)
-        return max(-math.log(max(left, 1e-12)) / width, 1e-9)
+
+@lru_cache(maxsize=16)
+def _mean_rates(prior: Survival) -> tuple[tuple[float, ...], ...]:
+    """The prior's mean hazard in each bucket, by size of the cohort: the same for all that learn from it."""
+    rates = []
+    for size in Learned.SIZES:
+        row = []
+        for bucket, begin in enumerate(Learned.AGES):
+            end = Learned.AGES[bucket + 1] if bucket + 1 < len(Learned.AGES) else math.inf
+            width = min(end, 2 * begin + 1.0) - begin if bucket else Learned.AGES[1]
+            left = 1.0 - prior.ends_within(begin, width, size)
+            row.append(max(-math.log(max(left, 1e-12)) / width, 1e-9))
+        rates.append(tuple(row))
+    return tuple(rates)

@@ -185,7 +185,8 @@ $(foreach sanitizer,asan tsan,$(foreach transport,$(C_TRANSPORTS),$(eval $(call 
 include csrc/fuzz/fuzz.mk
 
 .PHONY: checks fuzz-checks
-checks: $(CHECKS)
+# What the guest runs of them (tests/verbs/conftest.py) is built beside those that run here.
+checks: $(CHECKS) $(sort $(patsubst csrc/tests/%.c,$(C_BUILD)/plain/%.run,$(C_TESTS_all) $(C_TESTS_of_verbs)))
 fuzz-checks: $(FUZZ_TARGETS:%=check-fuzz-%)
 
 test-c: setup

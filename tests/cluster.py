@@ -35,8 +35,9 @@ from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import ServiceLost
 from rfaas_mpi.leases import Lease, NodeView
 
-GUARD_S = 60.0
-ENDS_S = 20.0                        # a daemon that is told to end may need so long
+SLOW = float(os.environ.get("RFAAS_TEST_SLOW", "1"))  # how many times slower this machine is than it might be
+GUARD_S = 60.0 * SLOW
+ENDS_S = 20.0 * SLOW                 # a daemon that is told to end may need so long
 # A dead network is noticed soon, so that nobody waits for it here.
 IMPATIENT = {"RFAAS_TCP_IDLE_S": "1", "RFAAS_TCP_PROBE_S": "1", "RFAAS_TCP_PROBES": "2", "RFAAS_TCP_TIMEOUT_S": "2"}
 
@@ -350,7 +351,7 @@ def children(pid: int) -> list[int]:
 
 def finished(process: subprocess.Popen[str]) -> str:
     """What it said, once it has ended well."""
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=100 * SLOW)
     assert process.returncode == 0, out + err
     return out
 

@@ -55,6 +55,19 @@ def pytest_make_collect_report(collector):
     return report
 
 
+# --- what takes long runs beside the rest ---------------------------------------
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """A module whose begin_beside() starts something has it ended by end_beside(), whatever becomes of the tests."""
+    if session.config.option.collectonly:
+        return
+    for module in {item.getparent(pytest.Module) for item in session.items}:
+        if module is not None and (begin := getattr(module.obj, "begin_beside", None)):
+            session.config.add_cleanup(module.obj.end_beside)
+            begin()
+
+
 # --- nothing is left behind ----------------------------------------------------
 
 def wait_until(condition: Callable[[], object], what: str, guard_s: float = 30.0) -> object:

@@ -34,7 +34,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -291,7 +291,7 @@ class Guest:
                  writable: Sequence[Path] = (), cpus: int = 2, memory_mib: int = 2048,
                  directory: Path | None = None, environment: Mapping[str, str] | None = None,
                  stdout: BinaryIO | None = None, stderr: BinaryIO | None = None,
-                 kernel_arguments: str = "", cache: Path | None = None) -> None:
+                 kernel_arguments: str = "", cache: Path | None = None, niceness: int = 0) -> None:
         self.status: int | None = None  # as a shell would say it, once the guest has ended
         self._kernel = prepare(cache)
         self._deadline = time.monotonic() + timeout_s
@@ -302,7 +302,7 @@ class Guest:
             files = self._files([*command], nodes, writable, directory or Path.cwd(),
                                 os.environ if environment is None else environment)
             self._boot(files, writable, cpus, memory_mib, kernel_arguments,
-                       (stdout or sys.stdout.buffer, stderr or sys.stderr.buffer))
+                       (stdout or sys.stdout.buffer, stderr or sys.stderr.buffer), niceness)
         except BaseException:
             self.close()
             raise
@@ -323,7 +323,7 @@ class Guest:
         }
 
     def _boot(self, files: Mapping[str, bytes], writable: Sequence[Path], cpus: int, memory_mib: int,
-              kernel_arguments: str, outputs: tuple[BinaryIO, BinaryIO]) -> None:
+              kernel_arguments: str, outputs: tuple[BinaryIO, BinaryIO], niceness: int) -> None:
         # Memory and pipes only: whatever ends us, nothing stays on a disk.
         initial, self._console, self._complaints = (
             self._memory_file(name) for name in ("initial", "console", "complaints"))
@@ -350,6 +350,11 @@ class Guest:
             for end in ends:
                 os.close(end)
         self._closing.append(self._kill)
+        if niceness:
+            os.setpriority(os.PRIO_PROCESS, self._machine.pid, niceness)
+            # In a session of its own that alone would be no word about it and other sessions.
+            with suppress(OSError):
+                Path(f"/proc/{self._machine.pid}/autogroup").write_text(str(niceness))
         self._pidfd = os.pidfd_open(self._machine.pid)
         self._closing.append(functools.partial(os.close, self._pidfd))
 
@@ -498,6 +503,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--cpus", type=int, default=2, metavar="N",
                         help="with one, two processes that poll take turns (2)")
     parser.add_argument("--memory", type=int, default=2048, metavar="MIB", help="(2048)")
+    parser.add_argument("--nice", type=int, default=0, metavar="N", help="run it so much below others (0)")
     parser.add_argument("--console", action="store_true", help="print the guest's console at the end")
     parser.add_argument("--prepare", action="store_true", help="only download what a guest needs")
     options = parser.parse_args(own)
@@ -513,7 +519,8 @@ def main(arguments: Sequence[str]) -> int:
             prepare()
             return 0
         with Guest(command, nodes=options.nodes, timeout_s=options.timeout, cpus=options.cpus,
-                   writable=[path.absolute() for path in options.rw], memory_mib=options.memory) as guest:
+                   writable=[path.absolute() for path in options.rw], memory_mib=options.memory,
+                   niceness=options.nice) as guest:
             try:
                 status = guest.wait()
             finally:

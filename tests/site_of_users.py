@@ -49,7 +49,8 @@ def interpreter() -> str:
 
 def environment(**changes: str) -> dict[str, str]:
     """Of a process of any user; where the interpreter that it runs finds the packages of this one."""
-    path = [str(TESTS.parent), str(TESTS), sysconfig.get_path("purelib")]
+    # (In a guest this is such a process itself, and what it was given holds there, too.)
+    path = [str(TESTS.parent), str(TESTS), sysconfig.get_path("purelib"), *filter(None, [os.environ.get("PYTHONPATH")])]
     kept = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_RUNTIME_DIR", "TMPDIR")}
     return {**kept, "PYTHONPATH": os.pathsep.join(path), "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/nonexistent",
             **changes}
@@ -74,7 +75,7 @@ class Service(Daemon):
 
 
 class Site:
-    """A manager, an agent that lends `cores`, and ranks of users; close() ends everything."""
+    """A manager, an agent that lends `cores` ("": those that it finds), and ranks of users; close() ends everything."""
 
     def __init__(self, cores: str = "0-1", words: Sequence[str] = (), **changes: str) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="rfaas-s-"))
@@ -86,8 +87,8 @@ class Site:
         self.manager = Service(SERVICE, self.directory / "manager.log", [
             "manager", "--directory", self.directory / "manager", "--socket", self.socket])
         self.agent = Service(0, self.directory / "agent.log", [
-            "agent", "--manager", f"unix:{self.socket}", "--node", "node0", "--cores", cores, "--directory",
-            self.directory / "node0", "--listen", "127.0.0.1:0", *words], RFAAS_SERVICE_USER=str(SERVICE),
+            "agent", "--manager", f"unix:{self.socket}", "--node", "node0", *(("--cores", cores) if cores else ()),
+            "--directory", self.directory / "node0", "--listen", "127.0.0.1:0", *words], RFAAS_SERVICE_USER=str(SERVICE),
             RFAAS_UID_MIN=str(UID_MIN), **self.changes, **changes)
 
     def start(self) -> Site:

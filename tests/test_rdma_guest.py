@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import guest_beside
 import rdma_guest
 from rdma_guest import Guest, GuestError
 
@@ -77,6 +78,20 @@ def test_a_killed_harness_leaves_no_guest(wait_until):
             except ProcessLookupError:
                 pass  # as it should be
             os.close(pidfd)
+
+
+def test_a_guest_beside_us_gives_way_and_ends_when_it_is_closed(monkeypatch, tmp_path, wait_until):
+    monkeypatch.setenv("RFAAS_RUNTIME_DIR", str(tmp_path))  # it is in no line with guests that are there already
+    monkeypatch.setattr(guest_beside, "NICENESS", 3)
+    beside = guest_beside.GuestBeside(["sleep", "infinity"], timeout_s=100)
+    try:
+        (emulator,) = wait_until(lambda: emulators_under(beside.pid), "the emulator runs")
+        wait_until(lambda: os.getpriority(os.PRIO_PROCESS, emulator) == 3, "it is below others")
+        assert beside.status is None
+    finally:
+        beside.close()
+        beside.close()
+    wait_until(lambda: not Path(f"/proc/{emulator}").exists(), "the emulator has ended")
 
 
 def test_a_guest_that_cannot_boot_shows_the_end_of_its_console():

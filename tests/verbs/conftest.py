@@ -1,8 +1,9 @@
 """Tests here need a verbs device: the machine's own, or those of a guest.
 
 Without an active device, each test collected here becomes an item that waits for the
-test's result in the guest. The guest boots once, at the first of them, and runs all
-that were selected, in a pytest of its own that writes its reports down as they come.
+test's result in the guest. The guest boots once, before the first test of all, and runs
+all that were selected beside what runs here, in a pytest of its own that writes its
+reports down as they come.
 A test marked `guest` counts on the guest's two nodes, and runs there in any case.
 
 New tests are files test_*.py beside this one. Start-up is slow in there, so import
@@ -16,8 +17,8 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ import pytest
 from verbs import support
 
 if TYPE_CHECKING:
-    from rdma_guest import Guest
+    from guest_beside import GuestBeside
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
@@ -36,9 +37,11 @@ SUITE = ("test_invoke", "test_ranks", "test_wake", "test_threads", "test_faults"
          "test_many", "test_verbs")
 REPORTS = "RFAAS_GUEST_REPORTS"  # set in the guest: the file that reports go to
 IN_GUEST = "RFAAS_GUEST_NODES" in os.environ
-GUEST_TIMEOUT_S = float(os.environ.get("RFAAS_GUEST_TIMEOUT_S", "1800"))
-# The first item also waits for the kernel's download.
-ITEM_TIMEOUT_S = GUEST_TIMEOUT_S + 300
+GUEST_TIMEOUT_S = float(os.environ.get("RFAAS_GUEST_TIMEOUT_S", "2700"))
+# An item may also wait for the kernel's download and for a guest before this one.
+ITEM_TIMEOUT_S = GUEST_TIMEOUT_S + 900
+# Of a test in there that names none: what runs beside it takes its share of the processors.
+TEST_TIMEOUT_S = 400
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -126,6 +129,11 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
         items[items.index(item)] = GuestItem.from_parent(item.parent, name=item.name, item=item, run=run)
 
 
+def pytest_runtestloop(session: pytest.Session) -> None:
+    if not session.config.option.collectonly and (run := session.config.stash.get(RUN, None)):
+        run.begin()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if run := session.config.stash.get(RUN, None):
@@ -183,40 +191,42 @@ class GuestItem(pytest.Item):
 
 
 class GuestRun:
-    """One guest for all selected tests: boots when the first result is asked for."""
+    """One guest for all selected tests, beside those of this machine."""
 
     def __init__(self, tests: list[str]) -> None:
         self._tests = tests
         self._awaited = set(tests)
         self._results: dict[str, list[Result]] = {}
-        self._guest: Guest | None = None
-        self._output = BytesIO()
+        self._guest: GuestBeside | None = None
         self._read = 0
         self._broken: str | None = None
 
+    def begin(self) -> None:
+        """Starts the guest; what goes wrong with that, its tests say."""
+        if not self._tests:
+            return
+        try:
+            self._start()
+        except (AssertionError, OSError) as error:
+            self._broken = str(error)
+
     def results(self, test: str) -> list[Result]:
         """All that became of a test; fails where the guest ended before."""
-        from rdma_guest import GuestError
-
-        try:
-            if self._guest is None and self._broken is None:
-                self._start()
-            while not self._ended(test) and self._broken is None:
-                self._attend()
-            self._awaited.discard(test)
-            if not self._awaited:
-                self._finish()
-        except (GuestError, OSError) as error:
-            self._broken = str(error)
+        while not self._ended(test) and self._broken is None:
+            self._attend()
+        self._awaited.discard(test)
         if not self._ended(test):
-            raise FailedInGuest(f"{self._broken}\n{self._output.getvalue().decode(errors='replace')}")
+            said = self._guest.output() + self._guest.errors() if self._guest is not None else ""
+            raise FailedInGuest(f"{self._broken}\n{said}")
+        if not self._awaited:
+            self._finish()
         return self._results[test]
 
     def _ended(self, test: str) -> bool:
         return any(result.when == "teardown" for result in self._results.get(test, ()))
 
     def _start(self) -> None:
-        from rdma_guest import Guest
+        from guest_beside import GuestBeside
 
         build_programs()
         # Removed with the rest of that directory when pytest ends.
@@ -225,19 +235,19 @@ class GuestRun:
         self._reports = directory / "reports"
         self._reports.write_bytes(b"")
         command = [sys.executable, "-m", "pytest", "--rootdir", str(REPOSITORY), "--confcutdir", str(HERE),
-                   "-p", "no:cacheprovider", "-p", "pytest_timeout", "-o", "timeout_method=signal", *self._tests]
+                   "-p", "no:cacheprovider", "-p", "pytest_timeout", "-o", "timeout_method=signal",
+                   "-o", f"timeout={TEST_TIMEOUT_S}", "--durations=20", *self._tests]
         environment = {**os.environ, REPORTS: str(self._reports), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
                        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parent), str(REPOSITORY),
                                                                    os.environ.get("PYTHONPATH")]))}
-        self._guest = Guest(command, nodes=2, timeout_s=GUEST_TIMEOUT_S, writable=[directory], directory=REPOSITORY,
-                            environment=environment, stdout=self._output, stderr=self._output)
+        self._guest = GuestBeside(command, "--rw", directory, timeout_s=GUEST_TIMEOUT_S, environment=environment)
 
     def _attend(self) -> None:
-        assert self._guest is not None
-        # Reports come through files, which nothing waits for.
-        self._guest.attend(0.05)
-        if self._guest.status is not None:
-            self._broken = f"the guest's pytest ended with status {self._guest.status} before this test:"
+        assert self._guest is not None, "begin() comes first"
+        time.sleep(0.05)
+        # Asked before what it wrote is read: all of that is there when it has ended.
+        if (status := self._guest.status) is not None:
+            self._broken = f"the guest's pytest ended with status {status} before this test:"
         with open(self._reports, "rb") as file:
             file.seek(self._read)
             complete = file.read().rpartition(b"\n")[0]
@@ -248,7 +258,7 @@ class GuestRun:
                 self._results.setdefault(fields.pop("test"), []).append(Result(**fields))
 
     def _finish(self) -> None:
-        """Lets the guest end, so that nothing of it is left when the session's fixtures look."""
+        """Lets the guest end, so that it has seen all of its tests through."""
         if self._guest is not None and self._broken is None:
             self._guest.wait()
         self.close()

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HANG_GUARD_S = 60.0
+HANG_GUARD_S = 150.0
 
 # --- the page's numbers -----------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
 from pyverbs.wr import SGE, RecvWR, SendWR
 
 ROOM = 64  # bytes; what we send comes first, what we are sent behind it
-HANG_GUARD_S = 60.0
+HANG_GUARD_S = 150.0
 
 
 def main(device: str, gid_index: int, text: str, immediate: int) -> None:

@@ -52,7 +52,7 @@ def _best_gid(port: Path) -> tuple[int, str]:
     return 0, (port / "gids" / "0").read_text().strip()
 
 
-def wait_until(condition: Callable[[], object], what: str, guard_s: float = 30.0) -> None:
+def wait_until(condition: Callable[[], object], what: str, guard_s: float = 100.0) -> None:
     """Returns once the condition is true; AssertionError with `what` after the hang guard."""
     deadline = time.monotonic() + guard_s
     while not condition():

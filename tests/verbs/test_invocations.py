@@ -12,14 +12,14 @@ from verbs import conftest, support
 PLUGIN = conftest.REPOSITORY / "rfaas_mpi" / "_verbs.so"
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", conftest.SUITE)
 def test_what_the_suite_promises_holds_over_verbs(name, program, nodes):
     program("")  # built, if that was not done on the host
     # Emulated, a guest is some fifteen times slower.
     pace = {"RFM_TEST_SCALE": "0.2", "RFM_TEST_SLOW": "15"} if conftest.IN_GUEST else {}
     done = subprocess.run([conftest.REPOSITORY / "build" / "plain" / f"{name}.run"], text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=380,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=880,
                           env={**os.environ, "T_TRANSPORT": "verbs", "T_PLUGIN": str(PLUGIN), **pace})
     assert done.returncode == 0, done.stdout
 

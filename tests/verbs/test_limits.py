@@ -13,7 +13,7 @@ import pytest
 from verbs import bridge
 from verbs.bridge import TwoDevices
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(900)]
 
 # As a user who may lock only so much, whoever runs the tests: the limit does not hold for who has this capability.
 LIMITED = ("setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", "--")
@@ -49,7 +49,7 @@ def limited(kib: int) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory(prefix="rfaas-t-") as directory:
         environment = {**os.environ, **bridge.PATIENT, "RFAAS_RUNTIME_DIR": directory, "RFAAS_LINGER_S": "0"}
         return subprocess.run([*LIMITED, "prlimit", f"--memlock={kib << 10}", sys.executable, "-W", "error", "-c",
-                               SCRIPT], env=environment, capture_output=True, text=True, timeout=280, check=False)
+                               SCRIPT], env=environment, capture_output=True, text=True, timeout=880, check=False)
 
 
 def test_a_failed_registration_names_limit_need_and_way_out_when_a_worker_is_connected(nodes):

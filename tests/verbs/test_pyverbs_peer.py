@@ -16,7 +16,7 @@ import pytest
 from verbs import peer, support
 
 OVER_VERBS = [name for name in peer.CHECKS if not name.startswith("tcp_")]
-GUARD_S = 120.0
+GUARD_S = 300.0
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import pytest
 from verbs import bridge, support
 from verbs.bridge import TwoDevices
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(900)]
 
 REPOSITORY = Path(__file__).parents[2]
 

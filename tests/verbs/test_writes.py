@@ -13,7 +13,7 @@ from verbs import support
 
 
 def output_of(process: subprocess.Popen[str]) -> str:
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=200)
     assert process.returncode == 0, out
     return out
 

@@ -488,7 +488,8 @@ class LeaseBook:
         # Else the agent's clock decides, and its reports tell.
         entry = self._live[lease.id] = _Entry(
             lease, None if within_s is None or told_apart else now + within_s)
-        self._expect(entry)
+        if lease.hard_end is not None or entry.activate_by is not None:
+            self._expect(entry)
         self._by_session.setdefault(demand.session, {})[lease.id] = None
         cores = lease.cores
         node.held.update(dict.fromkeys(cores, lease.id))
@@ -706,14 +707,17 @@ class LeaseBook:
         until = now + max(0.0, grace_s)
         if lease.hard_end is not None:
             until = min(until, max(now, lease.hard_end))
-        asked = set(workers)
-        stop = tuple(
-            worker.number for worker in lease.workers
-            if (not asked or worker.number in asked)
-            and until < entry.stops.get(worker.number, math.inf))
+        asked, stops = set(workers), entry.stops
+        if asked or stops or until == math.inf:
+            stop = tuple(
+                worker.number for worker in lease.workers
+                if (not asked or worker.number in asked)
+                and until < stops.get(worker.number, math.inf))
+        else:
+            stop = tuple([worker.number for worker in lease.workers])
         if not stop:
             return []
-        entry.stops.update(dict.fromkeys(stop, until))
+        stops.update(dict.fromkeys(stop, until))
         self._restate(entry, cause)
 
         actions: list[Action] = []
@@ -732,8 +736,8 @@ class LeaseBook:
         if entry is None:
             return []
         lease = entry.lease
-        gone = set(workers) or {worker.number for worker in lease.workers}
-        left = tuple(worker for worker in lease.workers if worker.number not in gone)
+        gone = set(workers)
+        left = tuple([worker for worker in lease.workers if worker.number not in gone]) if gone else ()
         if not left:
             # Nobody told them to stop: they ended by themselves.
             self._end(entry, lease.cause or Cause.RELEASED, now)
@@ -761,7 +765,7 @@ class LeaseBook:
         """
         stops, lease = entry.stops, entry.lease
         stopping = tuple([worker.number for worker in lease.workers if worker.number in stops])
-        stop_by = max(stops.values(), default=None)
+        stop_by = max(stops.values()) if stops else None
         if len(stopping) == len(lease.workers) and lease.cause is None:
             self._change(entry, stopping=stopping, stop_by=stop_by, state=LeaseState.REVOKING, cause=cause)
         else:

@@ -353,6 +353,7 @@ struct rfm_worker_attr {
     int      agent_fd;
     int      page_fd;
     uint32_t spin_us;
+    int      output_fd;         /* the pipe that kernels print into, or 0 */
 };
 
 int  rfm_worker_create(const struct rfm_worker_attr *attr,
@@ -375,6 +376,8 @@ void rfm_worker_bound(struct rfm_worker *w, struct rfm_event *ev, void *user,
                       const char *error, uint64_t error_bytes);
 /* Where a piece of the rank's arenas is mapped; NULL if it is in none. */
 void *rfm_event_resolve(const struct rfm_event *ev, const struct rfm_desc *desc);
+/* The call that is to be answered has printed something. */
+void rfm_worker_printed(struct rfm_worker *w);
 /* Answers to CALL and FETCH. sizes may be NULL (all outputs full). */
 void rfm_worker_reply(struct rfm_worker *w, struct rfm_event *ev,
                       uint32_t status, uint32_t flags, uint64_t out_bytes,

@@ -379,6 +379,24 @@ struct rfm_page_kernel {
 };
 _Static_assert(sizeof(struct rfm_page_kernel) == 128, "page kernel");
 
+/* Who printed what: the worker's marks in its output, and what is known of what
+ * stands behind the last one (output.h). */
+struct rfm_page_output {
+    uint64_t heard;             /* the agent's: odd while it reads the output */
+    uint64_t clean;             /* what the first so many calls printed has its mark */
+    uint64_t marks;             /* 0: there are none, ever */
+    uint64_t reserved[5];
+};
+_Static_assert(sizeof(struct rfm_page_output) == 64, "page output");
+
+#define RFM_MARK_MAGIC      "\0\x1e" "rfaas\x1e"
+
+struct rfm_mark {
+    char magic[8];
+    char id[16];                /* hexadecimal; 0: nobody's, or not known whose */
+};
+_Static_assert(sizeof(struct rfm_mark) == 24, "mark");
+
 struct rfm_page {
     uint64_t id;
     uint32_t conn;
@@ -391,8 +409,9 @@ struct rfm_page {
     uint64_t reserved;
     /* The first one has no name: all that have no line of their own. */
     struct rfm_page_kernel kernels[RFM_PAGE_KERNELS];
+    struct rfm_page_output output;
 };
-_Static_assert(sizeof(struct rfm_page) == 1984, "page");
+_Static_assert(sizeof(struct rfm_page) == 2048, "page");
 _Static_assert(sizeof(struct rfm_page) <= RFM_PAGE_BYTES, "page");
 
 #endif

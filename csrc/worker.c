@@ -25,6 +25,7 @@
 
 #include "arena.h"
 #include "frame.h"
+#include "output.h"
 #include "poller.h"
 #include "rfm_transport.h"
 #include "shm.h"
@@ -134,6 +135,7 @@ struct rfm_worker {
     uint64_t spin_ticks;
     uint64_t idle_since;
     struct rfm_page_kernel *meter;      /* of the kernel that runs */
+    struct rfm_output output;
     bool     limits_told;
 
     /* By number of transport; made at its first attach. */
@@ -660,16 +662,18 @@ int rfm_worker_create(const struct rfm_worker_attr *attr,
     if (w->bell_fd < 0) {
         goto err_event;
     }
+    rfm_output_open(&w->output, &w->page->output, attr->output_fd);
     rfm_store_release(&w->page->state, RFM_PAGE_WAITING);
     rc = start_service(w);
     if (rc < 0) {
-        goto err_bell;
+        goto err_output;
     }
     w->idle_since = rfm_ticks();
     *worker_p = w;
     return RFM_OK;
 
-err_bell:
+err_output:
+    rfm_output_close(&w->output);
     close(w->bell_fd);
 err_event:
     close(w->event_fd);
@@ -770,6 +774,7 @@ void rfm_worker_destroy(struct rfm_worker *w)
     close(w->pidfd);
     rfm_memfd_unmap((uint8_t *)w->door, RFM_DOOR_BYTES);
     close(w->door_fd);
+    rfm_output_close(&w->output);
     rfm_store_release(&w->page->state, RFM_PAGE_ENDING);
     munmap(w->page, RFM_PAGE_BYTES);
     munmap(w->guarded, GUARDED_BYTES + RFM_PAGE_SIZE);
@@ -1382,7 +1387,21 @@ void rfm_worker_release(struct rfm_worker *w, struct rfm_event *ev)
         control_free(node);
         ev->frame = NULL;
     }
+    rfm_output_nobodys(&w->output, w->page->count);
     ev->type = RFM_EV_NONE;
+}
+
+void rfm_worker_printed(struct rfm_worker *w)
+{
+    rfm_output_printed(&w->output);
+}
+
+/* Whose what was printed is, as long as that can be known. */
+static void look_at_output(struct rfm_worker *w)
+{
+    if (rfm_output_is_due(&w->output, w->page->count)) {
+        rfm_output_look(&w->output, w->output.last, w->page->count);
+    }
 }
 
 /* --- running -------------------------------------------------------------- */
@@ -1423,6 +1442,8 @@ static uint64_t end_call(struct rfm_worker *w, uint64_t start)
     uint64_t now = rfm_ticks();
     uint64_t exec_ns = rfm_ticks_to_ns(now - start);
 
+    rfm_output_ended(&w->output, rfm_load_relaxed(&page->id), page->count + 1,
+                     now - start);
     rfm_store_relaxed(&page->exec_ns, page->exec_ns + exec_ns);
     rfm_store_relaxed(&page->count, page->count + 1);
     rfm_store_relaxed(&w->meter->exec_ns, w->meter->exec_ns + exec_ns);
@@ -2041,6 +2062,7 @@ static int look(struct rfm_worker *w, struct rfm_event *ev)
     int result = -1;
 
     if (__builtin_expect(rfm_load_acquire(&w->control_pending) != 0, 0)) {
+        look_at_output(w);
         return take_control(w, ev);
     }
     if (__builtin_expect(w->n_sides != 0, 0)) {
@@ -2176,6 +2198,7 @@ static void tell_refused(struct rfm_worker *w)
 int rfm_worker_next(struct rfm_worker *w, bool wait, struct rfm_event *ev)
 {
     uint64_t since = 0;
+    uint64_t idle;
     uint32_t turns = 0;
 
     for (;;) {
@@ -2190,6 +2213,7 @@ int rfm_worker_next(struct rfm_worker *w, bool wait, struct rfm_event *ev)
             continue;
         }
         if (rfm_load_relaxed(&w->quit) != 0) {
+            look_at_output(w);
             tell_refused(w);
             memset(ev, 0, sizeof(*ev));
             ev->type = RFM_EV_END;
@@ -2207,7 +2231,11 @@ int rfm_worker_next(struct rfm_worker *w, bool wait, struct rfm_event *ev)
         if (since == 0) {
             since = rfm_ticks();
         }
-        if (rfm_ticks() - since >= w->spin_ticks) {
+        idle = rfm_ticks() - since;
+        if ((idle >= w->output.idle_ticks) || (idle >= w->spin_ticks)) {
+            look_at_output(w);
+        }
+        if (idle >= w->spin_ticks) {
             nap(w);
             since = 0;
             turns = 0;

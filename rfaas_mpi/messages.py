@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import struct
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Annotated, Any, NamedTuple, TypedDict, get_args
 
 import msgspec
@@ -420,16 +421,19 @@ class Event(msgspec.Struct, frozen=True, tag_field="t"):
 
 
 class Log(Event, frozen=True, tag="log"):
-    """Lines that a worker wrote to stdout or stderr."""
+    """Lines that a worker wrote to stdout or stderr, and in which invocations; 0: in none, or nobody knows."""
 
     lease: int
     worker: int
     lines: tuple[str, ...]
+    invocations: tuple[int, ...] = ()
 
 
 def log_text(event: Log) -> str:
     """The lines as a rank prints them on its stderr."""
-    return "".join(f"[rfaas worker {event.worker}] {line}\n" for line in event.lines)
+    return "".join(f"[rfaas worker {event.worker}, invocation {invocation}] {line}\n" if invocation else
+                   f"[rfaas worker {event.worker}] {line}\n"
+                   for line, invocation in zip_longest(event.lines, event.invocations[:len(event.lines)]))
 
 
 class Revoking(Event, frozen=True, tag="revoking"):

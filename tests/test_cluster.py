@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -145,7 +146,7 @@ def test_what_a_kernel_prints_comes_with_the_worker_s_number_here(pair, capfd):
         numbers = {future._raw.worker for future in futures if future.result() is None}
     said = capfd.readouterr().err
     assert numbers
-    assert all(f"[rfaas worker {number}] here" in said for number in numbers)
+    assert all(re.search(rf"\[rfaas worker {number}, invocation \d+\] here\n", said) for number in numbers)
     all_free(pair)
 
 

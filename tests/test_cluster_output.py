@@ -36,4 +36,4 @@ def test_a_hundred_megabytes_of_output_are_cut_and_say_so_and_cost_no_result(clu
     assert len(err) < FLOOD_BYTES
     assert re.search(r"^\[rfaas worker \d+\] \(\d+ (bytes of output|lines) are left out", err, re.MULTILINE)
     assert all(line.startswith("[rfaas worker ") for line in err.splitlines()), "each line names its worker"
-    assert re.search(r"^\[rfaas worker \d+\] after it$", err, re.MULTILINE), "what comes after the flood is heard"
+    assert re.search(r"^\[rfaas worker \d+, invocation \d+\] after it$", err, re.MULTILINE), "what comes after the flood is heard"

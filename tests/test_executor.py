@@ -268,7 +268,7 @@ def test_what_a_kernel_prints_reaches_stderr_with_its_worker(capfd):
         executor.submit(k.write_to_stderr, "err there").result()
     error = capfd.readouterr().err
     for line in ("out here", "and here", "err there"):
-        assert f"[rfaas worker {number}] {line}\n" in error
+        assert re.search(rf"^\[rfaas worker {number}, invocation \d+\] {line}$", error, re.MULTILINE)
 
 
 # --- where no worker is ------------------------------------------------------------------------

@@ -17,8 +17,9 @@ PAGE = REPOSITORY / "docs" / "wire.md"
 CSRC = REPOSITORY / "csrc"
 
 # What never leaves a node: agent and worker, and a ring in shared memory. It is in docs/architecture.md.
-LOCAL_STRUCTS = {"rfm_ctl_adopt", "rfm_channel_page", "rfm_door", "rfm_page", "rfm_page_kernel"}
-LOCAL_NAMES = re.compile(r"RFM_(AGENT_|PAGE_|KERNEL_NAME_|CLAIM_|DOOR_BYTES|CONTROL_BYTES|WIRE_H|CANARY_WORD)|"
+LOCAL_STRUCTS = {"rfm_ctl_adopt", "rfm_channel_page", "rfm_door", "rfm_page", "rfm_page_kernel", "rfm_page_output",
+                 "rfm_mark"}
+LOCAL_NAMES = re.compile(r"RFM_(AGENT_|PAGE_|MARK_|KERNEL_NAME_|CLAIM_|DOOR_BYTES|CONTROL_BYTES|WIRE_H|CANARY_WORD)|"
                          r"RFM_(MAGIC|TRANSPORTS|ST_LAST)$")
 
 

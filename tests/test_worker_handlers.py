@@ -20,7 +20,7 @@ LIBRARY = Path(rfaas_mpi.__file__).parent / "_native_kernels.so"
 
 @pytest.fixture
 def handlers():
-    return Handlers(lambda: None)
+    return Handlers(lambda: False)
 
 
 def load(handlers: Handlers, made: Kernel):

@@ -16,7 +16,7 @@ import tiny
 
 from rfaas_mpi import config
 from rfaas_mpi import messages as msg
-from rfaas_mpi.agent.pool import Lines, WorkerHandle, ZygoteHandle, ZygoteKind
+from rfaas_mpi.agent.pool import WorkerHandle, ZygoteHandle, ZygoteKind
 from rfaas_mpi.errors import ServiceError
 
 
@@ -191,39 +191,3 @@ def test_what_a_launcher_gave_one_rank_is_scrubbed_and_the_rest_is_kept():
     gone = {"PMI_FD": "9", "PMIX_RANK": "1", "OMPI_MCA_x": "y", "HYDI_CONTROL_FD": "8", "SLURM_PROCID": "3",
             "SLURM_STEP_ID": "0", "MPI_LOCALRANKID": "1"}
     assert config.scrubbed({**kept, **gone}) == kept
-
-
-# --- lines ------------------------------------------------------------------------
-
-def test_lines_are_put_together_from_pieces():
-    lines = Lines(0.0)
-    assert lines.feed(b"on", 0.0) == [] and lines.since == 0.0
-    assert lines.feed(b"e\ntwo\nthr", 0.1) == ["one", "two"]
-    assert lines.flush() == ["thr"] and lines.since is None
-    assert lines.feed(b"\n", 0.2) == [""]
-
-
-def test_a_line_without_end_is_cut_into_pieces():
-    lines = Lines(0.0)
-    said = lines.feed(b"x" * 100_000, 0.0)
-    assert said and all(len(line) <= 8192 for line in said)
-    assert "".join([*said, *lines.flush()]) == "x" * 100_000
-
-
-def test_a_flood_is_cut_and_says_so_and_keeps_its_end():
-    lines = Lines(0.0)
-    said: list[str] = []
-    for _ in range(1000):
-        said += lines.feed(b"spam\n" * 20_000, 0.0)
-    said += lines.feed(b"the end\n", 0.0)
-    said += lines.flush()
-    assert sum(map(len, said)) < 16 << 20
-    assert said[-1] == "the end" and any("left out" in line for line in said)
-
-
-def test_output_flows_again_after_a_flood():
-    lines = Lines(0.0)
-    for _ in range(1000):
-        lines.feed(b"spam\n" * 20_000, 0.0)
-    lines.flush()
-    assert lines.feed(b"news\n", 10.0) == ["news"]

@@ -820,7 +820,11 @@ static void on_fetch(struct crew *crew, struct rfm_event *ev)
 
 static int serve(int agent_fd, int page_fd, uint32_t spin_us)
 {
-    struct rfm_worker_attr attr = { agent_fd, page_fd, spin_us };
+    struct rfm_worker_attr attr = {
+        .agent_fd = agent_fd,
+        .page_fd  = page_fd,
+        .spin_us  = spin_us,
+    };
     struct crew crew = { NULL, NULL };
     struct rfm_event ev;
     bool over = false;

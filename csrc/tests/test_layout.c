@@ -20,12 +20,13 @@ static void wire_structs_have_the_sizes_of_protocol_1(void)
     CHECK_EQ(sizeof(struct rfm_desc), 24);
     CHECK_EQ(sizeof(struct rfm_wire_fetch), 32);
     CHECK_EQ(sizeof(struct rfm_object), 8);
-    CHECK_EQ(sizeof(struct rfm_page), 1984);
+    CHECK_EQ(sizeof(struct rfm_page), 2048);
     CHECK_EQ(sizeof(struct rfm_page_kernel), 128);
     CHECK_EQ(offsetof(struct rfm_page, start_ns), 16);
     CHECK_EQ(offsetof(struct rfm_page, limit_ns), 24);
     CHECK_EQ(offsetof(struct rfm_page, count), 48);
     CHECK_EQ(offsetof(struct rfm_page, kernels), 64);
+    CHECK_EQ(offsetof(struct rfm_page, output), 1984);
     CHECK_EQ(offsetof(struct rfm_page_kernel, name), 16);
     CHECK_EQ(sizeof(struct rfm_call), 64);
 }

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from rfaas_mpi import config
 from rfaas_mpi import messages as msg
 from rfaas_mpi.agent.core import KernelMeter, Page
+from rfaas_mpi.agent.output import Line, Lines, Listening
 from rfaas_mpi.agent.priority import NO_PRIORITY, LowPriority
 from rfaas_mpi.agent.reclaim import Clearing
 from rfaas_mpi.agent.kernel_files import pid_of, read_text
@@ -30,7 +31,7 @@ from rfaas_mpi.agent.spawner import CHANNEL_FD, SETUP_FD, Command, Spawner, Spaw
 from rfaas_mpi.errors import ServiceError
 from rfaas_mpi.session import FileLock
 
-__all__ = ["CoreLocks", "Lines", "Taking", "WorkerHandle", "ZygoteHandle", "ZygoteKind", "page_of"]
+__all__ = ["CoreLocks", "Taking", "WorkerHandle", "ZygoteHandle", "ZygoteKind", "page_of"]
 
 log = logging.getLogger("rfaas_mpi.agent")
 
@@ -41,9 +42,6 @@ _METERS = 15
 _METER = struct.Struct("<QQ112s")
 _CPU_CLOCK = 2                       # with a pid above it: the clock of all that the process used (CPUCLOCK_SCHED)
 _PF_EXITING = 0x4                    # of the flags in /proc/PID/stat
-_LINE_BYTES = 8192                   # longer lines are cut into pieces
-_BURST_BYTES = 8 << 20               # of output that a worker may print at once …
-_BYTES_PER_S = 4 << 20               # … and what it may print on and on
 _STDERR_KEPT = 8192
 _LOG_BURST_BYTES = 64 << 10          # of a zygote's stderr that may come to our log at once …
 _LOG_BYTES_PER_S = 256               # … and on and on
@@ -318,61 +316,6 @@ class ZygoteHandle:
         os.close(self.errors)
 
 
-class Lines:
-    """Makes lines of a worker's output, and as many of them as a rank can bear."""
-
-    def __init__(self, now: float) -> None:
-        self._rest = b""
-        self._allowance = float(_BURST_BYTES)
-        self._filled_at = now
-        self._dropped = 0
-        self.since: float | None = None      # an unfinished line waits since then
-
-    def feed(self, data: bytes, now: float) -> list[str]:
-        """The lines that `data` completes, less what is too much."""
-        self._allowance = min(_BURST_BYTES, self._allowance + (now - self._filled_at) * _BYTES_PER_S)
-        self._filled_at = now
-        if len(data) > self._allowance:
-            # Its last lines are still worth keeping: they say how it ended.
-            kept = b"\n".join(data.rsplit(b"\n", 21)[1:])[-_LINE_BYTES:]
-            self._dropped += len(self._rest) + len(data) - len(kept)
-            self._rest = kept
-            self.since = self.since or now
-            return []
-        self._allowance -= len(data)
-        said: list[str] = []
-        if self._dropped:
-            said.append(f"({self._dropped} bytes of output are left out: it came faster than "
-                        f"{_BYTES_PER_S >> 20} MiB/s)")
-            self._dropped = 0
-        *whole, rest = (self._rest + data).split(b"\n")
-        while len(rest) > _LINE_BYTES:
-            whole.append(rest[:_LINE_BYTES])
-            rest = rest[_LINE_BYTES:]
-        self._rest = rest
-        self.since = (self.since or now) if rest else None
-        for line in whole:
-            said += _pieces(line)
-        return said
-
-    def flush(self) -> list[str]:
-        """The unfinished line, and what was left out, too."""
-        said = []
-        if self._dropped:
-            said.append(f"({self._dropped} bytes of output are left out)")
-        if self._rest:
-            for line in self._rest.split(b"\n"):
-                said += _pieces(line)
-        self._rest, self._dropped, self.since = b"", 0, None
-        return said
-
-
-def _pieces(line: bytes) -> list[str]:
-    line = line.removesuffix(b"\r")
-    return [line[at:at + _LINE_BYTES].decode("utf-8", "backslashreplace")
-            for at in range(0, max(1, len(line)), _LINE_BYTES)]
-
-
 def page_of(words: Sequence[int]) -> Page:
     """What a worker's page says, whose words may change at any time."""
     for _ in range(_PAGE_LOOKS):
@@ -419,7 +362,7 @@ class WorkerHandle:
         try:
             os.ftruncate(page_fd, PAGE_BYTES)
             fcntl.fcntl(page_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            page = mmap.mmap(page_fd, PAGE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
+            page = mmap.mmap(page_fd, PAGE_BYTES, mmap.MAP_SHARED)
             zygote.fork(msg.ForkWorker(number, cores, memory_bytes),
                         [theirs.fileno(), page_fd, output_w, *entrances])
         except BaseException:
@@ -585,6 +528,11 @@ class WorkerHandle:
         except BlockingIOError:
             pass                      # nothing more for now
         return said, False
+
+    def hear(self, now: float) -> tuple[list[Line], bool, bool]:
+        """Lines that it has printed; whether there was anything to read; whether that was all for ever."""
+        data, ended, owner = Listening(self.page).read(self.read_output)
+        return self.lines.feed(data, now, owner), bool(data), ended
 
     def close(self) -> None:
         """Lets go of everything. Safe to call twice."""

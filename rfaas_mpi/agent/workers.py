@@ -24,6 +24,7 @@ from rfaas_mpi.agent import core as agent_core
 from rfaas_mpi.agent import sandbox
 from rfaas_mpi.agent.core import AgentCore, Exit, Meter, Page
 from rfaas_mpi.agent.memory import WATCH_S, MemoryGuard
+from rfaas_mpi.agent.output import Line
 from rfaas_mpi.agent.pool import WorkerHandle, ZygoteHandle, ZygoteKind, oom_kills
 from rfaas_mpi.agent.priority import NO_PRIORITY
 from rfaas_mpi.agent.reclaim import runs_only_on, started_by
@@ -258,7 +259,9 @@ class Workers:
         """Shows unfinished lines, ends zygotes that nobody needs."""
         for handle in list(self._handles.values()):
             if handle.lines.since is not None and now >= handle.lines.since + PARTIAL_LINE_S:
-                self._show(handle, handle.lines.flush())
+                self._on_output(handle)
+                if handle.lines.since is not None and now >= handle.lines.since + PARTIAL_LINE_S:
+                    self._show(handle, handle.lines.flush())
         for key, zygote in list(self.zygotes.items()):
             if not zygote.workers and now >= zygote.idle_since + self._zygote_idle_s:
                 log.info("zygote=%s pid=%d ends: idle for %g s", key, zygote.pid, self._zygote_idle_s)
@@ -500,17 +503,17 @@ class Workers:
                         handle.pid, low.means)
 
     def _on_output(self, handle: WorkerHandle) -> None:
-        data, ended = handle.read_output()
-        if data:
-            self._show(handle, handle.lines.feed(data, time.monotonic()))
+        lines, _, ended = handle.hear(time.monotonic())
+        self._show(handle, lines)
         if ended:
             self._unregister(handle.output)
 
-    def _show(self, handle: WorkerHandle, lines: list[str]) -> None:
+    def _show(self, handle: WorkerHandle, lines: list[Line]) -> None:
         if not lines:
             return
-        event = msg.Log(handle.lease, handle.number, tuple(lines))
-        for number in self.core.output(handle.number, lines):
+        invocations, texts = zip(*lines, strict=True)
+        event = msg.Log(handle.lease, handle.number, texts, invocations if any(invocations) else ())
+        for number in self.core.output(handle.number, texts):
             self._employer.show(number, event)
 
     def _worker_ended(self, number: int, how: Exit) -> None:
@@ -532,9 +535,9 @@ class Workers:
         while self._on_agent_socket(handle):
             pass
         while True:
-            data, ended = handle.read_output()
-            self._show(handle, handle.lines.feed(data, now))
-            if ended or not data:
+            lines, read, ended = handle.hear(now)
+            self._show(handle, lines)
+            if ended or not read:
                 break
         self._show(handle, handle.lines.flush())
         log.info("lease=%d worker=%d pid=%d ended: signal=%d exit_code=%d", handle.lease, number, handle.pid,

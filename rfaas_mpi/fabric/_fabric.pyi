@@ -142,10 +142,10 @@ class WorkerHandlers(Protocol):
         views of arrays in the rank's arenas. Returns the result as a list of bytes-like parts."""
     def format_error(self, error: BaseException) -> bytes:
         """Text + pickled exception for Request.detail."""
-    def after_call(self) -> None:
-        """Flush captured output, if any was written."""
+    def after_call(self) -> bool:
+        """Flush captured output; whether any was written."""
 
 class Worker:
     def __init__(self, agent_fd: int, page_fd: int, handlers: WorkerHandlers, *,
-                 spin_us: int = 1000, cpu: int = -1) -> None: ...
+                 spin_us: int = 1000, cpu: int = -1, output_fd: int = 0) -> None: ...
     def run(self) -> int: """Serves until told to end or the agent is gone; returns the exit status."""

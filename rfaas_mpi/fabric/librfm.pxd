@@ -263,6 +263,7 @@ cdef extern from "rfm.h" nogil:
         int agent_fd
         int page_fd
         uint32_t spin_us
+        int output_fd
 
     int rfm_worker_create(const rfm_worker_attr *attr, rfm_worker **worker_p)
     void rfm_worker_destroy(rfm_worker *w)
@@ -274,6 +275,7 @@ cdef extern from "rfm.h" nogil:
     void rfm_worker_bound(rfm_worker *w, rfm_event *ev, void *user, rfm_kernel_fn *native,
                           rfm_plain_fn *plain, const char *error, uint64_t error_bytes)
     void *rfm_event_resolve(const rfm_event *ev, const rfm_desc *desc)
+    void rfm_worker_printed(rfm_worker *w)
     void rfm_worker_reply(rfm_worker *w, rfm_event *ev, uint32_t status, uint32_t flags,
                           uint64_t out_bytes, const uint64_t *sizes)
     void rfm_worker_reply_bytes(rfm_worker *w, rfm_event *ev, uint32_t status,

@@ -53,11 +53,13 @@ cdef class Worker:
     cdef dict objects              # (connection, 'k' | 'b', number) -> kept alive for C
     cdef dict kept                 # (connection, id) -> result that the rank will fetch
 
-    def __init__(self, int agent_fd, int page_fd, handlers, *, unsigned int spin_us=1000, int cpu=-1):
+    def __init__(self, int agent_fd, int page_fd, handlers, *, unsigned int spin_us=1000, int cpu=-1,
+                 int output_fd=0):
         cdef c.rfm_worker_attr attr
         attr.agent_fd = agent_fd
         attr.page_fd = page_fd
         attr.spin_us = spin_us
+        attr.output_fd = output_fd
         if cpu >= 0:
             os.sched_setaffinity(0, {cpu})
         self.handlers = handlers
@@ -95,6 +97,11 @@ cdef class Worker:
             elif ev.type == c.RFM_EV_END:
                 return 0
 
+    cdef int flush(self) except -1:
+        if self.handlers.after_call():
+            c.rfm_worker_printed(self.ptr)
+        return 0
+
     cdef int forget(self, uint32_t conn) except -1:
         self.objects = {key: value for key, value in self.objects.items() if key[0] != conn}
         self.kept = {key: value for key, value in self.kept.items() if key[0] != conn}
@@ -113,7 +120,7 @@ cdef class Worker:
         except BaseException as error:
             text = self.handlers.format_error(error)
             c.rfm_worker_loaded(self.ptr, ev, NULL, <char *>text, len(text))
-        self.handlers.after_call()
+        self.flush()
         c.rfm_worker_release(self.ptr, ev)
         return 0
 
@@ -145,7 +152,7 @@ cdef class Worker:
         except BaseException as error:
             text = self.handlers.format_error(error)
             c.rfm_worker_bound(self.ptr, ev, NULL, NULL, NULL, <char *>text, len(text))
-        self.handlers.after_call()
+        self.flush()
         c.rfm_worker_release(self.ptr, ev)
         return 0
 
@@ -159,7 +166,7 @@ cdef class Worker:
                 for size in written:
                     sizes[i] = size
                     i += 1
-            self.handlers.after_call()
+            self.flush()
         except BaseException as error:
             self.fail(ev, error)
             return 0
@@ -168,7 +175,7 @@ cdef class Worker:
 
     cdef int fail(self, c.rfm_event *ev, error) except -1:
         cdef bytes text = self.handlers.format_error(error)
-        self.handlers.after_call()
+        self.flush()
         if <uint64_t>len(text) <= ev.out_capacity:
             c.rfm_worker_reply_bytes(self.ptr, ev, c.RFM_ST_KERNEL, <char *>text, len(text))
         else:
@@ -188,7 +195,7 @@ cdef class Worker:
             # A private copy: a kernel may change its arguments, and keep them.
             parts, refs = self.open_object(ev)
             result = PartList(self.handlers.run_object(bound.kernel, parts, refs), ())
-            self.handlers.after_call()
+            self.flush()
         except BaseException as error:
             self.fail(ev, error)
             return 0

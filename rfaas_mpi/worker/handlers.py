@@ -33,9 +33,9 @@ class _Bound:
 
 
 class Handlers:
-    """Implements fabric's WorkerHandlers. `flush` is called after each kernel that is not native."""
+    """Implements fabric's WorkerHandlers. `flush` is called after each kernel that is not native, and says if it wrote."""
 
-    def __init__(self, flush: Callable[[], None]) -> None:
+    def __init__(self, flush: Callable[[], bool]) -> None:
         self.after_call = flush
         # Libraries stay loaded until the worker ends: they may have left
         # threads and pointers of theirs behind.

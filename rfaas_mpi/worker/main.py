@@ -29,16 +29,21 @@ class _Lines(io.TextIOWrapper):
         return super().write(text)
 
 
-def _capture_output() -> Callable[[], None]:
-    """Replaces sys.stdout and sys.stderr; the function it returns flushes what stands without an end of line."""
+def _capture_output() -> Callable[[], bool]:
+    """Replaces sys.stdout and sys.stderr; the function it returns flushes what stands without an end of line.
+
+    It says whether anything was written since.
+    """
     out, err = _Lines(1), _Lines(2)
     sys.stdout, sys.stderr = out, err
 
-    def flush() -> None:
-        if out.pending or err.pending:
-            for stream in (out, err):
-                stream.pending = False
-                stream.flush()
+    def flush() -> bool:
+        if not (out.pending or err.pending):
+            return False
+        for stream in (out, err):
+            stream.pending = False
+            stream.flush()
+        return True
     return flush
 
 
@@ -64,7 +69,7 @@ class Ready:
 
         Ends when it is told to on the agent's socket, or when that is closed.
         """
-        worker = fabric.Worker(agent_fd, page_fd, Handlers(self._flush), spin_us=self._spin_us)
+        worker = fabric.Worker(agent_fd, page_fd, Handlers(self._flush), spin_us=self._spin_us, output_fd=1)
         try:
             return worker.run()
         finally:

@@ -1,0 +1,161 @@
+/* What a kernel printed, and which invocation it was: see output.h. */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdio_ext.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "output.h"
+
+/* To look takes 200 ns: one part in a hundred of such a call. */
+#define LONG_NS  20000ull
+#define IDLE_NS  20000ull
+
+/* Who prints prints again. */
+#define EAGER    1024u
+
+/* Above what kernels may expect to be free. */
+#define FD_FROM  64
+
+static void stop(struct rfm_output *out)
+{
+    out->fd         = -1;
+    out->eager      = 0;
+    out->long_ticks = UINT64_MAX;
+    rfm_store_release(&out->page->marks, 0);
+}
+
+void rfm_output_open(struct rfm_output *out, struct rfm_page_output *page,
+                     int fd)
+{
+    struct stat facts;
+
+    memset(out, 0, sizeof(*out));
+    out->page  = page;
+    out->heard = rfm_load_acquire(&page->heard);
+    stop(out);
+    if ((fd <= 0) || (fstat(fd, &facts) != 0) || !S_ISFIFO(facts.st_mode)) {
+        return;
+    }
+    out->fd = fcntl(fd, F_DUPFD_CLOEXEC, FD_FROM);
+    if (out->fd < 0) {
+        return;
+    }
+    out->dev        = facts.st_dev;
+    out->ino        = facts.st_ino;
+    out->long_ticks = rfm_ns_to_ticks(LONG_NS);
+    out->idle_ticks = rfm_ns_to_ticks(IDLE_NS);
+    rfm_store_release(&page->marks, 1);
+}
+
+/* A kernel may have closed it, and opened something else in its place. */
+static bool is_ours(const struct rfm_output *out)
+{
+    struct stat facts;
+
+    return (fstat(out->fd, &facts) == 0) && (facts.st_dev == out->dev) &&
+           (facts.st_ino == out->ino);
+}
+
+void rfm_output_close(struct rfm_output *out)
+{
+    if ((out->fd >= 0) && is_ours(out)) {
+        close(out->fd);
+    }
+    stop(out);
+}
+
+void rfm_output_printed(struct rfm_output *out)
+{
+    if ((out->eager == 0) && (out->fd >= 0)) {
+        out->eager = 1;
+    }
+}
+
+/* What C holds back without an end of line; a thread that holds the lock keeps
+ * it. */
+static void flush_stdio(void)
+{
+    if ((__fpending(stdout) != 0) && (ftrylockfile(stdout) == 0)) {
+        (void)fflush_unlocked(stdout);
+        funlockfile(stdout);
+    }
+}
+
+/* False: there is no room, and it waits for nobody to read. */
+static bool put_mark(const struct rfm_output *out, uint64_t id)
+{
+    struct pollfd p = { .fd = out->fd, .events = POLLOUT };
+    struct rfm_mark mark = { .magic = RFM_MARK_MAGIC };
+    char digits[sizeof(mark.id) + 1];
+
+    snprintf(digits, sizeof(digits), "%016llx", (unsigned long long)id);
+    memcpy(mark.id, digits, sizeof(mark.id));
+    return (poll(&p, 1, 0) == 1) && (p.revents == POLLOUT) &&
+           (write(out->fd, &mark, sizeof(mark)) == (ssize_t)sizeof(mark));
+}
+
+/*
+ * Something was printed since the last look if there is more in the pipe, or
+ * perhaps if the agent has read since or is just reading (`heard` is odd): it
+ * makes `heard` odd before it reads, so what it took away before we asked for
+ * the pipe's contents shows in what `heard` is afterwards. A mark too many does
+ * no harm.
+ */
+static bool was_printed(struct rfm_output *out)
+{
+    uint64_t heard;
+    bool printed;
+    int bytes = 0;
+
+    if (ioctl(out->fd, FIONREAD, &bytes) != 0) {
+        stop(out);              /* a kernel closed it */
+        return false;
+    }
+    heard   = rfm_load_acquire(&out->page->heard);
+    printed = (bytes != out->left) || (heard != out->heard) ||
+              ((heard & 1) != 0);
+    out->heard = heard & ~1ull;     /* while it reads, look again */
+    out->left  = bytes;
+    return printed;
+}
+
+static void look(struct rfm_output *out, uint64_t id, uint64_t calls)
+{
+    if (out->fd < 0) {
+        out->heard = rfm_load_acquire(&out->page->heard);
+        return;
+    }
+    if (out->eager != 0) {
+        out->eager--;
+    }
+    flush_stdio();
+    if (was_printed(out)) {
+        if (!is_ours(out)) {
+            stop(out);
+            return;
+        }
+        out->eager = EAGER;
+        if (!put_mark(out, id)) {
+            out->left = -1;     /* later, and then nobody knows whose it was */
+            return;
+        }
+        out->left += (int)sizeof(struct rfm_mark);
+    }
+    out->clean = calls;
+    rfm_store_release(&out->page->clean, calls);
+}
+
+void rfm_output_look(struct rfm_output *out, uint64_t id, uint64_t calls)
+{
+    look(out, (calls - out->clean == 1) ? id : 0, calls);
+}
+
+void rfm_output_nobodys(struct rfm_output *out, uint64_t calls)
+{
+    look(out, 0, calls);
+}

@@ -317,11 +317,16 @@ class UndrainNodes(Body, frozen=True):
 
 
 class UsageSums(msgspec.Struct, frozen=True):
-    """Sums of what workers have used; each row's `cost` is at the prices of today, which `prices` says, of an hour."""
+    """Sums of what workers have used; each row's `cost` is at the prices of today, which `prices` says, of an hour.
+
+    Of the days (UTC) from `since` on and before `until`; both "": of all whose lines are kept, 30 days.
+    """
 
     by: str
     rows: tuple[dict[str, Any], ...]
     prices: dict[str, float] = {}
+    since: str = ""
+    until: str = ""
 
 
 class PolicyView(msgspec.Struct, frozen=True):
@@ -384,6 +389,8 @@ class Route:
     query: tuple[tuple[str, Any], ...] = ()
 
 
+_DAY = "A date (UTC) like 2026-11-01, or how long ago: P7D, P2W, P1M, P1Y"
+
 ROUTES = (
     Route("POST", "/v1/agents", "start_agent", "An agent begins on a node", StartAgent, Admitted),
     Route("POST", "/v1/agents/{node}/reports", "report", "What an agent lends and runs", Report, Orders),
@@ -401,7 +408,8 @@ ROUTES = (
     Route("POST", "/v1/drain", "drain", "Take back what is lent on nodes, and lend nothing there", DrainNodes, Done),
     Route("POST", "/v1/undrain", "undrain", "Let drained nodes lend again", UndrainNodes, Done),
     Route("GET", "/v1/usage", "usage", "Who used what: the caller; all, for an administrator", None, UsageSums,
-          (("by", {"type": "string", "enum": ["uid", "job", "node", "kernel", "lease"], "default": "uid"}),)),
+          (("by", {"type": "string", "enum": ["uid", "job", "node", "kernel", "lease"], "default": "uid"}),
+           ("since", {"type": "string", "description": _DAY}), ("until", {"type": "string", "description": _DAY}))),
     Route("GET", "/v1/policy", "policy", "Who may lend to all, and who administers", None, PolicyView),
     Route("GET", "/v1/events", "events", "What became of the caller's leases", None, Events,
           (("after", {"type": "integer", "minimum": 0, "default": 0}),)),

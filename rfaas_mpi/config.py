@@ -165,6 +165,7 @@ class Settings:
     lease_timeout_s: float = _setting(10.0, _number(float, 0), "how long to wait for cores when none is spare")
     zygote_idle_s: float = _setting(300.0, _number(float, 0), "how long a zygote without workers stays")
     meter_s: float = _setting(10.0, _number(float, 0.01, 3600), "how often an agent tells what its workers have used")
+    usage_days: int = _setting(400, _number(int, 31, 36500), "for how many days a manager keeps sums of what was used")
     spin_us: int = _setting(1000, _number(int, 0, 10_000_000), "how long a waiter spins before it sleeps")
     spin_us_max: int | None = _setting(None, _number(int, 0, 10_000_000),
                                        "the longest that workers may spin on a node that lends; 0: not at all")

@@ -172,6 +172,20 @@ def test_usage_is_summed_by_user_job_kernel_node_or_lease(cluster):
         assert (row["core_s"], row["invocations"], row["cost"]) == (7200.0, 500, 0.0)
 
 
+def test_usage_of_a_period_is_that_of_its_days(cluster):
+    cluster.asked.call("report", api.Report(
+        cluster.agent.incarnation, 2**61, (0, 1, 2, 3), 8 * GIB, (),
+        used=(api.UsedLine(1, cluster.lease.id, 2, GIB, 3600.0, 10.0, 8.0, 1.0, 500),)), node="nid1")
+    for by, name in {"user": ME, "job": "-", "node": "nid1"}.items():
+        _, line = cluster.text("usage", "--by", by, "--since", "P1D").splitlines()
+        assert line.split() == [name, "1", "2.000", "1.000", "10.0", "8.0", "1.0", "500"]
+    assert cluster.text("usage", "--until", "P1D") == "Nothing was used then.\n"
+    found = cluster.json("usage", "--since", "2020-02-01", "--until", "2020-03-01")
+    assert (found["since"], found["until"], found["rows"]) == ("2020-02-01", "2020-03-01", [])
+    done = cluster.manager.rfaas("usage", "--since", "last week")
+    assert done.returncode == output.FAILED and "since is 'last week'" in done.stderr and "P7D" in done.stderr
+
+
 def test_usage_by_kernel_names_them_and_what_is_left_between_them(cluster):
     cluster.asked.call("report", api.Report(
         cluster.agent.incarnation, 2**61, (0, 1, 2, 3), 8 * GIB, (),

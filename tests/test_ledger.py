@@ -39,13 +39,15 @@ from rfaas_mpi.leases import (
     NodeReport,
     Notify,
 )
+from rfaas_mpi.manager import days as days_module
 from rfaas_mpi.manager import ledger as ledger_module
 from rfaas_mpi.manager import sqlite as sqlite_module
 from rfaas_mpi.manager.accounts import KERNELS_MAX, OTHERS, RECORD, KernelUse
+from rfaas_mpi.manager.days import Period, day_of
 from rfaas_mpi.manager.directory import Registration
 from rfaas_mpi.manager.ledger import KEEP_ENDED_S, Ledger, Usage
 from rfaas_mpi.manager.registry import Registry
-from rfaas_mpi.manager.sqlite import network_file_system
+from rfaas_mpi.manager.sqlite import SqliteFile, network_file_system
 from rfaas_mpi.placement import pick_cores
 
 GIB = 1 << 30
@@ -344,7 +346,8 @@ def test_accounts_of_an_earlier_format_are_kept(opened_file, tmp_path):
     opened_file().close()
     with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as db:
         db.executescript("""
-            DROP VIEW seats; DROP TABLE usage; DROP TABLE usage_kernels; DROP TABLE kernels; PRAGMA user_version=1;
+            DROP VIEW seats; DROP TABLE usage; DROP TABLE usage_kernels; DROP TABLE kernels; DROP TABLE usage_days;
+            DROP TABLE heard; PRAGMA user_version=1;
             CREATE TABLE usage (
                 node TEXT NOT NULL, incarnation INTEGER NOT NULL, number INTEGER NOT NULL,
                 at REAL NOT NULL, lease INTEGER NOT NULL, uid INTEGER NOT NULL, kernel TEXT NOT NULL,
@@ -358,6 +361,134 @@ def test_accounts_of_an_earlier_format_are_kept(opened_file, tmp_path):
                    "poll_s": 2.0, "invocations": 6}
     opened_file().write([], [used(7)])
     assert len(opened_file().usage()) == 1
+
+
+def test_accounts_of_the_format_before_have_their_days(opened, clock):
+    ledger = opened()
+    record = used(RECORD, lease=11, node="n1", held_s=9.0, cpu_s=0.0, invocations=0)
+    ledger.write([changes_of(lease(9))], [
+        used(1, exec_s=1.0, kernels=(KernelUse("price", 1.0, 4),)), used(2, seat=1), used(3, lease=11, node="n1"),
+        record], jobs={lease(9).session: "nightly"})
+    days = {by: ledger.usage(by=by, period=Period(since=0)) for by in ("uid", "node", "job", "kernel")}
+    with ledger._db.transaction():
+        ledger._db.execute("DROP TABLE usage_days")
+        for index in ("answers_last", "closed_at", "jobs_at", "usage_at"):
+            ledger._db.execute(f"DROP INDEX {index}")
+        ledger._db.execute("DROP TABLE heard")
+        if isinstance(ledger._db, SqliteFile):
+            ledger._db.execute("PRAGMA user_version=2")
+        else:
+            ledger._db.execute("UPDATE format SET version = 2")
+    clock.wall += 40 * 86400.0
+    later = opened()
+    assert {by: later.usage(by=by, period=Period(since=0)) for by in days} == days
+    assert days["job"] == [{**days["job"][0], "job": "", "core_s": 18.0}, {**days["job"][1], "job": "nightly"}]
+    assert later.usage(period=Period(since=day_of(clock.wall) - 39)) == []
+
+
+def test_what_was_used_is_known_by_day(opened, clock):
+    ledger = opened()
+    today = day_of(clock.wall)
+    ledger.write([changes_of(lease(9))], [used(1, held_s=2.0, cpu_s=1.0, exec_s=1.0, invocations=1,
+                                               kernels=(KernelUse("a", 1.0, 1),))], jobs={lease(9).session: "nightly"})
+    clock.wall += 86400.0
+    ledger.write([], [used(1, held_s=5.0, cpu_s=4.0, exec_s=4.0, invocations=9,
+                           kernels=(KernelUse("a", 1.0, 1), KernelUse("b", 3.0, 8)))])
+    ledger.write([], [used(1, held_s=3.0, cpu_s=2.0, invocations=4), used(2, uid=1001, lease=10, node="n1")])   # late
+
+    def of(since: int | None, until: int | None, by: str = "uid", uid: int | None = None) -> list[tuple]:
+        return [(row[by], row["workers"], row["core_s"], row["cpu_s"], row["invocations"])
+                for row in opened().usage(by=by, uid=uid, period=Period(since, until))]
+    assert of(today, today + 1) == [(1000, 1, 4.0, 1.0, 1)]
+    assert of(today + 1, None) == [(1000, 0, 6.0, 3.0, 8), (1001, 1, 6.0, 1.5, 4)]
+    assert of(None, today + 2, "node") == [("n0", 1, 10.0, 4.0, 9), ("n1", 1, 6.0, 1.5, 4)]
+    assert of(today, None, "job", 1000) == [("nightly", 1, 10.0, 4.0, 9)]
+    assert of(today + 1, None, "kernel", 1000) == [("", 0, 0.0, 0.0, 0), ("b", 1, 6.0, 3.0, 8)]
+    assert of(None, today) == []
+    with pytest.raises(StoreError, match="not told apart"):
+        of(today, None, "lease")
+
+
+def test_days_add_up_to_what_lines_say_whatever_order_they_come_in(opened, clock):
+    """Of workers and the manager's own record of a seat, over a week."""
+    ledger = opened()
+    chance = random.Random(3)
+    held = {(seat, number): 0.0 for seat in range(3) for number in range(4)}
+    for _ in range(200):
+        (seat, number), ago = chance.choice(list(held)), chance.random() < 0.2
+        held_s = held[seat, number] * chance.random() if ago else held[seat, number] + chance.random()
+        held[seat, number] = max(held_s, held[seat, number])
+        ledger.write([], [used(number, seat=seat, held_s=held_s, cpu_s=held_s / 2, exec_s=held_s / 4,
+                               invocations=int(100 * held_s))])
+        clock.wall += 3000.0
+    for by in ("uid", "node"):
+        [days], [lines] = ledger.usage(by=by, period=Period(since=0)), ledger.usage(by=by)
+        assert days == {name: pytest.approx(value) for name, value in lines.items()}
+
+
+def test_sums_of_days_are_kept_longer_than_lines_and_not_for_ever(opened, clock):
+    keep = 86400.0
+    opened(keep_ended_s=keep).write([changes_of(lease(9))], [used(1)])
+    clock.wall += 10 * 86400.0
+    ledger = opened(keep_ended_s=keep, usage_days=20)
+    ledger._prune()
+    assert ledger.usage() == [] and ledger.usage(period=Period(since=0))[0]["core_s"] == 6.0
+    clock.wall += 11 * 86400.0
+    ledger._prune()
+    assert ledger.usage(period=Period(since=0)) == []
+
+
+def test_jobs_without_end_are_no_more_sums_of_a_day_than_a_user_may_have(opened_file, monkeypatch):
+    monkeypatch.setattr(days_module, "JOBS_MAX", 3)
+    ledger = opened_file()
+    for number in range(1, 8):
+        ledger.write([changes_of(lease(number, session=number))], jobs={number: f"job{number}"})
+        ledger.write([], [used(number, lease=number)])
+    rows = opened_file().usage(by="job", period=Period(since=0))
+    assert [(row["job"], row["workers"]) for row in rows] == [(OTHERS, 4), ("job1", 1), ("job2", 1), ("job3", 1)]
+
+
+def test_what_is_too_old_is_dropped_a_little_at_a_time_until_nothing_is_left(opened, clock, monkeypatch):
+    monkeypatch.setattr(ledger_module, "PRUNE_MOST", 3)
+    monkeypatch.setattr(ledger_module, "PRUNE_EVERY", 2)
+    ledger = opened(keep_ended_s=86400.0)
+    ended = [msgspec.structs.replace(lease(number), state=LeaseState.RELEASED) for number in range(1, 11)]
+    for one in ended:
+        ledger.write([Changes(epoch=one.id, leases=(one,), closed=(one.id,))], [
+            used(1, lease=one.id, exec_s=1.0, kernels=(KernelUse("a", 1.0, 1),))], jobs={one.id: "nightly"})
+    clock.wall += 2 * 86400.0
+
+    def left() -> list[int]:
+        with ledger._db.reading() as db:
+            return [db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+                    for table in ("leases", "closed", "usage", "usage_kernels", "jobs")]
+    assert left() == [10] * 5
+    for group in range(12):
+        ledger.write([Changes(epoch=100 + group)])
+    assert left() == [0] * 5
+
+
+def test_a_node_that_dies_while_no_manager_is_there_is_charged_until_it_was_last_heard_of(opened):
+    ledger = opened()
+    registry = Registry(ledger, pick_cores, 0.0)
+
+    def report(clock_s: int, *live: LiveLease) -> None:
+        registry.handle(NodeReport(node="n0", spare=(0, 1), memory_bytes=8 * GIB, incarnation=1, live=live,
+                                   clock_ns=clock_s * 10**9), float(clock_s))
+        registry.reported("n0", 1, clock_s * 10**9)
+    report(1)
+    registry.handle(Demand(session=7, request_id=1, uid=1000, workers_min=2, workers_max=2), 1.0)
+    [granted] = registry.flush()
+    [one] = granted.leases
+    for clock_s in (2, 30, 59, 63, 90):
+        report(clock_s, LiveLease(one.id, one.epoch, one.workers))
+        registry.flush()
+    later = opened()
+    registry = Registry(later, pick_cores, 200.0)
+    registry.handle(NodeLost(node="n0"), 300.0)
+    registry.flush()
+    [row] = later.usage()
+    assert (row["uid"], row["workers"], row["core_s"]) == (1000, 0, 2 * (63 - 2))
 
 
 def test_counts_that_no_worker_can_have_reached_spoil_nobody_s_sums(opened):

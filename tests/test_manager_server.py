@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import io
+import re
 import itertools
 import json
 import os
@@ -627,6 +628,26 @@ def test_every_field_missing_unknown_wrong_or_huge_is_a_4xx_that_names_it(play, 
 def test_a_wrong_parameter_is_a_4xx_that_names_it(play, method, path, status):
     async def scenario(call: Caller) -> None:
         assert (await call(method, path, status=status))["error"]
+    play(scenario)
+
+
+@pytest.mark.parametrize("query, field", [
+    ("since=yesterday", "since"), ("since=P", "since"), ("since=PT1H", "since"), ("since=-P1D", "since"),
+    ("until=2026-02-30", "until"), ("until=P99999Y", "until"), ("since=P9999Y", "since"), ("since=" + "9" * 5000, "since"),
+    ("since=P1D&until=P1D", "until"), ("since=2026-11-02&until=2026-11-01", "until"), ("by=lease&since=P1D", "by")])
+def test_a_period_that_is_none_is_a_400_that_names_the_field(play, query, field):
+    async def scenario(call: Caller) -> None:
+        problem = await call("GET", f"/v1/usage?{query}", status=400)
+        assert problem["error"].startswith(f"{field} is ") and len(problem["error"]) < 300
+    play(scenario)
+
+
+def test_a_period_is_answered_with_its_dates(play):
+    async def scenario(call: Caller) -> None:
+        found = await call("GET", "/v1/usage?since=2026-10-31&until=2026-11-30")
+        assert (found["since"], found["until"], found["rows"]) == ("2026-10-31", "2026-11-30", [])
+        found = await call("GET", "/v1/usage?since=P1M")
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", found["since"]) and found["until"] == ""
     play(scenario)
 
 

@@ -14,7 +14,7 @@ from rfaas_mpi._version import __version__
 from rfaas_mpi.cli.output import core_ranges
 from rfaas_mpi.client import ManagerClient
 from rfaas_mpi.config import Settings
-from rfaas_mpi.errors import ConfigError
+from rfaas_mpi.errors import ConfigError, ServiceError
 
 __all__ = ["drain", "lease", "leases", "log", "policy", "revoke", "status", "undrain", "usage"]
 
@@ -149,10 +149,14 @@ def status(manager: str | None) -> Answer:
 
 # --- accounts and rules -----------------------------------------------------------
 
-def usage(manager: str | None, by: str) -> Answer:
+def usage(manager: str | None, by: str, since: str | None = None, until: str | None = None) -> Answer:
     """Sums of what workers used: the caller's, all for an administrator."""
+    days = {name: text for name, text in (("since", since), ("until", until)) if text is not None}
     with client(manager) as asked:
-        found: api.UsageSums = asked.call("usage", by=USAGE_BY[by])
+        found: api.UsageSums = asked.call("usage", by=USAGE_BY[by], **days)
+    if days and not (found.since or found.until):
+        raise ServiceError("the manager is of an earlier version, which keeps no sums of days",
+                           hint="leave --since and --until out")
     column = USAGE_BY[by]
     rows = []
     priced = any(found.prices.values())
@@ -165,7 +169,9 @@ def usage(manager: str | None, by: str) -> Answer:
                      *([f"{row['lent_core_s'] / 3600:.3f}", f"{row['credit_core_s'] / 3600:.3f}"] if lent else [])))
     lines = table((by.upper(), "WORKERS", "CORE-H", "GIB-H", "CPU-S", "EXEC-S", "POLL-S", "INVOCATIONS",
                    *(["COST"] if priced else []), *(["LENT-H", "CREDIT-H"] if lent else [])), rows)
-    return {"by": by, "rows": list(found.rows), "prices": found.prices}, lines if rows else ["Nothing was used yet."]
+    none = "Nothing was used then." if days else "Nothing was used yet."
+    return {"by": by, "since": found.since or None, "until": found.until or None, "rows": list(found.rows),
+            "prices": found.prices}, lines if rows else [none]
 
 
 def policy(manager: str | None) -> Answer:

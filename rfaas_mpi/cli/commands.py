@@ -234,15 +234,21 @@ def undrain(out: Output, nodes: tuple[str, ...], every: bool, manager: str | Non
     out.answer(*cluster.undrain(manager, _nodes(nodes, every)))
 
 
-@click.command(epilog=examples("rfaas usage --by kernel", "rfaas usage --by user --json"))
+@click.command(epilog=examples("rfaas usage --by kernel", "rfaas usage --since 2026-11-01 --until 2026-12-01",
+                               "rfaas usage --by job --since P7D --json"))
 @click.option("--by", type=click.Choice(["user", "job", "kernel", "node", "lease"]), default="user", show_default=True,
               help="What a line stands for.")
+@click.option("--since", metavar="DAY", help="From that day on (UTC): 2026-11-01, or P7D, P2W, P1M, P1Y ago.")
+@click.option("--until", metavar="DAY", help="Before that day.  [default: up to now]")
 @asked
 @click.pass_obj
-def usage(out: Output, by: str, manager: str | None) -> None:
-    """Show what workers used: you; everybody, for an administrator."""
+def usage(out: Output, by: str, since: str | None, until: str | None, manager: str | None) -> None:
+    """Show what workers used: you; everybody, for an administrator.
+
+    Without a day, all of the last 30.
+    """
     from rfaas_mpi.cli import cluster
-    out.answer(*cluster.usage(manager, by))
+    out.answer(*cluster.usage(manager, by, since, until))
 
 
 @click.command(epilog=examples("rfaas policy"))

@@ -45,12 +45,13 @@ def serve(*, directory: Path | None, socket: Path | None, listen: tuple[str, ...
     from rfaas_mpi.manager import daemon
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     state = daemon.state_directory(directory)
+    settings = Settings.load()
     options = daemon.Options(
         directory=state, socket=daemon.socket_path(socket, state),
         listen=tuple(Address.parse(each, port_0=True) for each in listen), tls_cert=tls_cert, tls_key=tls_key,
-        keys=dict(map(_key, keys)), munge=(Settings.load().munge_socket or "") if munge else None, names=names,
+        keys=dict(map(_key, keys)), munge=(settings.munge_socket or "") if munge else None, names=names,
         metrics=None if metrics is None else Address.parse(metrics, port_0=True), policy=policy,
-        store=store)
+        store=store, usage_days=settings.usage_days)
 
     def listening(facts: daemon.Facts) -> None:
         data = {"running": True, "directory": str(facts.directory), "listening": list(facts.listening),

@@ -29,7 +29,7 @@ from rfaas_mpi.errors import ConfigError, ServiceError, StoreError
 from rfaas_mpi.manager.callers import Callers
 from rfaas_mpi.manager.garbage import collecting
 from rfaas_mpi.manager.keys import Keys
-from rfaas_mpi.manager.ledger import Ledger
+from rfaas_mpi.manager.ledger import USAGE_DAYS, Ledger
 from rfaas_mpi.manager.policy import Policy, load_policy
 from rfaas_mpi.manager.server import ManagerServer
 from rfaas_mpi.remote import Address
@@ -66,6 +66,7 @@ class Options:
     metrics: Address | None = None
     policy: Path | None = None
     store: str | None = None
+    usage_days: int = USAGE_DAYS
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ async def _serve(options: Options, keys: Keys, tls: ssl.SSLContext | None, ready
 async def _ledger(options: Options, keys: Keys, ended: asyncio.Event) -> Ledger | None:
     """The ledger, once it is this manager's; None if it was told to end while it stood by. ConfigError, StoreError."""
     if options.store is None:
-        return Ledger(options.directory / "ledger.db")
+        return Ledger(options.directory / "ledger.db", usage_days=options.usage_days)
     if password_in_environment():
         raise ConfigError("PGPASSWORD holds a password, which whatever is started from here inherits",
                           hint="put it into ~/.pgpass, or into the file that PGPASSFILE names")
@@ -168,7 +169,7 @@ async def _ledger(options: Options, keys: Keys, ended: asyncio.Event) -> Ledger 
                 continue
             store.close()
             return None
-        return await asyncio.to_thread(Ledger, store)
+        return await asyncio.to_thread(Ledger, store, usage_days=options.usage_days)
     except BaseException:
         store.close()
         raise

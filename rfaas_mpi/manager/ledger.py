@@ -8,6 +8,7 @@
     usage     what a worker has used     meta      epoch, clock, version
     usage_kernels  in which kernels      kernels   names of each user's that are kept apart
     lent      what a lease has, or had, of a lender's cores (credit.py)
+    usage_days     sums of each day      heard     what an agent's clock showed, now and then
 
 Times in a lease are seconds on the manager's monotonic clock, which begins anew
 with each boot; `meta` says which boot it was, and what the wall clock showed then.
@@ -29,15 +30,19 @@ from rfaas_mpi.leases import Answered, Changes, Demand, Grant, Kept, Lease, Leas
 from rfaas_mpi.leases.book import REMEMBER_LEAST_S
 from rfaas_mpi.manager.accounts import Usage, believable, by_kernel
 from rfaas_mpi.manager.credit import LentLine
+from rfaas_mpi.manager.days import SUMS, Days, Period, Told, day_of, job_of
 from rfaas_mpi.manager.directory import Registration
 from rfaas_mpi.manager.sqlite import SqliteFile
 
-__all__ = ["USAGE_BY", "USAGE_SUMS", "Database", "Ledger", "Usage"]
+__all__ = ["USAGE_BY", "USAGE_DAYS", "USAGE_SUMS", "Database", "Ledger", "Usage"]
 
 log = logging.getLogger("rfaas_mpi.manager.ledger")
 
-VERSION = 2
+VERSION = 3
 PRUNE_EVERY = 1000               # groups
+PRUNE_MOST = 1000                # rows of a table at once: who waits for the group waits for that, too
+AT_ONCE = 500                    # what one statement asks for
+USAGE_DAYS = 400                 # for which days' sums are kept
 KEEP_ENDED_S = 30 * 86400.0
 NOTED_EVERY_S = 86400.0          # that a kernel's name is in use
 _INTEGER_MAX = 2**63 - 1
@@ -53,9 +58,14 @@ CREATE INDEX IF NOT EXISTS leases_ended ON leases (ended_at);
 CREATE TABLE IF NOT EXISTS answers (
     session INTEGER NOT NULL, request INTEGER NOT NULL, last_lease INTEGER NOT NULL, body TEXT NOT NULL,
     PRIMARY KEY (session, request)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS answers_last ON answers (last_lease);
 CREATE TABLE IF NOT EXISTS closed (session INTEGER PRIMARY KEY, at REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS closed_at ON closed (at);
 CREATE TABLE IF NOT EXISTS agents (node TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS jobs (session INTEGER PRIMARY KEY, job TEXT NOT NULL, at REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS jobs_at ON jobs (at);
+CREATE TABLE IF NOT EXISTS heard (
+    node TEXT PRIMARY KEY, incarnation INTEGER NOT NULL, clock_ns INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS drained (node TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS usage (
     node TEXT NOT NULL, incarnation INTEGER NOT NULL, lease INTEGER NOT NULL, seat INTEGER NOT NULL,
@@ -63,6 +73,7 @@ CREATE TABLE IF NOT EXISTS usage (
     memory_bytes INTEGER NOT NULL, held_s REAL NOT NULL, cpu_s REAL NOT NULL, exec_s REAL NOT NULL,
     poll_s REAL NOT NULL, invocations INTEGER NOT NULL,
     PRIMARY KEY (node, incarnation, lease, seat, number)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS usage_at ON usage (at);
 CREATE TABLE IF NOT EXISTS usage_kernels (
     node TEXT NOT NULL, incarnation INTEGER NOT NULL, lease INTEGER NOT NULL, seat INTEGER NOT NULL,
     number INTEGER NOT NULL, kernel TEXT NOT NULL, exec_s REAL NOT NULL, invocations INTEGER NOT NULL,
@@ -72,6 +83,10 @@ CREATE TABLE IF NOT EXISTS kernels (
 CREATE TABLE IF NOT EXISTS lent (
     lease INTEGER NOT NULL, owner INTEGER NOT NULL, uid INTEGER NOT NULL, node TEXT NOT NULL, cores TEXT NOT NULL,
     core_s REAL NOT NULL, at REAL NOT NULL, PRIMARY KEY (lease, owner)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS usage_days (
+    day INTEGER NOT NULL, uid INTEGER NOT NULL, what TEXT NOT NULL, name TEXT NOT NULL, workers REAL NOT NULL,
+    core_s REAL NOT NULL, memory_byte_s REAL NOT NULL, cpu_s REAL NOT NULL, exec_s REAL NOT NULL,
+    poll_s REAL NOT NULL, invocations REAL NOT NULL, PRIMARY KEY (day, uid, what, name)) WITHOUT ROWID;
 CREATE VIEW IF NOT EXISTS seats AS
     SELECT node, incarnation, lease, seat, uid, workers, cores, memory_bytes,
            CASE WHEN held_s > record_s THEN held_s ELSE record_s END AS held_s, cpu_s, exec_s, poll_s, invocations
@@ -96,6 +111,43 @@ CREATE TABLE usage (
 INSERT INTO usage SELECT node, incarnation, lease, 0, number, at, uid, cores, memory_bytes, held_s, cpu_s, exec_s,
     min(poll_s, cpu_s), invocations FROM usage_1;
 DROP TABLE usage_1
+"""
+
+# Format 2 had no sums of days: all of a worker counts on the day of its last line.
+_SEATS_2 = """
+SELECT node, lease, max(uid) AS uid, CAST(max(at) - 0.5 AS BIGINT) / 86400 AS day, max(cores) AS cores,
+       max(memory_bytes) AS memory_bytes, sum(CASE number WHEN 0 THEN 0 ELSE 1 END) AS workers,
+       CASE WHEN sum(CASE number WHEN 0 THEN 0 ELSE held_s END) > max(CASE number WHEN 0 THEN held_s ELSE 0 END)
+            THEN sum(CASE number WHEN 0 THEN 0 ELSE held_s END)
+            ELSE max(CASE number WHEN 0 THEN held_s ELSE 0 END) END AS held_s,
+       sum(cpu_s) AS cpu_s, sum(exec_s) AS exec_s, sum(poll_s) AS poll_s,
+       sum(CAST(invocations AS DOUBLE PRECISION)) AS invocations
+FROM usage GROUP BY node, incarnation, lease, seat
+"""
+_SUMS_2 = ("sum(workers), sum(held_s * cores), sum(held_s * memory_bytes), sum(cpu_s), sum(exec_s), sum(poll_s), "
+           "sum(invocations)")
+_FROM_2 = f"""
+CREATE TABLE IF NOT EXISTS jobs (session INTEGER PRIMARY KEY, job TEXT NOT NULL, at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS usage_kernels (
+    node TEXT NOT NULL, incarnation INTEGER NOT NULL, lease INTEGER NOT NULL, seat INTEGER NOT NULL,
+    number INTEGER NOT NULL, kernel TEXT NOT NULL, exec_s REAL NOT NULL, invocations INTEGER NOT NULL,
+    PRIMARY KEY (node, incarnation, lease, seat, number, kernel)) WITHOUT ROWID;
+CREATE TABLE usage_days (
+    day INTEGER NOT NULL, uid INTEGER NOT NULL, what TEXT NOT NULL, name TEXT NOT NULL, workers REAL NOT NULL,
+    core_s REAL NOT NULL, memory_byte_s REAL NOT NULL, cpu_s REAL NOT NULL, exec_s REAL NOT NULL,
+    poll_s REAL NOT NULL, invocations REAL NOT NULL, PRIMARY KEY (day, uid, what, name)) WITHOUT ROWID;
+INSERT INTO usage_days SELECT day, uid, '', '', {_SUMS_2} FROM ({_SEATS_2}) AS summed GROUP BY day, uid;
+INSERT INTO usage_days SELECT day, uid, 'node', node, {_SUMS_2} FROM ({_SEATS_2}) AS summed GROUP BY day, uid, node;
+INSERT INTO usage_days SELECT day, uid, 'job', job, {_SUMS_2}
+    FROM (SELECT summed.*, coalesce(jobs.job, '') AS job FROM ({_SEATS_2}) AS summed
+          LEFT JOIN leases ON leases.id = summed.lease LEFT JOIN jobs ON jobs.session = leases.session) AS named
+    GROUP BY day, uid, job;
+INSERT INTO usage_days SELECT CAST(usage.at - 0.5 AS BIGINT) / 86400, usage.uid, 'kernel', usage_kernels.kernel,
+    count(*), sum(usage_kernels.exec_s * usage.cores), sum(usage_kernels.exec_s * usage.memory_bytes),
+    sum(CASE WHEN usage.exec_s > 1e-9 AND usage_kernels.exec_s > 1e-9 AND usage.cpu_s - usage.poll_s > 1e-9
+        THEN (usage.cpu_s - usage.poll_s) * usage_kernels.exec_s / usage.exec_s ELSE 0 END),
+    sum(usage_kernels.exec_s), 0, sum(CAST(usage_kernels.invocations AS DOUBLE PRECISION))
+    FROM usage_kernels JOIN usage USING (node, incarnation, lease, seat, number) GROUP BY 1, 2, 4
 """
 
 # What usage is summed by: its column, and where it stands.
@@ -198,10 +250,14 @@ class Ledger:
     """
 
     def __init__(self, place: Path | Database, *, monotonic: Callable[[], float] = time.monotonic,
-                 wall: Callable[[], float] = time.time, keep_ended_s: float = KEEP_ENDED_S) -> None:
+                 wall: Callable[[], float] = time.time, keep_ended_s: float = KEEP_ENDED_S,
+                 usage_days: int = USAGE_DAYS) -> None:
         self._monotonic = monotonic
         self._wall = wall
         self._keep_ended_s = keep_ended_s
+        self._usage_days = usage_days
+        self._more_to_prune = False
+        self._jobs_of: dict[tuple[int, int], set[str]] = {}    # (day, user) → those that count by themselves
         self._offset = float("nan")            # wall clock less monotonic clock, as written down
         self._groups = 0
         self._kernels: dict[int, dict[str, float]] = {}        # user → names that are kept apart → when it was noted
@@ -227,7 +283,7 @@ class Ledger:
         self._db.keep()
 
     def _prepare(self) -> None:
-        self._db.prepare(_SCHEMA, VERSION, {1: _FROM_1})
+        self._db.prepare(_SCHEMA, VERSION, {1: _FROM_1, 2: _FROM_2})
         try:
             with self._db.transaction():
                 self._db.execute("INSERT INTO meta VALUES ('epoch', ?) ON CONFLICT DO NOTHING", (int(self._wall()),))
@@ -312,31 +368,49 @@ class Ledger:
             closed=[session for session, in db.execute("SELECT session FROM closed WHERE at > ?", (lost,))],
             drained=[node for node, in db.execute("SELECT node FROM drained ORDER BY node")])
 
-    def usage(self, *, by: str = "uid", uid: int | None = None) -> list[dict[str, int | float | str]]:
-        """Sums of everything that is kept, by one of USAGE_BY; of one user only, or of all. StoreError."""
+    def usage(self, *, by: str = "uid", uid: int | None = None,
+              period: Period = Period()) -> list[dict[str, int | float | str]]:
+        """Sums of every line that is kept, or of the days of a period, by one of USAGE_BY; of one user only, or of all.
+
+        StoreError; for leases of a period, too, which days' sums don't tell apart.
+        """
         if by not in USAGE_BY:
             raise StoreError(f"usage is not kept by {by!r}", hint=f"ask by {', '.join(USAGE_BY)}")
+        if period and by == "lease":
+            raise StoreError("leases are not told apart in the sums of days",
+                             hint="leave the period out: leases of the last 30 days are kept one by one")
         try:
             with self._db.reading() as db:
-                rows = _sums(db, by, uid)
+                rows = _of_days(db, by, uid, period) if period else _sums(db, by, uid)
                 if by != "kernel":
                     return rows
-                total = _sums(db, "uid", uid)
+                total = _of_days(db, "uid", uid, period) if period else _sums(db, "uid", uid)
         except self._db.errors as error:
             raise self._db.trouble(error) from error
         return by_kernel(rows, {name: sum(row[name] for row in total) for name in _SUMS} if total else None)
 
     def owners(self, leases: Iterable[int]) -> dict[int, tuple[int, str]]:
         """The user and the node of each of these leases that is kept, also of what the book forgot. StoreError."""
+        wanted = list(leases)
         found: dict[int, tuple[int, str]] = {}
         try:
             with self._db.reading() as db:
-                for lease in leases:
-                    for uid, node in db.execute("SELECT uid, node FROM leases WHERE id = ?", (lease,)):
-                        found[lease] = uid, node
+                while wanted:
+                    some, wanted = wanted[:AT_ONCE], wanted[AT_ONCE:]
+                    found.update((lease, (uid, node)) for lease, uid, node in db.execute(
+                        f"SELECT id, uid, node FROM leases WHERE id IN ({', '.join('?' * len(some))})", some))
         except self._db.errors as error:
             raise self._db.trouble(error) from error
         return found
+
+    def heard(self) -> dict[str, tuple[int, int]]:
+        """Node → its agent's number, and what that one's clock showed not long before it was last heard of."""
+        try:
+            with self._db.reading() as db:
+                return {node: (incarnation, clock_ns) for node, incarnation, clock_ns in db.execute(
+                    "SELECT node, incarnation, clock_ns FROM heard")}
+        except self._db.errors as error:
+            raise self._db.trouble(error) from error
 
     def core_s(self, half_life_s: float) -> dict[int, float]:
         """User → core-seconds that were held, half of them forgotten each half-life; by the hour, which is enough."""
@@ -394,10 +468,11 @@ class Ledger:
 
     def write(self, changes: Sequence[Changes], usage: Iterable[Usage] = (),
               agents: Mapping[str, tuple[Registration, ...]] = {}, jobs: Mapping[int, str] = {},
-              lent: Iterable[LentLine] = ()) -> None:
+              lent: Iterable[LentLine] = (), heard: Mapping[str, tuple[int, int]] = {}) -> None:
         """Makes all of it durable, in this order, with one flush; all or nothing.
 
-        `agents`: all that is known of these nodes', `jobs`: the batch job of these sessions.
+        `agents`: all that is known of these nodes', `jobs`: the batch job of these sessions, `heard`: what the clocks
+        of these nodes' agents show.
         """
         epoch = max([self.epoch, *(each.epoch for each in changes)])
         try:
@@ -406,12 +481,12 @@ class Ledger:
                     self._db.execute("UPDATE meta SET value = ? WHERE name = 'epoch'", (epoch,))
                 for each in changes:
                     self._write(each)
-                self._write_usage(usage)
                 self._db.executemany(
                     "INSERT INTO agents VALUES (?, ?) ON CONFLICT (node) DO UPDATE SET body = excluded.body",
                     [(node, _encode(known).decode()) for node, known in agents.items() if known])
-                self._db.executemany("DELETE FROM agents WHERE node = ?",
-                                     [(node,) for node, known in agents.items() if not known])
+                for table in ("agents", "heard"):
+                    self._db.executemany(f"DELETE FROM {table} WHERE node = ?",
+                                         [(node,) for node, known in agents.items() if not known])
                 self._db.executemany(
                     "INSERT INTO jobs VALUES (?, ?, ?) ON CONFLICT (session) DO UPDATE SET job = excluded.job, "
                     "at = excluded.at", [(session, job, self._wall()) for session, job in jobs.items()])
@@ -420,13 +495,19 @@ class Ledger:
                     "cores = excluded.cores, core_s = excluded.core_s, at = excluded.at",
                     [(line.lease, line.owner, line.uid, line.node, _encode(line.cores).decode(), line.core_s,
                       self._wall()) for line in lent])
+                self._write_usage(usage)
+                self._db.executemany(
+                    "INSERT INTO heard VALUES (?, ?, ?) ON CONFLICT (node) DO UPDATE SET "
+                    "incarnation = excluded.incarnation, clock_ns = excluded.clock_ns",
+                    [(node, *clock) for node, clock in heard.items()])
                 self._write_clock()
                 self._groups += 1
-                if self._groups % PRUNE_EVERY == 0:
+                if self._groups % PRUNE_EVERY == 0 or self._more_to_prune:
                     self._prune()
         except BaseException as error:
             self._offset = float("nan")
             self._kernels = {}
+            self._jobs_of = {}
             if isinstance(error, self._db.errors):
                 raise self._db.trouble(error) from error
             raise
@@ -455,8 +536,11 @@ class Ledger:
     def _write_usage(self, usage: Iterable[Usage]) -> None:
         """The latest that is known of each worker takes the place of what was known before."""
         at = self._wall()
+        day = day_of(at)
+        days = Days()
         for one in usage:
             one = believable(one, self._names(one.uid) if one.kernels else ())
+            seat = self._seat(one)
             done = self._db.execute(
                 "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
                 "ON CONFLICT (node, incarnation, lease, seat, number) DO UPDATE SET at = excluded.at, "
@@ -465,7 +549,10 @@ class Ledger:
                 "WHERE excluded.held_s >= usage.held_s",
                 (one.node, one.incarnation, one.lease, one.seat, one.number, at, one.uid, one.cores,
                  one.memory_bytes, one.held_s, one.cpu_s, one.exec_s, one.poll_s, one.invocations))
-            if not one.kernels or not done.rowcount:
+            if not done.rowcount:
+                continue
+            days.add(day, one, seat, self._job(day, one))
+            if not one.kernels:
                 continue
             key = (one.node, one.incarnation, one.lease, one.seat, one.number)
             self._db.execute("DELETE FROM usage_kernels WHERE node = ? AND incarnation = ? AND lease = ? AND seat = ? "
@@ -473,6 +560,34 @@ class Ledger:
             self._db.executemany("INSERT INTO usage_kernels VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
                                  [(*key, each.kernel, each.exec_s, each.invocations) for each in one.kernels])
             self._note_names(one.uid, [each.kernel for each in one.kernels], at)
+        self._db.executemany(
+            f"INSERT INTO usage_days VALUES (?, ?, ?, ?{', ?' * len(SUMS)}) ON CONFLICT (day, uid, what, name) "
+            f"DO UPDATE SET {', '.join(f'{name} = usage_days.{name} + excluded.{name}' for name in SUMS)}",
+            [(*key, *sums) for key, sums in days.more.items()])
+
+    def _seat(self, one: Usage) -> dict[int, Told]:
+        """What is known of each who had this worker's seat; of kernels, this worker's own."""
+        key = (one.node, one.incarnation, one.lease, one.seat)
+        kernels = {} if not one.kernels else {name: (exec_s, invocations) for name, exec_s, invocations in
+                                              self._db.execute(
+            "SELECT kernel, exec_s, invocations FROM usage_kernels WHERE node = ? AND incarnation = ? AND lease = ? "
+            "AND seat = ? AND number = ?", (*key, one.number))}
+        return {number: Told(held_s, cpu_s, exec_s, poll_s, invocations, kernels if number == one.number else {})
+                for number, held_s, cpu_s, exec_s, poll_s, invocations in self._db.execute(
+            "SELECT number, held_s, cpu_s, exec_s, poll_s, invocations FROM usage WHERE node = ? AND incarnation = ? "
+            "AND lease = ? AND seat = ?", key)}
+
+    def _job(self, day: int, one: Usage) -> str:
+        """What its job counts as."""
+        row = self._db.execute("SELECT jobs.job FROM leases JOIN jobs ON jobs.session = leases.session "
+                               "WHERE leases.id = ?", (one.lease,)).fetchone()
+        if (known := self._jobs_of.get((day, one.uid))) is None:
+            self._jobs_of = {key: names for key, names in self._jobs_of.items() if key[0] == day}
+            known = self._jobs_of[day, one.uid] = {name for (name,) in self._db.execute(
+                "SELECT name FROM usage_days WHERE day = ? AND uid = ? AND what = 'job'", (day, one.uid))}
+        name = job_of(row[0] if row else "", known)
+        known.add(name)
+        return name
 
     def _names(self, uid: int) -> dict[str, float]:
         if uid not in self._kernels:
@@ -497,19 +612,30 @@ class Ledger:
             self._offset = offset
 
     def _prune(self) -> None:
-        before = self._wall() - self._keep_ended_s
-        self._db.execute("DELETE FROM answers WHERE last_lease IN (SELECT id FROM leases WHERE ended_at < ?)",
-                         (before,))
-        self._db.execute("DELETE FROM leases WHERE ended_at < ?", (before,))
-        self._db.execute("DELETE FROM closed WHERE at < ?", (before,))
-        self._db.execute("DELETE FROM usage_kernels WHERE (node, incarnation, lease, seat, number) IN "
-                         "(SELECT node, incarnation, lease, seat, number FROM usage WHERE at < ?)", (before,))
-        self._db.execute("DELETE FROM usage WHERE at < ?", (before,))
+        """Drops what was kept for long enough; what is too much of it at once, with the groups that follow."""
+        now = self._wall()
+        before = now - self._keep_ended_s
+        old = "(SELECT id FROM leases WHERE ended_at < ? ORDER BY ended_at, id LIMIT ?)"
+        lines = ("(SELECT node, incarnation, lease, seat, number FROM usage WHERE at < ? "
+                 "ORDER BY at, node, incarnation, lease, seat, number LIMIT ?)")
+        dropped = []
+        for statement in (
+                f"DELETE FROM answers WHERE last_lease IN {old}", f"DELETE FROM leases WHERE id IN {old}",
+                "DELETE FROM closed WHERE session IN (SELECT session FROM closed WHERE at < ? ORDER BY at LIMIT ?)",
+                f"DELETE FROM usage_kernels WHERE (node, incarnation, lease, seat, number) IN {lines}",
+                f"DELETE FROM usage WHERE (node, incarnation, lease, seat, number) IN {lines}"):
+            dropped.append(self._db.execute(statement, (before, PRUNE_MOST)).rowcount)
         self._db.execute("DELETE FROM kernels WHERE at < ?", (before,))
         self._db.execute("DELETE FROM lent WHERE at < ? AND lease NOT IN "
                          "(SELECT id FROM leases WHERE ended_at IS NULL)", (before,))
+        self._db.execute("DELETE FROM usage_days WHERE day < ?", (day_of(now) - self._usage_days,))
         self._kernels = {}
-        self._db.execute("DELETE FROM jobs WHERE at < ? AND session NOT IN (SELECT session FROM leases)", (before,))
+        # As long as its session's leases are there.
+        dropped.append(self._db.execute(
+            "DELETE FROM jobs WHERE session IN (SELECT session FROM jobs WHERE at < ? AND session NOT IN "
+            "(SELECT session FROM leases) ORDER BY at LIMIT ?)", (before, PRUNE_MOST)).rowcount)
+        # A line has several kernels.
+        self._more_to_prune = any(number >= PRUNE_MOST for number in dropped)
 
     def close(self) -> None:
         """Lets go of the database, once nobody writes or reads. Safe to call twice."""
@@ -535,6 +661,26 @@ def _sums(db: Statements, by: str, uid: int | None) -> list[dict[str, Any]]:
                       () if uid is None else (uid,))
     return [{**(found := dict(zip((by, *sums), row, strict=True))),
              "invocations": min(int(found["invocations"]), _INTEGER_MAX)} for row in rows]
+
+
+def _of_days(db: Statements, by: str, uid: int | None, period: Period) -> list[dict[str, Any]]:
+    """The same as `_sums`, from days' sums."""
+    column = "uid" if by == "uid" else "name"
+    bounds = [("what = ?", "" if by == "uid" else by), *(
+        (f"{field} ?", value) for field, value in (("uid =", uid), ("day >=", period.since), ("day <", period.until))
+        if value is not None)]
+    rows = db.execute(
+        f"SELECT {column}, {', '.join(f'sum({name})' for name in SUMS)} FROM usage_days "
+        f"WHERE {' AND '.join(bound for bound, _ in bounds)} GROUP BY {column} ORDER BY {column}",
+        tuple(value for _, value in bounds))
+    found = []
+    for name, *sums in rows:
+        # What a kernel had one day may be the others' the next.
+        row = dict(zip(SUMS, (max(0.0, value) for value in sums), strict=True))
+        if any(row.values()):
+            found.append({by: name, **row, "workers": round(row["workers"]),
+                          "invocations": min(round(row["invocations"]), _INTEGER_MAX)})
+    return found
 
 
 def _boot_id() -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,9 @@ __all__ = ["REMEMBER_MOST", "Group", "Registry"]
 
 REMEMBER_MOST = 20_000
 """Ended leases, and answers, that a book keeps in memory; the ledger has all of them."""
+
+KEEP_HEARD_NS = 60 * 10**9
+"""So often it is written down that an agent whose leases live was heard of."""
 
 
 @contextmanager
@@ -50,13 +54,14 @@ class Group:
         self.agents: dict[str, tuple[Registration, ...]] = {}
         self.jobs: dict[int, str] = {}
         self.lent: list[LentLine] = []
+        self.heard: dict[str, tuple[int, int]] = {}
         self.changes: list[Changes] = []
         self.epoch = 0
 
     @property
     def to_write(self) -> bool:
         """True if any of it has to be on disk."""
-        return bool(self.usage or self.agents or self.jobs or self.lent or self.changes)
+        return bool(self.usage or self.agents or self.jobs or self.lent or self.heard or self.changes)
 
     def __bool__(self) -> bool:
         return self.to_write or bool(self.actions)
@@ -97,6 +102,10 @@ class Registry:
             # For the accounts: what a lease held, which its end leaves out, and the last word of its agent.
             self._held = {lease.id: lease for lease in kept.leases if lease.state.live}
             self._clocks: dict[str, dict[int, int]] = {}     # node → incarnation → ns
+            self._kept: dict[str, tuple[int, int]] = ledger.heard()
+            for node, (incarnation, clock_ns) in self._kept.items():
+                self._clocks[node] = {incarnation: clock_ns}
+            self._lending = Counter(lease.node for lease in self._held.values())
 
     def handle(self, event: Event, now: float) -> None:
         """Takes an event. ValueError for one that makes no sense; nothing has changed then."""
@@ -120,12 +129,18 @@ class Registry:
         if incarnation not in clocks and len(clocks) > 1:
             del clocks[min(clocks)]
         clocks[incarnation] = max(clock_ns, clocks.get(incarnation, 0))
+        # A manager that was restarted knows by it what a lease held of a node that died meanwhile.
+        kept = self._kept.get(node)
+        if self._lending[node] and (kept is None or kept[0] != incarnation or clock_ns >= kept[1] + KEEP_HEARD_NS):
+            self._kept[node] = self._group.heard[node] = incarnation, clock_ns
 
     def agents(self, node: str, known: tuple[Registration, ...]) -> None:
         """Takes what is known of a node's agents, to be written down with the rest; nothing: it is forgotten."""
         self._group.agents[node] = known
         if not known:
             self._clocks.pop(node, None)
+            self._kept.pop(node, None)
+            self._group.heard.pop(node, None)
 
     def job(self, session: int, job: str) -> None:
         """Takes the batch job in which a session runs, for the accounts."""
@@ -140,9 +155,13 @@ class Registry:
         for lease in changes.leases:
             before = self._held.get(lease.id)
             if lease.state.live:
+                self._lending[lease.node] += before is None
                 self._held[lease.id] = lease
             elif before is not None:
                 del self._held[lease.id]
+                self._lending[lease.node] -= 1
+                if not self._lending[lease.node]:
+                    del self._lending[lease.node]
                 if lease.state is LeaseState.LOST:
                     group.usage += self._lost(before)
         if self._lent is not None:
@@ -176,8 +195,9 @@ class Registry:
         agents = {node: known for one in waiting for node, known in one.agents.items()}
         jobs = {session: job for one in waiting for session, job in one.jobs.items()}
         lent = [line for one in waiting for line in one.lent]
-        if changes or usage or agents or jobs or lent:
-            self._ledger.write(changes, usage, agents, jobs, lent)
+        heard = {node: clock for one in waiting for node, clock in one.heard.items()}
+        if changes or usage or agents or jobs or lent or heard:
+            self._ledger.write(changes, usage, agents, jobs, lent, heard)
         self._unwritten = []
         return [action for one in waiting for action in one.actions]
 

@@ -42,6 +42,7 @@ from rfaas_mpi.manager.accounts import KernelUse, Usage
 from rfaas_mpi.manager.cluster import Cluster, Policy, session_number
 from rfaas_mpi.manager.credit import Lent
 from rfaas_mpi.manager.core import Action, Admit, Granted, Notify, Refused, StopWorkers, Superseded
+from rfaas_mpi.manager.days import period
 from rfaas_mpi.manager.directory import Directory, Registration
 from rfaas_mpi.manager.keys import Keys, check_agent_key, name_of
 from rfaas_mpi.manager.ledger import USAGE_BY, USAGE_SUMS, Ledger
@@ -774,12 +775,16 @@ class ManagerServer:
         by = request.query.get("by", "uid")
         if by not in USAGE_BY:
             raise _Refusal(400, f"by is {by[:40]!r}", f"ask by {', '.join(USAGE_BY)}")
+        days = period(request.query.get("since", ""), request.query.get("until", ""), time.time())
+        if days and by == "lease":
+            raise _Refusal(400, "by is 'lease', and the sums of days don't tell leases apart",
+                           "leave since and until out: leases of the last 30 days are kept one by one")
         prices = self.cluster.policy.prices
-        rows = await asyncio.to_thread(self._ledger.usage, by=by, uid=None if everybody else uid)
-        if by == "uid":
+        rows = await asyncio.to_thread(self._ledger.usage, by=by, uid=None if everybody else uid, period=days)
+        if by == "uid" and not days:
             rows = await self._with_lent(rows, None if everybody else uid)
         return api.UsageSums(by, tuple({**row, "cost": prices.cost(row)} for row in rows),
-                             msgspec.structs.asdict(prices))
+                             msgspec.structs.asdict(prices), *days.dates())
 
     async def _with_lent(self, rows: list[dict[str, Any]], uid: int | None) -> list[dict[str, Any]]:
         """The rows of users with what they have lent; with rows of users who have only lent."""

@@ -188,6 +188,7 @@ SAYS: dict[str, str | None] = {
     "rfaas lease explain": None,
     "rfaas usage --by job": None,
     "rfaas usage --by kernel --json": None,
+    "rfaas usage --since 2026-11-01 --until 2026-12-01": "^USER|^Nothing was used then",
     "munge -n | unmunge": "Success",
     "RFAAS_MANAGER=unix:/run/rfaas/manager.sock RFAAS_MANAGER_USER=rfaas rfaas status":
         r"^  node0: 2 cores, 0 lent, 2 free",

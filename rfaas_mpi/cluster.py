@@ -278,10 +278,11 @@ class ClusterSession:
             return False
 
     def release(self, lease: GrantLease | int) -> None:
-        """Gives a lease back, as `Session.release`."""
+        """Gives a lease back, as `Session.release`; its agent is not needed any more."""
         line = self._line(_number(lease))
         if line is not None and line.session is not None:
             line.session.release(lease)
+            line.session.close()
 
     def verdict(self, lease: GrantLease | int, worker: int, timeout_s: float = 5.0) -> WorkerEnded:
         """How a worker ended, as `Session.verdict`."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rfaas_mpi import codec, local, policy
 from rfaas_mpi.arrays import Memory, Spans
 from rfaas_mpi.config import Settings
+from rfaas_mpi.elastic import LOOK_S, Elastic, Facts
 from rfaas_mpi.errors import (
     ClosedError,
     ConfigError,
@@ -88,6 +89,10 @@ class Crew:
         self._errands: threading.Thread | None = None
         self._watched: dict[Any, Any] = {}
         self._notifier: threading.Thread | None = None
+        self._listeners: list[Callable[[list[int]], object]] = []
+        self._seen: list[int] = []
+        self._stretcher: threading.Thread | None = None
+        self._stretched = threading.Event()      # enough of it
         self.said_fallback = False
         self.on_close: Callable[[], object] = _nothing
         if settings.transport == "inline":
@@ -125,6 +130,60 @@ class Crew:
                 self.close()
                 raise
         return self.lending
+
+    def listen(self, fn: Callable[[list[int]], object]) -> None:
+        """Has `fn` called with the workers' numbers whenever one has come or gone."""
+        with self.lock:
+            self._listeners.append(fn)
+
+    def wait_workers(self, least: int, timeout_s: float | None) -> bool:
+        """True once there are so many; False after the time-out, or when nothing may be started any more."""
+        with self.changed:
+            self.changed.wait_for(lambda: len(self.workers) >= least or self.closing, timeout_s)
+            return len(self.workers) >= least and not self.closing
+
+    def _say_change(self) -> None:
+        now = self.workers
+        with self.lock:
+            changed, self._seen = now != self._seen, now
+            listeners = list(self._listeners)
+        if not changed:
+            return
+        with self.changed:
+            self.changed.notify_all()
+        for fn in listeners:
+            try:
+                fn(list(now))
+            except Exception:
+                # Others want to know as well, and the thread has more to hear.
+                log.exception("what was to be told of a change of workers failed: %r", fn)
+
+    def stretch(self, elastic: Elastic, cores_per_worker: int) -> None:
+        """Has workers asked for and given back as it decides, by a thread of ours."""
+        self._stretcher = threading.Thread(target=self._stretch, args=(elastic, cores_per_worker),
+                                           name="rfaas-elastic", daemon=True)
+        self._stretcher.start()
+
+    def _stretch(self, elastic: Elastic, cores_per_worker: int) -> None:
+        lending = self.lending
+        while lending is not None and not self._stretched.wait(LOOK_S):
+            try:
+                stats = self.invoker.stats()
+                change = elastic.decide(Facts(len(lending.workers), stats["queued"], stats["in_flight"]),
+                                        time.monotonic())
+                if change > 0:
+                    given = 0
+                    try:
+                        given = lending.more(change, cores_per_worker, self.settings.memory_per_worker)
+                        self.memory.limit = lending.memory_limit
+                    finally:
+                        elastic.answered(given, time.monotonic())
+                elif change < 0:
+                    lending.give_back(-change)
+            except ClosedError:
+                return
+            except (RFaaSError, TimeoutError) as error:
+                log.debug("no more workers for now: %s", error)
 
     @property
     def transport(self) -> str:
@@ -279,6 +338,7 @@ class Crew:
 
     def look_around(self) -> None:
         """Acts on ends that nobody may be waiting for; called when workers came or went."""
+        self._say_change()
         for future in list(self.pending):
             if future._over is None and future._raw.test():
                 self._advance(future)
@@ -419,6 +479,7 @@ class Crew:
             if self.closed:
                 return
             self.closed = True
+        self._stretched.set()
         with self.changed:
             self.changed.notify_all()
         if self.lending is not None:
@@ -430,8 +491,9 @@ class Crew:
         if self.lending is not None:
             self.lending.close()
         me = threading.current_thread()
-        if self._notifier is not None and self._notifier is not me:
-            self._notifier.join(2.0)
+        for thread in (self._notifier, self._stretcher):
+            if thread is not None and thread is not me:
+                thread.join(2.0)
         self._refs.clear()
         # The memory of the data plane goes with the last request and array on
         # it, not with this object, which its user may still hold.

@@ -20,6 +20,7 @@ from rfaas_mpi._version import __version__
 from rfaas_mpi.arrays import Constant, as_inputs, as_outputs, check_memory, check_overlap
 from rfaas_mpi.config import Settings
 from rfaas_mpi.crew import Crew
+from rfaas_mpi.elastic import Elastic
 from rfaas_mpi.errors import ConfigError, NestedError
 from rfaas_mpi.futures import Future
 from rfaas_mpi.kernels import Kernel, object_kernel
@@ -92,12 +93,19 @@ class Executor(concurrent.futures.Executor):
 
         if comm is None:
             crew, least, most = set_up()
-            crew.hire(lambda lending: lending.hire(least, most, cores_per_worker, self._settings.memory_per_worker))
+            # Who gives back what is idle begins with little, and so with leases that can be given back one by one.
+            idle_s = self._settings.idle_s
+            first = most if idle_s is None else max(1, least)
+            crew.hire(lambda lending: lending.hire(least, first, cores_per_worker, self._settings.memory_per_worker))
+            if idle_s is not None and not crew.inline:
+                crew.stretch(Elastic(max(1, least), most, idle_s), cores_per_worker)
         else:
             from rfaas_mpi import mpi
 
             def ask() -> mpi.Ask:
                 crew, least, most = set_up()
+                if self._settings.idle_s is not None:
+                    raise ConfigError("idle_s is for executors of one rank", hint="leave idle_s or comm out")
                 return mpi.Ask(crew, _terms(least, most, cores_per_worker, initializer, self._settings), least, most,
                                cores_per_worker)
             mpi.hire(comm, ask)
@@ -145,6 +153,18 @@ class Executor(concurrent.futures.Executor):
     def workers(self) -> list[int]:
         """Numbers of the workers that are there now; empty where kernels run on the rank."""
         return self._crew.workers if self._crew is not None else []
+
+    def on_change(self, fn: Callable[[list[int]], T]) -> Callable[[list[int]], T]:
+        """Has `fn(workers)` called after each change of `workers`, in a thread of ours; returns it, as a decorator does.
+
+        Revoked and lost workers go, replaced and new ones come. What it raises is logged.
+        """
+        self._open().listen(fn)
+        return fn
+
+    def wait_workers(self, least: int = 1, timeout_s: float | None = None) -> bool:
+        """True once there are at least so many workers; False after `timeout_s` seconds, or at the executor's end."""
+        return self._open().wait_workers(least, timeout_s)
 
     def stats(self) -> dict[str, int]:
         """Counters of the data plane."""

@@ -125,7 +125,7 @@ class Lending:
         self._accept(self.ask(workers_min, workers_max, cores_per_worker, memory_per_worker))
 
     def ask(self, workers_min: int, workers_max: int | None, cores_per_worker: int, memory_per_worker: int | None,
-            ranks: int = 1) -> Grant:
+            ranks: int = 1, timeout_s: float | None = None) -> Grant:
         """Asks for workers, for so many ranks in all, and connects to none yet. Raises as `hire`."""
         most = _WORKERS_MAX * ranks
         if workers_min > most:
@@ -134,7 +134,47 @@ class Lending:
                               hint="share the work between several executors")
         if workers_max is None:
             workers_max = max(1, workers_min, len(self.session.spare) // cores_per_worker)
-        return self.session.request(workers_min, min(workers_max, most), cores_per_worker, memory_per_worker)
+        return self.session.request(workers_min, min(workers_max, most), cores_per_worker, memory_per_worker,
+                                    timeout_s)
+
+    def more(self, workers: int, cores_per_worker: int, memory_per_worker: int | None) -> int:
+        """Connects to so many more workers, or as many as can be had now; how many. Raises as `hire`."""
+        workers = min(workers, _WORKERS_MAX - len(self.workers))
+        if workers < 1:
+            return 0
+        grant = self.ask(0, workers, cores_per_worker, memory_per_worker, timeout_s=0.0)
+        if grant.leases:
+            self._accept(grant)
+        return len(grant.workers)
+
+    def give_back(self, workers: int) -> int:
+        """Gives whole leases back with at most so many workers, the newest first; how many.
+
+        What these run has the time that a release gives it; what they have not begun runs elsewhere.
+        """
+        with self._lock:
+            count: dict[int, int] = dict.fromkeys(self._leases, 0)
+            for lease, _ in self._channels:
+                if lease in count:
+                    count[lease] += 1
+            chosen: list[int] = []
+            left = workers
+            for lease in reversed(count):
+                if 0 < count[lease] <= left:
+                    chosen.append(lease)
+                    left -= count[lease]
+            for lease in chosen:
+                del self._leases[lease]
+            going = [(key, channel) for key, channel in self._channels.items() if key[0] in chosen]
+            self._leaving.update(key for key, _ in going)
+        for _, channel in going:
+            channel.drain()
+        for lease, failure in zip(chosen, each(self.session.release, chosen), strict=True):
+            if failure is not None:
+                log.debug("lease=%d not released: %s", lease, failure)
+            if (errands := self._errands.pop(lease, None)) is not None:
+                errands.close()
+        return workers - left
 
     def join(self, grant: Grant) -> None:
         """Connects to the workers of a lease that another process of this user holds and releases."""
@@ -167,12 +207,14 @@ class Lending:
             self.why = WorkerLost(f"no worker was lent: {reason}")
             self._look()
             return
-        self.memory_limit = min((lease.memory_per_worker for lease in grant.leases), default=0)
+        limits = [lease.memory_per_worker for lease in grant.leases]
+        self.memory_limit = min([*limits, self.memory_limit] if self.memory_limit else limits)
         with self._lock:
+            several = len(grant.leases) > 1 or bool(self._leases)
             for lease in grant.leases:
                 if lease.id not in self._early_leases:
                     self._leases[lease.id] = lease
-                if len(grant.leases) > 1:
+                if several:
                     self._errands[lease.id] = Errands(f"rfaas-lease-{lease.id}")
         for lease, failure in zip(grant.leases, each(self._connect, grant.leases), strict=True):
             if failure is None:

@@ -32,7 +32,7 @@ STEPS = (
     ("arrays", "api"),
     ("fabric", "placement", "leases", "slurm", "kernels", "session", "inline",
      "identity"),
-    ("codec", "config", "messages", "policy", "native", "calling", "remote",
+    ("codec", "config", "messages", "policy", "elastic", "native", "calling", "remote",
      "sealing", "munge", "errands", "gang"),
     ("skew",),
     ("errors", "types", "_version", "_include"),

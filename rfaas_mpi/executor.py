@@ -155,7 +155,7 @@ class Executor(concurrent.futures.Executor):
         return self._crew.workers if self._crew is not None else []
 
     def on_change(self, fn: Callable[[list[int]], T]) -> Callable[[list[int]], T]:
-        """Has `fn(workers)` called after each change of `workers`, in a thread of ours; returns it, as a decorator does.
+        """Has `fn(workers)` called after each change of `workers`, in a thread of ours; returns `fn`.
 
         Revoked and lost workers go, replaced and new ones come. What it raises is logged.
         """

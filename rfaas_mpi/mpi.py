@@ -25,7 +25,7 @@ import numpy as np
 
 from rfaas_mpi import errors, gang
 from rfaas_mpi.crew import Crew
-from rfaas_mpi.errors import ConfigError, LeaseDenied, RFaaSError, ServiceError, TransportError
+from rfaas_mpi.errors import ConfigError, RFaaSError, ServiceError, TransportError
 from rfaas_mpi.messages import Grant, GrantLease
 
 __all__ = ["Ask", "hire"]

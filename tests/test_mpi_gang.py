@@ -35,7 +35,8 @@ def nothing_is_leased(wait_until):
 @pytest.mark.parametrize(("library", "ranks"), [("mpich", 1), ("openmpi", 2), ("mpich", 3), ("mpich", 4)])
 def test_ranks_lease_as_one(library, ranks):
     done = World(library).launch(ranks, [
-        sys.executable, "-m", "pytest", "--with-mpi", "--noconftest", "-q", "--color=no", "-p", "no:cacheprovider", INSIDE])
+        sys.executable, "-m", "pytest", "--with-mpi", "--noconftest", "-q", "--color=no", "-p", "no:cacheprovider",
+        INSIDE])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" passed") == ranks, done.stdout
     assert ("skipped" in done.stdout) == (ranks == 1), done.stdout

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import shutil
 import signal
 import statistics
@@ -143,17 +144,15 @@ def measure(rounds: int) -> dict:
 
 
 def measure_service(rounds: int) -> dict:
-    """The same beside workers of a service, with and without low priority, and alone."""
+    """The same beside workers of a service, with and without low priority, beside a bare process, and alone twice."""
     from rfaas_mpi.config import Settings
     from rfaas_mpi.fabric import Invoker
     from rfaas_mpi.kernels import Kernel
     from rfaas_mpi.session import Session
 
-    theirs = make_group(f"rfaas-priority-{os.getpid()}-probe")
-    assert theirs is not None, "no group can be made here; be root"
-    top = theirs.directory.parent
-    theirs.close()
-    owner = top / f"rfaas-priority-{os.getpid()}-owner"
+    bare = make_group(f"rfaas-priority-{os.getpid()}-bare")
+    assert bare is not None, "no group can be made here; be root"
+    owner = bare.directory.parent / f"rfaas-priority-{os.getpid()}-owner"
     owner.mkdir()
     library = Path(sys.modules["rfaas_mpi"].__file__).parent / "_native_kernels.so"
     code = Kernel.from_library(str(library), "rfm_bad_loop")
@@ -165,44 +164,82 @@ def measure_service(rounds: int) -> dict:
         for part, cgroup in sorted({"a cgroup": owner, "no cgroup": None}.items(), reverse=number % 2 == 1):
             times.setdefault(f"{way}, owner in {part}", []).append(owner_s(cgroup))
 
+    def beside(body, way: str, number: int) -> None:
+        pid = start(body)
+        try:
+            take(way, number)
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    def lowest(begun) -> None:
+        assert lower_session()
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        spin(begun)
+
     def runs(session: Session) -> bool:
         return any(worker["running"] for worker in session.status()["workers"])
 
+    def serve(low: str, number: int) -> str:
+        chosen = Settings.load(runtime_dir=str(directory / low), cores=(CPU,), low_priority=low, linger_s=60.0)
+        kind = "low" if low == "yes" else "ordinary"
+        with Session.open(chosen) as session:
+            means = session.status()["low_priority"]
+            [lease] = session.request(1, 1).leases
+            invoker = Invoker()
+            worker = lease.workers[0].number
+            invoker.attach(session.dial(lease, worker), lease=lease.id, worker=worker)
+            x, y = np.zeros(1), np.zeros(1)
+            request = invoker.request(invoker.kernel(code.kind, code.digest, code.blob), [x], [y],
+                                      code.meta([x], [y]))
+            take(f"a worker of {kind} priority without a call", number)
+            request.start()
+            while not runs(session):
+                time.sleep(0.001)
+            take(f"a worker of {kind} priority", number)
+            session.reclaim()
+            request.wait()
+            request.close()
+            invoker.close()
+            if number == rounds - 1:
+                session.down()
+        return means
+
     directory = Path(tempfile.mkdtemp(prefix="rfaas-b-"))
+    means = ""
     try:
-        means = ""
         for number in range(rounds):
-            take("alone", number)
-            for low in ("yes", "no"):
-                chosen = Settings.load(runtime_dir=str(directory / low), cores=(CPU,), low_priority=low, linger_s=60.0)
-                with Session.open(chosen) as session:
-                    means = session.status()["low_priority"] or means
-                    [lease] = session.request(1, 1).leases
-                    invoker = Invoker()
-                    worker = lease.workers[0].number
-                    invoker.attach(session.dial(lease, worker), lease=lease.id, worker=worker)
-                    x, y = np.zeros(1), np.zeros(1)
-                    request = invoker.request(invoker.kernel(code.kind, code.digest, code.blob), [x], [y],
-                                              code.meta([x], [y]))
-                    request.start()
-                    while not runs(session):
-                        time.sleep(0.001)
-                    take("a worker of low priority" if low == "yes" else "a worker of ordinary priority", number)
-                    session.reclaim()
-                    request.wait()
-                    request.close()
-                    invoker.close()
-                    if number == rounds - 1:
-                        session.down()
+            ways = {
+                "alone": lambda: take("alone", number),
+                "alone again": lambda: take("alone again", number),
+                "low": lambda: beside(lambda begun: (bare.enter(), spin(begun)),
+                                      f"a bare process in a group with {bare.means}", number),
+                "autogroup": lambda: beside(lowest, "a bare process, autogroup 19 and SCHED_IDLE", number),
+                "yes": lambda: serve("yes", number),
+                "no": lambda: serve("no", number),
+            }
+            # None is always behind the same other one.
+            for way in random.Random(number).sample(sorted(ways), len(ways)):
+                means = ways[way]() or means
     finally:
         owner.rmdir()
+        bare.close()
         shutil.rmtree(directory, ignore_errors=True)
-    alone = {part: statistics.median(times[f"alone, owner in {part}"]) for part in ("a cgroup", "no cgroup")}
+    parts = ("a cgroup", "no cgroup")
+    alone = {part: times[f"alone, owner in {part}"] for part in parts}
+
+    def ratios(way: str) -> list[float]:
+        return sorted(took / reference for took, reference in
+                      zip(times[way], alone[way.rpartition("owner in ")[2]], strict=True))
+
     return {"bench": "owner beside a service's worker", "command": ["python", *sys.argv], "rounds": rounds,
-            "kernel": platform.release(), "means": means, "stat": "median over rounds",
-            "alone_ms": {part: round(1000 * took, 2) for part, took in alone.items()},
-            "slowdown": {way: round(statistics.median(took) / alone[way.rpartition("owner in ")[2]], 3)
-                         for way, took in times.items()}}
+            "kernel": platform.release(), "means": means, "stat": "of the rounds' ratios to alone: their median, "
+            "and in slowdown_quartiles the middle half of them",
+            "alone_ms": {part: round(1000 * statistics.median(alone[part]), 2) for part in parts},
+            "slowdown": {way: round(statistics.median(ratios(way)), 3) for way in sorted(times)},
+            "slowdown_quartiles": {way: [round(value, 3) for value in statistics.quantiles(ratios(way), n=4)[::2]]
+                                   for way in sorted(times)},
+            "ms": {way: [round(1000 * took, 2) for took in times[way]] for way in sorted(times)}}
 
 
 if __name__ == "__main__":

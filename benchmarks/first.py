@@ -4,7 +4,8 @@
 
 OTHER is a checkout with its extension built in place, of the commit before. One pair is a lease of this tree, one of
 OTHER and one more of this tree (A/A), in ms as in `rfaas bench control --of first`; each tree has its own manager and
-agent. Prints one JSON object, with every pair. Nothing else should run.
+agent. `cpu_ms` is what they and the rank used meanwhile, from the demand until the lease was let go, which other work
+beside it hardly changes. Prints one JSON object, with every pair. Nothing else should run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ REST_S = 0.06                        # both trees' zygotes have forked the next 
 
 # Runs in either tree, whose bench has these names.
 SIDE = """
-import contextlib, json, sys, tempfile
+import contextlib, json, os, sys, tempfile
 from pathlib import Path
 from rfaas_mpi.bench import environment, first
 with contextlib.ExitStack() as stack:
@@ -35,9 +36,16 @@ with contextlib.ExitStack() as stack:
     cluster = first._Cluster(directory, place, rank_core=cores.rank, lent=lent, allowed=cores.allowed)
     stack.callback(cluster.close)
     rank = first._Rank(cluster)
+    pids = dict(zip(("manager", "agent"), [process.pid for process in cluster._processes])) | {"rank": os.getpid()}
+    rest, cluster.rest = cluster.rest, lambda: None
+    def cpu_ms():
+        return {name: sum(int(thread.read_text().split()[0]) / 1e6
+                          for thread in Path(f"/proc/{pid}/task").glob("*/schedstat")) for name, pid in pids.items()}
     print("ready", flush=True)
     for _ in sys.stdin:
-        print(json.dumps(rank.lease()), flush=True)
+        before, steps, after = cpu_ms(), rank.lease(), cpu_ms()
+        rest()
+        print(json.dumps([steps, {name: after[name] - before[name] for name in pids}]), flush=True)
 """
 
 
@@ -46,6 +54,7 @@ class Side:
 
     def __init__(self, tree: Path, place: tuple[str, ...]) -> None:
         self.tree = tree
+        self.cpu_ms: list[dict[str, float]] = []         # of each lease
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", SIDE, *place], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             cwd=tree, env={**os.environ, "PYTHONPATH": str(tree), "RFAAS_CONFIG": os.devnull})
@@ -62,7 +71,9 @@ class Side:
         assert self._process.stdin is not None
         self._process.stdin.write("lease\n")
         self._process.stdin.flush()
-        return json.loads(self._line())
+        steps, cpu_ms = json.loads(self._line())
+        self.cpu_ms.append(cpu_ms)
+        return steps
 
     @property
     def commit(self) -> str:
@@ -109,7 +120,9 @@ def main() -> None:
                 side.close()
     found = {"bench": "first, two trees in turn", "command": ["python", *sys.argv],
              "commits": {name: side.commit for name, side in sides.items()},
-             "environment": environment.facts(), **summary(pairs), "pairs": pairs}
+             "environment": environment.facts(), **summary(pairs), "cpu_ms": {
+                 name: {process: round(statistics.median(each[process] for each in side.cpu_ms[WARM_UP:]), 3)
+                        for process in side.cpu_ms[0]} for name, side in sides.items()}, "pairs": pairs}
     text = json.dumps(found, indent=1)
     if options.out is not None:
         options.out.write_text(text + "\n")

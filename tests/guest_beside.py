@@ -41,7 +41,9 @@ class GuestBeside:
              sys.executable, rdma_guest.__file__, *map(str, options), "--timeout", f"{timeout_s:g}",
              "--nice", str(NICENESS), "--", *command],
             cwd=Path(__file__).parent.parent, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._errors,
-            start_new_session=True, env={**inherited, "RFAAS_RUNTIME_DIR": str(own)})
+            # Whatever home the command is to have, the kernel is where it always is.
+            start_new_session=True, env={**inherited, "RFAAS_RUNTIME_DIR": str(own),
+                                         "RFAAS_VM_CACHE": str(rdma_guest.cache_directory())})
 
     @property
     def pid(self) -> int:

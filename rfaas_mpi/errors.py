@@ -4,7 +4,8 @@ from __future__ import annotations
 
 __all__ = [
     "RFaaSError", "ConfigError", "AuthError", "VersionMismatch", "ServiceError",
-    "NoService", "ServiceLost", "StoreError", "NotLeading", "LeaseDenied", "LeaseExpired", "LeaseRevoked", "WorkerLost",
+    "NoService", "ServiceLost", "StoreError", "NotLeading", "NodeTaken",
+    "LeaseDenied", "LeaseExpired", "LeaseRevoked", "WorkerLost",
     "KernelError", "KernelTimeout", "BadKernel", "KernelChanged", "InvalidBuffer",
     "Backpressure", "ClosedError", "TransportError", "ForkedError", "NestedError",
 ]
@@ -61,6 +62,10 @@ class NoService(ServiceError):
 
 class ServiceLost(ServiceError, ConnectionError):
     """The service ended while it was in use; a new Executor starts another."""
+
+
+class NodeTaken(ServiceError):
+    """Another agent has taken this one's node over; started again it would only take it back."""
 
 
 class StoreError(ServiceError):

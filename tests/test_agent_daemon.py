@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import os
 import queue
+import re
 import signal
 import socket
 import subprocess
@@ -272,7 +273,9 @@ def test_an_agent_that_takes_a_node_over_ends_the_one_before(cluster, tmp_path):
                                               "--listen", "127.0.0.1:0"], None, **cluster.environment)
     second.start()
     try:
-        assert first.wait() == 1
+        unit = (Path(__file__).parent.parent / "systemd" / "rfaas-agent.service").read_text()
+        kept_down = re.search(r"^RestartPreventExitStatus=(\d+)$", unit, re.MULTILINE)
+        assert kept_down is not None and first.wait() == int(kept_down[1]) == 4, "systemd starts it no more"
         assert "another agent has taken node node0 over" in first.said()
         wait_until(lambda: [view.spare for view in cluster.nodes()] == [(1,)], "only the new one's core is lent")
         with Rank(cluster, lend(cluster)) as rank:

@@ -45,7 +45,7 @@ from rfaas_mpi.agent.spawner import Spawner, leave_root, service_identity
 from rfaas_mpi.agent.tenure import Tenures
 from rfaas_mpi.agent.traits import cpu_type, owners_of, traits_of
 from rfaas_mpi.config import Settings
-from rfaas_mpi.errors import ConfigError, LeaseDenied, ServiceError
+from rfaas_mpi.errors import ConfigError, LeaseDenied, NodeTaken, ServiceError
 from rfaas_mpi.leases import Cause
 from rfaas_mpi.leases.grants import Admission, AgentKey, GrantBody, GrantRefused
 from rfaas_mpi.remote import Address
@@ -736,7 +736,7 @@ def run(options: Options, settings: Settings, ready: Callable[[dict[str, Any]], 
     """Serves until SIGTERM or SIGINT; calls `ready` once it listens, with where.
 
     Raises ConfigError, ServiceError or OSError, each naming the file or address,
-    where it can't start, and ServiceError if another agent took the node over.
+    where it can't start, and NodeTaken if another agent took the node over.
     """
     if settings.manager is None:
         raise ConfigError("an agent needs a manager", hint="name it: --manager unix:/run/rfaas/manager.sock, or "
@@ -755,5 +755,5 @@ def run(options: Options, settings: Settings, ready: Callable[[dict[str, Any]], 
         agent.close()
         log.info("node=%s pid=%d is gone", agent.node, os.getpid())
     if agent.superseded:
-        raise ServiceError(f"another agent has taken node {agent.node} over",
+        raise NodeTaken(f"another agent has taken node {agent.node} over",
                            hint="one agent for each node, or each user on it; name this one's with --node")

@@ -14,7 +14,7 @@ from rfaas_mpi._version import __version__
 from rfaas_mpi.cli import commands, output
 from rfaas_mpi.cli.output import Output
 from rfaas_mpi.cli.shape import WIDTH, Finished, Ordered, common, examples, flag
-from rfaas_mpi.errors import RFaaSError, ServiceLost
+from rfaas_mpi.errors import NodeTaken, RFaaSError, ServiceLost
 
 
 @click.group(cls=Ordered, context_settings=WIDTH, epilog=(
@@ -23,6 +23,7 @@ from rfaas_mpi.errors import RFaaSError, ServiceLost
     "  1   could not be done; the message says why and what to do\n"
     "  2   the command line is wrong\n"
     "  3   status: no service runs\n"
+    "  4   agent: another one has taken its node over\n"
     "  70  a bug in rfaas; --debug shows where\n"
     "  130 interrupted (Ctrl-C)\n"
     "  141 nobody reads stdout any more\n\n"
@@ -379,7 +380,7 @@ def _run(given: list[str], out: Output) -> int:
         # Which kind of loss it was is nothing for scripts: they have known one name from the start.
         kind = ServiceLost.__name__ if isinstance(error, ServiceLost) else type(error).__name__
         out.error(message or kind, kind=kind, hint=hint)
-        return output.FAILED
+        return output.TAKEN if isinstance(error, NodeTaken) else output.FAILED
     except (output.StdoutClosed, output.StdoutFailed):
         raise
     except Exception as error:  # a bug: say so in one line, and where to see more

@@ -14,6 +14,7 @@ OK = 0
 FAILED = 1
 USAGE = 2
 NOT_RUNNING = 3
+TAKEN = 4          # systemd/rfaas-agent.service knows it
 BUG = 70           # EX_SOFTWARE
 INTERRUPTED = 130  # 128 + SIGINT
 CLOSED_STDOUT = 141  # 128 + SIGPIPE

@@ -1,4 +1,4 @@
-/* A dense matrix product without blocking: what a kernel costs that is no BLAS. */
+/* A dense matrix product without blocking: what costs as much as no BLAS. */
 
 #include <rfm_call.h>
 #include <stddef.h>

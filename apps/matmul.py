@@ -69,8 +69,9 @@ def wrong(a: np.ndarray, b: np.ndarray, c: np.ndarray, random: np.random.Generat
     if len(b) > EXACT:
         return "" if freivalds(a, b, c, random) else "it is not the product (Freivalds)"
     bad = ~(c == product_ref(a, b))
-    count = int(bad.sum())
-    return f"{count} of {c.size} entries are wrong, the first at {tuple(map(int, np.argwhere(bad)[0]))}" if count else ""
+    if not bad.any():
+        return ""
+    return f"{bad.sum()} of {c.size} entries are wrong, the first at {tuple(map(int, np.argwhere(bad)[0]))}"
 
 
 class Matmul(common.App):

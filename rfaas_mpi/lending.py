@@ -174,6 +174,13 @@ class Lending:
                 log.debug("lease=%d not released: %s", lease, failure)
             if (errands := self._errands.pop(lease, None)) is not None:
                 errands.close()
+        # Now, and not when their ends are told: whoever counts workers must not count these.
+        with self._lock:
+            for key, _ in going:
+                self._channels.pop(key, None)
+        for _, channel in going:
+            channel.close()
+        self._look()
         return workers - left
 
     def join(self, grant: Grant) -> None:

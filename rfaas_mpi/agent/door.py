@@ -42,6 +42,8 @@ REMOTE_MAX = 256                     # strangers on TCP; the oldest goes when an
 OTHERS_MAX = 256                     # of each other user on the Unix socket; likewise
 BACKLOG = 1024
 ACCEPTS = 64                         # at a time, so that the rest of the service gets its turn
+PAUSE_S = 0.2                        # without a descriptor left, who dials next waits so long
+NONE_LEFT = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 COMPLAINTS = 10                      # lines in the log …
 COMPLAINTS_S = 10.0                  # … in this time; then a count
 
@@ -119,6 +121,7 @@ class Door:
         self._guests: dict[int, Guest] = {}          # by descriptor, oldest first
         self._unpaired: dict[bytes, Guest] = {}
         self._listeners: dict[socket.socket, Address | None] = {}
+        self._paused_until: float | None = None      # the listeners aren't looked at
         self._key = b""
         self._tcp = TcpOptions()
         self._complained: list[float] = []
@@ -165,7 +168,12 @@ class Door:
 
     def _add(self, listener: socket.socket, address: Address | None) -> None:
         self._listeners[listener] = address
-        self._selector.register(listener, READ, lambda _m: self._accept(listener, address is not None))
+        if self._paused_until is None:
+            self._look_at(listener)
+
+    def _look_at(self, listener: socket.socket) -> None:
+        is_remote = self._listeners[listener] is not None
+        self._selector.register(listener, READ, lambda _m: self._accept(listener, is_remote))
 
     @property
     def addresses(self) -> tuple[Address, ...]:
@@ -175,9 +183,11 @@ class Door:
     def stop_listening(self) -> None:
         """Nobody else comes in. Safe to call twice."""
         for listener in self._listeners:
-            self._selector.unregister(listener)
+            if self._paused_until is None:
+                self._selector.unregister(listener)
             listener.close()
         self._listeners.clear()
+        self._paused_until = None
 
     def close(self) -> None:
         """Sends everybody away. Safe to call twice."""
@@ -189,28 +199,43 @@ class Door:
 
     def next_deadline(self) -> float | None:
         """When to call tick() next; None: nobody is at the door."""
-        return min((guest.deadline for guest in self._guests.values()), default=None)
+        paused = () if self._paused_until is None else (self._paused_until,)
+        return min((*paused, *(guest.deadline for guest in self._guests.values())), default=None)
 
     def tick(self, now: float) -> None:
-        """Sends away whoever took too long."""
+        """Sends away whoever took too long; looks again who dials, after a pause."""
         for fd, guest in list(self._guests.items()):
             if now >= guest.deadline:
                 self.counts["late"] += 1
                 self._complain("%s did not finish its %s within %g s", guest, guest.stage.value, HELLO_S)
                 self._drop(fd)
+        if self._paused_until is not None and now >= self._paused_until:
+            self._paused_until = None
+            for listener in self._listeners:
+                self._look_at(listener)
+
+    def _pause(self) -> None:
+        """Who dials stays in the listeners' queues: asked again at once, each would keep the service busy."""
+        for listener in self._listeners:
+            self._selector.unregister(listener)
+        self._paused_until = time.monotonic() + PAUSE_S
 
     # ---- guests ----------------------------------------------------------------------------------
 
     def _accept(self, listener: socket.socket, remote_guest: bool) -> None:
+        if self._paused_until is not None:
+            return                    # another listener has just found that there are none left
         for _ in range(ACCEPTS):
             try:
                 connection, where = listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
-                log.warning("accept: %s", error)
+                self._complain("accept: %s", error)
                 if error.errno in (errno.EMFILE, errno.ENFILE) and self._guests:
                     self._drop(next(iter(self._guests)))
+                elif error.errno in NONE_LEFT:
+                    self._pause()
                 return
             self.counts["accepted"] += 1
             try:

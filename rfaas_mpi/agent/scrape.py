@@ -29,6 +29,8 @@ READER_S = 5.0                       # for a whole request and its answer
 READERS_MAX = 32
 HEAD_BYTES_MAX = 8192
 BACKLOG = 64
+PAUSE_S = 1.0                        # without a descriptor left, who comes next waits so long
+NONE_LEFT = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
@@ -50,6 +52,7 @@ class ScrapeDoor:
         self._content_type = content_type
         self._listener: socket.socket | None = None
         self._path: Path | None = None
+        self._paused_until: float | None = None      # the listener isn't looked at
         self._readers: dict[int, _Reader] = {}       # by descriptor, oldest first
 
     def listen(self, where: str) -> str:
@@ -63,8 +66,12 @@ class ScrapeDoor:
         except OSError as error:
             raise ConfigError(f"figures can't be told at {where}: {error.strerror or error}",
                               hint="name another place with --metrics") from None
-        self._selector.register(self._listener, _READ, lambda _m: self._accept())
+        self._look()
         return url
+
+    def _look(self) -> None:
+        assert self._listener is not None
+        self._selector.register(self._listener, _READ, lambda _m: self._accept())
 
     def _listen_unix(self, path: Path) -> str:
         if not path.is_absolute():
@@ -87,9 +94,10 @@ class ScrapeDoor:
         for fd in list(self._readers):
             self._drop(fd)
         if self._listener is not None:
-            self._selector.unregister(self._listener)
+            if self._paused_until is None:
+                self._selector.unregister(self._listener)
             self._listener.close()
-            self._listener = None
+            self._listener = self._paused_until = None
         if self._path is not None:
             self._path.unlink(missing_ok=True)
             self._path = None
@@ -98,12 +106,16 @@ class ScrapeDoor:
 
     def next_deadline(self) -> float | None:
         """When to call tick() next; None: nobody reads."""
-        return min((reader.deadline for reader in self._readers.values()), default=None)
+        paused = () if self._paused_until is None else (self._paused_until,)
+        return min((*paused, *(reader.deadline for reader in self._readers.values())), default=None)
 
     def tick(self, now: float) -> None:
-        """Sends away who took too long."""
+        """Sends away who took too long; looks again who comes, after a pause."""
         for fd in [fd for fd, reader in self._readers.items() if now >= reader.deadline]:
             self._drop(fd)
+        if self._paused_until is not None and now >= self._paused_until:
+            self._paused_until = None
+            self._look()
 
     # ---- readers ---------------------------------------------------------------------------------
 
@@ -117,6 +129,10 @@ class ScrapeDoor:
             log.warning("accept: %s", error)
             if error.errno in (errno.EMFILE, errno.ENFILE) and self._readers:
                 self._drop(next(iter(self._readers)))
+            elif error.errno in NONE_LEFT:
+                # Who dials stays in the queue: asked again at once, he would keep the agent busy.
+                self._selector.unregister(self._listener)
+                self._paused_until = time.monotonic() + PAUSE_S
             return
         connection.setblocking(False)
         if len(self._readers) >= READERS_MAX:

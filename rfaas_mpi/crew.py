@@ -168,6 +168,9 @@ class Crew:
         lending = self.lending
         while lending is not None and not self._stretched.wait(LOOK_S):
             try:
+                # What was taken back from a worker counts as in flight until its reply is looked at, and
+                # nobody waits for that: without this an idle executor may look busy for good.
+                self.invoker.progress()
                 stats = self.invoker.stats()
                 change = elastic.decide(Facts(len(lending.workers), stats["queued"], stats["in_flight"]),
                                         time.monotonic())

@@ -6,6 +6,8 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psycopg
@@ -109,6 +111,56 @@ def test_a_leader_that_shows_no_life_is_given_up_by_the_server(postgres, manager
             first.keep()
         with pytest.raises(NotLeading):
             first.keep()
+
+
+_LEADS = """
+import signal, sys
+from rfaas_mpi.manager import postgres
+postgres.SILENT_S, postgres.KEEP_S, postgres.STARTS_S = 1.0, 0.1, 3600.0
+store = postgres.Postgres(sys.argv[1])
+assert store.try_lead()
+print("leads", flush=True)
+signal.pause()
+"""
+
+
+def test_a_leader_that_freezes_while_it_starts_is_given_up_as_soon(postgres, managers):
+    url = postgres.database()
+    second = managers(url)
+    with subprocess.Popen([sys.executable, "-c", _LEADS, url], stdout=subprocess.PIPE, text=True) as first:
+        try:
+            assert first.stdout.readline() == "leads\n"
+            assert not second.try_lead()
+            first.send_signal(signal.SIGSTOP)
+            wait_until(lambda: _leads(second), "the second leads")
+        finally:
+            first.kill()
+
+
+def test_a_leader_may_be_busy_with_what_it_found_for_longer_than_it_may_be_silent(postgres, managers, monkeypatch):
+    monkeypatch.setattr(postgres_module, "SILENT_S", 1.5)
+    monkeypatch.setattr(postgres_module, "KEEP_S", 0.05)
+    url = postgres.database()
+    first, second = managers(url), managers(url)
+    assert first.try_lead()
+    began = _clock(postgres)
+    wait_until(lambda: _clock(postgres) - began > 3.0, "twice as long has passed")
+    assert not second.try_lead()
+    first.keep()
+
+
+def test_who_shows_no_sign_of_having_started_loses_its_place(postgres, managers, monkeypatch):
+    for name, value in (("SILENT_S", 0.5), ("KEEP_S", 0.05), ("STARTS_S", 0.2)):
+        monkeypatch.setattr(postgres_module, name, value)
+    url = postgres.database()
+    first, second = managers(url), managers(url)
+    assert first.try_lead()
+    wait_until(lambda: _leads(second), "the second leads")
+
+
+def _clock(server: PostgresServer) -> float:
+    [(now,)] = server.ask("SELECT extract(epoch FROM clock_timestamp())::float8")
+    return now
 
 
 def _leads(store: Postgres) -> bool:

@@ -15,6 +15,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -33,7 +34,7 @@ LOCK = 0x7266616173              # one in each database: "rfaas"
 VERSION_MIN = 140000             # ends sessions that show no life
 KEEP_S = 2.0                     # a leader shows life so often
 SILENT_S = 8.0                   # and is given up after so long
-STARTS_S = 60.0                  # it may be busy for so long with what it found, before it shows life
+STARTS_S = 60.0                  # it may be busy for so long with what it found, before it keeps its place itself
 CONNECT_S = 5
 CLOSE_S = 2.0                    # an end waits so long for who writes
 
@@ -71,7 +72,8 @@ class Postgres:
         self._reading: psycopg.Connection[Any] | None = None
         self._holds = False                          # the leading session has the lock
         self._term: int | None = None                # once we have led
-        self._starting = True
+        self._kept = threading.Event()               # this manager shows life itself, or has ended
+        self._keeper: threading.Thread | None = None
         self._closed = False
 
     # ---- who leads -----------------------------------------------------------------------------------
@@ -122,7 +124,23 @@ class Postgres:
         if self._term is None:
             log.info("%s leads %s, in term %d", self._me, self.name, number)
         self._term, self._holds = number, True
+        if self._keeper is None:
+            self._keeper = threading.Thread(target=self._keep_while_starting, name="rfaas-lead", daemon=True)
+            self._keeper.start()
         return True
+
+    def _keep_while_starting(self) -> None:
+        """Shows life for a manager that is busy with what it found, up to its first keep().
+
+        From a thread, so that one that is frozen then is given up as soon as at any other time.
+        """
+        deadline = time.monotonic() + STARTS_S
+        while not self._kept.wait(KEEP_S) and time.monotonic() < deadline:
+            with self._lock:
+                if self._leading is not None and not self._closed:
+                    # Whoever uses a session next that has ended finds out, and says it.
+                    with suppress(psycopg.Error):
+                        self._leading.execute("SELECT 1")
 
     def _check_term(self, row: tuple[Any, ...] | None) -> None:
         if self._term is not None and (row is None or row[0] != self._term):
@@ -144,7 +162,7 @@ class Postgres:
             self._drop()
         if self._leading is None:
             self._leading = self._session()
-            silent_ms = str(int(1000 * (STARTS_S if self._starting else SILENT_S)))
+            silent_ms = str(int(1000 * SILENT_S))
             for name, value in {**_SERVER_ALIVE, "idle_session_timeout": silent_ms,
                                 "idle_in_transaction_session_timeout": silent_ms}.items():
                 self._leading.execute("SELECT set_config(%s, %s, false)", (name, value))
@@ -180,12 +198,8 @@ class Postgres:
         """Shows the server that this manager lives. NotLeading once another one has taken over, StoreError as ever."""
         with self._lock:
             try:
-                db = self._ours()
-                if self._starting:
-                    for name in ("idle_session_timeout", "idle_in_transaction_session_timeout"):
-                        db.execute("SELECT set_config(%s, %s, false)", (name, str(int(1000 * SILENT_S))))
-                    self._starting = False
-                self._check_term(_term_of(db))
+                self._check_term(_term_of(self._ours()))
+                self._kept.set()
             except psycopg.Error as error:
                 self._drop()
                 raise self.trouble(error) from error
@@ -292,6 +306,7 @@ class Postgres:
     def close(self) -> None:
         """Ends the sessions: another manager may lead. Waits for who writes, not for a server. Safe to call twice."""
         self._closed = True
+        self._kept.set()
         for lock, name in ((self._lock, "_leading"), (self._read_lock, "_reading")):
             if not lock.acquire(timeout=CLOSE_S):
                 _cut(getattr(self, name))
@@ -303,6 +318,8 @@ class Postgres:
                 self._holds = False
             finally:
                 lock.release()
+        if self._keeper is not None:
+            self._keeper.join()
 
 
 class _Statements:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ from rfaas_mpi.manager.postgres import Postgres
 
 GUARD_S = 60.0
 NOBODY = 65534                       # as root it doesn't run
+
+
+def free_ports() -> Iterator[int]:
+    """Ports that are probably free, and stay so while a server is down: the kernel gives them to nobody by itself."""
+    below = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    chosen = random.SystemRandom()
+    while True:
+        yield chosen.randrange(10_000, max(10_001, below))
 
 
 def program(name: str) -> str:
@@ -41,10 +50,17 @@ def ledger_at(place: str, **more: Any) -> Ledger:
     return Ledger(store, **more)
 
 
-class PostgresServer:
-    """Runs from its making to close(); ends with who made it. `database()` is the URL of a new, empty one."""
+class PortTaken(Exception):
+    """Nothing was started."""
 
-    def __init__(self) -> None:
+
+class PostgresServer:
+    """Runs from its making to close(); ends with who made it. `database()` is the URL of a new, empty one.
+
+    It listens on the first of `ports` that nobody has, and keeps it.
+    """
+
+    def __init__(self, ports: Iterator[int] | None = None) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="rfaas-pg-"))
         self.data = self.directory / "data"
         self._numbers = itertools.count(1)
@@ -53,16 +69,19 @@ class PostgresServer:
         if os.geteuid() == 0:
             os.chown(self.directory, NOBODY, NOBODY)
             self._as_user = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = 0
         self._environment = {"PATH": os.environ["PATH"], "LC_ALL": "C"}
         try:
             # Over the socket everybody is let in who reaches it, which is its owner and root; over the port with a
             # password.
             self._run("initdb", "--pgdata", str(self.data), "--username", "rfaas", "--auth-local=trust",
                       "--auth-host=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions")
-            self.start()
+            for self.port in ports or free_ports():
+                try:
+                    self.start()
+                    break
+                except PortTaken:
+                    continue
         except BaseException:
             self.close()
             raise
@@ -73,10 +92,11 @@ class PostgresServer:
         assert done.returncode == 0, done.stdout + done.stderr
 
     def start(self, **settings: str) -> None:
-        """Returns once it answers. Its disk is synced: what a manager is told to be durable is."""
+        """Returns once it answers; PortTaken. Its disk is synced: what a manager is told to be durable is."""
         settings = {"listen_addresses": "127.0.0.1", "unix_socket_directories": str(self.directory),
                     "port": str(self.port), "max_connections": "50", "shared_buffers": "16MB", **settings}
         log = self.directory / "log"
+        said = log.stat().st_size if log.exists() else 0
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [*(self._as_user or ["setpriv"]), "--pdeathsig", "INT", "--", program("postgres"), "-D",
@@ -85,6 +105,9 @@ class PostgresServer:
                 start_new_session=True)
         deadline = time.monotonic() + GUARD_S
         while not self.answers():
+            if self._process.poll() is not None and b"Address already in use" in log.read_bytes()[said:]:
+                self._process = None
+                raise PortTaken(f"somebody else has port {self.port}")
             assert self._process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from cluster import wait_until
-from postgres_server import PostgresServer, ledger_at
+from postgres_server import PortTaken, PostgresServer, free_ports, ledger_at
 from rfaas_manager import RfaasManager, rfaas
 
 from rfaas_mpi import api
@@ -45,6 +47,22 @@ def managers():
             stack.callback(store.close)
             return store
         yield make
+
+
+def test_a_server_of_the_tests_passes_over_a_port_that_somebody_has():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = taken.getsockname()[1]
+        own = PostgresServer(itertools.chain([number], free_ports()))
+        try:
+            assert own.port != number and own.answers()
+            with pytest.raises(PortTaken, match=str(own.port)):
+                own.stop()
+                with socket.create_server(("127.0.0.1", own.port)):
+                    own.start()
+            own.start()
+            assert own.answers()
+        finally:
+            own.close()
 
 
 # --- who leads ----------------------------------------------------------------

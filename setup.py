@@ -27,7 +27,8 @@ COPIES = {
     # For a user's own native kernels: rfaas_mpi.get_include().
     "include": ["csrc/rfm_call.h"],
     # What `rfaas demo` runs.
-    "apps": ["apps/blackscholes.py", "apps/thumbnails.py", "apps/common.py", "apps/matmul.py", "apps/matmul.c"],
+    "apps": ["apps/blackscholes.py", "apps/thumbnails.py", "apps/common.py", "apps/matmul.py", "apps/matmul.c",
+             "apps/jacobi.py", "apps/jacobi.c"],
 }
 
 # The verbs transport: built where its headers are, loaded where its library is. The

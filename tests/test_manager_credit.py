@@ -207,6 +207,33 @@ def test_a_user_whose_node_was_lent_comes_before_who_came_first_until_he_has_use
     assert second.uid == BERT
 
 
+def test_who_waits_is_put_in_order_by_asking_once_for_each_user_and_for_no_other(monkeypatch):
+    """A manager does it with each report, however many wait and have ever lent."""
+    site = Site()
+    site.start(ROOT, "site")
+    [held] = leases_in(site.ask(CARL, 4, 0.0))
+    site.report(ROOT, "site", 0.5, held)
+    for number in range(40):
+        site.ask(ANNA if number % 2 else BERT, 4, 1.0 + number, timeout_s=500.0)
+    asked: list[int] = []
+    precedence = site.cluster.manager.precedence
+    assert precedence is not None
+
+    def counted(uid: int) -> float:
+        asked.append(uid)
+        return precedence(uid)
+
+    site.lent._sums.add({ANNA: 100.0}, 50.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Held, "had", None)                 # of all users: who is asked for one doesn't need it
+        patch.setattr(site.cluster.manager, "precedence", counted)
+        site.report(ROOT, "site", 50.0, held)
+    assert sorted(asked) == [ANNA, BERT]
+    site.cluster.release(CARL, held.id, 51.0)
+    [first] = leases_in(site.report(ROOT, "site", 51.5))
+    assert first.uid == ANNA
+
+
 def test_where_nobody_has_credit_who_came_first_is_first():
     for credit in (Site(), Site(weight=0.0)):
         credit.start(ROOT, "site")

@@ -46,6 +46,11 @@ class Held:
         """User → core-seconds that still count."""
         return {uid: self._core_s(user, now) for uid, user in self._of.items()}
 
+    def had_by(self, uid: int, now: float) -> float:
+        """The same of one user: who asks for one doesn't look at all."""
+        user = self._of.get(uid)
+        return 0.0 if user is None else self._core_s(user, now)
+
     def forget(self, now: float) -> None:
         """Drops users who hold nothing and have had next to nothing."""
         for uid in [uid for uid, user in self._of.items() if user.cores == 0 and self._core_s(user, now) < 1.0]:

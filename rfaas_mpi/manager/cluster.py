@@ -141,12 +141,12 @@ class Cluster:
         """Core-seconds that the user has lent to others, as far as they count."""
         if self._lent is None:
             return 0.0
-        return self.policy.credit.of(self._lent.core_s(self._now if now is None else now).get(uid, 0.0))
+        return self.policy.credit.of(self._lent.core_s_of(uid, self._now if now is None else now))
 
     def _precedence(self, uid: int) -> float:
         """What is left of the user's credit once he has used so much himself."""
         credit = self.credit(uid)
-        return max(0.0, credit - self.book.held.had(self._now).get(uid, 0.0)) if credit else 0.0
+        return max(0.0, credit - self.book.held.had_by(uid, self._now)) if credit else 0.0
 
     def node_name(self, uid: int, node: str) -> str:
         """What the book calls the node of this caller's agent. ServiceError for what is no name."""

@@ -198,14 +198,14 @@ class Manager:
         waiting = list(self._waiting.values())
         if not waiting or self.precedence is None or not (mine := self.precedence(uid)):
             return waiting
-        of = {one.uid: self.precedence(one.uid) for one in waiting}
+        of = {uid: self.precedence(uid) for uid in {one.uid for one in waiting}}
         return [one for one in waiting if one.uid == uid or of[one.uid] >= mine]
 
     def _in_turn(self) -> list[tuple[tuple[int, int], _Waiting]]:
         """Those that wait, who comes first first."""
         waiting = list(self._waiting.items())
         if len(waiting) > 1 and self.precedence is not None:
-            of = {one.uid: self.precedence(one.uid) for _, one in waiting}
+            of = {uid: self.precedence(uid) for uid in {one.uid for _, one in waiting}}
             waiting.sort(key=lambda item: -of[item[1].uid])
         return waiting
 

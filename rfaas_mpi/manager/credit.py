@@ -177,5 +177,9 @@ class Lent:
         """Lender → core-seconds, less what was forgotten of them."""
         return {owner: max(0.0, amount) for owner, amount in self._sums.had(now).items()}
 
+    def core_s_of(self, owner: int, now: float) -> float:
+        """The same of one lender: who asks for one doesn't look at all."""
+        return max(0.0, self._sums.had_by(owner, now))
+
     def _worth(self, cores: int, seconds: float) -> float:
         return cores * (1.0 - math.exp(-self._rate * seconds)) / self._rate

@@ -225,7 +225,7 @@ class ManagerServer:
         most = policy.quota(uid)
         if most is None or self._loans is None or not policy.credit.extra_cores:
             return most
-        credit = policy.credit.of(self._loans.core_s(self._clock()).get(uid, 0.0))
+        credit = policy.credit.of(self._loans.core_s_of(uid, self._clock()))
         return most + policy.credit.cores(credit)
 
     @property

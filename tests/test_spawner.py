@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from rfaas_mpi.agent import groups
 from rfaas_mpi.agent import spawner as module
 from rfaas_mpi.agent.groups import Group, Roots, maker, remove_stale
+from rfaas_mpi.agent.kernel_files import cgroup_mounts
 from rfaas_mpi.agent.memory import held_bytes
 from rfaas_mpi.agent.spawner import (
     ANSWER,
@@ -565,6 +566,46 @@ def test_a_user_enters_his_worker_s_group_himself_and_can_let_in_nobody_else(roo
             os.close(fd)
     assert group.holds(alices.pid) and group.members() == [alices.pid]
     assert (group.memory / "tasks").stat().st_uid == 0, "nobody opens it once more"
+
+
+def test_the_end_of_a_group_ends_what_has_entered_one_hierarchy_only(roots):
+    if roots.unified:
+        pytest.skip("version 2 has one hierarchy")
+    group = Group.make(f"{maker()}-w1", roots, 64 << 20, low=True)
+    sleepers = [subprocess.Popen(["sleep", "600"]) for _ in range(3)]
+    try:
+        for sleeper, directory in zip(sleepers, (group.memory, group.pids, group.cpu), strict=True):
+            (directory / "tasks").write_text(str(sleeper.pid))
+            assert not group.holds(sleeper.pid)
+        assert group.members() == sorted(sleeper.pid for sleeper in sleepers)
+    finally:
+        group.close()
+        assert [sleeper.wait(30) for sleeper in sleepers] == [-signal.SIGKILL] * 3
+    assert not groups_left(os.getpid())
+
+
+def test_a_group_of_the_same_name_in_another_hierarchy_is_not_taken_for_it(roots):
+    if roots.unified:
+        pytest.skip("version 2 has one hierarchy")
+    # systemd gives users a part of its own hierarchy, where they may make groups as they like.
+    others = [Path(mount.point) for mount in cgroup_mounts(Path("/proc/self/mountinfo").read_text())
+              if not {"memory", "pids", "cpu", "cpuset"} & set(mount.controllers)]
+    other = next(place for place in others if (place / "tasks").exists())
+    group = Group.make(f"{maker()}-w2", roots, 64 << 20)
+    namesake = other / group.name
+    namesake.mkdir()
+    sleeper = subprocess.Popen(["sleep", "600"])
+    try:
+        assert group.pids is not None
+        for directory in (namesake, group.pids):
+            (directory / "tasks").write_text(str(sleeper.pid))
+        assert not group.holds(sleeper.pid), "it is not bounded by that"
+        (group.memory / "tasks").write_text(str(sleeper.pid))
+        assert group.holds(sleeper.pid)
+    finally:
+        group.close()
+        sleeper.wait(30)
+        namesake.rmdir()
 
 
 def test_groups_of_who_lives_no_more_are_removed_with_what_runs_there_and_no_others(roots):

@@ -259,12 +259,19 @@ class Group:
 
     def holds(self, pid: int) -> bool:
         """Whether that process is in it, in every hierarchy; False if it is gone."""
-        lines = read_text(Path(f"/proc/{pid}/cgroup")).splitlines()
-        return sum(line.endswith(f"/{self.name}") for line in lines) == len(self._directories)
+        # By controller: in systemd's own hierarchy of version 1 users may make groups of any name.
+        places: dict[str, str] = {}
+        for line in read_text(Path(f"/proc/{pid}/cgroup")).splitlines():
+            _, controllers, place = line.split(":", 2)
+            places |= dict.fromkeys(controllers.split(","), place)
+        wanted = [""] if self.unified else [name for name, where in (("memory", self.memory), ("pids", self.pids),
+                                                                     ("cpu", self.cpu)) if where is not None]
+        return all(places.get(name, "").endswith(f"/{self.name}") for name in wanted)
 
     def members(self) -> list[int]:
-        """Processes that are in it now."""
-        return [int(word) for word in read_text(self.memory / "cgroup.procs").split()]
+        """Processes that are in it now, in whichever hierarchy: who enters it himself need not enter all of them."""
+        return sorted({int(word) for directory in self._directories
+                       for word in read_text(directory / "cgroup.procs").split()})
 
     def oom_kills(self) -> int:
         """How many of its processes the kernel has killed because the group was at its limit."""

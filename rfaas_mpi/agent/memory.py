@@ -67,7 +67,11 @@ class _Bound:
         self.entrances: list[int] = []       # whoever asks for it closes them
         if self.spawner is None:
             self.group = Group.make(name, roots, memory_bytes, low=low)
-            self.entrances = self.group.entrances()
+            try:
+                self.entrances = self.group.entrances()
+            except BaseException:
+                self.group.remove()
+                raise
         else:
             self.entrances = self.spawner.make_group(self.zygote, number, memory_bytes, low=low)
             self.group = Group(name, roots, low)  # to look at

@@ -520,7 +520,11 @@ class _Server:
                            low=request.argument == 1)
         self.groups[request.group] = group
         zygote.groups.add(request.group)
-        return group.entrances(zygote.uid)
+        try:
+            return group.entrances(zygote.uid)
+        except BaseException:
+            self._remove(request)     # who asked is told that there is none
+            raise
 
     def _remove(self, request: Request) -> int:
         group = self._group(request)

@@ -10,13 +10,16 @@ from rfaas_mpi.errors import VersionMismatch
 __all__ = ["HEADER", "check", "is_newer", "near", "number", "text"]
 
 HEADER = "RFaaS-Version"             # of each request to a manager, and of each answer
-_FORM = re.compile(r"[0-9]{1,5}(\.[0-9]{1,5}){0,2}([.+-]?[a-z][a-z0-9.+-]{0,40})?", re.ASCII)
+_FORM = re.compile(r"[0-9]{1,5}(\.[0-9]{1,5}){0,2}(([a-z]|[.+-][a-z0-9])[a-z0-9.+-]{0,40})?", re.ASCII)
+_RELEASE = re.compile(r"[0-9]+(\.[0-9]+){0,2}", re.ASCII)
 HINT = "versions may be one minor number apart: install one that is, the manager's first where it is to be a newer one"
 
 
 def number(version: str = __version__) -> int:
     """`major<<16 | minor<<8 | patch`, as the hello carries it."""
-    numbers = [int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:3]]
+    # Of 0.4rc1 and 0.4+site.5 these are 0 and 4: what follows is no part of them.
+    release = _RELEASE.match(version)
+    numbers = [] if release is None else [int(part) for part in release[0].split(".")]
     major, minor, patch = [*numbers, 0, 0, 0][:3]
     return major << 16 | min(minor, 255) << 8 | min(patch, 255)
 

@@ -234,6 +234,20 @@ def test_versions_work_together_within_one_minor_of_one_major():
     assert skew.text(skew.number("12.34.5")) == "12.34.5"
 
 
+@pytest.mark.parametrize(("version", "number"), [
+    ("0.4rc1", "0.4.0"), ("0.4.0rc1", "0.4.0"), ("0.4.dev3", "0.4.0"), ("0.4+site.5", "0.4.0"), ("0.4.2+1", "0.4.2"),
+    ("0.4.2.post1", "0.4.2"), ("1", "1.0.0"), ("unknown", "0.0.0")])
+def test_what_follows_a_version_s_numbers_changes_none_of_them(version, number):
+    assert skew.text(skew.number(version)) == number
+
+
+@pytest.mark.parametrize("suffix", ["rc1", ".dev3+gabc123", "+1.site", ".post1"])
+def test_a_version_with_a_suffix_works_with_its_neighbours(suffix):
+    skew.check(f"{NEXT}{suffix}", "an agent", "this manager")
+    with pytest.raises(VersionMismatch):
+        skew.check(f"{AFTER_NEXT}{suffix}", "an agent", "this manager")
+
+
 @pytest.mark.parametrize("theirs", ["banana", "1", "0.1.0\n", "0.1.0 or so", "9" * 100, "-1.0.0"])
 def test_what_is_no_version_or_far_from_ours_is_refused(theirs):
     with pytest.raises((ValueError, VersionMismatch)):
@@ -250,6 +264,15 @@ def test_whose_version_it_is_that_doesn_t_work_is_said():
             check_version(far, path, body)
     check_version(NEXT, {}, b"")
     check_version("", {}, b"")
+
+
+@pytest.mark.parametrize(("path", "body"), [
+    ({"node": "n1\nERROR forged\x1b[2J"}, b""), ({}, b'{"node": "n1\\nERROR forged\\u001b[2J", "agent": "a"}'),
+    ({}, b'{"place": {"node": "n1\\nERROR forged\\u001b[2J"}}')])
+def test_who_is_refused_for_his_version_writes_no_line_of_his_own_into_the_log(path, body):
+    with pytest.raises(VersionMismatch) as refused:
+        check_version(AFTER_NEXT, path, body)
+    assert "n1?ERROR forged?[2J runs" in str(refused.value) and str(refused.value).isprintable()
 
 
 def test_a_newer_caller_may_say_what_we_don_t_know_and_nobody_else():

@@ -75,8 +75,13 @@ def _caller(path: Mapping[str, str], data: bytes) -> str:
         who = msgspec.json.decode(data, type=_Who) if data else _Who()
     except UNREADABLE:
         who = _Who()
-    if node := (path.get("node") or (who.node if who.agent else ""))[:254]:
-        return f"the agent of {node}"
+    if node := path.get("node") or (who.node if who.agent else ""):
+        return f"the agent of {_shown(node)}"
     if who.place is not None and who.place.node:
-        return f"the rank on {who.place.node[:254]}"
+        return f"the rank on {_shown(who.place.node)}"
     return "who calls"
+
+
+def _shown(name: str) -> str:
+    """What a caller says that he is called, in one line: nobody has looked at it, and it goes into the log."""
+    return "".join(char if char.isprintable() else "?" for char in name[:254])

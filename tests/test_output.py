@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import re
+import select
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ import pytest
 from rfaas_mpi import Executor, Kernel, get_include
 from rfaas_mpi import messages as msg
 from rfaas_mpi.agent.output import Line, Lines
+from rfaas_mpi.agent.pool import WorkerHandle, ZygoteHandle
 
 SOURCE = r"""
 #include <stdio.h>
@@ -140,6 +146,24 @@ def test_a_rank_prints_worker_and_invocation():
     assert msg.log_text(msg.Log(1, 2, ("x", "y"), (17, 0))) == (
         "[rfaas worker 2, invocation 17] x\n[rfaas worker 2] y\n")
     assert msg.log_text(msg.Log(1, 2, ("x", "y"))) == "[rfaas worker 2] x\n[rfaas worker 2] y\n"
+
+
+def test_who_goes_on_printing_into_the_pipe_of_a_worker_that_ended_holds_nobody_up():
+    output, end = os.pipe()
+    os.set_blocking(output, False)
+    agent, worker = socket.socketpair()
+    worker.close()
+    handle = WorkerHandle(1, 1, cast(ZygoteHandle, None), agent, mmap.mmap(-1, 4096), output, Lines(0.0))
+    stranger = subprocess.Popen(["yes", "and on" * 100], stdout=end)
+    try:
+        os.close(end)
+        select.select([output], [], [])
+        assert "and on" in handle.hear_last(0.0)[0].text
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+        handle.close()
 
 
 # --- with workers -------------------------------------------------------------------

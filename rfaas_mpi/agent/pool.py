@@ -42,6 +42,7 @@ _METERS = 15
 _METER = struct.Struct("<QQ112s")
 _CPU_CLOCK = 2                       # with a pid above it: the clock of all that the process used (CPUCLOCK_SCHED)
 _PF_EXITING = 0x4                    # of the flags in /proc/PID/stat
+_LAST_READS = 4                      # of 256 KiB: users' pipes hold no more than that
 _STDERR_KEPT = 8192
 _LOG_BURST_BYTES = 64 << 10          # of a zygote's stderr that may come to our log at once …
 _LOG_BYTES_PER_S = 256               # … and on and on
@@ -528,6 +529,16 @@ class WorkerHandle:
         except BlockingIOError:
             pass                      # nothing more for now
         return said, False
+
+    def hear_last(self, now: float) -> list[Line]:
+        """What was left when it ended, and no more: another process of its user's may have the pipe, and go on."""
+        said: list[Line] = []
+        for _ in range(_LAST_READS):
+            lines, read, ended = self.hear(now)
+            said += lines
+            if ended or not read:
+                break
+        return said + self.lines.flush()
 
     def hear(self, now: float) -> tuple[list[Line], bool, bool]:
         """Lines that it has printed; whether there was anything to read; whether that was all for ever."""

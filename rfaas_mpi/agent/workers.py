@@ -50,7 +50,7 @@ STRAYS_MAX = 10                      # such looks in a row that find one elsewhe
 _LEAVES_S = 2.0                      # a zygote that is told to end is killed after this
 _LEAVING_POLL_S = 0.05
 _HUNG_UP_S = 0.05                    # and another user's that has closed its channel after this
-_LAST_WORDS = 64                     # messages of a zygote that has ended
+_LAST_WORDS = 64                     # messages of a zygote or a worker that has ended
 _PROBLEM_CHARS = 4000                # more doesn't come from a zygote of ours
 
 # What may come of what a zygote says or does, and of nothing else that is done with it.
@@ -532,14 +532,10 @@ class Workers:
         if self._guard.end(number):
             how = dataclasses.replace(how, oom=True)
         # Its farewell may be there as late as the news of its end.
-        while self._on_agent_socket(handle):
-            pass
-        while True:
-            lines, read, ended = handle.hear(now)
-            self._show(handle, lines)
-            if ended or not read:
+        for _ in range(_LAST_WORDS):
+            if not self._on_agent_socket(handle):
                 break
-        self._show(handle, handle.lines.flush())
+        self._show(handle, handle.hear_last(now))
         log.info("lease=%d worker=%d pid=%d ended: signal=%d exit_code=%d", handle.lease, number, handle.pid,
                  how.signal, how.exit_code)
         # Where nobody saw how it ended, what was seen of it before is all that is known.

@@ -38,8 +38,9 @@ from rfaas_mpi.errors import (
     VersionMismatch,
 )
 
-__all__ = ["NO_ANSWER", "ManagerAddress", "ManagerClient", "ManagerRefused", "ManagerUnreachable", "check_owner",
-           "check_version", "connect_s", "here", "prover_of", "read_challenge", "refusal", "target", "tls_of"]
+__all__ = ["NO_ANSWER", "Greeting", "ManagerAddress", "ManagerClient", "ManagerRefused", "ManagerUnreachable",
+           "check_owner", "check_version", "connect_s", "here", "prover_of", "read_challenge", "refusal", "target",
+           "tls_of"]
 
 WAIT_S = 60.0                    # for an answer; a demand may wait longer at the manager, and says so
 ANSWER_BYTES_MAX = 1 << 28       # all leases of a large cluster, for an administrator
@@ -99,6 +100,16 @@ class ManagerAddress(NamedTuple):
 
     def __str__(self) -> str:
         return f"unix:{self.path}" if self.scheme == "unix" else f"{self.scheme}://{self.authority}"
+
+
+class Greeting(NamedTuple):
+    """What a manager says with any answer, before anybody has proved anything: to look at, not to go by."""
+
+    address: ManagerAddress
+    version: str                 # "" if it doesn't say
+    date: str                    # by its clock, as HTTP has times
+    asked_at: float              # by ours, in seconds since 1970
+    took_s: float                # until the answer was there
 
 
 class ManagerClient:
@@ -173,6 +184,23 @@ class ManagerClient:
         except NO_ANSWER as error:
             raise ServiceError(f"the manager at {self.address} answers what this version doesn't understand: {error}",
                                hint="run the same version everywhere") from None
+
+    def greet(self, wait_s: float = WAIT_S) -> Greeting:
+        """What the first manager that can be reached says of itself, whatever its version. Errors as `call`'s."""
+        last: ManagerUnreachable | None = None
+        for turn in range(len(self._doors)):
+            door = self._doors[(self._first + turn) % len(self._doors)]
+            try:
+                with self._connected(door, wait_s) as connection:
+                    asked_at, began = time.time(), time.monotonic()
+                    connection.request("GET", identity.CHALLENGE_PATH, headers={skew.HEADER: __version__})
+                    with connection.getresponse() as response:
+                        return Greeting(door.address, response.headers.get(skew.HEADER, ""),
+                                        response.headers.get("Date", ""), asked_at, time.monotonic() - began)
+            except ManagerUnreachable as error:
+                last = error
+        assert last is not None
+        raise last
 
     # ---- one request ---------------------------------------------------------------------------------
 

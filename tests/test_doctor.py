@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rfaas_mpi.cli import doctor, output
+from rfaas_mpi.cli.manager_checks import agents_text
 from rfaas_mpi.cli.output import core_ranges
 from rfaas_mpi.config import core_list
 
@@ -156,8 +157,8 @@ def test_a_bound_rank_is_told_from_one_that_may_float():
 
 
 def test_agents_that_are_silent_or_drained_are_named_and_many_are_counted():
-    assert doctor._agents(0, [], []) == "none lends to you"
-    assert doctor._agents(3, [], []) == "3 of 3 report"
-    assert doctor._agents(3, ["nid1"], ["nid2", "nid3"]) == "2 of 3 report; silent: nid1; drained: nid2, nid3"
+    assert agents_text(0, [], []) == "none lends to you"
+    assert agents_text(3, [], []) == "3 of 3 report"
+    assert agents_text(3, ["nid1"], ["nid2", "nid3"]) == "2 of 3 report; silent: nid1; drained: nid2, nid3"
     many = [f"nid{number}" for number in range(20)]
-    assert doctor._agents(20, many, []).endswith("nid7 and 12 more")
+    assert agents_text(20, many, []).endswith("nid7 and 12 more")

@@ -20,11 +20,12 @@ import stat
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
 from rfaas_mpi.cli import output
+from rfaas_mpi.cli.checks import Check
 from rfaas_mpi.cli.output import core_ranges
 from rfaas_mpi.errors import RFaaSError
 
@@ -32,17 +33,6 @@ WIDTH = 80
 MINIMUM_PYTHON = (3, 11)
 # Distribution and the least version that is tested; as in pyproject.toml.
 PACKAGES = {"numpy": (1, 26), "msgspec": (0, 19), "cloudpickle": (3, 0), "click": (8, 1), "threadpoolctl": (3, 2)}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the report. `needed`: without it no invocation works at all."""
-
-    name: str
-    ok: bool
-    reason: str
-    fix: str = ""
-    needed: bool = False
 
 
 def examine(**which: str) -> list[Check]:
@@ -452,35 +442,9 @@ def _service(**which: str) -> Iterable[Check]:
 
 
 def _manager() -> Iterable[Check]:
-    from rfaas_mpi import client, config
-    settings = config.Settings.load()
-    if settings.manager is None:
-        return
+    from rfaas_mpi import config
+    from rfaas_mpi.cli.manager_checks import manager_checks
     try:
-        with client.ManagerClient(settings) as manager:
-            nodes = manager.call("nodes", wait_s=settings.start_timeout_s).nodes
+        yield from manager_checks(config.Settings.load())
     except RFaaSError as error:
         yield Check("manager", False, Exception.__str__(error), error.hint)
-        return
-    free = sum(len(view.free) for view in nodes)
-    yield Check("manager", True, f"{manager.address} knows who you are {manager.known_by}; cores that you could have "
-                                 f"now: {free}, on {len(nodes)} node{'' if len(nodes) == 1 else 's'}")
-    silent = [view.node for view in nodes if view.silent]
-    drained = [view.node for view in nodes if view.drained]
-    yield Check("agents", bool(nodes) and not silent, _agents(len(nodes), silent, drained),
-                "`systemctl status rfaas-agent` on such a node says why, or its log; nothing is lent there meanwhile"
-                if nodes else "start `rfaas agent` on the nodes that lend")
-
-
-def _agents(nodes: int, silent: Sequence[str], drained: Sequence[str]) -> str:
-    if not nodes:
-        return "none lends to you"
-    said = [f"{nodes - len(silent)} of {nodes} report"]
-    for what, which in (("silent", silent), ("drained", drained)):
-        if which:
-            more = f" and {len(which) - _NAMES} more" if len(which) > _NAMES else ""
-            said.append(f"{what}: {', '.join(which[:_NAMES])}{more}")
-    return "; ".join(said)
-
-
-_NAMES = 8                           # of nodes in one line

@@ -163,15 +163,16 @@ class _Zygote:
             finally:
                 os.close(pidfd)
 
-    def reap(self) -> None:
-        """Tells of every worker that ended, once nothing that it started runs any more."""
+    def reap(self) -> bool:
+        """Tells of every worker that ended, once nothing that it started runs any more; whether any has."""
+        told = False
         while True:
             try:
                 ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
-                return
+                return told
             if ended is None:
-                return
+                return told
             pid = ended.si_pid
             worker = self.workers.pop(pid, None)
             if self.spare is not None and pid == self.spare[0]:
@@ -189,6 +190,7 @@ class _Zygote:
                     worker, pid, signal=ended.si_status if killed else 0,
                     exit_code=0 if killed else ended.si_status,
                     cpu_s=usage.ru_utime + usage.ru_stime, max_rss_bytes=usage.ru_maxrss << 10))
+                told = True
             self._kill_orphans()
 
     def _kill_orphans(self) -> None:
@@ -317,7 +319,7 @@ def serve(channel: socket.socket, low: LowPriority, *, tell_spares: bool = False
                     os.read(wake_r, 4096)
                 except BlockingIOError:
                     continue
-                zygote.reap()
-                if not zygote.workers:
-                    # Nobody's time is taken, and the next one may be ordered soon.
+                if zygote.reap() and not zygote.workers:
+                    # Nobody's time is taken, and the next one may be ordered soon. (A spare fork that
+                    # ended by itself might do so again at once.)
                     zygote.make_spare()

@@ -354,10 +354,14 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class Events(msgspec.Struct, frozen=True):
-    """The caller's events after `after`. Those before `first` are not kept any more."""
+    """The caller's events after `after`, oldest first. Those before `first` are not kept any more.
+
+    `more`: there are later ones, too; ask again after the last one. None says a manager that knows of `after` only.
+    """
 
     first: int
     events: tuple[Event, ...]
+    more: bool | None = None
 
 
 class Challenge(msgspec.Struct, frozen=True):
@@ -411,8 +415,11 @@ ROUTES = (
           (("by", {"type": "string", "enum": ["uid", "job", "node", "kernel", "lease"], "default": "uid"}),
            ("since", {"type": "string", "description": _DAY}), ("until", {"type": "string", "description": _DAY}))),
     Route("GET", "/v1/policy", "policy", "Who may lend to all, and who administers", None, PolicyView),
-    Route("GET", "/v1/events", "events", "What became of the caller's leases", None, Events,
-          (("after", {"type": "integer", "minimum": 0, "default": 0}),)),
+    Route("GET", "/v1/events", "events", "What became of the caller's leases; of all, for an administrator", None,
+          Events,
+          (("after", {"type": "integer", "minimum": 0, "default": 0}), ("node", {"type": "string"}),
+           ("lease", {"type": "integer", "minimum": 1}),
+           ("since", {"type": "string", "description": f"{_DAY}, PT12H, PT30M"}))),
 )
 
 _PARAMETERS = {"node": {"type": "string"}, "lease": {"type": "integer", "minimum": 1}, "session": {"type": "string"}}

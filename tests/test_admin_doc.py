@@ -185,9 +185,9 @@ SAYS: dict[str, str | None] = {
     "systemctl enable --now rfaas-manager": None,
     "/opt/rfaas/bin/pip install '.[cluster,postgres]'": None,
     "createuser rfaas; createdb --owner rfaas rfaas": None,
-    "rfaas lease explain": None,
-    "rfaas usage --by job": None,
-    "rfaas usage --by kernel --json": None,
+    "rfaas lease explain": r"^1 of 1 worker would be granted now \(policy default\)\n\nNODE .*\nnode0 +1 +2 ",
+    "rfaas usage --by job": "^JOB|^Nothing was used yet",
+    "rfaas usage --by kernel --json": r'^\{\n +"by": "kernel"',
     "rfaas usage --since 2026-11-01 --until 2026-12-01": "^USER|^Nothing was used then",
     "munge -n | unmunge": "Success",
     "RFAAS_MANAGER=unix:/run/rfaas/manager.sock RFAAS_MANAGER_USER=rfaas rfaas status":
@@ -202,6 +202,8 @@ SAYS: dict[str, str | None] = {
     "rfaas drain --all": "^All nodes: everything is taken back",
     "rfaas usage --by user": "^USER|^Nothing was used yet",
     "rfaas logs -f": None,
+    "rfaas logs --node NODE --since P7D": None,
+    "rfaas logs --lease LEASE": None,
     "rfaas manager key --directory /var/lib/rfaas": r"^\w{16}  in use  \w{64}$",
     "rfaas manager key rotate --directory /var/lib/rfaas": r"^\w{16}  next    \w{64}$",
     "rfaas manager key retire --directory /var/lib/rfaas": r"^\w{16}  in use  \w{64}$",
@@ -245,6 +247,16 @@ def test_the_log_is_followed_until_ctrl_c(site):
         finally:
             following.send_signal(signal.SIGINT)
             following.communicate(timeout=GUARD_S)
+    wait_until(lambda: site.free() == 2, "its core is free")
+
+
+def test_what_became_of_a_lease_or_on_a_node_is_found_since_a_day_or_some_hours(site):
+    lease = site.lease()
+    said(site.run(f"rfaas lease revoke {lease}"), "is taken back")
+    (hours,) = re.findall(r"or how long ago: `P\d+D`, `(PT\d+H)`", PAGE)
+    for line in ("rfaas logs --lease LEASE", "rfaas logs --node NODE --since P7D", f"rfaas logs --since {hours}"):
+        said(site.run(line.replace("NODE", "node0").replace("LEASE", str(lease))),
+             rf"  lease {lease} on node0 \({ME}\): 1 worker revoked$")
     wait_until(lambda: site.free() == 2, "its core is free")
 
 

@@ -96,7 +96,8 @@ def test_a_manager_that_is_not_there_is_an_error_that_names_it(command, tmp_path
 
 
 @pytest.mark.parametrize("arguments", [("drain",), ("undrain",), ("drain", "nid1", "--all"), ("lease", "show", "x"),
-                                       ("lease", "revoke", "1", "--grace", "-1"), ("usage", "--by", "password")])
+                                       ("lease", "revoke", "1", "--grace", "-1"), ("usage", "--by", "password"),
+                                       ("logs", "--lease", "0")])
 def test_a_wrong_command_line_is_status_2(arguments):
     done = rfaas(*arguments)
     assert done.returncode == output.USAGE and done.stdout == "" and "--help" in done.stderr
@@ -236,6 +237,37 @@ def test_the_log_says_what_became_of_leases_and_goes_on_with_what_comes(cluster)
         assert following.returncode == output.INTERRUPTED and "Traceback" not in said
     [event] = cluster.json("logs")["events"]
     assert (event["lease_id"], event["workers"], event["cause"]) == (cluster.lease.id, [0, 1], "revoked")
+
+
+@pytest.mark.parametrize("store", ["a file", "a server"])
+def test_what_became_of_leases_is_known_after_a_kill_and_found_by_node_lease_and_time(tmp_path, store, request):
+    options = [] if store == "a file" else ["--store", request.getfixturevalue("postgres").database()]
+    with serving(tmp_path, *options) as cluster:
+        other = Agent(cluster.asked, "nid2", 1)
+        other.report()
+        [elsewhere] = [lease for lease in ask(cluster.asked, 2, 3).leases if lease.node == "nid2"]
+        for number in (cluster.lease.id, elsewhere.id):
+            cluster.text("lease", "revoke", number)
+        before = cluster.json("logs")
+        cluster.manager.stop(signal.SIGKILL)
+    with (tempfile.TemporaryDirectory() as place,
+          RfaasManager(tmp_path / "state", "--socket", f"{place}/socket", *options) as manager):
+        def logs(*arguments: object) -> list[int]:
+            done = manager.rfaas("logs", *arguments, "--json")
+            assert done.returncode == 0, done.stderr
+            return [event["lease_id"] for event in json.loads(done.stdout)["events"]]
+
+        assert json.loads(manager.rfaas("logs", "--json").stdout) == before
+        both = [cluster.lease.id, elsewhere.id]
+        assert logs() == logs("--since", "P1D") == logs("--since", "PT1H") == both
+        assert logs("--node", "nid2") == logs("--lease", elsewhere.id) == both[1:]
+        assert logs("--node", "nid9") == logs("--node", "nid1", "--lease", elsewhere.id) == []
+        assert f"lease {elsewhere.id} on nid2 ({ME}): 1 worker revoked" in manager.rfaas("logs", "--node", "nid2").stdout
+        assert manager.rfaas("logs", "--node", "nid9").stdout == "Nothing like that happened to your leases.\n"
+        for arguments, said in ((("--since", "last week"), "since is 'last week'"), (("--node", "a b"), "node is 'a b'"),
+                                (("--lease", 5), "has no lease 5")):
+            done = manager.rfaas("logs", *arguments)
+            assert done.returncode == output.FAILED and said in done.stderr and "Traceback" not in done.stderr
 
 
 # --- keys -------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from lease_manager import RemoteBook
 from postgres_server import ledger_at
 from test_lease_network import OPERATIONS, WITHIN_S, World
 
+from rfaas_mpi import api
 from rfaas_mpi.errors import StoreError
 from rfaas_mpi.leases import (
     Action,
@@ -38,6 +39,7 @@ from rfaas_mpi.leases import (
     NodeLost,
     NodeReport,
     Notify,
+    Revoke,
 )
 from rfaas_mpi.manager import days as days_module
 from rfaas_mpi.manager import ledger as ledger_module
@@ -627,6 +629,89 @@ def test_an_agent_s_number_is_on_disk_before_it_is_told(opened):
     registry.handle(AgentStarted("n0", "a"), 0.0)
     (admit,) = registry.flush()
     assert isinstance(admit, Admit) and opened().epoch == admit.incarnation
+
+
+# --- what became of leases -------------------------------------------------------
+
+def event(number: int, **more: object) -> api.Event:
+    return api.Event(**{"number": number, "at": 1.8e9, "node": "n0", "uid": 1000, "lease_id": number, "workers": (0, 1),
+                        "cause": Cause.REVOKED, "grace_s": 1.5, **more})
+
+
+def test_events_are_kept_and_found_by_number_user_node_lease_and_time(opened, clock):
+    known = [event(1, at=clock.wall - 60), event(2, uid=1001, lease_id=1, cause=Cause.EXPIRED),
+             event(5, node="n1/1001", uid=1001, workers=(), grace_s=0.0, cause=Cause.NODE_LOST)]
+    opened().write([], events=known)
+    ledger = opened()
+    assert ledger.events() == api.Events(1, tuple(known), more=False)
+    for bounds, numbers in (({"after": 1}, [2, 5]), ({"after": 2**70}, []), ({"uid": 1001}, [2, 5]), ({"uid": 9}, []),
+                            ({"node": "n0"}, [1, 2]), ({"node": "n1"}, []), ({"lease": 1}, [1, 2]),
+                            ({"lease": 1, "uid": 1000}, [1]), ({"since": clock.wall - 1}, [2, 5]),
+                            ({"since": clock.wall + 1}, []), ({"since": clock.wall - 1, "after": 2}, [5]),
+                            ({"node": "n0", "since": clock.wall - 1, "uid": 1001}, [2])):
+        assert [one.number for one in ledger.events(**bounds).events] == numbers, bounds
+
+
+def test_many_events_come_in_several_answers_none_left_out_and_none_twice(opened, monkeypatch):
+    monkeypatch.setattr(ledger_module, "EVENTS_AT_ONCE", 3)
+    ledger = opened()
+    ledger.write([], events=map(event, range(1, 8)))
+    answers, after = [], 0
+    while not answers or answers[-1].more:
+        answers.append(ledger.events(after=after))
+        after = answers[-1].events[-1].number
+    assert [[one.number for one in answer.events] for answer in answers] == [[1, 2, 3], [4, 5, 6], [7]]
+
+
+def test_since_finds_all_of_it_though_the_clock_was_set_back(opened, clock):
+    ledger = opened()
+    ledger.write([], events=[event(1), event(2, at=clock.wall - 3600), event(3)])
+    assert [one.number for one in ledger.events(since=clock.wall - 60).events] == [1, 3]
+
+
+def test_an_event_that_is_written_again_is_there_once(opened):
+    ledger = opened()
+    for _ in range(2):
+        ledger.write([], events=[event(1)])
+    assert len(ledger.events().events) == 1
+
+
+def test_events_are_forgotten_with_the_leases_of_their_time(opened, clock):
+    ledger = opened(keep_ended_s=86400.0)
+    ledger.write([], events=[event(1), event(2, at=clock.wall + 86400)])
+    clock.tick(86401.0)
+    ledger._prune()
+    found = ledger.events()
+    assert (found.first, [one.number for one in found.events]) == (2, [2])
+
+
+def test_an_event_is_on_disk_with_the_change_that_it_tells_of_and_not_before(opened, clock):
+    registry = Registry(opened(), pick_cores, 0.0, wall=lambda: clock.wall)
+    registry.handle(report(1), 0.0)
+    registry.handle(Demand(session=7, request_id=1, uid=1000, workers_min=2, workers_max=2), 0.0)
+    (grant,) = registry.flush()
+    (one,) = grant.leases
+    registry.handle(Revoke(one.id, grace_s=2.0), 1.0)
+    group = registry.take()
+    assert opened().events().events == ()
+    registry._ledger = opened()
+    registry.write(group)
+    (found,) = opened().events().events
+    assert found == api.Event(found.number, clock.wall, "n0", 1000, one.id, (0, 1), Cause.REVOKED, 2.0)
+
+
+def test_numbers_of_events_rise_over_managers_whatever_the_clock_says(opened, clock):
+    def lost(registry: Registry, request: int) -> None:
+        registry.handle(msgspec.structs.replace(report(1), node=f"n{request}"), 0.0)
+        registry.handle(Demand(session=7, request_id=request, uid=1000, workers_min=1, workers_max=1), 0.0)
+        registry.handle(NodeLost(f"n{request}"), 1.0)
+        registry.flush()
+
+    for request in range(1, 4):
+        lost(Registry(opened(), pick_cores, 0.0, wall=lambda: clock.wall), request)
+        clock.wall -= 1000.0
+    numbers = [one.number for one in opened().events().events]
+    assert numbers == [1_800_000_000_000, 1_800_000_000_001, 1_800_000_000_002]
 
 
 # --- a disk that is full ----------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rfaas_mpi.manager.accounts import OTHERS, KernelUse, Prices, Usage, believable, by_kernel
+from rfaas_mpi.manager.days import moment
 
 GIB = 1 << 30
 SUMS = {"core_s": 7200.0, "memory_byte_s": 3600.0 * 4 * GIB, "cpu_s": 3600.0, "poll_s": 900.0}
@@ -44,3 +45,16 @@ def test_the_same_name_twice_is_one_kernel_and_names_beyond_the_bound_are_the_ot
 
 def test_without_any_use_there_is_no_line_by_kernel():
     assert by_kernel([], None) == []
+
+
+@pytest.mark.parametrize("text, seconds", [
+    ("", None), ("2026-11-23", 1795392000.0), ("P1D", 1795305600.0), ("P1W", 1794787200.0), ("PT1H", 1795426200.0),
+    ("PT90M", 1795424400.0), ("PT1H30M", 1795424400.0), ("PT0M", 1795429800.0)])
+def test_a_moment_is_the_begin_of_a_day_or_some_hours_ago(text, seconds):
+    assert moment("since", text, 1795429800.0) == seconds         # 10:30 on 2026-11-23
+
+
+@pytest.mark.parametrize("text", ["PT", "PT1", "PT1D", "P1DT1H", "PT-1H", "1h", "yesterday", "PT9999999H", "2026-02-30"])
+def test_what_is_no_moment_is_refused_with_the_field_s_name(text):
+    with pytest.raises(ValueError, match="^since is .*P7D.*PT12H"):
+        moment("since", text, 1795429800.0)

@@ -554,6 +554,45 @@ def test_one_user_s_leases_usage_and_nodes_are_closed_to_another(play, tmp_path)
     play(scenario)
 
 
+@pytest.mark.skipif(ME != 0, reason="only root can call as somebody else")
+def test_what_became_of_a_lease_is_closed_to_another_user_also_after_a_restart_and_open_to_administrators(tmp_path):
+    os.chmod(tmp_path, 0o755)
+    for parent in tmp_path.parents:
+        if parent.stat().st_uid == ME and not parent.stat().st_mode & 0o001:
+            parent.chmod(parent.stat().st_mode | 0o011)
+
+    async def as_other(*asked: list) -> list:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", ASK_AS_OTHER, str(tmp_path / "socket"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        out, _ = await process.communicate(json.dumps(asked).encode())
+        return [json.loads(line) for line in out.splitlines()]
+
+    async def whole() -> None:
+        async with serving(tmp_path) as call:
+            await call.report("nid1", await call.start("nid1"))
+            [mine] = (await call.ask(1))["leases"]
+            await call("POST", f"/v1/leases/{mine['id']}/revoke", {})
+            [(status, granted)] = await as_other(["POST", "/v1/leases", {
+                "session": "s", "request_id": 1, "workers_min": 1, "workers_max": 1}])
+            assert status == 200
+            theirs = granted["leases"][0]["id"]
+            assert (await as_other(["POST", f"/v1/leases/{theirs}/revoke", {}]))[0][0] == 200
+        async with serving(tmp_path) as call:
+            every = (await call("GET", "/v1/events"))["events"]
+            assert [(one["lease_id"], one["uid"]) for one in every] == [(mine["id"], ME), (theirs, OTHER)]
+            assert (await call("GET", f"/v1/events?lease={theirs}"))["events"] == every[1:]
+            assert (await call("GET", "/v1/events?node=nid1&since=PT1H"))["events"] == every
+            answers = await as_other(*(["GET", f"/v1/events{query}", None] for query in (
+                "", "?node=nid1", f"?lease={theirs}", "?since=P1D", f"?lease={mine['id']}", "?lease=5")))
+            assert [status for status, _ in answers] == [200, 200, 200, 200, 404, 404]
+            assert [answer["events"] for _, answer in answers[:4]] == [every[1:]] * 4
+            # Nothing tells a lease of somebody else's from none.
+            assert [answer["error"] for _, answer in answers[4:]] == [
+                f"uid {OTHER} has no lease {mine['id']}", f"uid {OTHER} has no lease 5"]
+
+    asyncio.run(asyncio.wait_for(whole(), GUARD_S))
+
+
 def test_over_a_network_nobody_is_believed(tmp_path):
     async def whole() -> None:
         async with ManagerServer(Ledger(tmp_path / "ledger.db")) as manager:
@@ -624,10 +663,30 @@ def test_every_field_missing_unknown_wrong_or_huge_is_a_4xx_that_names_it(play, 
 @pytest.mark.parametrize("method, path, status", [
     ("DELETE", "/v1/leases/0x10", 400), ("DELETE", "/v1/leases/99999999999999999999999", 400),
     ("DELETE", "/v1/leases/5", 404), ("GET", "/v1/usage?by=password", 400), ("GET", "/v1/events?after=-1", 400),
+    ("GET", "/v1/leases/9999999999999999999", 400),
     ("DELETE", "/v1/sessions/%00", 409)])
 def test_a_wrong_parameter_is_a_4xx_that_names_it(play, method, path, status):
     async def scenario(call: Caller) -> None:
         assert (await call(method, path, status=status))["error"]
+    play(scenario)
+
+
+@pytest.mark.parametrize("query, field", [
+    ("after=", "after"), ("after=x", "after"), ("node=", "node"), ("node=a%20b", "node"), ("node=nid1/", "node"),
+    ("node=nid1/x", "node"), ("node=nid1/1/2", "node"), ("node=%00", "node"), ("node=" + "n" * 300, "node"),
+    ("lease=", "lease"), ("lease=0", "lease"), ("lease=-1", "lease"), ("lease=0x10", "lease"), ("lease=%D9%A1", "lease"),
+    ("lease=9999999999999999999", "lease"), ("since=yesterday", "since"), ("since=P1DT1H", "since"),
+    ("since=PT", "since"), ("since=PT9999999H", "since"), ("since=2026-02-30", "since"), ("since=P9999Y", "since")])
+def test_what_events_are_looked_for_by_is_right_or_a_400_that_names_the_field(play, query, field):
+    async def scenario(call: Caller) -> None:
+        problem = await call("GET", f"/v1/events?{query}", status=400)
+        assert problem["error"].startswith(f"{field} is ") and len(problem["error"]) < 300
+    play(scenario)
+
+
+def test_after_the_highest_number_of_all_there_is_no_event(play):
+    async def scenario(call: Caller) -> None:
+        assert (await call("GET", "/v1/events?after=9999999999999999999"))["events"] == []
     play(scenario)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pwd
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -194,15 +194,37 @@ def events(found: api.Events) -> Iterator[str]:
                f"{_many(len(one.workers), 'worker')} {one.cause}{grace}")
 
 
-def log(manager: str | None, *, follow: bool, say: Callable[[dict[str, Any], list[str]], None]) -> None:
-    """Hands what became of the caller's leases to `say`: what is kept, and with `follow` what comes, until Ctrl-C."""
+def log(manager: str | None, *, follow: bool, say: Callable[[dict[str, Any], list[str]], None],
+        **bounds: str | int | None) -> None:
+    """Hands what became of the caller's leases to `say`: what is kept, and with `follow` what comes, until Ctrl-C.
+
+    `bounds`: the `node`, the `lease`, and `since` when; None for any.
+    """
+    wanted = {name: value for name, value in bounds.items() if value is not None}
+    nothing = "Nothing like that happened to your leases." if wanted else "Nothing happened to your leases."
     after = 0
     with client(manager) as asked:
         while True:
-            found: api.Events = asked.call("events", after=after)
+            found = _events(asked, after, wanted)
             if found.events or not follow:
-                say(plain(found), list(events(found)) or ["Nothing happened to your leases."])
+                said = plain(found)
+                del said["more"]             # all of them are there
+                say(said, list(events(found)) or [nothing])
             if not follow:
                 return
             after = max([after, *(one.number for one in found.events)])
             time.sleep(POLL_S)
+
+
+def _events(asked: ManagerClient, after: int, wanted: Mapping[str, object]) -> api.Events:
+    """All of them, however many answers they come in. ServiceError for a manager that can't look for some only."""
+    found: list[api.Event] = []
+    while True:
+        some: api.Events = asked.call("events", after=after, **wanted)
+        if wanted and some.more is None:
+            raise ServiceError("the manager is of an earlier version, which can't look for some events only",
+                               hint=f"leave {', '.join(f'--{name}' for name in wanted)} out")
+        found += some.events
+        if not some.more:
+            return msgspec.structs.replace(some, events=tuple(found))
+        after = some.events[-1].number

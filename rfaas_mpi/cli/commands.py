@@ -260,14 +260,23 @@ def policy(out: Output, manager: str | None) -> None:
     out.answer(*cluster.policy(manager))
 
 
-@click.command(epilog=examples("rfaas logs", "rfaas logs -f"))
+@click.command(epilog=examples("rfaas logs -f", "rfaas logs --node nid00042 --since P1D",
+                               "rfaas logs --lease 12 --json"))
+@click.option("--node", metavar="NODE", help="Of leases on that node only.")
+@click.option("--lease", type=click.IntRange(min=1), metavar="LEASE", help="Of that lease only.")
+@click.option("--since", metavar="WHEN", help="From that day on (UTC): 2026-11-01, P7D, P2W, P1M, P1Y ago; "
+                                              "or PT12H, PT30M ago.")
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C; a JSON object each time.")
 @asked
 @click.pass_obj
-def logs(out: Output, follow: bool, manager: str | None) -> None:
-    """Show what became of your leases, and when."""
+def logs(out: Output, node: str | None, lease: int | None, since: str | None, follow: bool,
+         manager: str | None) -> None:
+    """Show what became of your leases, and when: of all, for an administrator.
+
+    Workers that were taken back, expired or were lost with their node, of the last 30 days.
+    """
     from rfaas_mpi.cli import cluster
-    cluster.log(manager, follow=follow, say=out.answer)
+    cluster.log(manager, follow=follow, say=out.answer, node=node, lease=lease, since=since)
 
 
 COMMANDS = (manager, agent, lease, drain, undrain, usage, policy, logs)

@@ -37,7 +37,7 @@ from rfaas_mpi.messages import LeaseRequest
 from rfaas_mpi.placement import Placer, Verdict
 from rfaas_mpi.placement.fairness import debt_s
 
-__all__ = ["Cluster", "Explained", "Policy", "session_number"]
+__all__ = ["Cluster", "Explained", "Policy", "check_known_node", "session_number"]
 
 # A node's window is as old as its agent first said: clocks and networks make a little of each later report.
 WINDOW_SLACK_S = 5.0
@@ -50,6 +50,14 @@ FORGET_S = 3600.0                # a user's own node that is dead for so long is
 def session_number(uid: int, session: str) -> int:
     """The number under which leases of this user's session are kept; the same in every manager."""
     return int.from_bytes(hashlib.blake2b(f"{uid}:{session}".encode(), digest_size=8).digest()) >> 1
+
+
+def check_known_node(field: str, node: str) -> str:
+    """The name, if one of the book's nodes could have it: NODE, or NODE/UID of a user's own. ValueError, else."""
+    name, slash, uid = node.partition("/")
+    if not _NODE.fullmatch(name) or (slash and not re.fullmatch("[0-9]{1,10}", uid)):
+        raise ValueError(f"{field} is {node[:40]!r}, which is no name of a node: `rfaas status` shows them")
+    return node
 
 
 @dataclass(frozen=True)

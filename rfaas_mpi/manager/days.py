@@ -15,13 +15,14 @@ import msgspec
 
 from rfaas_mpi.manager.accounts import OTHERS, RECORD, Usage
 
-__all__ = ["DAY_S", "Days", "JOBS_MAX", "Period", "SUMS", "Told", "day_of", "period"]
+__all__ = ["DAY_S", "Days", "JOBS_MAX", "Period", "SUMS", "Told", "day_of", "moment", "period"]
 
 DAY_S = 86400
 JOBS_MAX = 1000                  # of one user and day that are kept apart
 SUMS = ("workers", "core_s", "memory_byte_s", "cpu_s", "exec_s", "poll_s", "invocations")
 _EPOCH = date(1970, 1, 1)
 _AGO = re.compile(r"P(?=\d)(?:(\d{1,4})Y)?(?:(\d{1,5})M)?(?:(\d{1,5})W)?(?:(\d{1,6})D)?", re.ASCII)
+_HOURS_AGO = re.compile(r"PT(?=\d)(?:(\d{1,6})H)?(?:(\d{1,6})M)?", re.ASCII)
 _HINT = "it is a date like 2026-11-01, or how long ago in days, weeks, months or years: P7D, P2W, P1M, P1Y"
 
 
@@ -121,6 +122,18 @@ def period(since: str, until: str, at: float) -> Period:
     if found.since is not None and found.until is not None and found.since >= found.until:
         raise ValueError(f"until is {until}, which is not after since, {since}: no day lies between them")
     return found
+
+
+def moment(field: str, text: str, at: float) -> float | None:
+    """Seconds since 1970: the begin of a day (UTC), or some hours and minutes before `at`; None for "". ValueError."""
+    if (ago := _HOURS_AGO.fullmatch(text)) is not None:
+        hours, minutes = (int(group or 0) for group in ago.groups())
+        return at - 3600 * hours - 60 * minutes
+    try:
+        day = _day(field, text, datetime.fromtimestamp(at, UTC).date())
+    except ValueError as error:
+        raise ValueError(f"{error}, or in hours and minutes: PT12H, PT1H30M") from None
+    return None if day is None else float(day * DAY_S)
 
 
 def _day(field: str, text: str, today: date) -> int | None:

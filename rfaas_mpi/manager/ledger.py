@@ -9,6 +9,7 @@
     usage_kernels  in which kernels      kernels   names of each user's that are kept apart
     lent      what a lease has, or had, of a lender's cores (credit.py)
     usage_days     sums of each day      heard     what an agent's clock showed, now and then
+    events    why workers of a lease ended, where its rank didn't want it
 
 Times in a lease are seconds on the manager's monotonic clock, which begins anew
 with each boot; `meta` says which boot it was, and what the wall clock showed then.
@@ -25,8 +26,9 @@ from typing import Any, Protocol
 
 import msgspec
 
+from rfaas_mpi import api
 from rfaas_mpi.errors import StoreError
-from rfaas_mpi.leases import Answered, Changes, Demand, Grant, Kept, Lease, LeaseState
+from rfaas_mpi.leases import Answered, Cause, Changes, Demand, Grant, Kept, Lease, LeaseState
 from rfaas_mpi.leases.book import REMEMBER_LEAST_S
 from rfaas_mpi.manager.accounts import Usage, believable, by_kernel
 from rfaas_mpi.manager.credit import LentLine
@@ -42,6 +44,7 @@ VERSION = 3
 PRUNE_EVERY = 1000               # groups
 PRUNE_MOST = 1000                # rows of a table at once: who waits for the group waits for that, too
 AT_ONCE = 500                    # what one statement asks for
+EVENTS_AT_ONCE = 1000            # who asks for more of them asks again
 USAGE_DAYS = 400                 # for which days' sums are kept
 KEEP_ENDED_S = 30 * 86400.0
 NOTED_EVERY_S = 86400.0          # that a kernel's name is in use
@@ -87,6 +90,13 @@ CREATE TABLE IF NOT EXISTS usage_days (
     day INTEGER NOT NULL, uid INTEGER NOT NULL, what TEXT NOT NULL, name TEXT NOT NULL, workers REAL NOT NULL,
     core_s REAL NOT NULL, memory_byte_s REAL NOT NULL, cpu_s REAL NOT NULL, exec_s REAL NOT NULL,
     poll_s REAL NOT NULL, invocations REAL NOT NULL, PRIMARY KEY (day, uid, what, name)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS events (
+    number INTEGER PRIMARY KEY, at REAL NOT NULL, node TEXT NOT NULL, uid INTEGER NOT NULL, lease INTEGER NOT NULL,
+    workers TEXT NOT NULL, cause TEXT NOT NULL, grace_s REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS events_at ON events (at, number);
+CREATE INDEX IF NOT EXISTS events_node ON events (node, number);
+CREATE INDEX IF NOT EXISTS events_uid ON events (uid, number);
+CREATE INDEX IF NOT EXISTS events_lease ON events (lease, number);
 CREATE VIEW IF NOT EXISTS seats AS
     SELECT node, incarnation, lease, seat, uid, workers, cores, memory_bytes,
            CASE WHEN held_s > record_s THEN held_s ELSE record_s END AS held_s, cpu_s, exec_s, poll_s, invocations
@@ -188,7 +198,7 @@ class _Answer(msgspec.Struct, frozen=True):
 
 
 _decode_answer = msgspec.json.Decoder(_Answer).decode
-_decode_cores = msgspec.json.Decoder(tuple[int, ...]).decode
+_decode_numbers = msgspec.json.Decoder(tuple[int, ...]).decode
 _decode_agents = msgspec.json.Decoder(tuple[Registration, ...]).decode
 
 
@@ -444,7 +454,7 @@ class Ledger:
                         "ON leases.id = lent.lease AND leases.ended_at IS NULL WHERE lent.at > ? OR lent.cores <> '[]'",
                         (now - 20 * half_life_s,)):
                     if live and cores != "[]":
-                        lines.append(LentLine(lease, owner, uid, node, _decode_cores(cores), core_s,
+                        lines.append(LentLine(lease, owner, uid, node, _decode_numbers(cores), core_s,
                                               max(0.0, now - at)))
                     else:
                         had[owner] = had.get(owner, 0.0) + core_s * 0.5 ** (max(0.0, now - at) / half_life_s)
@@ -464,15 +474,53 @@ class Ledger:
         except self._db.errors as error:
             raise self._db.trouble(error) from error
 
+    def last_event(self) -> int:
+        """The number of the newest event that is kept, 0 without any. StoreError."""
+        try:
+            with self._db.reading() as db:
+                return db.execute("SELECT coalesce(max(number), 0) FROM events").fetchone()[0]
+        except self._db.errors as error:
+            raise self._db.trouble(error) from error
+
+    def events(self, *, after: int = 0, since: float | None = None, uid: int | None = None, node: str | None = None,
+               lease: int | None = None) -> api.Events:
+        """The events above `after` that are kept, at most EVENTS_AT_ONCE; of one user, node or lease only, or of all.
+
+        StoreError.
+        """
+        try:
+            with self._db.reading() as db:
+                first = db.execute("SELECT coalesce(min(number), 1) FROM events").fetchone()[0]
+                if since is not None and not after:
+                    # Numbers are what is looked up in order: not all that happened before.
+                    (number,) = db.execute("SELECT min(number) FROM events WHERE at >= ?", (since,)).fetchone()
+                    after = _INTEGER_MAX if number is None else number - 1
+                bounds = [(f"{column} ?", value) for column, value in (
+                    ("number >", min(after, _INTEGER_MAX)), ("at >=", since), ("uid =", uid), ("node =", node),
+                    ("lease =", lease)) if value is not None]
+                rows = db.execute(
+                    "SELECT number, at, node, uid, lease, workers, cause, grace_s FROM events "
+                    f"WHERE {' AND '.join(bound for bound, _ in bounds)} ORDER BY number LIMIT ?",
+                    (*(value for _, value in bounds), EVENTS_AT_ONCE + 1)).fetchall()
+        except self._db.errors as error:
+            raise self._db.trouble(error) from error
+        try:
+            found = tuple(api.Event(*known, workers=_decode_numbers(workers), cause=Cause(cause), grace_s=grace_s)
+                          for *known, workers, cause, grace_s in rows[:EVENTS_AT_ONCE])
+        except ValueError as error:          # msgspec's are, too
+            raise self._db.damaged(f"a record of a lease's end makes no sense: {error}") from error
+        return api.Events(first, found, len(rows) > EVENTS_AT_ONCE)
+
     # --- writing -----------------------------------------------------------------------------------
 
     def write(self, changes: Sequence[Changes], usage: Iterable[Usage] = (),
               agents: Mapping[str, tuple[Registration, ...]] = {}, jobs: Mapping[int, str] = {},
-              lent: Iterable[LentLine] = (), heard: Mapping[str, tuple[int, int]] = {}) -> None:
+              lent: Iterable[LentLine] = (), heard: Mapping[str, tuple[int, int]] = {},
+              events: Iterable[api.Event] = ()) -> None:
         """Makes all of it durable, in this order, with one flush; all or nothing.
 
         `agents`: all that is known of these nodes', `jobs`: the batch job of these sessions, `heard`: what the clocks
-        of these nodes' agents show.
+        of these nodes' agents show, `events`: what became of leases.
         """
         epoch = max([self.epoch, *(each.epoch for each in changes)])
         try:
@@ -496,6 +544,10 @@ class Ledger:
                     [(line.lease, line.owner, line.uid, line.node, _encode(line.cores).decode(), line.core_s,
                       self._wall()) for line in lent])
                 self._write_usage(usage)
+                self._db.executemany(
+                    "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                    [(event.number, event.at, event.node, event.uid, event.lease_id, _encode(event.workers).decode(),
+                      str(event.cause), event.grace_s) for event in events])
                 self._db.executemany(
                     "INSERT INTO heard VALUES (?, ?, ?) ON CONFLICT (node) DO UPDATE SET "
                     "incarnation = excluded.incarnation, clock_ns = excluded.clock_ns",
@@ -622,6 +674,7 @@ class Ledger:
         for statement in (
                 f"DELETE FROM answers WHERE last_lease IN {old}", f"DELETE FROM leases WHERE id IN {old}",
                 "DELETE FROM closed WHERE session IN (SELECT session FROM closed WHERE at < ? ORDER BY at LIMIT ?)",
+                "DELETE FROM events WHERE number IN (SELECT number FROM events WHERE at < ? ORDER BY at LIMIT ?)",
                 f"DELETE FROM usage_kernels WHERE (node, incarnation, lease, seat, number) IN {lines}",
                 f"DELETE FROM usage WHERE (node, incarnation, lease, seat, number) IN {lines}"):
             dropped.append(self._db.execute(statement, (before, PRUNE_MOST)).rowcount)

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from rfaas_mpi import api
 from rfaas_mpi.errors import StoreError
-from rfaas_mpi.leases import Changes, Event, Lease, LeaseBook, LeaseState, Store
+from rfaas_mpi.leases import Changes, Event, Lease, LeaseBook, LeaseState, Notify, Store
 from rfaas_mpi.leases.held import Held
 from rfaas_mpi.leases.nodes import Chooser, Picker
 from rfaas_mpi.manager.accounts import RECORD, Usage
@@ -55,13 +56,15 @@ class Group:
         self.jobs: dict[int, str] = {}
         self.lent: list[LentLine] = []
         self.heard: dict[str, tuple[int, int]] = {}
+        self.events: list[api.Event] = []
         self.changes: list[Changes] = []
         self.epoch = 0
 
     @property
     def to_write(self) -> bool:
         """True if any of it has to be on disk."""
-        return bool(self.usage or self.agents or self.jobs or self.lent or self.heard or self.changes)
+        return bool(self.usage or self.agents or self.jobs or self.lent or self.heard or self.events
+                    or self.changes)
 
     def __bool__(self) -> bool:
         return self.to_write or bool(self.actions)
@@ -82,14 +85,17 @@ class Registry:
                  remember_s: float = 3600.0, remember_most: int = REMEMBER_MOST,
                  quota: Callable[[int], int | None] = lambda uid: None,
                  held: Held | None = None, lent: Lent | None = None,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
         self.begin_within_s = begin_within_s
         self.owners: Callable[[Lease], Mapping[int, int]] = lambda lease: {}     # whose cores it holds
         self._lent = lent
         self._clock = clock
+        self._wall = wall
         self._ledger = ledger
         self._group = Group()
         self._unwritten: list[Group] = []
+        # Above those of every manager that was here before, also of one that kept none.
+        self._next_event = max(ledger.last_event() + 1, int(wall()) * 1000)
         self.book = LeaseBook(pick, epoch=ledger.epoch, activate_within_s=begin_within_s, remember_s=remember_s,
                               remember_most=remember_most, durable=True, quota=quota, held=held)
         with _no_collections():
@@ -116,8 +122,13 @@ class Registry:
         for action in actions:
             if isinstance(action, Store):
                 self._group.epoch = action.epoch
-            else:
-                self._group.actions.append(action)
+                continue
+            self._group.actions.append(action)
+            if isinstance(action, Notify) and (lease := self.book.lease(action.lease_id)) is not None:
+                self._group.events.append(api.Event(
+                    self._next_event, self._wall(), lease.node, lease.uid, lease.id, action.workers, action.cause,
+                    action.grace_s))
+                self._next_event += 1
 
     def used(self, usage: Iterable[Usage]) -> None:
         """Takes what workers used, to be written down with the rest."""
@@ -196,8 +207,9 @@ class Registry:
         jobs = {session: job for one in waiting for session, job in one.jobs.items()}
         lent = [line for one in waiting for line in one.lent]
         heard = {node: clock for one in waiting for node, clock in one.heard.items()}
-        if changes or usage or agents or jobs or lent or heard:
-            self._ledger.write(changes, usage, agents, jobs, lent, heard)
+        events = [event for one in waiting for event in one.events]
+        if changes or usage or agents or jobs or lent or heard or events:
+            self._ledger.write(changes, usage, agents, jobs, lent, heard, events)
         self._unwritten = []
         return [action for one in waiting for action in one.actions]
 

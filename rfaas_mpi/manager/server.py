@@ -39,10 +39,10 @@ from rfaas_mpi.manager.bodies import UNREADABLE, Bodies, check_version
 from rfaas_mpi.manager.callers import AgentChannel, Callers
 from rfaas_mpi.leases.held import Held
 from rfaas_mpi.manager.accounts import KernelUse, Usage
-from rfaas_mpi.manager.cluster import Cluster, Policy, session_number
+from rfaas_mpi.manager.cluster import Cluster, Policy, check_known_node, session_number
 from rfaas_mpi.manager.credit import Lent
-from rfaas_mpi.manager.core import Action, Admit, Granted, Notify, Refused, StopWorkers, Superseded
-from rfaas_mpi.manager.days import period
+from rfaas_mpi.manager.core import Action, Admit, Granted, Refused, StopWorkers, Superseded
+from rfaas_mpi.manager.days import moment, period
 from rfaas_mpi.manager.directory import Directory, Registration
 from rfaas_mpi.manager.keys import Keys, check_agent_key, name_of
 from rfaas_mpi.manager.ledger import USAGE_BY, USAGE_SUMS, Ledger
@@ -64,7 +64,6 @@ WRITE_RETRY_S = 1.0              # the disk was full
 WRITE_WAIT_S = 5.0               # who waits longer for it is told so
 CUT_OFF_S = 30.0                 # a manager that leads, and doesn't reach its store for so long, ends
 TICK_MAX_S = 5.0
-EVENTS_KEPT = 10_000
 TELLING_MAX = 10_000             # orders that are on their way to agents
 AGENT_PING_S = 10.0
 CLOSE_S = 2.0                    # how long an end waits for who doesn't listen
@@ -200,9 +199,6 @@ class ManagerServer:
         self._sleeps_until = 0.0
         self._lingering: asyncio.TimerHandle | None = None
         self._channels: dict[str, tuple[int, AgentChannel]] = {}       # and whose it is: the incarnation
-        self._told: deque[tuple[int, api.Event]] = deque(maxlen=EVENTS_KEPT)       # (uid, event)
-        # Above those of a manager that was here before.
-        self._next_event = int(time.time()) * 1000
         self._writer = _Writer(self.registry.write)
         # Readers fill asyncio's own: who leads would show no life behind them.
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="rfaas-ledger")
@@ -385,13 +381,6 @@ class ManagerServer:
             case StopWorkers(node=node):
                 if (found := self._channels.get(node)) is not None:
                     self._tell(found[1], api.Orders(stop=(_order(action),)))
-            case Notify():
-                lease = self.book.lease(action.lease_id)
-                if lease is not None:
-                    self._told.append((lease.uid, api.Event(
-                        self._next_event, time.time(), lease.node, lease.uid, action.lease_id, action.workers,
-                        action.cause, action.grace_s)))
-                    self._next_event += 1
 
     def _tell(self, channel: AgentChannel, orders: api.Orders) -> None:
         """Without waiting: an agent that doesn't read holds nobody up. What is left out comes with its next report."""
@@ -718,7 +707,7 @@ class ManagerServer:
 
     async def _lease(self, uid: int, request: web.Request) -> api.LeaseView:
         try:
-            return self._view(self.cluster.lease(uid, _lease_number(request)))
+            return self._view(self.cluster.lease(uid, _lease_number(request.match_info["lease"])))
         except ServiceError as problem:
             raise _Refusal(404, Exception.__str__(problem), problem.hint) from None
 
@@ -734,7 +723,7 @@ class ManagerServer:
 
     async def _release(self, uid: int, request: web.Request) -> api.Done:
         try:
-            actions = self.cluster.release(uid, _lease_number(request), self._clock())
+            actions = self.cluster.release(uid, _lease_number(request.match_info["lease"]), self._clock())
         except ServiceError as problem:
             raise _Refusal(404, Exception.__str__(problem), problem.hint) from None
         await self._do(actions).wait()
@@ -742,7 +731,7 @@ class ManagerServer:
 
     async def _revoke(self, uid: int, request: web.Request, body: api.RevokeLease) -> api.Done:
         try:
-            actions = self.cluster.revoke(uid, _lease_number(request), body.grace_s, self._clock())
+            actions = self.cluster.revoke(uid, _lease_number(request.match_info["lease"]), body.grace_s, self._clock())
         except ServiceError as problem:
             raise _Refusal(404, Exception.__str__(problem), problem.hint) from None
         await self._do(actions).wait()
@@ -811,10 +800,18 @@ class ManagerServer:
         text = request.query.get("after", "0")
         if not (text.isascii() and text.isdigit() and len(text) < 20):
             raise _Refusal(400, f"after is {text[:40]!r}", "it is the number of the last event that you know, or 0")
-        after = int(text)
-        own = tuple(event for owner, event in self._told
-                    if event.number > after and (owner == uid or uid in self.cluster.policy.admins))
-        return api.Events(self._next_event - len(self._told), own)
+        lease, node = request.query.get("lease"), request.query.get("node")
+        since = moment("since", request.query.get("since", ""), time.time())
+        everybody = uid in self.cluster.policy.admins
+        number = None if lease is None else _lease_number(lease)
+        if number is not None:
+            # All leases whose events are kept are kept, too.
+            owner = (await asyncio.to_thread(self._ledger.owners, (number,))).get(number)
+            if owner is None or not (everybody or owner[0] == uid):
+                raise _Refusal(404, f"uid {uid} has no lease {number}", "`rfaas logs` shows what became of all")
+        return await asyncio.to_thread(
+            self._ledger.events, after=int(text), since=since, uid=None if everybody else uid, lease=number,
+            node=None if node is None else check_known_node("node", node))
 
 
 def _traits(body: api.Traits, now: float, host: str) -> NodeTraits:
@@ -829,10 +826,9 @@ def _order(action: StopWorkers) -> api.StopOrder:
     return api.StopOrder(action.lease_id, action.workers, action.cause, action.grace_s)
 
 
-def _lease_number(request: web.Request) -> int:
-    text = request.match_info["lease"]
-    if not (text.isascii() and text.isdigit() and 0 < len(text) < 20):
-        raise _Refusal(400, f"{text[:40]!r} is no number of a lease")
+def _lease_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and 0 < int(text) < 1 << 63):
+        raise _Refusal(400, f"lease is {text[:40]!r}, which is no number of a lease")
     return int(text)
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from rfaas_mpi import fabric
+from rfaas_mpi.agent import sandbox
+from rfaas_mpi.agent.priority import Lowering
 from rfaas_mpi.cli import doctor, output
 from rfaas_mpi.cli.manager_checks import agents_text
 from rfaas_mpi.cli.output import core_ranges
@@ -39,8 +42,9 @@ def test_every_check_has_a_verdict_and_a_reason(report):
 def test_all_that_the_report_promises_is_in_it(report):
     names = {check["name"] for check in report["checks"]}
     assert names >= {"python", "packages", "extension", "memfd, seals", "pidfd", "futex", "membarrier",
-                     "runtime directory", "seccomp", "landlock", "sandbox", "low priority", "spare cores",
-                     "memory to lend", "cpu.max", "bound", "mpi launcher", "mpi4py", "numba", "shm", "verbs", "tcp", "service"}
+                     "runtime directory", "own agent", "seccomp", "landlock", "sandbox levels", "sandbox",
+                     "memory limit", "low priority", "spare cores", "memory to lend", "cpu.max", "bound",
+                     "mpi launcher", "mpi4py", "numba", "shm", "verbs", "tcp", "offers", "service"}
 
 
 def test_the_status_is_0_exactly_if_nothing_needed_is_missing(report):
@@ -63,6 +67,63 @@ def test_a_transport_that_is_not_there_is_a_line_and_no_failure(report):
     verbs = next(check for check in report["checks"] if check["name"] == "verbs")
     assert verbs["reason"].startswith("not there: ")
     assert not verbs["needed"]
+
+
+def test_what_an_agent_here_could_do_is_what_one_then_can(report):
+    facts = {check["name"]: check["facts"] for check in report["checks"]}
+    lowering = Lowering()
+    try:
+        assert facts["low priority"]["means"] == str(lowering.priority.means or "")
+    finally:
+        lowering.close()
+    assert facts["own agent"] == {"uid": os.geteuid(), "serves_all": os.geteuid() == 0}
+    assert tuple(facts["offers"]["transports"]) == fabric.transports()
+    assert facts["memory limit"]["means"] in ("cgroup", "watch")
+
+
+def hierarchy(root: Path, kind: str, **files: str) -> Path:
+    """A tree in which control groups of that kind are mounted, with these files at their top."""
+    top = root / "sys/fs/cgroup"
+    top.mkdir(parents=True)
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/mountinfo").write_text(f"30 1 0:30 / /sys/fs/cgroup rw - {kind}\n")
+    for name, text in files.items():
+        (top / name.replace("_", ".", 1)).write_text(text)
+    return top
+
+
+def test_the_means_to_bound_memory_are_told_by_version(tmp_path, monkeypatch):
+    monkeypatch.delenv("RFAAS_MEMORY_LIMIT", raising=False)
+    one = hierarchy(tmp_path / "v1", "cgroup cgroup rw,memory")
+    two = hierarchy(tmp_path / "v2", "cgroup2 cgroup2 rw", cgroup_subtree_control="memory pids")
+    for number, top in ((1, one), (2, two)):
+        [check] = doctor._memory_limit(tmp_path / f"v{number}")
+        assert check.ok and f"{top} (cgroup v{number})" in check.reason
+        assert check.facts == {"means": "cgroup", "version": number, "delegated": False, "why": ""}
+    (tmp_path / "none/proc/self").mkdir(parents=True)
+    [check] = doctor._memory_limit(tmp_path / "none")
+    assert check.ok and check.facts["means"] == "watch" and "memory controller" in check.facts["why"]
+    monkeypatch.setenv("RFAAS_MEMORY_LIMIT", "cgroup")
+    [check] = doctor._memory_limit(tmp_path / "none")
+    assert not check.ok and check.needed and "as root" in check.fix
+
+
+def test_the_means_of_low_priority_are_told_by_version(tmp_path):
+    hierarchy(tmp_path / "v1", "cgroup cgroup rw,cpu,cpuacct", cpu_idle="0")
+    hierarchy(tmp_path / "v2", "cgroup2 cgroup2 rw", cgroup_subtree_control="cpu memory")
+    found = {name: next(iter(doctor._low_priority(tmp_path / name))) for name in ("v1", "v2", "none")}
+    assert {name: check.facts["means"] for name, check in found.items()} == {
+        "v1": "cpu.idle", "v2": "cpu.weight", "none": ""}
+    assert "cgroup v1" in found["v1"].reason and "cgroup v2" in found["v2"].reason
+    assert not found["none"].ok and "as root" in found["none"].fix
+
+
+def test_a_sandbox_that_this_node_cannot_keep_is_named_with_the_way_out():
+    full = doctor._sandbox_levels(sandbox.Facts("x86_64", landlock=7))
+    assert full.ok and full.facts["levels"] == ["off", "default", "strict"]
+    poor = doctor._sandbox_levels(sandbox.Facts("x86_64", no_landlock="this kernel is built without Landlock"))
+    assert not poor.ok and not poor.needed and poor.facts["levels"] == ["off", "default"]
+    assert "without Landlock" in poor.reason and "Linux 6.2" in poor.fix
 
 
 def test_a_report_does_not_start_the_service(report, tmp_path):

@@ -65,14 +65,25 @@ def test_without_the_cpu_controller_there_is_no_group(tmp_path):
 def test_what_could_be_had_is_told_without_making_anything(tmp_path):
     point = fake(tmp_path, "cpu,cpuacct")
     before = sorted(point.iterdir())
-    assert can_be_had(tmp_path) == ("group", f"a group below {point}")
+    assert can_be_had(tmp_path) == (Means.SHARES, f"a group below {point} (cgroup v1)")
     assert sorted(point.iterdir()) == before
+    (point / "cpu.idle").write_text("0\n")
+    assert can_be_had(tmp_path)[0] == Means.IDLE
     (tmp_path / "proc/self/mountinfo").write_text("")
     how, why = can_be_had(tmp_path)
-    assert how == "" and "cpu controller" in why and "sessions" in why
+    assert how is None and "cpu controller" in why and "sessions" in why
     (tmp_path / "proc/sys/kernel").mkdir(parents=True)
     (tmp_path / "proc/sys/kernel/sched_autogroup_enabled").write_text("1\n")
     assert can_be_had(tmp_path)[0] == Means.AUTOGROUP
+
+
+def test_what_could_be_had_on_version_2_is_read_off_a_group_that_is_there(tmp_path):
+    point = fake(tmp_path, "")
+    (point / "cgroup.subtree_control").write_text("cpu memory\n")
+    assert can_be_had(tmp_path) == (Means.WEIGHT, f"a group below {point} (cgroup v2)")
+    (point / "system.slice").mkdir()
+    (point / "system.slice/cpu.idle").write_text("0\n")
+    assert can_be_had(tmp_path)[0] == Means.IDLE
 
 
 @pytest.mark.parametrize("groups, enabled, can", [

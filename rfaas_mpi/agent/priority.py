@@ -187,15 +187,20 @@ NO_PRIORITY = LowPriority()
 _GROUP = re.compile(r"rfaas-low-(\d+)-(\d+)-(\d+)")
 
 
-def can_be_had(root: Path = Path("/")) -> tuple[str, str]:
-    """What low priority this process could give to workers ("": none), and where or why not. Makes nothing."""
+def can_be_had(root: Path = Path("/")) -> tuple[Means | None, str]:
+    """What low priority this process could give to workers, and where or why not. Makes nothing."""
     where = _cpu_root(root)
     if where is not None and os.access(where, os.W_OK):
-        return "group", f"a group below {where}"
+        version = 2 if (where / "cgroup.subtree_control").exists() else 1
+        # Version 2 shows in its groups only what they have, and none may be there.
+        seen = (means for means in (Means.IDLE, Means.WEIGHT, Means.SHARES)
+                if (where / means).exists() or any(where.glob(f"*/{means}")))
+        return (next(seen, Means.WEIGHT if version == 2 else Means.SHARES),
+                f"a group below {where} (cgroup v{version})")
     no_group = f"{where} is not ours to make groups in" if where is not None else "no cgroup here has the cpu controller"
     if session_can_be_lowered(root):
         return Means.AUTOGROUP, f"the session's autogroup, since {no_group}"
-    return "", f"{no_group}, and sessions have no group of their own"
+    return None, f"{no_group}, and sessions have no group of their own"
 
 
 class Lowering:

@@ -23,11 +23,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rfaas_mpi.cli import output
 from rfaas_mpi.cli.checks import Check
 from rfaas_mpi.cli.output import core_ranges
 from rfaas_mpi.errors import RFaaSError
+
+if TYPE_CHECKING:
+    from rfaas_mpi.agent import sandbox
 
 WIDTH = 80
 MINIMUM_PYTHON = (3, 11)
@@ -42,8 +46,8 @@ def examine(**which: str) -> list[Check]:
     """
     groups: Sequence[tuple[str, Callable[[], Iterable[Check]]]] = (
         ("python", _python), ("packages", _packages), ("extension", _extension), ("system calls", _system_calls),
-        ("runtime directory", _runtime_directory), ("sandbox", _sandbox), ("memory limit", _memory_limit),
-        ("low priority", _low_priority), ("cores and memory", _cores_and_memory), ("mpi", _mpi),
+        ("runtime directory", _runtime_directory), ("own agent", _own_agent), ("sandbox", _sandbox),
+        ("memory limit", _memory_limit), ("low priority", _low_priority), ("cores and memory", _cores_and_memory), ("mpi", _mpi),
         ("numba", _numba), ("transports", _transports),
         ("service", lambda: _service(**which)), ("manager", _manager))
     found: list[Check] = []
@@ -216,7 +220,15 @@ def _membarrier() -> Check:
     return Check("membarrier", True, "expedited")
 
 
-# --- what a kernel is kept from -----------------------------------------------------
+# --- what an agent that this user starts here can do --------------------------------------
+
+def _own_agent() -> Iterable[Check]:
+    root = os.geteuid() == 0
+    yield Check("own agent", True,
+                "one that you start can serve every user: RFAAS_SERVICE_USER names whom it runs as" if root else
+                f"one that you start (uid {os.geteuid()}) lends to you alone, and can do what the next lines say",
+                facts={"uid": os.geteuid(), "serves_all": root})
+
 
 def _sandbox() -> Iterable[Check]:
     from rfaas_mpi import config
@@ -225,33 +237,57 @@ def _sandbox() -> Iterable[Check]:
     yield Check("seccomp", not facts.no_seccomp, facts.no_seccomp or f"system calls can be filtered ({facts.machine})",
                 "allow seccomp in the container's profile; only x86_64 and aarch64 have a filter")
     yield Check("landlock", not facts.no_landlock, facts.no_landlock or f"ABI {facts.landlock}",
-                "run on Linux 5.13 or newer, with landlock among the `lsm=` of the kernel's command line")
+                "run on Linux 5.13 or newer, with landlock among the `lsm=` of the kernel's command line",
+                facts={"abi": facts.landlock})
+    yield _sandbox_levels(facts)
     try:
         level = sandbox.level()
     except RFaaSError as error:
         yield Check("sandbox", False, Exception.__str__(error), error.hint, needed=True)
         return
     yield Check("sandbox", policy == "off" or not level["lacks"], sandbox.level_text(level),
-                "nothing to do where you trust your kernels as your ranks; else mend the two lines above")
+                "nothing to do where you trust your kernels as your ranks; else mend the lines above",
+                facts=level)
 
 
-def _memory_limit() -> Iterable[Check]:
+def _sandbox_levels(found: sandbox.Facts) -> Check:
+    """Which of them ranks may ask for here."""
+    from rfaas_mpi.agent import sandbox
+    kept, why, fix = ["off", "default"], "", ""
+    try:
+        sandbox.required("strict", found)
+        kept.append("strict")
+    except RFaaSError as error:
+        why, fix = Exception.__str__(error), error.hint
+    return Check("sandbox levels", not why, ", ".join(kept) + (f"; {why}" if why else ""), fix,
+                 facts={"levels": kept, "why": why})
+
+
+def _memory_limit(root: Path = Path("/")) -> Iterable[Check]:
     from rfaas_mpi import config
     from rfaas_mpi.agent.groups import Roots
-    wanted, why_not = config.Settings.load().memory_limit, Roots.find().why_not
+    from rfaas_mpi.agent.memory import Means
+    wanted, roots = config.Settings.load().memory_limit, Roots.find(root)
+    why_not = "no control groups are to be made (RFAAS_MEMORY_LIMIT)" if wanted == "watch" else roots.why_not
+    version = 2 if roots.unified else 1
+    whose = ", which is delegated to us" if roots.delegated else ""
     yield Check("memory limit", wanted != "cgroup" or not why_not,
-                "control groups can bound workers' memory" if not why_not else
-                f"an agent looks at what workers hold, and kills: {why_not}",
+                f"control groups below {roots.memory} (cgroup v{version}){whose} can bound workers' memory"
+                if not why_not else f"an agent looks at what workers hold, and kills: {why_not}",
                 "start the agent as root on a node whose control groups have the memory controller, or set "
-                "RFAAS_MEMORY_LIMIT=auto", needed=wanted == "cgroup")
+                "RFAAS_MEMORY_LIMIT=auto", needed=wanted == "cgroup",
+                facts={"means": str(Means.WATCH if why_not else Means.CGROUP), "version": None if why_not else version,
+                       "delegated": roots.delegated, "why": why_not})
 
 
-def _low_priority() -> Iterable[Check]:
+def _low_priority(root: Path = Path("/")) -> Iterable[Check]:
     from rfaas_mpi.agent import priority
-    how, where = priority.can_be_had()
-    yield Check("low priority", bool(how), f"workers can leave their core to its owner: {where}" if how else
+    how, where = priority.can_be_had(root)
+    yield Check("low priority", how is not None,
+                f"workers can leave their core to its owner by {how}: {where}" if how else
                 f"{where}: an agent that you start lends no idle cores of a job, and stops a worker as soon as its "
-                "core has an owner", "nothing to do on your own machine; on batch nodes start the agent as root")
+                "core has an owner", "nothing to do on your own machine; on batch nodes start the agent as root",
+                facts={"means": str(how or ""), "where": where})
 
 
 # --- the place for sockets and locks ----------------------------------------------
@@ -377,6 +413,10 @@ def _transports() -> Iterable[Check]:
     yield Check("shm", True, "available: ranks and workers of one node")
     yield from _verbs()
     yield Check("tcp", True, "available: a service on another node (RFAAS_SERVICE)")
+    from rfaas_mpi import fabric
+    offered = fabric.transports()
+    yield Check("offers", True, f"what an agent of this node offers: {', '.join(offered)}",
+                facts={"transports": list(offered)})
 
 
 def _verbs() -> Iterable[Check]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rfaas_mpi.leases import Demand
+from rfaas_mpi.leases import Demand, LeaseBook, NodeReport, NodeTraits
+from rfaas_mpi.manager.cluster import Cluster
+from rfaas_mpi.messages import LeaseRequest
 from rfaas_mpi.placement import Learned, Placer, Settings, Window, Windows
 from rfaas_mpi.placement.survival import PROMETHEUS_FIB
 from rfaas_mpi.placement.windows import FOLD_S, PARTITIONS_MAX, PIECES_MAX
@@ -62,13 +64,53 @@ def test_cores_that_are_wanted_back_end_a_window_for_their_share_of_the_node():
         seen = windows()
         for node in range(40):
             for at, spare in enumerate(reports):
-                seen.seen(f"n{node}", "p", 0.0, spare, 10.0 * at)
+                seen.seen(f"n{node}", "p", 0.0 if spare else None, spare, 10.0 * at)
         return seen.fold(100.0).of("p").ends_within(0.0, 15.0)
 
     one, whole, none = risk(CORES, (0, 1, 2)), risk(CORES, ()), risk(CORES, CORES, CORES, CORES, CORES, CORES, CORES)
     assert none < one < 0.6 * whole
     # Cores that come back are no end of anything.
     assert risk((0, 1), CORES, CORES, CORES, CORES, CORES, CORES) == none
+
+
+def test_the_cores_that_were_idle_the_longest_are_no_more_than_their_share():
+    """What is left is a younger window; one that began after the last look is another one."""
+    def risk(since: float) -> float:
+        seen = windows()
+        for node in range(40):
+            seen.seen(f"n{node}", "p", 0.0, CORES, 20.0)
+            seen.seen(f"n{node}", "p", since, (1, 2, 3), 30.0)
+        return seen.fold(30.0).of("p").ends_within(20.0, 10.0)
+
+    assert risk(0.0) == risk(10.0) < 0.6 * risk(25.0)
+
+
+def test_an_agent_that_leaves_ends_no_window():
+    """It lends nothing any more, of a node that is as idle as it was."""
+    seen = windows()
+    for node in range(40):
+        seen.seen(f"n{node}", "p", 0.0, CORES, 10.0)
+        seen.seen(f"n{node}", "p", 0.0, (), 20.0)
+        seen.seen(f"n{node}", "p", None, (), 30.0)
+        seen.seen(f"n{node}", "p", 40.0, CORES, 40.0)
+    assert not seen.due(40.0)
+
+
+@pytest.mark.parametrize("same_agent", [True, False])
+def test_agents_that_are_started_again_teach_nothing_by_it(same_agent):
+    """To the next one the node is idle since it looks."""
+    placer = Placer(settings=Settings(min_age_s=0.0))
+    cluster = Cluster(LeaseBook(placer, epoch=10), 0.0, placer=placer)
+    for incarnation, begin in ((5, 0.0), (5 if same_agent else 6, 100.0)):
+        for node in range(20):
+            for now in (begin + 1.0, begin + 50.0):
+                cluster.report(0, NodeReport(
+                    node=f"n{node}", spare=CORES, memory_bytes=GIB, incarnation=incarnation, clock_ns=int(now * 1e9),
+                    live=(), traits=NodeTraits(since=begin, partition="p")), now)
+    cluster.explain(0, "s", LeaseRequest(1, 1, 1, 1), 150.0)
+    # A younger window of the same agent's is another one.
+    taught = placer.settings.survival.of("p").ends_within(50.0, 50.0) > PROMETHEUS_FIB.ends_within(50.0, 50.0)
+    assert taught is same_agent
 
 
 def test_a_node_that_fell_silent_teaches_nothing_by_it():

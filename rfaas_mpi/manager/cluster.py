@@ -136,6 +136,9 @@ class Cluster:
                 self._lent.heard(node, now)
             if trusted and self._placer is not None:
                 # What a user's own agent says of windows would be counted against the site's nodes.
+                if before[0] != report.incarnation:
+                    # It knows of the node what it has seen itself: a window that is younger to it has not ended.
+                    self._placer.lost(node)
                 self._placer.observe(node, traits.since, report.spare, now)
         return actions
 

@@ -3,7 +3,8 @@
     report ──▶ seen ──▶ pieces of windows ──▶ fold ──▶ one Learned for each partition
 
 A piece is what was seen of a window from one report to the next. A report in which cores are missing that were lent or
-spare before ends a window for their share of the node: that is what a worker there risks.
+spare before ends a window for their share of the node: that is what a worker there risks. It does so, too, where those
+were the ones that had been idle the longest: what is left is a younger window.
 """
 
 from __future__ import annotations
@@ -47,12 +48,13 @@ class ByPartition:
 class _Open:
     """A window that is looked at."""
 
-    __slots__ = ("cohort_size", "partition", "seen_s", "since", "spare")
+    __slots__ = ("cohort_size", "looked_at", "partition", "seen_s", "since", "spare")
 
-    def __init__(self, partition: str, since: float, seen_s: float, spare: frozenset[int], cohort_size: int) -> None:
+    def __init__(self, partition: str, since: float, now: float, spare: frozenset[int], cohort_size: int) -> None:
         self.partition = partition
         self.since = since
-        self.seen_s = seen_s                   # up to which age it has counted
+        self.looked_at = now
+        self.seen_s = max(0.0, now - since)    # up to which age it has counted
         self.spare = spare
         self.cohort_size = cohort_size
 
@@ -76,14 +78,24 @@ class Windows:
 
     def seen(self, node: str, partition: str, since: float | None, spare: Iterable[int], now: float,
              cohort_size: int = 1) -> None:
-        """A report: the node's window began then (None: there is none), and these cores are lent or may be."""
-        known = self._open.get(node)
+        """A report: the node's window began then (None: there is none), and these cores are lent or may be.
+
+        No core of a window that goes on: its agent lends none for reasons of its own (it leaves, say).
+        """
         cores = frozenset(spare)
-        if not cores:
-            since = None
-        if known is not None and known.since == since and known.partition == partition:
+        if since is not None and not cores:
+            self.lost(node)
+            return
+        known = self._open.get(node)
+        if (known is not None and since is not None and known.partition == partition
+                and (since == known.since or known.since < since <= known.looked_at)):
             self._piece(known, now, len(known.spare - cores) / len(known.spare))
-            known.spare, known.cohort_size = cores, max(known.cohort_size, cohort_size)
+            cohort_size = max(known.cohort_size, cohort_size)
+            if since != known.since:
+                # Those left are younger, and were there when it was looked at last.
+                self._open[node] = _Open(partition, since, now, cores, cohort_size)
+            else:
+                known.spare, known.cohort_size, known.looked_at = cores, cohort_size, now
             return
         if known is not None:
             # It ended at some time since the last report: at its end, as far as anybody knows.
@@ -91,7 +103,7 @@ class Windows:
             del self._open[node]
         if since is not None and (partition in self._partitions or len(self._partitions) < PARTITIONS_MAX):
             self._partitions.add(partition)
-            self._open[node] = _Open(partition, since, max(0.0, now - since), cores, cohort_size)
+            self._open[node] = _Open(partition, since, now, cores, cohort_size)
 
     def lost(self, node: str) -> None:
         """Nobody sees it any more; that says nothing about its window."""

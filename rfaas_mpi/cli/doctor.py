@@ -47,8 +47,8 @@ def examine(**which: str) -> list[Check]:
     groups: Sequence[tuple[str, Callable[[], Iterable[Check]]]] = (
         ("python", _python), ("packages", _packages), ("extension", _extension), ("system calls", _system_calls),
         ("runtime directory", _runtime_directory), ("own agent", _own_agent), ("sandbox", _sandbox),
-        ("memory limit", _memory_limit), ("low priority", _low_priority), ("cores and memory", _cores_and_memory), ("mpi", _mpi),
-        ("numba", _numba), ("transports", _transports),
+        ("memory limit", _memory_limit), ("low priority", _low_priority),
+        ("cores and memory", _cores_and_memory), ("mpi", _mpi), ("numba", _numba), ("transports", _transports),
         ("service", lambda: _service(**which)), ("manager", _manager))
     found: list[Check] = []
     for name, group in groups:

@@ -54,8 +54,9 @@ class Executor(concurrent.futures.Executor):
     for none to so many, as the standard library's executors do; neither asks
     for all cores that are spare. With `comm`, a communicator of mpi4py, so many are
     leased for all of its ranks together, by one demand, and each rank gets its share:
-    all of them call this with the same arguments. Where none is granted, kernels run on the rank
-    and one warning says why. `transport="inline"` runs every kernel in this
+    all of them call this with the same arguments, without `idle_s`. What fails on one of them,
+    or that one is not heard of any more, is raised by all, within ten seconds. Where none is
+    granted, kernels run on the rank and one warning says why. `transport="inline"` runs every kernel in this
     process, for a debugger. `service="tcp://HOST:PORT"` and `key_file` name a
     service on another node; `manager` names a cluster's, and workers are then on
     whichever of its nodes have cores to spare. `initializer(*initargs)` runs once

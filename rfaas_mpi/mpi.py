@@ -1,10 +1,11 @@
 """Communicators that lease for all of their ranks at once. The only module that imports mpi4py.
 
-    every rank   opens its session ──▶ says what it asks for ──▶ all know who differs or failed
+    every rank   says what it asks for, opens its session ──▶ all know who differs or failed
     rank 0       ── one demand ──▶ leases ── each rank's share, with the leases' secrets ──▶ all
     every rank   keeps the leases of its share, connects to its workers ──▶ all know who failed
 
-From then on no rank needs another one: each has sessions and connections of its own,
+What may take long is done by a thread, while the ranks go on telling each other that they are
+there: one that is gone is missed within seconds, however long the others may lawfully wait. From then on no rank needs another one: each has sessions and connections of its own,
 and a lease ends with the last rank that keeps it. There is no MPI call after that.
 """
 
@@ -14,11 +15,12 @@ import logging
 import pickle
 import socket
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -34,8 +36,14 @@ log = logging.getLogger("rfaas_mpi.mpi")
 
 _SPIN_S = 0.001
 _PAUSE_S = 0.0005
+# While one of them is at work all ranks tell each other so often that they are there …
+_BEAT_S = 1.0
+# … and who is not heard of for so long is taken to be gone.
+_SILENT_S = 8.0
 # What ranks may take besides what their settings let them wait for.
 _LATE_S = 8.0
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Ask:
 class _Here:
     """What a rank that is ready says of itself."""
 
-    terms: dict[str, str]
+    service: str
     host: str
 
 
@@ -87,53 +95,41 @@ def hire(comm: Any, prepare: Callable[[], Ask]) -> None:
     was made is closed then.
     """
     world = _World(comm)
-    crew: Crew | None = None
     try:
         ask = prepare()
-        crew = ask.crew
-        lending = crew.open()
-        terms = {**ask.terms, "the service": lending.service if lending is not None else "none"}
     except Exception as error:
-        if crew is not None:
-            crew.close()
         world.gather(_Failure.of(error))
         raise
+    crew, settings = ask.crew, ask.crew.settings
+    limit_s = settings.start_timeout_s + _LATE_S
     try:
-        seen = world.agreed(_Here(terms, socket.gethostname()))
-        if differs := gang.disagreement([here.terms for here in seen]):
-            raise ConfigError(f"the ranks of this executor don't ask for the same: {differs}",
-                              hint="give all ranks the same arguments and settings; ranks of several nodes need a "
-                                   "cluster's manager (RFAAS_MANAGER)")
+        _check(world.agreed(dict(ask.terms)))
+        lending = world.together(crew.open, limit_s)
+        seen = world.agreed(_Here(lending.service if lending is not None else "none", socket.gethostname()), _SILENT_S)
+        _check([{"the service": here.service} for here in seen])
         _at_finalize(crew)
         if lending is None:
             return
-        settings = crew.settings
-        world.patience_s = settings.lease_timeout_s + settings.start_timeout_s + _LATE_S
-        parts: Sequence[Any] = ()
-        failed: Exception | None = None
         whole = Grant(())
         if world.rank == 0:
-            try:
-                whole = lending.ask(ask.workers_min, ask.workers_max, ask.cores_per_worker,
-                                    settings.memory_per_worker, ranks=world.size)
-                parts = _parts(whole, [here.host for here in seen], lending.host)
-            except Exception as error:
-                failed, parts = error, [_Failure.of(error)] * world.size
-        part = world.scatter(parts)
-        if failed is not None:
-            raise failed
-        if isinstance(part, _Failure):
-            raise part.error(0)
-        try:
-            crew.hire(lambda lending: lending.take(part))
-        except Exception as error:
-            world.gather(_Failure.of(error))
-            raise
-        world.agreed(None)
+            whole = world.together(
+                lambda: lending.ask(ask.workers_min, ask.workers_max, ask.cores_per_worker,
+                                    settings.memory_per_worker, ranks=world.size), settings.lease_timeout_s + limit_s)
+        else:
+            world.together(None, settings.lease_timeout_s + limit_s)
+        part = world.scatter(_parts(whole, [here.host for here in seen], lending.host) if world.rank == 0 else ())
+        world.together(lambda: crew.hire(lambda lending: lending.take(part)), limit_s)
         lending.leave_to_others(whole)
     except BaseException:
         crew.close()
         raise
+
+
+def _check(terms: Sequence[Mapping[str, str]]) -> None:
+    if differs := gang.disagreement(terms):
+        raise ConfigError(f"the ranks of this executor don't ask for the same: {differs}",
+                          hint="give all ranks the same arguments and settings; ranks of several nodes need a "
+                               "cluster's manager (RFAAS_MANAGER)")
 
 
 def _parts(grant: Grant, ranks: Sequence[str], host: str) -> list[Grant]:
@@ -189,28 +185,51 @@ class _World:
         self._comm = comm
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
-        self.patience_s: float | None = None     # None: all come when they come
 
-    def gather(self, mine: Any) -> list[Any]:
-        """What each rank says, in their order."""
+    def gather(self, mine: Any, patience_s: float | None = None) -> list[Any]:
+        """What each rank says, in their order. Without `patience_s` all come when they come."""
         MPI, comm = self._mpi, self._comm
         data = np.frombuffer(pickle.dumps(mine), np.uint8)
         # Requests don't keep what they are given: our variables do, until they have ended.
         length, lengths = np.array([data.size], np.int64), np.empty(self.size, np.int64)
-        self._wait(comm.Iallgather([length, MPI.INT64_T], [lengths, MPI.INT64_T]), (length, lengths))
+        self._wait(comm.Iallgather([length, MPI.INT64_T], [lengths, MPI.INT64_T]), (length, lengths), patience_s)
         starts = np.concatenate(([0], np.cumsum(lengths)))
         said = np.empty(int(starts[-1]), np.uint8)
         self._wait(comm.Iallgatherv([data, MPI.BYTE], [said, lengths.tolist(), starts[:-1].tolist(), MPI.BYTE]),
                    (data, said))
         return [pickle.loads(said[starts[n]:starts[n + 1]].tobytes()) for n in range(self.size)]
 
-    def agreed(self, mine: Any) -> list[Any]:
-        """What each rank says; raises what one of them failed with."""
-        said = self.gather(mine)
+    def agreed(self, mine: Any, patience_s: float | None = None) -> list[Any]:
+        """What each rank says, as `gather`; raises what one of them failed with."""
+        said = self.gather(mine, patience_s)
         for rank, theirs in enumerate(said):
             if isinstance(theirs, _Failure):
                 raise theirs.error(rank)
         return said
+
+    def together(self, act: Callable[[], _T] | None, limit_s: float) -> Any:
+        """What `act` returns, once it has ended on all ranks; None has ended already.
+
+        Raises what it raised here, or what failed on another rank; ServiceError where a rank is
+        not heard of any more, or where it takes longer than `limit_s`. `act` may go on then.
+        """
+        job = _Job(act)
+        begun = time.monotonic()
+        while True:
+            job.ended.wait(_BEAT_S)
+            # Nobody is later than the others by more than a beat.
+            said = self.gather(job.said(), _SILENT_S)
+            if job.error is not None and isinstance(said[self.rank], _Failure):
+                raise job.error
+            for rank, theirs in enumerate(said):
+                if isinstance(theirs, _Failure):
+                    raise theirs.error(rank)
+            if all(said):
+                return job.value
+            if (took := time.monotonic() - begun) > limit_s:
+                busy = gang.ranks_text(rank for rank, done in enumerate(said) if not done)
+                raise ServiceError(f"{busy} took longer than {took:.0f} s to set the executor up",
+                                   hint="the log of that rank's node or of the manager may say why")
 
     def scatter(self, parts: Sequence[Any]) -> Any:
         """Rank 0 has one for each rank."""
@@ -228,16 +247,17 @@ class _World:
         self._wait(comm.Iscatterv(send, [mine, MPI.BYTE], root=0), (data, mine))
         return pickle.loads(mine.tobytes())
 
-    def _wait(self, request: Any, buffers: Any) -> None:
+    def _wait(self, request: Any, buffers: Any, patience_s: float | None = _SILENT_S) -> None:
         begun = time.monotonic()
         try:
             while not request.Test():
                 took = time.monotonic() - begun
-                if self.patience_s is not None and took > self.patience_s:
+                if patience_s is not None and took > patience_s:
                     # MPI may still write there.
                     _left.append((request, buffers))
-                    raise ServiceError(f"not every rank of the communicator set its executor up within {took:.0f} s",
-                                       hint="one of them may have died, or be stopped")
+                    raise ServiceError(f"a rank of the communicator was not heard of for {took:.0f} s while the "
+                                       "executor was set up",
+                                       hint="it may have died, or be stopped; the communicator can't be used any more")
                 if took > _SPIN_S:
                     time.sleep(_PAUSE_S)
         except self._mpi.Exception as error:
@@ -246,6 +266,35 @@ class _World:
 
 
 _left: list[Any] = []
+
+
+class _Job:
+    """Something that a thread does while its rank goes on taking part."""
+
+    def __init__(self, act: Callable[[], Any] | None) -> None:
+        self.ended = threading.Event()
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self._act = act
+        if act is None:
+            self.ended.set()
+        else:
+            threading.Thread(target=self._run, name="rfaas-gang", daemon=True).start()
+
+    def _run(self) -> None:
+        assert self._act is not None
+        try:
+            self.value = self._act()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.ended.set()
+
+    def said(self) -> bool | _Failure:
+        """Whether it has ended, for the others, or what it failed with."""
+        if not self.ended.is_set():
+            return False
+        return True if self.error is None else _Failure.of(self.error)
 
 
 # ---- the end of MPI ----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import faults
 import pytest
 from mpi_launch import LIBRARIES, PRELUDE, World
 
+from rfaas_mpi import Executor
 from rfaas_mpi.session import Session
 
 INSIDE = Path(__file__).parent / "mpi" / "gang_world.py"
@@ -161,20 +162,72 @@ os._exit(0)      # MPI has no end any more
 
 
 @pytest.mark.usefixtures("nothing_is_leased")
-def test_a_rank_that_stops_during_the_set_up_is_an_error_for_the_others(world):
+@pytest.mark.parametrize(("library", "does"), [("mpich", "Lending.take"), ("openmpi", "Lending.__init__")])
+def test_a_rank_that_stops_during_the_set_up_is_missed_however_long_the_others_may_wait(library, does):
+    done = World(library).launch(3, [sys.executable, "-c", PRELUDE + """
+from mpi4py import MPI
+from rfaas_mpi import ServiceError, lending
+if MPI.COMM_WORLD.rank == 1:
+    setattr(lending.Lending, sys.argv[1].split(".")[1], lambda *_: os.kill(os.getpid(), signal.SIGSTOP))
+try:
+    Executor(comm=MPI.COMM_WORLD, workers=1, cores=(0, 1), lease_timeout_s=600.0, start_timeout_s=600.0)
+except ServiceError as error:
+    say("not heard of" in str(error))
+    MPI.COMM_WORLD.Abort(3)
+""", does])
+    assert "True" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.usefixtures("nothing_is_leased")
+@pytest.mark.parametrize("dies", [0, 2])
+def test_a_rank_that_is_killed_while_the_others_wait_for_a_grant_is_missed(dies):
+    with Executor(workers=2, cores=(0, 1)) as holder:
+        assert len(holder.workers) == 2
+        done = World("openmpi", goes_on=True).launch(3, [sys.executable, "-c", PRELUDE + """
+from mpi4py import MPI
+from rfaas_mpi import ServiceError, mpi
+if MPI.COMM_WORLD.rank == int(sys.argv[1]):
+    # All have come by then, and the others are about to ask or to wait for who does.
+    mpi._at_finalize = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+try:
+    Executor(comm=MPI.COMM_WORLD, workers=1, cores=(0, 1), lease_timeout_s=600.0)
+except ServiceError as error:
+    say("not heard of" in str(error))
+os._exit(0)      # MPI has no end any more
+""", dies])
+        assert done.stdout.split() == ["True"] * 2, done.stdout + done.stderr
+
+
+@pytest.mark.usefixtures("nothing_is_leased")
+def test_a_rank_that_gets_stuck_is_named_by_the_others(world):
     done = world.launch(3, [sys.executable, "-c", PRELUDE + """
 from mpi4py import MPI
 from rfaas_mpi import ServiceError, lending, mpi
 mpi._LATE_S = 0.5
-def stops(self, part):
-    threading.Event().wait(20)
-    os._exit(0)
 if MPI.COMM_WORLD.rank == 1:
-    lending.Lending.take = stops
+    lending.Lending.take = lambda self, part: threading.Event().wait()
 try:
     Executor(comm=MPI.COMM_WORLD, workers=1, cores=(0, 1), lease_timeout_s=0.1, start_timeout_s=2.0)
 except ServiceError as error:
-    say("not every rank" in str(error))
-    MPI.COMM_WORLD.Abort(3)
+    say("rank 1 took longer" in str(error))
 """])
-    assert "True" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.split() == ["True"] * 3, done.stdout + done.stderr
+
+
+@pytest.mark.usefixtures("nothing_is_leased")
+def test_what_one_rank_fails_with_is_heard_by_those_that_still_connect(world):
+    done = world.launch(3, [sys.executable, "-c", PRELUDE + """
+from mpi4py import MPI
+from rfaas_mpi import TransportError, lending
+def fails(self, part):
+    raise TransportError("no way")
+if MPI.COMM_WORLD.rank == 1:
+    lending.Lending.take = fails
+if MPI.COMM_WORLD.rank == 2:
+    lending.Lending.take = lambda self, part: threading.Event().wait()
+try:
+    Executor(comm=MPI.COMM_WORLD, workers=1, cores=(0, 1), lease_timeout_s=600.0, start_timeout_s=600.0)
+except TransportError as error:
+    say(MPI.COMM_WORLD.rank, "rank 1 failed" in str(error))
+"""])
+    assert sorted(done.stdout.splitlines()) == ["0 True", "1 False", "2 True"], done.stdout + done.stderr

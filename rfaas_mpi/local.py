@@ -16,7 +16,7 @@ from rfaas_mpi.types import Outcome
 if TYPE_CHECKING:
     from rfaas_mpi.kernels import Kernel
 
-__all__ = ["inside_kernel", "run_buffers", "run_object"]
+__all__ = ["as_kernel", "inside_kernel", "run_buffers", "run_object"]
 
 _here = threading.local()
 
@@ -27,7 +27,8 @@ def inside_kernel() -> bool:
 
 
 @contextmanager
-def _as_kernel() -> Iterator[None]:
+def as_kernel() -> Iterator[None]:
+    """What is run here is a kernel: `inside_kernel` is true meanwhile."""
     _here.depth = getattr(_here, "depth", 0) + 1
     try:
         yield
@@ -42,7 +43,7 @@ def run_buffers(kernel: Kernel, inputs: tuple[Any, ...],
     Ctrl-C goes through: it is meant for the rank.
     """
     try:
-        with _as_kernel():
+        with as_kernel():
             kernel.run(inputs, outputs)
     except KeyboardInterrupt:
         raise
@@ -58,7 +59,7 @@ def run_object(fn: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tup
     try:
         parts, _ = codec.dumps_call(args, kwargs)
         copied_args, copied_kwargs = codec.loads_call([bytearray(part) for part in parts])
-        with _as_kernel():
+        with as_kernel():
             value = fn(*copied_args, **copied_kwargs)
         # A copy: a kernel may return what it, or somebody else here, still holds.
         return Outcome.OK, [bytearray(part) for part in codec.dumps_result(value)]

@@ -284,6 +284,8 @@ class Costs:
         if not self.alone.known:
             return None
         count, rows = len(cells), cells.rows
+        if not count:
+            return Forecast(0.0, 0.0, 0.0)
         here = count * self.alone.fixed + self.alone.slope * rows
         if not self.there.known or not workers:
             return Forecast(here * self.here.ratio, here * self.here.ratio, 0.0)
@@ -305,6 +307,9 @@ class Costs:
         """Whether to offload; None where that isn't known yet. `why` says why."""
         if not workers:
             self._said = "no worker is there", None, 0
+            return False
+        if not len(cells):
+            self._said = "there are no rows", None, 0
             return False
         found = self.forecast(cells, workers)
         if found is None or not self.there.known:

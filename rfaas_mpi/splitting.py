@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
@@ -15,10 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rfaas_mpi import codec, planner
+from rfaas_mpi import codec, local, planner
 from rfaas_mpi.arrays import Constant, arguments, as_input, as_outputs, check_overlap
 from rfaas_mpi.crew import Crew, History
-from rfaas_mpi.errors import ClosedError, InvalidBuffer, LeaseExpired, LeaseRevoked, ServiceLost, WorkerLost
+from rfaas_mpi.errors import BadKernel, ClosedError, InvalidBuffer, LeaseExpired, LeaseRevoked, ServiceLost, WorkerLost
 from rfaas_mpi.kernels import Kernel
 from rfaas_mpi.planner import Costs, Link, Race, What
 from rfaas_mpi.requests import PersistentRequest, Request, check_peers
@@ -33,8 +34,9 @@ Where = Literal["both", "here", "workers"]
 # What happened to a worker. Its cells are run on the rank, which takes part anyway.
 _LOST = (CancelledError, WorkerLost, LeaseRevoked, LeaseExpired, ServiceLost)
 
-# What a probe costs the rank: two requests' worth of Python.
+# What a probe costs the rank: two requests' worth of Python, and a copy of what it reads.
 _PROBE_S = 200e-6
+_COPY_BYTE_S = 0.5e-9
 # How often the rank asks who its workers are.
 _LOOK_S = 1e-3
 # How many kernels and sizes are remembered.
@@ -109,7 +111,7 @@ class Splits:
             if len(self._costs) >= _KNOWN:
                 del self._costs[next(iter(self._costs))]
             made = Costs(self.link(), row_bytes, cell_bytes, hand_s)
-            similar = [(abs(other[2] - key[2]), known[2]) for other, known in self._costs.items()
+            similar = [(abs(other[2] - key[2]), known[2]) for other, known in list(self._costs.items())
                        if other[:2] == key[:2]]
             if similar:
                 made.guess(min(similar, key=lambda pair: pair[0])[1])
@@ -132,19 +134,11 @@ class Splits:
             if probe.request._raw.test() and _settled(probe.request, wait=False):
                 self._learn(probe)
 
-    def release(self, held: object) -> None:
-        """Ends the probes of a split that read arrays which are the caller's again."""
-        for probe in [probe for probe in self.probes if probe.held is held]:
-            request = probe.request
-            if not request._raw.cancel() and not request._raw.wait(planner.COLD_PATIENCE_S):
-                dismiss(self.crew, request)
-            _settled(request)
-            self._learn(probe)
-
     def _learn(self, probe: _Probe) -> None:
-        if probe not in self.probes:
+        try:
+            self.probes.remove(probe)
+        except ValueError:
             return      # by another thread
-        self.probes.remove(probe)
         request = probe.request
         if request._raw.outcome == Outcome.OK and request._error is None and request.worker:
             probe.warm.add(request.worker)
@@ -175,8 +169,6 @@ class _Probe:
     costs: Costs
     warm: set[int]
     arrays: Any
-    held: object
-    """The split whose caller's arrays it reads in place, if it does."""
 
 
 class Split:
@@ -194,6 +186,8 @@ class Split:
         crew.check()
         if not isinstance(kernel, Kernel):
             raise TypeError(f"{kernel!r} is no kernel; make it one with @rfaas_mpi.kernel or Kernel.from_library")
+        rows = None if rows is None else operator.index(rows)
+        grain = None if grain is None else operator.index(grain)
         if grain is not None and grain < 1:
             raise ValueError(f"grain={grain} is no number of rows")
         if where not in ("both", "here", "workers"):
@@ -224,6 +218,9 @@ class Split:
         self._cells = planner.grid(count, row_bytes, _aligned(grain, row_bytes, outs)) if count else None
         # Results of the cells, where they are to be combined.
         self._partials: tuple[np.ndarray, ...] = ()
+        if reduce is not None and self._cells is None and getattr(reduce, "identity", None) is None:
+            raise InvalidBuffer(f"{kernel.name} has no rows, so that there is nothing for {reduce!r} to combine",
+                                hint="leave the call out then, or reduce by what has an identity, as numpy.add has")
         if reduce is not None and self._cells is not None:
             self._partials = tuple([crew.memory.empty((len(self._cells), *array.shape), array.dtype)
                                     for array in self._written])
@@ -236,7 +233,9 @@ class Split:
         part = 0.0 if shared else float(row_bytes)
         whole_bytes = 0.0 if shared else float(sum(array.nbytes for array in changing)
                                                + (sum(array.nbytes for array in self._written) if reduce else 0))
-        self._may_change = any(array.nbytes > 64 for array in changing)
+        # What a probe copies: its inputs are the caller's again before it has ended.
+        self._constant = [isinstance(value, Constant) for value in given]
+        self._probe_s = _PROBE_S + _COPY_BYTE_S * sum(array.nbytes for array in changing)
         kind = (kernel.digest, tuple((a.dtype.str, a.shape[1:]) for a in (*divided, *outs)),
                tuple((a.dtype.str, a.shape) for a in changing), grain, shared, persistent)
         self._costs = splits.costs(kind, kernel.name, self._cells or planner.Grid((0,)), part, whole_bytes,
@@ -285,6 +284,9 @@ class Split:
         if self._freed:
             raise ClosedError("this split was freed; make another with Split_init")
         if cells is None:
+            if self._reduce is not None:
+                for array in self._written:
+                    array[...] = self._reduce.identity  # type: ignore[attr-defined]
             return self.out
         splits = self._splits
         if splits.probes:
@@ -307,8 +309,6 @@ class Split:
             costs.ran(cells, race.workers, took, offloaded=race.offloaded, stalled=race.stalled)
         if self._partials:
             self._combine()
-        if splits.probes:
-            splits.release(self)
         return self.out
 
     def predict(self) -> Explained:
@@ -318,7 +318,6 @@ class Split:
     def Free(self) -> None:
         """Gives back what the split holds; safe to call twice."""
         self._freed = True
-        self._splits.release(self)
         for request in self._requests.values():
             request.Free()
         self._requests.clear()
@@ -346,14 +345,19 @@ class Split:
     def _run_here(self, first: int, stop: int) -> None:
         thunks = self._thunks
         try:
-            for cell in range(first, stop):
-                thunk = thunks[cell]
-                if thunk is None:
-                    read, written = self._arguments(cell)
-                    thunk = thunks[cell] = self._kernel.bind([_read_only(array) for array in read], written)
-                thunk()
-        except Exception as error:
-            # As it would be raised had a worker run it.
+            with local.as_kernel():
+                for cell in range(first, stop):
+                    thunk = thunks[cell]
+                    if thunk is None:
+                        read, written = self._arguments(cell)
+                        thunk = thunks[cell] = self._kernel.bind([_read_only(array) for array in read], written)
+                    thunk()
+        except KeyboardInterrupt:
+            raise
+        # As it would be raised had a worker run it.
+        except BadKernel as error:
+            raise codec.error_for_bind(codec.dumps_error(error)) from error
+        except BaseException as error:
             raise codec.error_for_invoke(codec.dumps_error(error)) from error
 
     def _request(self, cell: int) -> Request:
@@ -405,7 +409,7 @@ class Split:
                 probed = True
                 if race.use is None and costs.decide(cells, race.workers) is False:
                     race.use = False
-                elif costs.may_probe(cells, _PROBE_S):
+                elif costs.may_probe(cells, self._probe_s):
                     self._send_probes(workers)
             step = race.next(now)
             first = step.first
@@ -509,7 +513,6 @@ class Split:
                 dismiss(self._crew, request)
         for request in flying.values():
             _settled(request)
-        self._splits.release(self)
 
     def _combine(self) -> None:
         """The cells' results in the grid's order, so that any split gives the same bits."""
@@ -525,25 +528,25 @@ class Split:
         """Has the smallest cell run by each worker that has not run the kernel yet, into memory of its own."""
         assert self._cells is not None
         cell = len(self._cells) - 1
+        copies: list[np.ndarray] | None = None
+        memory = self._crew.memory
         for worker in workers:
             if worker in self._warm and (self._costs.there.known or worker != workers[0]):
                 continue
             read, written = self._arguments(cell)
-            memory = self._crew.memory
             try:
-                copies = []
-                for i, array in enumerate(read):
-                    if i >= len(self._whole) or (self._whole[i] and array.nbytes > 64):
-                        copies.append(array)
-                    else:
-                        copies.append(_copied(memory, array))
+                if copies is None:
+                    # Of all that may be changed, or be gone, while a worker still loads the kernel.
+                    copies = [array if i < len(self._constant) and self._constant[i] else _copied(memory, array)
+                              for i, array in enumerate(read)]
                 outs = tuple([memory.empty(array.shape, array.dtype) for array in written])
-            except MemoryError:
-                return
+            except (MemoryError, InvalidBuffer):
+                return      # no room for them, or more than a worker may have
             request = Request(self._crew, self._kernel, tuple(copies), outs, None, self._timeout_s)
             request._begin()
-            self._splits.probe(_Probe(request, self._cells.size(cell), self._costs, self._warm, (copies, outs),
-                                      self if self._may_change else None))
+            # Nobody else uses its arrays, and nobody waits for it, the executor's end neither.
+            self._crew.leave(request, request._entry)
+            self._splits.probe(_Probe(request, self._cells.size(cell), self._costs, self._warm, (copies, outs)))
 
 
 def dismiss(crew: Crew, request: Request) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 
+import kernels_for_tests as k
 import numpy as np
 import pytest
 import transports
@@ -53,6 +55,16 @@ def refuses(x, out):
     if (x < 0).any():
         raise ValueError("a row is negative")
     out[...] = x
+
+
+@rf.kernel
+def leaves(x, out):
+    sys.exit(3)
+
+
+@rf.kernel
+def nests(x, out):
+    Executor(transport="inline")
 
 
 @pytest.fixture(params=["inline", *transports.OVER])
@@ -117,6 +129,15 @@ def test_results_are_combined_in_one_order_whoever_had_them_first(ex):
     assert np.frombuffer(found["here"])[0] == total
 
 
+def test_no_rows_are_reduced_to_what_changes_nothing(ex):
+    for where in WHERE:
+        out = np.full(2, np.nan)
+        assert ex.Split(tally, np.empty(0), out, reduce=np.add, where=where) is out
+        assert np.array_equal(out, [0.0, 0.0])
+    with pytest.raises(InvalidBuffer, match="no rows"):
+        ex.Split(tally, np.empty(0), np.empty(2), reduce=np.maximum)
+
+
 def test_a_split_runs_again_on_what_its_arrays_hold_now(ex):
     x, out = ex.empty(50_000), ex.empty(50_000)
     split = ex.Split_init(cubes, x, out)
@@ -163,6 +184,48 @@ def test_a_run_is_predicted_before_it_runs(worker):
     assert split.predict().predicted_s > 0.0
     # What was seen on few rows tells of more of them.
     assert napping(worker, 400)[0].predict().here_s > 0.7
+
+
+def test_no_rows_of_a_kernel_that_is_known_need_nobody(worker):
+    split, x, result, who = napping(worker)
+    for _ in range(20):
+        split.Run()
+        if split.predict().offload is not None:
+            break
+    none = worker.Split_init(naps, x[:0], (result[:0], who[:0]), grain=1)
+    none.Run()
+    assert none.predict().offload is False and none.predict().why == "there are no rows"
+    assert [found.rows for found in worker.explain()] == [96, 0]
+
+
+def test_a_kernel_that_loads_for_long_is_not_waited_for_and_costs_no_worker(worker, tmp_path):
+    go = tmp_path / "go"
+
+    class Loads:
+        def __reduce__(self):
+            return k.wait_for, (go, 1)
+
+    held = Loads()
+
+    @rf.kernel
+    def shifted(x, table, out):
+        time.sleep(0.001 * len(x))
+        out[...] = x + table[0] if held else x
+
+    x, table, out = worker.array(np.arange(96.0)), worker.array(np.ones(100)), worker.empty(96)
+    workers = worker.workers
+    split = worker.Split_init(shifted, (x, table), out, whole=(1,), grain=1)
+    for turn in range(3):
+        table[0] = turn
+        split.Run()
+        assert np.array_equal(out, x + turn)
+    assert worker.workers == workers and split.predict().offload is None
+    go.touch()
+    for _ in range(200):
+        split.Run()
+        if split.predict().offload is not None:
+            break
+    assert split.predict().offload is True and worker.workers == workers
 
 
 def test_without_a_worker_all_of_it_runs_here():
@@ -222,6 +285,31 @@ def test_a_worker_that_is_stopped_all_along_is_not_waited_for(worker):
     assert split.predict().stalls >= 1
 
 
+def test_an_executor_ends_though_a_worker_that_stopped_never_said_what_it_takes(worker):
+    pid = worker.submit(os.getpid).result()
+    os.kill(pid, signal.SIGSTOP)
+    split, x, result, who = napping(worker)
+    split.Run()
+    assert np.array_equal(result, x * 3) and set(who) == {os.getpid()}
+    end = threading.Thread(target=worker.shutdown)
+    end.start()
+    end.join(60.0)
+    ended = not end.is_alive()
+    if not ended:
+        os.kill(pid, signal.SIGCONT)
+        end.join()
+    assert ended
+
+
+@pytest.mark.parametrize("where", ["here", "workers"])
+def test_a_kernel_is_one_wherever_it_runs(worker, where):
+    x, out = worker.array(np.ones(96)), worker.zeros(96)
+    with pytest.raises(KernelError, match="sys.exit"):
+        worker.Split(leaves, x, out, where=where)
+    with pytest.raises(KernelError, match="inside a kernel"):
+        worker.Split(nests, x, out, where=where)
+
+
 # --- arguments -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("inputs, out, how, said", [
@@ -231,6 +319,7 @@ def test_a_worker_that_is_stopped_all_along_is_not_waited_for(worker):
     (1.0, np.ones(2), {"reduce": np.add}, "nothing says how many rows"),
     (np.ones(4), np.ones(4), {"whole": (1,)}, "names input 1"),
     (np.ones(4), np.ones(4), {"rows": 5}, "has 4 rows"),
+    (np.ones(4), np.ones(4), {"rows": np.int64(5)}, "has 4 rows"),
     (np.ones(8)[::2], np.ones(4), {}, "not C-contiguous")])
 def test_arguments_that_can_t_be_divided_are_named(inputs, out, how, said):
     with Executor(transport="inline") as ex, pytest.raises(InvalidBuffer, match=said):

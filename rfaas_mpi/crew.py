@@ -172,8 +172,9 @@ class Crew:
                 # nobody waits for that: without this an idle executor may look busy for good.
                 self.invoker.progress()
                 stats = self.invoker.stats()
-                change = elastic.decide(Facts(len(lending.workers), stats["queued"], stats["in_flight"]),
-                                        time.monotonic())
+                # Whoever crashed and is replaced needs no substitute.
+                workers = max(len(lending.workers), lending.seats)
+                change = elastic.decide(Facts(workers, stats["queued"], stats["in_flight"]), time.monotonic())
                 if change > 0:
                     given = 0
                     try:

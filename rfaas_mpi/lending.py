@@ -357,6 +357,17 @@ class Lending:
         with self._lock:
             return sorted(self._numbers[key] for key, channel in self._channels.items() if channel.alive)
 
+    @property
+    def seats(self) -> int:
+        """How many workers there are or will be: one that ended under a lease that lives is replaced."""
+        with self._lock:
+            connected = dict.fromkeys(self._leases, 0)
+            for key in self._channels:
+                if key[0] in connected and key not in self._leaving:
+                    connected[key[0]] += 1
+            return sum(len(self._leases[lease].workers) if lease in self._awaited else count
+                       for lease, count in connected.items())
+
     # -- what the requests ask ---------------------------------------------------------------------
 
     def verdict(self, raw: Any) -> WorkerEnded:

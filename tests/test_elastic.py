@@ -111,3 +111,17 @@ def test_other_workers_are_asked_for_when_all_were_taken_back(wait_until):
         assert gone.wait(60)
         wait_until(lambda: ex.workers not in ([], [first]), "another one has come")
         assert ex.submit(k.pid).result() > 0
+
+
+def test_whoever_crashed_is_replaced_and_not_leased_anew_as_well(wait_until):
+    with Executor(workers=(1, 1), cores=(0, 1), idle_s=60.0) as ex:
+        lending = ex._crew.lending
+        expected: list[int] = []
+        ex.on_change(lambda workers: workers or expected.append(lending.seats))
+        for turn in range(1, 6):
+            before = ex.workers
+            assert ex.submit(k.crash, 11).exception() is not None
+            wait_until(lambda turn=turn, before=before: len(expected) == turn and ex.workers not in ([], before),
+                       "another one has come")
+            assert len(ex.workers) == 1
+        assert expected == [1] * 5 and len(lending.grant.leases) == 1

@@ -489,10 +489,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"rank {comm.rank}: no core is spare here; it works alone", file=sys.stderr)
 
         ways: dict[str, Callable[[], float]] = {"mpi" if "mpi" in modes else "alone": pricing.alone}
-        if pricing.workers and not modes:
+        # All ranks take part in the same rounds, also one for which no core was left.
+        lent = comm.allreduce(bool(pricing.workers), MPI.LOR)
+        if lent and not modes:
             ways["shared"] = pricing.shared
         for mode in dict.fromkeys(modes):
-            if mode in ("remote", "split") and pricing.workers:
+            if mode in ("remote", "split") and lent:
                 ways[mode] = partial(pricing.divided, mode)
         for name, memory, wanted in (("bound", "private", args.bound),
                                      ("bound_shared", "shared", args.bound_shared)):

@@ -28,7 +28,7 @@ COPIES = {
     "include": ["csrc/rfm_call.h"],
     # What `rfaas demo` runs.
     "apps": ["apps/blackscholes.py", "apps/thumbnails.py", "apps/common.py", "apps/matmul.py", "apps/matmul.c",
-             "apps/jacobi.py", "apps/jacobi.c"],
+             "apps/jacobi.py", "apps/jacobi.c", "apps/transport.py", "apps/transport.c"],
 }
 
 # The verbs transport: built where its headers are, loaded where its library is. The

@@ -70,7 +70,7 @@ def compiled(source: Path, symbol: str) -> rf.Kernel:
     with tempfile.TemporaryDirectory() as scratch:
         library = Path(scratch, "kernel.so")
         subprocess.run(["gcc", "-O3", "-march=native", "-std=c11", "-fPIC", "-shared", f"-I{rf.get_include()}",
-                        "-o", str(library), str(source)], check=True)
+                        "-o", str(library), str(source), "-lm"], check=True)
         return rf.Kernel.from_library(library, symbol)
 
 

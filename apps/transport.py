@@ -69,7 +69,7 @@ class Slab:
     half: float
 
 
-# Tables 2, 6 and 7 of the source.
+# Problems 2 and 6 of the source.
 SLABS = (Slab("PUa-1-0-SL", 3.24, 0.081600, 0.225216, 0.32640, 1.853722),
          Slab("PUb-1-0-SL", 2.84, 0.081600, 0.225216, 0.32640, 2.256751))
 

@@ -271,9 +271,9 @@ def policy(out: Output, manager: str | None) -> None:
 @click.pass_obj
 def logs(out: Output, node: str | None, lease: int | None, since: str | None, follow: bool,
          manager: str | None) -> None:
-    """Show what became of your leases, and when: of all, for an administrator.
+    """Show what became of your leases, and when.
 
-    Workers that were taken back, expired or were lost with their node, of the last 30 days.
+    Workers that were taken back, expired or were lost with their node, of the last 30 days. An administrator sees all.
     """
     from rfaas_mpi.cli import cluster
     cluster.log(manager, follow=follow, say=out.answer, node=node, lease=lease, since=since)

@@ -193,6 +193,7 @@ SAYS: dict[str, str | None] = {
     "RFAAS_MANAGER=unix:/run/rfaas/manager.sock RFAAS_MANAGER_USER=rfaas rfaas status":
         r"^  node0: 2 cores, 0 lent, 2 free",
     "rfaas status": r"^  node0: 2 cores, 0 lent, 2 free",
+    "rfaas doctor": r"manager clock +no more than .* s from this node's",
     "rfaas config show --origin": r"manager\b.*http://127\.0\.0\.1:\d+.*config\.toml",
     "rfaas lease ls": "^No leases",
     "rfaas lease show LEASE": r"^lease +\d+, epoch \d+, granted",

@@ -15,6 +15,9 @@
 #define LONG_NS  20000ull
 #define IDLE_NS  20000ull
 
+/* To read what is there takes the agent less, unless it is kept from it. */
+#define WAIT_NS  50000ull
+
 /* Who prints prints again. */
 #define EAGER    1024u
 
@@ -49,6 +52,7 @@ void rfm_output_open(struct rfm_output *out, struct rfm_page_output *page,
     out->ino        = facts.st_ino;
     out->long_ticks = rfm_ns_to_ticks(LONG_NS);
     out->idle_ticks = rfm_ns_to_ticks(IDLE_NS);
+    out->wait_ticks = rfm_ns_to_ticks(WAIT_NS);
     rfm_store_release(&page->marks, 1);
 }
 
@@ -71,8 +75,9 @@ void rfm_output_close(struct rfm_output *out)
 
 void rfm_output_printed(struct rfm_output *out)
 {
-    if ((out->eager == 0) && (out->fd >= 0)) {
-        out->eager = 1;
+    if (out->fd >= 0) {
+        out->eager += (out->eager == 0);
+        out->told   = true;
     }
 }
 
@@ -99,33 +104,59 @@ static bool put_mark(const struct rfm_output *out, uint64_t id)
            (write(out->fd, &mark, sizeof(mark)) == (ssize_t)sizeof(mark));
 }
 
+/* What the page's `heard` is when the agent reads no more; odd if it still does
+ * after a moment, for which it is waited once. */
+static uint64_t heard_at_rest(struct rfm_output *out)
+{
+    uint64_t heard = rfm_load_acquire(&out->page->heard);
+    uint64_t since;
+
+    if (((heard & 1) == 0) || (heard == out->waited) || out->told) {
+        return heard;
+    }
+    out->waited = heard;
+    since = rfm_ticks();
+    do {
+        rfm_spin_pause();
+        heard = rfm_load_acquire(&out->page->heard);
+    } while (((heard & 1) != 0) && (rfm_ticks() - since < out->wait_ticks));
+    return heard;
+}
+
 /*
- * Something was printed since the last look if there is more in the pipe, or
- * perhaps if the agent has read since or is just reading (`heard` is odd): it
- * makes `heard` odd before it reads, so what it took away before we asked for
- * the pipe's contents shows in what `heard` is afterwards. A mark too many does
- * no harm.
+ * Something was printed since the last look if more has gone into the pipe than
+ * then and our mark: what the agent has taken of it and what is still there.
+ * While the agent reads (`heard` is odd) that can't be known, and something may
+ * have been: a mark too many does no harm. But it is read, too, so that it must
+ * not be what the next one is made for.
  */
 static bool was_printed(struct rfm_output *out)
 {
-    uint64_t heard;
-    bool printed;
+    uint64_t heard = heard_at_rest(out);
+    uint64_t written;
     int bytes = 0;
 
     if (ioctl(out->fd, FIONREAD, &bytes) != 0) {
         stop(out);              /* a kernel closed it */
         return false;
     }
-    heard   = rfm_load_acquire(&out->page->heard);
-    printed = (bytes != out->left) || (heard != out->heard) ||
-              ((heard & 1) != 0);
+    written    = rfm_load_acquire(&out->page->taken) + (uint64_t)bytes;
     out->heard = heard & ~1ull;     /* while it reads, look again */
-    out->left  = bytes;
-    return printed;
+    if (((heard & 1) != 0) ||
+        (rfm_load_acquire(&out->page->heard) != heard)) {
+        return true;
+    }
+    if (written == out->written) {
+        return false;
+    }
+    out->written = written;
+    return true;
 }
 
 static void look(struct rfm_output *out, uint64_t id, uint64_t calls)
 {
+    bool printed;
+
     if (out->fd < 0) {
         out->heard = rfm_load_acquire(&out->page->heard);
         return;
@@ -134,17 +165,20 @@ static void look(struct rfm_output *out, uint64_t id, uint64_t calls)
         out->eager--;
     }
     flush_stdio();
-    if (was_printed(out)) {
+    printed   = was_printed(out);
+    out->told = false;
+    if (printed) {
         if (!is_ours(out)) {
             stop(out);
             return;
         }
         out->eager = EAGER;
         if (!put_mark(out, id)) {
-            out->left = -1;     /* later, and then nobody knows whose it was */
+            /* later, and then nobody knows whose it was */
+            out->written = UINT64_MAX;
             return;
         }
-        out->left += (int)sizeof(struct rfm_mark);
+        out->written += sizeof(struct rfm_mark);
     }
     out->clean = calls;
     rfm_store_release(&out->page->clean, calls);

@@ -27,11 +27,14 @@ struct rfm_output {
     ino_t    ino;
     uint64_t long_ticks;        /* a call of so long is always looked at */
     uint64_t idle_ticks;        /* after so long without work there is time */
+    uint64_t wait_ticks;        /* for the agent, which is just reading … */
+    uint64_t waited;            /* … once: the page's `heard` then */
     uint64_t heard;             /* the page's, as of the last look */
-    int      left;              /* in the pipe, as of the last look */
+    uint64_t written;           /* into the pipe, as of the last look */
     uint64_t clean;             /* as the page's */
     uint64_t last;              /* the invocation that ended last */
     uint32_t eager;             /* look at so many calls, however short */
+    bool     told;              /* the one that ends has printed */
 };
 
 /* `fd` is copied; where it is no pipe nothing is ever marked. */

@@ -385,7 +385,8 @@ struct rfm_page_output {
     uint64_t heard;             /* the agent's: odd while it reads the output */
     uint64_t clean;             /* what the first so many calls printed has its mark */
     uint64_t marks;             /* 0: there are none, ever */
-    uint64_t reserved[5];
+    uint64_t taken;             /* the agent's: how many bytes it has read */
+    uint64_t reserved[4];
 };
 _Static_assert(sizeof(struct rfm_page_output) == 64, "page output");
 

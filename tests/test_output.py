@@ -17,7 +17,7 @@ import pytest
 
 from rfaas_mpi import Executor, Kernel, get_include
 from rfaas_mpi import messages as msg
-from rfaas_mpi.agent.output import Line, Lines
+from rfaas_mpi.agent.output import Line, Lines, Listening
 from rfaas_mpi.agent.pool import WorkerHandle, ZygoteHandle
 
 SOURCE = r"""
@@ -133,6 +133,21 @@ def test_whose_it_is_may_be_known_later():
     assert lines.feed(b"", 0.3, 9) == [(9, "three")]
     assert lines.feed(b"four\n", 0.4, None) == []
     assert lines.flush() == [(0, "four")], "nobody waits for ever"
+
+
+def test_a_worker_can_tell_how_much_of_its_output_was_read():
+    with mmap.mmap(-1, 4096) as page:
+        listening = Listening(page)
+        words = memoryview(page).cast("Q")
+        words[250] = 1                       # it leaves marks
+        for taken, heard in ((3, 2), (6, 4)):
+            assert listening.read(lambda: (b"abc", False)) == (b"abc", False, 0)
+            assert (words[251], words[248]) == (taken, heard)
+        # It may write anything there.
+        words[251] = words[248] = (1 << 64) - 1
+        listening.read(lambda: (b"abc", False))
+        assert (words[251], words[248]) == (2, 0)
+        words.release()
 
 
 @pytest.mark.parametrize("text", [b"\0\x1erfaas\x1ez", b"\0\x1erfaas\x1e" + b"-" * 16, b"\0\x1e", b"\0", mark(3)[:-1] + b"?"])

@@ -67,6 +67,7 @@ static const char *heard(struct printer *p)
 
     rfm_store_release(&p->page.heard, p->page.heard | 1);
     got = read(p->ends[0], raw, sizeof(raw));
+    p->page.taken += (got > 0) ? (uint64_t)got : 0;
     rfm_store_release(&p->page.heard, p->page.heard + 1);
     for (ssize_t i = 0; i < got;) {
         if ((got - i >= (ssize_t)sizeof(struct rfm_mark)) &&
@@ -152,13 +153,37 @@ static void what_was_read_before_the_end_has_its_mark_too(void)
     call(&p, 7, NULL, 0);
     CHECK_HEARD(&p, "<7>");
     /* the agent reads just now: whatever the pipe holds */
-    call(&p, 8, NULL, LONG);
-    CHECK_HEARD(&p, "<8>");
     p.page.heard++;
     call(&p, 9, NULL, 0);
     call(&p, 10, NULL, 0);
     p.page.heard++;
     CHECK_HEARD(&p, "<9><10>");
+    printer_close(&p);
+}
+
+static void a_mark_that_was_read_makes_no_other_one(void)
+{
+    struct printer p;
+
+    printer_open(&p);
+    call(&p, 7, "seven\n", LONG);
+    CHECK_HEARD(&p, "seven\n<7>");
+    call(&p, 8, NULL, LONG);
+    call(&p, 9, NULL, 0);
+    CHECK_EQ(p.page.clean, 3);
+    CHECK_HEARD(&p, "");
+    /* as long as the text that was read, and as a mark */
+    call(&p, 10, "eleven", LONG);
+    CHECK_HEARD(&p, "eleven<10>");
+    call(&p, 11, "twenty-four characters..", LONG);
+    CHECK_HEARD(&p, "twenty-four characters..<11>");
+    /* one that was made while the agent read */
+    p.page.heard++;
+    call(&p, 12, NULL, LONG);
+    p.page.heard++;
+    CHECK_HEARD(&p, "<12>");
+    call(&p, 13, NULL, LONG);
+    CHECK_HEARD(&p, "");
     printer_close(&p);
 }
 
@@ -179,18 +204,21 @@ static void a_full_pipe_is_waited_for_by_nobody(void)
     struct printer p;
     char block[4096];
     int bytes = 0;
+    int taken;
 
     printer_open(&p);
     memset(block, 'x', sizeof(block));
     while (write(p.ends[1], block, sizeof(block)) > 0) {
         bytes += (int)sizeof(block);
     }
+    taken = bytes;
     call(&p, 7, NULL, LONG);
     call(&p, 8, NULL, LONG);
     CHECK_EQ(p.page.clean, 0);
     for (; bytes > 0; bytes -= (int)sizeof(block)) {
         CHECK_EQ(read(p.ends[0], block, sizeof(block)), sizeof(block));
     }
+    p.page.taken = (uint64_t)taken;
     rfm_store_release(&p.page.heard, 2);
     call(&p, 9, "nine\n", LONG);
     CHECK_HEARD(&p, "nine\n<0>");
@@ -241,6 +269,7 @@ int main(int argc, char **argv)
     RUN(whose_it_is_of_several_short_calls_is_not_said);
     RUN(what_its_caller_knows_needs_no_time);
     RUN(what_was_read_before_the_end_has_its_mark_too);
+    RUN(a_mark_that_was_read_makes_no_other_one);
     RUN(what_nobody_called_for_is_nobodys);
     RUN(a_full_pipe_is_waited_for_by_nobody);
     RUN(no_mark_gets_into_anything_else);

@@ -18,11 +18,12 @@ _BURST_BYTES = 8 << 20               # of output that a worker may print at once
 _BYTES_PER_S = 4 << 20               # … and what it may print on and on
 _HELD_BYTES = 1 << 20                # of output whose mark has not come
 
+_WORD = (1 << 64) - 1
 _MAGIC = b"\0\x1erfaas\x1e"          # struct rfm_mark
 _DIGITS = 16
 
 _ID, _CONN, _COUNT = 0, 1, 6         # words of struct rfm_page …
-_HEARD, _CLEAN, _MARKS = 248, 249, 250      # … and of its output
+_HEARD, _CLEAN, _MARKS, _TAKEN = 248, 249, 250, 251     # … and of its output
 
 
 class Line(NamedTuple):
@@ -48,8 +49,10 @@ class Listening:
                 before = _state(words)
                 data, ended = read()
                 after = _state(words)
+                # Before we say that we read no more: marks are none of what it looks for.
+                words[_TAKEN] = words[_TAKEN] + len(data) & _WORD
             finally:
-                words[_HEARD] = (heard + 1) & (1 << 64) - 1
+                words[_HEARD] = heard + 1 & _WORD
             if words[_MARKS] == 0:
                 return data, ended, 0
             return data, ended, before.invocation if before == after and before.count == before.clean else None

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import transports
 from test_apps import mpiexec, needs_two_cores
 
 import rfaas_mpi as rf
@@ -78,6 +81,27 @@ def test_the_matrix_is_the_same_for_any_number_of_ranks(jacobi):
     assert np.array_equal(jacobi.rows_of(50, 17, 31, [1, 2]), whole[17:31])
     diagonal = np.diagonal(whole)
     assert (whole.sum(axis=1) - diagonal) / diagonal == pytest.approx(np.full(50, jacobi.SHRINKS))
+
+
+@needs_two_cores
+@pytest.mark.parametrize("over", transports.OVER)
+def test_a_worker_that_is_killed_between_sweeps_changes_no_bit(jacobi, over):
+    with transports.executor_over(over) as executor:
+        app = jacobi.Jacobi(arguments("native"), 0, 1, executor)
+        exchange, pid = app.exchange, executor.submit(os.getpid).result()
+
+        def killing(done: int) -> None:
+            if (app.turn, done) == (1, SWEEPS // 2):
+                os.kill(pid, signal.SIGKILL)
+            exchange(done)
+
+        app.exchange = killing
+        split = app.split("workers")
+        for turn in range(3):
+            app.prepare(turn)
+            split.Run()
+            assert app.check(turn) == ""
+        split.Free()
 
 
 # --- lies ----------------------------------------------------------------------------------

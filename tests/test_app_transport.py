@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import transports
 from scipy.special import expn
 from test_apps import mpiexec, needs_two_cores
 
@@ -64,6 +67,22 @@ def test_ranks_share_the_batches_and_find_the_same_k(tmp_path):
         assert data["config"]["ranks"] == ranks
         told.add(data["verdict"]["how"])
     assert len(told) == 1
+
+
+@needs_two_cores
+@pytest.mark.parametrize("over", transports.OVER)
+def test_a_worker_that_was_killed_changes_no_tally(transport, over):
+    with transports.executor_over(over) as executor:
+        app = transport.Transport(arguments(kernel="native"), 0, 1, executor)
+        pid = executor.submit(os.getpid).result()
+        split = app.split("workers")
+        for turn in range(3):
+            app.prepare(turn)
+            if turn == 1:
+                os.kill(pid, signal.SIGKILL)
+            split.Run()
+            assert app.check(turn) == ""
+        split.Free()
 
 
 # --- the physics ---------------------------------------------------------------------------

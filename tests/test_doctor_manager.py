@@ -197,6 +197,11 @@ def test_two_weeks_are_left_to_renew_a_certificate(days, ok, left):
     assert check.ok is ok and f"{left} from now" in check.reason
 
 
+def test_what_a_stranger_s_certificate_says_of_itself_is_only_text():
+    shown = manager_checks.Certificate(("a\x1b[2Jb", *(f"n{number}" for number in range(20))), "x\ny", 1e9)
+    assert str(shown).startswith("for a?[2Jb, n0, n1, ") and "n6 and 13 more, by x?y, until " in str(shown)
+
+
 # --- managers that are not there, or none -----------------------------------------------------------
 
 def test_a_manager_that_is_not_there_is_one_line(tmp_path):

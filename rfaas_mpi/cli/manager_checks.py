@@ -23,7 +23,7 @@ __all__ = ["Certificate", "agents", "certificate", "clock", "manager_checks", "v
 SKEW_S = 3.0                     # clocks that NTP sets are a hundredth of a second apart
 DAY_S = 86_400.0
 RENEW_DAYS = 14
-NAMES_MAX = 8                    # of nodes in one line
+NAMES_MAX = 8                    # in one line
 
 _NTP = ("have NTP set the clocks of both nodes: `timedatectl` or `chronyc tracking` says whether it does. MUNGE and "
         "certificates go by these clocks, and so do accounts' days; leases don't")
@@ -113,7 +113,11 @@ class Certificate:
 
     def __str__(self) -> str:
         until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.expires_at))
-        return f"for {', '.join(self.names) or 'no name'}, by {self.issuer or 'nobody'}, until {until}"
+        names = ", ".join(self.names[:NAMES_MAX]) or "no name"
+        more = f" and {len(self.names) - NAMES_MAX} more" if len(self.names) > NAMES_MAX else ""
+        said = f"for {names}{more}, by {self.issuer or 'nobody'}, until {until}"
+        # Nobody has vouched yet for what one says that isn't believed, and this is for a terminal.
+        return "".join(letter if letter.isprintable() else "?" for letter in said)
 
 
 def _certificates(settings: Settings) -> Iterator[Check]:

@@ -125,10 +125,17 @@ class Crew:
         """The session that workers are had through, opened once; None where kernels run inline."""
         if self.lending is None and not self.inline:
             try:
-                self.lending = Lending(self.settings, self.invoker, self.look_around)
+                opened = Lending(self.settings, self.invoker, self.look_around)
             except BaseException:
                 self.close()
                 raise
+            with self.lock:
+                # Who took part in opening it may have had enough meanwhile.
+                closed = self.closed
+                self.lending = None if closed else opened
+            if closed:
+                opened.close()
+                raise ClosedError("the executor was closed", hint="make a new Executor")
         return self.lending
 
     def listen(self, fn: Callable[[list[int]], object]) -> None:

@@ -217,8 +217,10 @@ class _World:
         begun = time.monotonic()
         while True:
             job.ended.wait(_BEAT_S)
+            late = time.monotonic() - begun > limit_s
             # Nobody is later than the others by more than a beat.
-            said = self.gather(job.said(), _SILENT_S)
+            told = self.gather((job.said(), late), _SILENT_S)
+            said = [how for how, _ in told]
             if job.error is not None and isinstance(said[self.rank], _Failure):
                 raise job.error
             for rank, theirs in enumerate(said):
@@ -226,9 +228,10 @@ class _World:
                     raise theirs.error(rank)
             if all(said):
                 return job.value
-            if (took := time.monotonic() - begun) > limit_s:
+            if any(late for _, late in told):
+                # By what all have heard: one that went by its own clock alone would leave the others waiting.
                 busy = gang.ranks_text(rank for rank, done in enumerate(said) if not done)
-                raise ServiceError(f"{busy} took longer than {took:.0f} s to set the executor up",
+                raise ServiceError(f"{busy} took longer than {limit_s:.0f} s to set the executor up",
                                    hint="the log of that rank's node or of the manager may say why")
 
     def scatter(self, parts: Sequence[Any]) -> Any:

@@ -36,6 +36,8 @@ from rfaas_mpi import (
     __version__,
 )
 from rfaas_mpi import messages as msg
+from rfaas_mpi.config import Settings
+from rfaas_mpi.crew import Crew
 
 TESTS = Path(__file__).parent
 
@@ -610,3 +612,12 @@ def test_results_that_nobody_reads_do_not_pile_up(worker):
     while len(worker._crew.pending) > 300 and time.monotonic() < deadline:
         worker.submit(k.add, 0).result()
     assert len(worker._crew.pending) <= 300
+
+
+def test_a_session_that_opens_after_the_end_is_closed_again():
+    crew = Crew(Settings.load(cores=(0, 1)))
+    crew.close()
+    with pytest.raises(ClosedError):
+        crew.open()
+    assert crew.lending is None
+    assert not [thread for thread in threading.enumerate() if thread.name in ("rfaas-lending", "rfaas-session")]

@@ -231,3 +231,15 @@ except TransportError as error:
     say(MPI.COMM_WORLD.rank, "rank 1 failed" in str(error))
 """])
     assert sorted(done.stdout.splitlines()) == ["0 True", "1 False", "2 True"], done.stdout + done.stderr
+
+
+def test_all_ranks_hear_the_same_of_one_that_takes_too_long():
+    """Their clocks differ: one of them finds it too long before the others do."""
+    assert World("mpich").run(3, """
+        MPI, COMM = comm_world()
+        from rfaas_mpi import ServiceError, mpi
+        try:
+            mpi._World(COMM).together(threading.Event().wait if COMM.rank == 0 else None, 0.1 if COMM.rank else 60.0)
+        except ServiceError as error:
+            say("rank 0 took longer" in str(error))
+        """) == ["True"] * 3

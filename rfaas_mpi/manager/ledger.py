@@ -86,6 +86,7 @@ CREATE TABLE IF NOT EXISTS kernels (
 CREATE TABLE IF NOT EXISTS lent (
     lease INTEGER NOT NULL, owner INTEGER NOT NULL, uid INTEGER NOT NULL, node TEXT NOT NULL, cores TEXT NOT NULL,
     core_s REAL NOT NULL, at REAL NOT NULL, PRIMARY KEY (lease, owner)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS lent_at ON lent (at);
 CREATE TABLE IF NOT EXISTS usage_days (
     day INTEGER NOT NULL, uid INTEGER NOT NULL, what TEXT NOT NULL, name TEXT NOT NULL, workers REAL NOT NULL,
     core_s REAL NOT NULL, memory_byte_s REAL NOT NULL, cpu_s REAL NOT NULL, exec_s REAL NOT NULL,
@@ -679,8 +680,10 @@ class Ledger:
                 f"DELETE FROM usage WHERE (node, incarnation, lease, seat, number) IN {lines}"):
             dropped.append(self._db.execute(statement, (before, PRUNE_MOST)).rowcount)
         self._db.execute("DELETE FROM kernels WHERE at < ?", (before,))
-        self._db.execute("DELETE FROM lent WHERE at < ? AND lease NOT IN "
-                         "(SELECT id FROM leases WHERE ended_at IS NULL)", (before,))
+        dropped.append(self._db.execute(
+            "DELETE FROM lent WHERE (lease, owner) IN (SELECT lease, owner FROM lent WHERE at < ? AND lease NOT IN "
+            "(SELECT id FROM leases WHERE ended_at IS NULL) ORDER BY at, lease, owner LIMIT ?)",
+            (before, PRUNE_MOST)).rowcount)
         self._db.execute("DELETE FROM usage_days WHERE day < ?", (day_of(now) - self._usage_days,))
         self._kernels = {}
         # As long as its session's leases are there.

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import tiny
 
 from rfaas_mpi import config
 from rfaas_mpi import messages as msg
+from rfaas_mpi.agent.groups import Group, Roots, maker
 from rfaas_mpi.agent.pool import WorkerHandle, ZygoteHandle, ZygoteKind
 from rfaas_mpi.errors import ServiceError
 
@@ -54,8 +56,8 @@ class Fork:
         assert isinstance(said, msg.ZygoteReady), said
         self.zygote.became_ready()
 
-    def fork(self, number: int, cores: tuple[int, ...] = (0,)) -> WorkerHandle:
-        handle = WorkerHandle.fork(self.zygote, number, 1, cores, 0, time.monotonic())
+    def fork(self, number: int, cores: tuple[int, ...] = (0,), entrances: Iterable[int] = ()) -> WorkerHandle:
+        handle = WorkerHandle.fork(self.zygote, number, 1, cores, 0, time.monotonic(), entrances)
         self.workers[number] = handle
         said, fds = self.hear()
         assert isinstance(said, msg.WorkerForked) and said.worker == number, said
@@ -89,6 +91,22 @@ def test_a_worker_that_is_told_to_quit_ends_with_status_0(forker):
     said, _ = forker.hear()
     assert (said.worker, said.pid, said.signal, said.exit_code) == (1, handle.pid, 0, 0)
     assert said.cpu_s > 0 and said.max_rss_bytes > 1 << 20
+
+
+def test_a_worker_that_its_group_does_not_let_in_serves_nevertheless(forker):
+    roots = Roots.find()
+    if roots.why_not or roots.unified or os.geteuid() != 0:
+        pytest.skip(roots.why_not or "needs root and control groups of version 1")
+    group = Group.make(f"{maker()}-w1", roots)
+    entrances = group.entrances(61_003)       # as for who has another uid in his container
+    try:
+        with pytest.raises(PermissionError):
+            os.write(entrances[0], b"0")
+        assert not group.holds(forker.fork(1, entrances=entrances).pid), "who ordered it moves it"
+    finally:
+        for fd in entrances:
+            os.close(fd)
+        group.close()
 
 
 def test_what_a_worker_is_sent_before_it_is_admitted_arrives_then(forker):

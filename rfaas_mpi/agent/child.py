@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -185,10 +186,12 @@ class Embryo:
                output_fd: int, *entrances: int) -> None:
         """From here on this is worker `worker`: its agent socket is descriptor 3, its page 4, nothing else is open.
 
-        It enters the control groups of these entrances first; OSError where it isn't let in.
+        It enters the control groups of these entrances first. Where it isn't let in it is moved there: a container
+        may have given it another uid than its zygote's user has.
         """
         for entrance in entrances:
-            os.write(entrance, b"0")
+            with contextlib.suppress(PermissionError):
+                os.write(entrance, b"0")
         os.sched_setaffinity(0, cores)
         # The three may already have the numbers that they get.
         agent_fd, page_fd, output_fd = (_above(fd) for fd in (agent_fd, page_fd, output_fd))

@@ -170,6 +170,9 @@ class Orders(msgspec.Struct, frozen=True):
 
 # --- ranks --------------------------------------------------------------------
 
+OTHER_PLACES_MAX = 1023          # besides the first one
+
+
 class Place(Body, frozen=True):
     """Where ranks run: their node, the NUMA node that they are bound to, the switches above it, leaf first."""
 
@@ -185,7 +188,8 @@ class AskLease(Body, frozen=True):
     It waits for `timeout_s` at most, and no longer than its caller does: a request that is
     given up is taken back. `duration_s` bounds the leases' life; nodes that are known to be
     wanted back within `least_s` aren't taken. `place`: where the rank runs, so that workers
-    come near it. `bytes_per_s`: what a worker and its rank exchange, if that is known. `job`
+    come near it; `others`: the places of the other ranks of its communicator, where they are
+    elsewhere. `bytes_per_s`: what a worker and its rank exchange, if that is known. `job`
     is the batch job that the accounts name.
     """
 
@@ -201,6 +205,7 @@ class AskLease(Body, frozen=True):
     least_s: Seconds = 0.0
     place: Place | None = None
     bytes_per_s: Annotated[float, Meta(ge=0, le=1e15)] | None = None
+    others: Annotated[tuple[Place, ...], Meta(max_length=OTHER_PLACES_MAX)] = ()
 
 
 class LentLease(msgspec.Struct, frozen=True):

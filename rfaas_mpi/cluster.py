@@ -12,7 +12,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -107,6 +107,12 @@ class ClusterSession:
         return f"the manager at {self.settings.manager}"
 
     @property
+    def place(self) -> msg.RankAt:
+        """Where this rank runs."""
+        found = here(switches=self.settings.switches)
+        return msg.RankAt(found.node, found.numa, found.switches)
+
+    @property
     def spare(self) -> tuple[tuple[str, int], ...]:
         """Node and number of each core that could be lent now; asks the manager."""
         nodes = self._client.call("nodes").nodes
@@ -115,8 +121,11 @@ class ClusterSession:
     # ---- leases ----------------------------------------------------------------------------------
 
     def request(self, workers_min: int, workers_max: int, cores_per_worker: int = 1,
-                memory_per_worker: int | None = None, timeout_s: float | None = None) -> Grant:
+                memory_per_worker: int | None = None, timeout_s: float | None = None,
+                ranks: Sequence[msg.RankAt] = ()) -> Grant:
         """Leases with workers_min … workers_max workers in all; waits up to `timeout_s` for cores.
+
+        `ranks` says where those run that they are for; none: one, here.
 
         A lease whose agent can't be reached is given back, and the manager asked
         for what other nodes have; if that isn't enough, workers are missing, and
@@ -129,6 +138,9 @@ class ClusterSession:
         check_workers(workers_min, workers_max, cores_per_worker)
         if memory_per_worker is None:
             memory_per_worker = self.settings.memory_per_worker
+        first, *others = map(_place, ranks or [self.place])
+        # More than a demand can name: those with most ranks count.
+        others = sorted(others, key=lambda place: -place.ranks)[:api.OTHER_PLACES_MAX]
         leases: list[GrantLease] = []
         failures: list[RFaaSError] = []
         reason = ""
@@ -138,7 +150,7 @@ class ClusterSession:
                 answer = self._ask(api.AskLease(
                     self._name, next(self._ids), max(0, workers_min - have), workers_max - have, cores_per_worker,
                     memory_per_worker, timeout_s if attempt == 0 else 0.0,
-                    duration_s=self.settings.lease_duration_s, place=here(switches=self.settings.switches)))
+                    duration_s=self.settings.lease_duration_s, place=first, others=tuple(others)))
             except LeaseDenied as denied:
                 if attempt == 0:
                     raise
@@ -351,6 +363,10 @@ class _Held:
         self.secret = lease.secret
         self.host = lease.host
         self.addresses = lease.addresses or (lease.endpoint,)
+
+
+def _place(at: msg.RankAt) -> api.Place:
+    return api.Place(node=at.node, numa=at.numa, switches=at.switches, ranks=at.ranks)
 
 
 def _number(lease: GrantLease | int) -> int:

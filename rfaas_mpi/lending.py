@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -125,17 +125,22 @@ class Lending:
         self._accept(self.ask(workers_min, workers_max, cores_per_worker, memory_per_worker))
 
     def ask(self, workers_min: int, workers_max: int | None, cores_per_worker: int, memory_per_worker: int | None,
-            ranks: int = 1, timeout_s: float | None = None) -> Grant:
-        """Asks for workers, for so many ranks in all, and connects to none yet. Raises as `hire`."""
-        most = _WORKERS_MAX * ranks
+            ranks: Sequence[msg.RankAt] = (), timeout_s: float | None = None) -> Grant:
+        """Asks for workers, for the ranks that are there (none: for this one); connects to none yet. Raises as `hire`.
+        """
+        count = sum(at.ranks for at in ranks) or 1
+        most = _WORKERS_MAX * count
         if workers_min > most:
             raise LeaseDenied(f"{workers_min} workers are more than "
-                              + (f"{ranks} ranks" if ranks > 1 else "an executor") + f" can have ({most})",
+                              + (f"{count} ranks" if count > 1 else "an executor") + f" can have ({most})",
                               hint="share the work between several executors")
         if workers_max is None:
             workers_max = max(1, workers_min, len(self.session.spare) // cores_per_worker)
-        return self.session.request(workers_min, min(workers_max, most), cores_per_worker, memory_per_worker,
-                                    timeout_s)
+        most = min(workers_max, most)
+        if isinstance(self.session, Session):
+            # All that it has is at one place.
+            return self.session.request(workers_min, most, cores_per_worker, memory_per_worker, timeout_s)
+        return self.session.request(workers_min, most, cores_per_worker, memory_per_worker, timeout_s, ranks)
 
     def more(self, workers: int, cores_per_worker: int, memory_per_worker: int | None) -> int:
         """Connects to so many more workers, or as many as can be had now; how many. Raises as `hire`."""
@@ -344,6 +349,11 @@ class Lending:
     def host(self) -> str:
         """Where the workers are of a lease that doesn't say so itself."""
         return getattr(self.session, "host", "") or socket.gethostname()
+
+    @property
+    def place(self) -> msg.RankAt:
+        """Where this rank runs."""
+        return msg.RankAt(socket.gethostname()) if isinstance(self.session, Session) else self.session.place
 
     @property
     def grant(self) -> Grant:

@@ -281,6 +281,7 @@ class LeaseRequest(RankRequest, frozen=True, tag="lease"):
     least_s: float = 0.0             # a node that is known to be wanted back sooner is no use
     place: RankAt | None = None
     bytes_per_s: float | None = None  # that a worker and its rank exchange, if the rank knows
+    others: tuple[RankAt, ...] = ()  # where further ranks of the same communicator run
 
 
 class Use(RankRequest, frozen=True, tag="use"):

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import logging
 import pickle
-import socket
 import sys
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ import numpy as np
 from rfaas_mpi import errors, gang
 from rfaas_mpi.crew import Crew
 from rfaas_mpi.errors import ConfigError, RFaaSError, ServiceError, TransportError
-from rfaas_mpi.messages import Grant, GrantLease
+from rfaas_mpi.messages import Grant, GrantLease, RankAt
 
 __all__ = ["Ask", "hire"]
 
@@ -62,7 +62,7 @@ class _Here:
     """What a rank that is ready says of itself."""
 
     service: str
-    host: str
+    place: RankAt
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ def hire(comm: Any, prepare: Callable[[], Ask]) -> None:
     try:
         _check(world.agreed(dict(ask.terms)))
         lending = world.together(crew.open, limit_s)
-        seen = world.agreed(_Here(lending.service if lending is not None else "none", socket.gethostname()), _SILENT_S)
+        mine = _Here("none", RankAt("")) if lending is None else _Here(lending.service, lending.place)
+        seen = world.agreed(mine, _SILENT_S)
         _check([{"the service": here.service} for here in seen])
         _at_finalize(crew)
         if lending is None:
@@ -114,10 +115,11 @@ def hire(comm: Any, prepare: Callable[[], Ask]) -> None:
         if world.rank == 0:
             whole = world.together(
                 lambda: lending.ask(ask.workers_min, ask.workers_max, ask.cores_per_worker,
-                                    settings.memory_per_worker, ranks=world.size), settings.lease_timeout_s + limit_s)
+                                    settings.memory_per_worker, _places([here.place for here in seen])),
+                settings.lease_timeout_s + limit_s)
         else:
             world.together(None, settings.lease_timeout_s + limit_s)
-        part = world.scatter(_parts(whole, [here.host for here in seen], lending.host) if world.rank == 0 else ())
+        part = world.scatter(_parts(whole, [here.place.node for here in seen], lending.host) if world.rank == 0 else ())
         world.together(lambda: crew.hire(lambda lending: lending.take(part)), limit_s)
         lending.leave_to_others(whole)
     except BaseException:
@@ -130,6 +132,11 @@ def _check(terms: Sequence[Mapping[str, str]]) -> None:
         raise ConfigError(f"the ranks of this executor don't ask for the same: {differs}",
                           hint="give all ranks the same arguments and settings; ranks of several nodes need a "
                                "cluster's manager (RFAAS_MANAGER)")
+
+
+def _places(ranks: Sequence[RankAt]) -> list[RankAt]:
+    """How many of them run at each place; rank 0's comes first."""
+    return [msgspec.structs.replace(place, ranks=count) for place, count in Counter(ranks).items()]
 
 
 def _parts(grant: Grant, ranks: Sequence[str], host: str) -> list[Grant]:

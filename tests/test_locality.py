@@ -9,11 +9,13 @@ import itertools
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 
 import pytest
 from cluster import Cluster, finished, tell
 from managed import Managed
+from mpi_launch import PRELUDE, World
 
 from rfaas_mpi import api
 from rfaas_mpi.client import ManagerClient, here
@@ -40,10 +42,11 @@ class Played:
                 incarnation=incarnation, clock_ns=next(_ids), spare=(0, 1), memory_bytes=8 * GIB, live=(),
                 numa={0: 0, 1: 1}, traits=api.Traits(switches=tuple(switches.split(",")))), node=node)
 
-    def ask(self, place: api.Place | None, workers: int = 1) -> list[tuple[str, tuple[int, ...]]]:
+    def ask(self, place: api.Place | None, workers: int = 1,
+            others: tuple[api.Place, ...] = ()) -> list[tuple[str, tuple[int, ...]]]:
         """Where they are lent: node and cores of each."""
         found = self.call("ask", api.AskLease(session="locality", request_id=next(_ids), workers_min=workers,
-                                              workers_max=workers, place=place)).leases
+                                              workers_max=workers, place=place, others=others)).leases
         for lease in found:
             self.call("release", lease=lease.id)
         return sorted((lease.node, worker.cores) for lease in found for worker in lease.workers)
@@ -72,6 +75,19 @@ def test_what_the_rank_s_node_has_not_got_comes_from_below_its_switch(played, le
 @pytest.mark.parametrize("numa", [0, 1])
 def test_a_worker_comes_to_its_rank_s_numa_node(played, numa):
     assert played.ask(api.Place(node="host2", numa=numa)) == [("node2", (numa,))]
+
+
+@pytest.mark.parametrize(("counts", "chosen"), [((1, 0, 0, 1), [0, 3]), ((1, 1, 0, 0), [0, 1]), ((0, 1, 2, 2), [2, 3])])
+def test_workers_come_to_all_nodes_of_a_communicator(played, counts, chosen):
+    first, *others = (api.Place(node=f"host{number}", ranks=count) for number, count in enumerate(counts) if count)
+    assert [node for node, _ in played.ask(first, 2, tuple(others))] == [f"node{number}" for number in chosen]
+
+
+def test_ranks_of_several_nodes_that_lend_nothing_count_by_their_switches(played):
+    places = [api.Place(node=f"login{number}", switches=(leaf, "top"), ranks=count)
+              for number, (leaf, count) in enumerate((("west", 1), ("east", 3)))]
+    east = [node for node, switches in TREE.items() if switches.startswith("east")]
+    assert sorted({node for node, _ in played.ask(places[0], 4, (places[1],))}) == east
 
 
 def test_a_rank_says_which_switches_are_above_it():
@@ -138,3 +154,23 @@ def test_of_four_agents_the_one_on_the_rank_s_node_is_chosen(hosts):
 def test_of_four_agents_one_below_the_rank_s_switch_is_chosen_where_its_node_lends_nothing(hosts):
     assert where(hosts, Host("login", "east,top")) in ("node2", "node3")
     assert where(hosts, Host("login", "west,top")) in ("node0", "node1")
+
+
+# Each rank is on a host of its own: the one that its number among the arguments says.
+APART = """number=$(eval "echo \\${$((PMI_RANK + 1))}") && shift 2
+exec unshare --uts -- sh -c 'hostname "$0" && exec "$@"' "host$number" "$@" """
+RANKS = PRELUDE + """
+MPI, COMM = comm_world()
+with Executor(comm=COMM, workers=2, fallback=False) as ex:
+    assert ex.submit(k.add, 1, 1).result() == 2
+    say(socket.gethostname(), *sorted(lease.host for lease in ex._crew.lending.grant.leases))
+    COMM.Barrier()
+"""
+
+
+@pytest.mark.parametrize("apart", [(1, 3), (2, 0)])
+def test_each_rank_of_a_communicator_finds_a_worker_on_its_own_host(hosts, apart):
+    done = World("mpich").launch(2, ["sh", "-c", APART, "-", *apart, sys.executable, "-c", "import socket\n" + RANKS],
+                                 **hosts.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(done.stdout.splitlines()) == sorted(f"host{number} host{number}" for number in apart)

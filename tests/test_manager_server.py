@@ -619,7 +619,8 @@ GOOD: dict[str, tuple[str, str, dict]] = {
     "ask": ("POST", "/v1/leases", {
         "session": "s", "request_id": 1, "workers_min": 1, "workers_max": 1, "cores_per_worker": 1,
         "memory_per_worker": 1, "timeout_s": 0.0, "duration_s": 60.0, "job": "4711", "least_s": 1.0,
-        "place": {"node": "nid7", "numa": 0, "switches": ["s1"], "ranks": 1}, "bytes_per_s": 1.0}),
+        "place": {"node": "nid7", "numa": 0, "switches": ["s1"], "ranks": 1}, "bytes_per_s": 1.0,
+        "others": [{"node": "nid8", "ranks": 2}]}),
     "explain": ("POST", "/v1/explain", {
         "session": "s", "request_id": 1, "workers_min": 1, "workers_max": 1, "duration_s": 60.0}),
     "revoke": ("POST", "/v1/leases/1/revoke", {"grace_s": 0.0}),

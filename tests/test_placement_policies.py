@@ -24,6 +24,7 @@ from rfaas_mpi.placement import (
     explain,
     place,
 )
+from rfaas_mpi.placement.score import Scorer
 
 GIB = 1 << 30
 NOW = 1000.0
@@ -355,6 +356,32 @@ def test_ranks_on_nodes_that_lend_nothing_count_by_their_switches():
     view = ClusterView.of(nodes, paths={"rank": ("s2",)})
     answer = place(needs(2, bytes_per_s=1e9, ranks=(RankPlace("rank"),)), view, now=NOW)
     assert isinstance(answer, Placement) and counts(answer) == {"b": 2}
+
+
+def test_a_sample_has_a_place_for_each_node_that_has_ranks():
+    nodes = [node(f"n{number:03}", 8) for number in range(200)]
+    ranks = tuple(RankPlace(f"n{number:03}", 2) for number in range(7, 200, 10))
+    answer = placed(needs(len(ranks), bytes_per_s=4e9, ranks=ranks), nodes, settings=Settings(sample=4, exact_to=64))
+    assert counts(answer) == {rank.node: 1 for rank in ranks}
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcxy"), st.sampled_from((None, 0, 1)), st.integers(1, 3)), min_size=2,
+                max_size=12), st.sampled_from("abc"))
+def test_what_ranks_exchange_costs_what_their_places_say_however_many_share_one(ranks, at):
+    paths = {"a": ("s1", "top"), "b": ("s1", "top"), "c": ("s2", "top"), "x": ("s2", "top"), "y": ()}
+    facts = [node(name, switches=paths[name], host=name) for name in "abc"]
+    view = ClusterView.of(facts, paths={name: paths[name] for name in "xy"})
+    settings = Settings()
+    scorer = Scorer(needs(1, ranks=tuple(RankPlace(name, count, numa) for name, numa, count in ranks)), view,
+                    settings, NOW)
+    here = next(each for each in facts if each.node == at)
+    whole = sum(count for _, _, count in ranks)
+
+    def level(name):
+        return 1 if paths[name][:1] == paths[at][:1] else 2 if paths[name] else 3
+    assert scorer.far_per_byte(here) == pytest.approx(
+        sum(count / settings.bandwidth[level(name)] for name, _, count in ranks if name != at) / whole)
+    assert scorer.near(here) == [(numa, count / whole) for name, numa, count in ranks if name == at]
 
 
 def test_most_ranks_decide():

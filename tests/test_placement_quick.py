@@ -51,7 +51,8 @@ def ask(chance: random.Random, number: int) -> Demand:
     return Demand(session=1, request_id=number, uid=7, workers_min=low, workers_max=low + chance.choice((0, 1, 3, 7)),
                   cores_per_worker=chance.choice((1, 1, 2, 4)), memory_per_worker=chance.choice((0, None, GIB)),
                   duration_s=chance.choice((None, 0.2, 20.0)), least_s=chance.choice((0.0, 30.0)), place=place,
-                  bytes_per_s=chance.choice((None, 0.0, 1e6, 4e9)))
+                  bytes_per_s=chance.choice((None, 0.0, 1e6, 4e9)),
+                  others=chance.choice(((), (), (), (), (RankAt(node="n3", ranks=2), RankAt(node="far")))))
 
 
 def play(seed: int) -> tuple[int, int]:

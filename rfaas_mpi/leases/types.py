@@ -158,8 +158,8 @@ class Demand(msgspec.Struct, frozen=True, tag=True, gc=False):
     `(session, request_id)` names the demand: the same one again gets the same
     answer. `duration_s` bounds the leases' life, None leaves it to the node; a
     node that is known to be wanted back within `least_s` isn't taken.
-    `place` says where its ranks run, `bytes_per_s` what a worker exchanges with
-    one: both only count where who chooses nodes looks at them.
+    `place` says where its ranks run (and `others` where further ones do), `bytes_per_s`
+    what a worker exchanges with one: these only count where who chooses nodes looks at them.
     `memory_per_worker` None is a fair share of what the node lends, by cores.
     With `waits` a demand that can't be met has no answer yet (and none is kept):
     hand it in again when something may have become free.
@@ -177,6 +177,7 @@ class Demand(msgspec.Struct, frozen=True, tag=True, gc=False):
     least_s: float = 0.0
     place: RankAt | None = None
     bytes_per_s: float | None = None
+    others: tuple[RankAt, ...] = ()
 
 
 class AgentStarted(msgspec.Struct, frozen=True, tag=True):

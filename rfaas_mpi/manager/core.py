@@ -223,7 +223,7 @@ class Manager:
                       workers_min=request.workers_min, workers_max=request.workers_max,
                       cores_per_worker=request.cores_per_worker, memory_per_worker=request.memory_per_worker,
                       duration_s=request.duration_s, waits=waits, least_s=request.least_s, place=request.place,
-                      bytes_per_s=request.bytes_per_s)
+                      bytes_per_s=request.bytes_per_s, others=request.others)
 
     def _try(self, waiting: _Waiting, now: float) -> list[Action]:
         """The answer to a demand, [] if it has to wait; never that once its time is over."""

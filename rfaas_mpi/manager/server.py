@@ -692,15 +692,15 @@ class ManagerServer:
                 for verdict in found.nodes))
 
     def _request_of(self, body: api.AskLease) -> LeaseRequest:
-        place = body.place
-        at = None
-        if place is not None:
-            # Ranks say what their host is called; people may name a node.
-            agents = self.directory.of_node(place.node)
-            at = RankAt(agents[-1].host if agents else place.node, place.numa, place.switches, place.ranks)
         return LeaseRequest(
             body.request_id, body.workers_min, body.workers_max, body.cores_per_worker, body.memory_per_worker,
-            body.timeout_s, body.duration_s, body.least_s, at, body.bytes_per_s)
+            body.timeout_s, body.duration_s, body.least_s, None if body.place is None else self._at(body.place),
+            body.bytes_per_s, tuple(map(self._at, body.others)))
+
+    def _at(self, place: api.Place) -> RankAt:
+        # Ranks say what their host is called; people may name a node.
+        agents = self.directory.of_node(place.node)
+        return RankAt(agents[-1].host if agents else place.node, place.numa, place.switches, place.ranks)
 
     async def _leases(self, uid: int, _request: web.Request) -> api.Leases:
         return api.Leases(tuple(map(self._view, self.cluster.leases(uid))))

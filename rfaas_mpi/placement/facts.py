@@ -7,7 +7,7 @@ CPU as the kernel numbers it; a *physical core* is the set of CPUs (SMT siblings
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import repeat
@@ -295,6 +295,8 @@ class Asked(Protocol):
     def place(self) -> AskedFrom | None: ...
     @property
     def bytes_per_s(self) -> float | None: ...
+    @property
+    def others(self) -> Sequence[AskedFrom]: ...
 
 
 @dataclass(frozen=True)

@@ -211,10 +211,10 @@ class Placer:
         return explain(self.needs(demand, ranks, **more), self.view(), now=now, settings=self.settings)
 
     def needs(self, demand: Asked, ranks: tuple[RankPlace, ...] = (), **more: Any) -> Needs:
-        """The demand as placement has it; its place and what it exchanges are the demand's if nothing else is said."""
-        place = demand.place
-        if not ranks and place is not None:
-            ranks = (RankPlace(place.node, place.ranks, place.numa, place.switches),)
+        """The demand as placement has it; its places and what it exchanges are the demand's if nothing else is said."""
+        if not ranks:
+            places = demand.others if demand.place is None else (demand.place, *demand.others)
+            ranks = tuple(RankPlace(place.node, place.ranks, place.numa, place.switches) for place in places)
         if ranks and "bytes_per_s" not in more and "transfer_bytes" not in more:
             more["bytes_per_s"] = (self.settings.assumed_bytes_per_s if demand.bytes_per_s is None
                                    else demand.bytes_per_s)

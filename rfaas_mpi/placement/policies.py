@@ -164,11 +164,13 @@ def _cheapest(rooms: Iterable[Room], cost: Callable[[Room], Any], falls: bool = 
 
 
 def _sample(search: Search) -> Iterator[Room]:
-    """Distinct rooms: half of them near the ranks, if there are so many, the others by chance."""
-    most, missing = search.settings.sample, search.needs.workers_max
+    """Distinct rooms: half of them near the ranks, or as many as their nodes, if there are; the others by chance."""
+    sample, missing = search.settings.sample, search.needs.workers_max
+    near = max(sample // 2, len(search.needs.ranks))
+    most = near + sample - sample // 2
     seen: set[str] = set()
     for name in _near(search) if search.needs.ranks else ():
-        if len(seen) >= most // 2:
+        if len(seen) >= near:
             break
         if name not in seen and (room := search.room(name)) is not None:
             seen.add(name)

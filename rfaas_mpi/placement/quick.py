@@ -4,8 +4,8 @@ A `Spot` is a node between two demands. What its next worker costs hardly change
 keeps what follows from the node alone (cores free on each NUMA node, how slow it is beside its neighbours, how long its
 window may live) until the node changes, and a demand adds what follows from itself.
 
-`least_cost` stays the rule: the same additions in the same order, the same draws. What is rare (gangs, workers that
-straddle NUMA nodes, idle cores, a sample without enough room) is left to it.
+`least_cost` stays the rule: the same additions in the same order, the same draws. What is rare (gangs, ranks of several
+nodes, workers that straddle NUMA nodes, idle cores, a sample without enough room) is left to it.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def cheapest(demand: Asked, now: float, seed: int, spots: Mapping[str, Spot], li
     wanted, uid, least_s, place = demand.cores_per_worker, demand.uid, demand.least_s, demand.place
     memory = demand.memory_per_worker or 0
     duration_s = demand.duration_s if demand.duration_s is not None else settings.horizon_s
-    if most < 1 or (place is not None and place.ranks < 1):
+    if most < 1 or demand.others or (place is not None and place.ranks < 1):
         return None
     until, min_age_s = now + duration_s, settings.min_age_s
     redo_s, cold_s = _CALL_S / 2, settings.cold_s

@@ -136,7 +136,13 @@ class Scorer:
         self._paths = [(rank, view.path(rank.node) or rank.switches, rank.count)
                        for rank in needs.ranks if rank.count > 0]
         self._ranks = sum(count for _, _, count in self._paths)
-        self.homes = {rank.node for rank, _, _ in self._paths}
+        # A communicator may have a thousand nodes, and each room asks: what many of them share is looked at once.
+        self.homes: dict[str, list[tuple[int | None, tuple[str, ...], int]]] = {}
+        below: dict[tuple[str, ...], int] = {}
+        for rank, path, count in self._paths:
+            self.homes.setdefault(rank.node, []).append((rank.numa, path, count))
+            below[path] = below.get(path, 0) + count
+        self._below = [(path, _heights(path), count) for path, count in below.items()]
         self._heights = _heights(self._paths[0][1]) if self._paths else {}
         self._per_byte = [1.0 / bandwidth for bandwidth in settings.bandwidth]
         self._last = len(settings.bandwidth) - 1
@@ -166,8 +172,11 @@ class Scorer:
                 self._level(facts.switches, self._heights)]
         if not paths:
             return self._per_byte[-1]
-        return sum(count / self.settings.bandwidth[self._level(facts.switches, _heights(path))]
-                   for rank, path, count in paths if rank.node != facts.home) / self._ranks
+        own: dict[tuple[str, ...], int] = {}
+        for _, path, count in self.homes.get(facts.home, ()):
+            own[path] = own.get(path, 0) + count
+        return sum((count - own.get(path, 0)) / self.settings.bandwidth[self._level(facts.switches, heights)]
+                   for path, heights, count in self._below) / self._ranks
 
     def _level(self, switches: tuple[str, ...], heights: Mapping[str, int]) -> int:
         for height, switch in enumerate(switches, 1):
@@ -178,9 +187,7 @@ class Scorer:
 
     def near(self, facts: NodeFacts) -> list[tuple[int | None, float]]:
         """Ranks of the node itself: their NUMA node, and their share of all ranks."""
-        if facts.home not in self.homes:
-            return []
-        return [(rank.numa, count / self._ranks) for rank, _, count in self._paths if rank.node == facts.home]
+        return [(numa, count / self._ranks) for numa, _, count in self.homes.get(facts.home, ())]
 
     # ---- risk ------------------------------------------------------------------------------------
 

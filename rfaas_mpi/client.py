@@ -237,12 +237,13 @@ class ManagerClient:
     def _at(self, door: _Door, method: str, where: str, data: bytes, wait_s: float) -> tuple[int, bytes]:
         with self._connected(door, wait_s) as connection:
             if door.prover is None:
-                return self._request(connection, method, where, data)[:2]
+                return self._request(door, connection, method, where, data)[:2]
             with self._soon(door, connection, wait_s):
-                status, answer, _ = self._request(connection, "GET", identity.CHALLENGE_PATH, b"")
+                status, answer, _ = self._request(door, connection, "GET", identity.CHALLENGE_PATH, b"")
             challenge = read_challenge(door.address, status, answer)
             asked = door.prover.ask(method, where, data, challenge)
-            status, answer, proof = self._request(connection, method, where, data, {"Authorization": asked.header})
+            status, answer, proof = self._request(door, connection, method, where, data,
+                                                  {"Authorization": asked.header})
             if status == 401 and proof is None:
                 # It hasn't believed us: what it says then is only a reason.
                 return status, answer
@@ -262,18 +263,18 @@ class ManagerClient:
         if connection.sock is not None:      # a manager that is ending closes it with its answer
             connection.sock.settimeout(max(0.001, wait_s))
 
-    def _request(self, connection: http.client.HTTPConnection, method: str, where: str, data: bytes,
+    def _request(self, door: _Door, connection: http.client.HTTPConnection, method: str, where: str, data: bytes,
                  headers: Mapping[str, str] = {}) -> tuple[int, bytes, str | None]:
         """Status, body, and what the manager shows as its proof."""
         connection.request(method, where, body=data or None, headers={
             "Content-Type": "application/json", skew.HEADER: __version__, **headers})
         with connection.getresponse() as response:
-            check_version(self.address, response.status, response.headers.get(skew.HEADER, ""))
+            check_version(door.address, response.status, response.headers.get(skew.HEADER, ""))
             # A read of so many bytes would take the connection's early end for the answer's.
             if response.length is None or response.length > ANSWER_BYTES_MAX:
                 said = "says not how long its answer is" if response.length is None else (
                     f"answers {response.length} bytes, and at most {ANSWER_BYTES_MAX} are read")
-                raise ServiceError(f"the manager at {self.address} {said}", hint="is it one?")
+                raise ServiceError(f"the manager at {door.address} {said}", hint="is it one?")
             return response.status, response.read(), response.headers.get(identity.ANSWER_HEADER)
 
     @contextmanager

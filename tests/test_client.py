@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from managed import GUARD_S, ME, Managed
 
-from rfaas_mpi import api
+from rfaas_mpi import api, skew
+from rfaas_mpi._version import __version__
 from rfaas_mpi.client import (
     ManagerAddress,
     ManagerClient,
@@ -242,6 +244,28 @@ def test_after_one_of_several_managers_fell_silent_the_next_one_is_asked_first(m
             with pytest.raises(ServiceLost, match="has not answered"):
                 call.call("nodes", wait_s=0.01)
             assert call.call("nodes", wait_s=GUARD_S) == api.Nodes(()) and str(call.address) == manager.address
+
+
+def test_of_several_managers_the_one_of_another_version_is_named(tmp_path):
+    thread = speaking(tmp_path / "s", b"HTTP/1.1 200 OK\r\nRFaaS-Version: 99.1.0\r\nContent-Length: 2\r\n\r\n{}")
+    with ManagerClient(Settings.load({}, manager=f"unix:{tmp_path}/nobody,unix:{tmp_path}/s")) as call:
+        with pytest.raises(VersionMismatch, match=f"the manager at unix:{tmp_path}/s runs rfaas_mpi 99.1.0"):
+            call.call("nodes", wait_s=GUARD_S)
+    thread.join(GUARD_S)
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [
+    ("GET", "/v1/nothing-of-the-kind", 404), ("PUT", "/v1/leases", 405), ("GET", "/v1/nodes", 200)])
+def test_a_manager_says_its_version_with_whatever_it_answers(manager, method, path, status):
+    """Also where it hasn't got what only another version has."""
+    connection = http.client.HTTPConnection("manager")
+    with socket.socket(socket.AF_UNIX) as dialled:
+        dialled.settimeout(GUARD_S)
+        dialled.connect(manager.address.removeprefix("unix:"))
+        connection.sock = dialled
+        connection.request(method, path)
+        with connection.getresponse() as response:
+            assert (response.status, response.headers[skew.HEADER]) == (status, __version__)
 
 
 def test_nobody_named_is_an_error_that_names_the_setting():

@@ -247,7 +247,12 @@ class Callers:
         @web.middleware
         async def around(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
                          ) -> web.StreamResponse:
-            response = await answered(request, handler)
+            try:
+                response = await answered(request, handler)
+            except web.HTTPException as answer:
+                # No such route, say: one that only another version has.
+                answer.headers[skew.HEADER] = __version__
+                raise
             if not response.prepared:
                 response.headers[skew.HEADER] = __version__
             return response

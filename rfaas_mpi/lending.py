@@ -421,12 +421,11 @@ class Lending:
             shared = self._ways.get(lease, self._way) == "shm"
         if channel is None:
             return
-        if not shared:
-            channel.close()
-        elif not self._own:
-            channel.kill()
-        else:
+        if shared and self._own:
             self.session.kill(lease, worker, "link")
+        else:
+            # Not closed: that gives it two seconds to let go by itself.
+            channel.kill()
 
     def _home(self, raw: Any) -> tuple[int, int]:
         """Lease and number of the worker that an invocation was given to last."""

@@ -14,7 +14,7 @@ import pytest
 import transports
 
 import rfaas_mpi as rf
-from rfaas_mpi import ClosedError, Executor, InvalidBuffer, KernelError
+from rfaas_mpi import CancelledError, ClosedError, Executor, InvalidBuffer, KernelError, splitting
 from rfaas_mpi.planner import grid
 
 WHERE = ("both", "here", "workers")
@@ -283,6 +283,17 @@ def test_a_worker_that_is_stopped_all_along_is_not_waited_for(worker):
     split.Run()
     assert np.array_equal(result, x * 3)
     assert split.predict().stalls >= 1
+
+
+def test_who_is_given_up_is_given_no_time_to_let_go(worker):
+    x, result, who = worker.array(np.ones(8)), worker.empty(8), worker.empty(8, np.int64)
+    worker.Invoke(naps, x, (result, who))
+    os.kill(int(who[0]), signal.SIGSTOP)
+    request = worker.Iinvoke(naps, x, (result, who))
+    splitting.dismiss(worker._crew, request)
+    assert request._raw.wait(1.0)
+    with pytest.raises(CancelledError):
+        request.Wait()
 
 
 def test_an_executor_ends_though_a_worker_that_stopped_never_said_what_it_takes(worker):

@@ -142,6 +142,20 @@ def test_many_partitions_and_many_windows_are_no_more_than_was_promised():
     assert seen.due(now)
 
 
+def test_a_cluster_of_which_nobody_asks_anything_gathers_no_more_than_was_promised():
+    placer = Placer()
+    nodes = [f"n{number}" for number in range(2 * PIECES_MAX)]
+    for node in nodes:
+        placer.tell(node, partition="p", since=0.0)
+        placer.changed(node, CORES, GIB)
+    for minute in range(1, 6):
+        for node in nodes:
+            placer.observe(node, 0.0, CORES, 61.0 * minute)
+            assert placer._windows._waiting < PIECES_MAX
+    before = placer.settings.survival.of("p").ends_within(60.0, 60.0)
+    assert before < PROMETHEUS_FIB.ends_within(60.0, 60.0), "what was seen has been learned all the same"
+
+
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.5])
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(ValueError, match="its share is above 0 and at most 1"):

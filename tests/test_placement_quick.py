@@ -59,7 +59,7 @@ def play(seed: int) -> tuple[int, int]:
     """A book's life with demands that come and end; how many of them were chosen for, and how many the quick way."""
     chance = random.Random(seed)
     placer = Placer(settings=Settings(
-        exact_to=chance.choice((2, 64)), sample=chance.choice((2, 3, 8)), min_age_s=chance.choice((0.0, 0.0, 20.0)),
+        exact_to=chance.choice((2, 64)), sample=chance.choice((1, 2, 3, 8)), min_age_s=chance.choice((0.0, 0.0, 20.0)),
         survival=LogNormals(((1.0, 100.0, 1.0),))))
     spare = cluster(chance, placer)
     held: dict[str, set[int]] = {name: set() for name in spare}
@@ -94,8 +94,9 @@ def play(seed: int) -> tuple[int, int]:
 @pytest.mark.parametrize("seeds", [range(begin, begin + 75) for begin in range(0, 600, 75)])
 def test_the_same_is_chosen_on_clusters_of_every_kind(seeds):
     asked, quickly = (sum(each) for each in zip(*map(play, seeds), strict=True))
-    # What has no node, or only a part of its workers, is the rule's to answer; most of the rest is not.
-    assert asked == 12 * len(seeds) and quickly > 0.25 * asked
+    # What has no node, or only a part of its workers, is the rule's to answer, as is what has ranks of several nodes
+    # (a fifth here); most of the rest is not.
+    assert asked == 12 * len(seeds) and quickly > 0.2 * asked
 
 
 def test_a_node_that_was_moved_is_forgotten_and_comes_back_as_any_other():

@@ -191,12 +191,13 @@ def cheapest(demand: Asked, now: float, seed: int, spots: Mapping[str, Spot], li
     offers: list[tuple[float, str, Spot, int, int, float, float, float, _Stay | None]] = []
     seen: set[str] = set()
     sample = settings.sample
+    near_home = max(sample // 2, 0 if place is None else 1)
     everywhere = len(likely) <= settings.exact_to
     rounds: tuple[tuple[int, bool, Iterable[str]], ...] = ((len(likely), False, likely),) if everywhere else (
-        (sample // 2, False, () if place is None else chain(
+        (near_home, False, () if place is None else chain(
             (place.node,) if place.node in view.nodes else (), view.by_host.get(place.node, ()),
             chance.shuffled(view.by_switch.get(path[0], ())) if path else ())),
-        (sample, True, chance.shuffled(likely)))
+        (near_home + sample - sample // 2, True, chance.shuffled(likely)))
     for enough, for_all, names in rounds:
         for name in names:
             if len(seen) >= enough and not (for_all and missing > 0):

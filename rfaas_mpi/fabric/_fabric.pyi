@@ -90,6 +90,7 @@ class Channel:
     worker: int
     lease: int
     alive: bool
+    fenced: bool                     # its worker can't write to our memory any more
     in_flight: int
     pid: int
     why: str                         # what went wrong on it; "" if nothing did

@@ -94,9 +94,8 @@ def play(seed: int) -> tuple[int, int]:
 @pytest.mark.parametrize("seeds", [range(begin, begin + 75) for begin in range(0, 600, 75)])
 def test_the_same_is_chosen_on_clusters_of_every_kind(seeds):
     asked, quickly = (sum(each) for each in zip(*map(play, seeds), strict=True))
-    # What has no node, or only a part of its workers, is the rule's to answer, as is what has ranks of several nodes
-    # (a fifth here); most of the rest is not.
-    assert asked == 12 * len(seeds) and quickly > 0.2 * asked
+    # What has no node, or only a part of its workers, is the rule's to answer; most of the rest is not.
+    assert asked == 12 * len(seeds) and quickly > 0.25 * asked
 
 
 def test_a_node_that_was_moved_is_forgotten_and_comes_back_as_any_other():

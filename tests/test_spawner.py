@@ -279,13 +279,19 @@ def test_the_memory_of_a_process_of_any_name_is_known(start, interpreter):
 
 
 def test_a_process_with_more_ancestors_than_are_looked_at_is_nobodys(spawner, start, interpreter):
-    code = ("import os, sys, time\n"
-            f"for _ in range({module.ANCESTORS_MAX} + 2):\n"
+    # A fork costs the kernel the more the more forks lie between it and the last exec.
+    code = ("import os, time\n"
+            "left = int(sys.argv[1])\n"
+            "while left:\n"
+            "    left -= 1\n"
             "    if os.fork():\n"
             "        time.sleep(600)\n"
+            "    if left % 50 == 0 and left:\n"
+            "        os.execv(sys.executable, [*sys.orig_argv[:-2], str(left), sys.argv[2]])\n"
             "print(os.getpid(), flush=True)\n"
             "time.sleep(600)\n")
-    started = start(ALICE, interpreter, "-I", "-S", "-c", code)
+    started = start(ALICE, interpreter, "-I", "-S", "-c", "import sys; exec(sys.argv[2])",
+                    str(module.ANCESTORS_MAX + 2), code)
     last = pidfd(int(started.line()))
     try:
         with pytest.raises(PermissionError, match="ancestors"):

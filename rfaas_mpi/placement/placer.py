@@ -169,8 +169,9 @@ class Placer:
         """
         if self._windows is not None and (facts := self._nodes.get(node)) is not None:
             self._windows.seen(node, facts.partition, since, spare, now, facts.cohort_size)
-            # Not only when somebody asks: on a cluster that is idle for days nobody does.
-            self._learn(now)
+            if self._windows.full:
+                # Not only when somebody asks: on a cluster that is idle for days nobody does.
+                self._learn(now)
 
     def lost(self, node: str) -> None:
         """Nothing is heard of the node any more."""

@@ -113,7 +113,12 @@ class Windows:
         """True if what was seen should count now (`fold`)."""
         if not self._waiting:
             return False
-        return (self._folded_at is None or now - self._folded_at >= FOLD_S or self._waiting >= PIECES_MAX)
+        return self._folded_at is None or now - self._folded_at >= FOLD_S or self.full
+
+    @property
+    def full(self) -> bool:
+        """So much waits that it should count now, whether anybody asks or not."""
+        return self._waiting >= PIECES_MAX
 
     def fold(self, now: float) -> ByPartition:
         """The models that know all that was seen until now."""

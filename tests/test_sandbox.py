@@ -617,7 +617,7 @@ def test_status_without_a_service_shows_what_workers_would_get(runtime, monkeypa
 def test_doctor_shows_what_there_is_and_the_level_that_it_gives(policy, monkeypatch):
     monkeypatch.setenv("RFAAS_SANDBOX", policy)
     checks = {check.name: check for check in doctor._sandbox()}
-    assert list(checks) == ["seccomp", "landlock", "sandbox"]
+    assert list(checks) == ["seccomp", "landlock", "sandbox levels", "sandbox"]
     assert checks["seccomp"].ok is not bool(sandbox.probe().no_seccomp)
     assert checks["landlock"].ok is bool(ABI)
     assert checks["sandbox"].reason.startswith(f"{policy}: ") and not checks["sandbox"].needed

@@ -307,6 +307,7 @@ def test_nothing_is_left_of_two_nodes(wait_until):
     nodes = TwoNodes()
     forgotten = subprocess.Popen(nodes.rank.command(["sleep", "600"]))
     owners = [nodes.agent.pid, nodes.rank.pid]
+    wait_until(lambda: forgotten.pid in nodes.rank.processes(), "it runs on the rank's node")
     nodes.close()
     nodes.close()
     assert forgotten.wait(30) == -signal.SIGKILL

@@ -226,6 +226,22 @@ def test_what_nobody_expected_is_logged_with_its_place_and_the_line_goes_on(line
     assert "in faulty" in caplog.text
 
 
+def test_a_fault_of_the_agent_s_own_is_told_while_the_manager_is_away_too(line_of, manager, monkeypatch, caplog):
+    faults = iter([ConnectionRefusedError("nobody there"), RuntimeError("a fault of ours")])
+    open_again = link_module._Connection.open
+
+    async def faulty(self: link_module._Connection, node: str) -> None:
+        for error in faults:
+            raise error
+        await open_again(self, node)
+
+    monkeypatch.setattr(link_module._Connection, "open", faulty)
+    agent = line_of(manager.unix)
+    assert "nobody there" in agent.hears(LinkLost).reason
+    agent.hears(api.Admitted)
+    assert "RuntimeError: a fault of ours" in caplog.text
+
+
 def test_a_heartbeat_is_asked_for_when_nothing_changes(line_of, manager, monkeypatch):
     monkeypatch.setattr(link_module, "HEARTBEAT_S", 0.05)
     agent = line_of(manager.unix)

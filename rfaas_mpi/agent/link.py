@@ -324,6 +324,7 @@ class ManagerLink:
         self._news = asyncio.Event()                 # of the loop
         self._attempt = 0
         self._reached = True                         # or nobody was told yet that it isn't
+        self._unexpected = ""                        # what was told last of its kind
         self._thread = threading.Thread(target=self._run, name="rfaas-manager-link", daemon=True)
 
     # ---- any thread ----
@@ -427,12 +428,15 @@ class ManagerLink:
         return self._addresses[self._turn % len(self._addresses)]
 
     def _lost(self, error: Exception, *, unexpected: bool = False) -> None:
-        if not self._reached:
+        # That it is away is said once; a fault of ours, each time that it is another one.
+        news, self._reached = self._reached, False
+        if not news and (not unexpected or repr(error) == self._unexpected):
             return
-        self._reached = False
+        self._unexpected = repr(error) if unexpected else ""
         log.log(logging.ERROR if unexpected else logging.WARNING, "node=%s the line to the manager is broken: %s",
                 self._start.node, error, exc_info=error if unexpected else None)
-        self._tell(LinkLost(str(error) or type(error).__name__))
+        if news:
+            self._tell(LinkLost(str(error) or type(error).__name__))
 
     async def _live_once(self) -> None:
         """Until another agent took the node over; raises what broke the line."""

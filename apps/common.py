@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ WHERE = {"local": "here", "remote": "workers", "split": "both", "mpi": "here"}
 PAUSE_NS = 50_000_000   # before bare processes begin: both have long read when
 
 
-class App:
+class App(ABC):
     """One rank's part of an app."""
 
     name = ""
@@ -40,29 +41,51 @@ class App:
     def __init__(self, args: argparse.Namespace, rank: int, ranks: int, executor: rf.Executor) -> None:
         """Makes the arrays, in the executor's memory."""
 
+    @abstractmethod
     def prepare(self, turn: int) -> None:
         """The inputs of round `turn`, which differ from the last one's; forgets all results."""
-        raise NotImplementedError
 
+    @abstractmethod
     def split(self, where: str) -> Any:
         """A split (`Split_init`) of the whole work."""
-        raise NotImplementedError
 
+    @abstractmethod
     def part(self, index: int, of: int) -> Callable[[], object]:
         """Runs one of `of` equal parts by the bare kernel, for the bound."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, turn: int) -> str:
         """What is wrong with the results of round `turn`; empty where they are right."""
-        raise NotImplementedError
 
+    @abstractmethod
     def work(self) -> tuple[float, str]:
         """How much all ranks do in a round, and its unit."""
-        raise NotImplementedError
 
+    @abstractmethod
     def told(self) -> str:
         """How it was checked, in a few words."""
-        raise NotImplementedError
+
+
+class Turns:
+    """One split for each of the constants that an app has one after another; `now()` says which it is."""
+
+    def __init__(self, splits: Sequence[Any], now: Callable[[], int]) -> None:
+        self.splits = splits
+        self._now = now
+
+    @property
+    def split(self) -> Any:
+        return self.splits[self._now()]
+
+    def Run(self) -> Any:
+        return self.split.Run()
+
+    def predict(self) -> Any:
+        return self.split.predict()
+
+    def Free(self) -> None:
+        for split in self.splits:
+            split.Free()
 
 
 def compiled(source: Path, symbol: str) -> rf.Kernel:

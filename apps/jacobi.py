@@ -183,30 +183,22 @@ class Jacobi(common.App):
                 "and the residual is what is left")
 
 
-class Sweeps:
+class Sweeps(common.Turns):
     """The sweeps of a round: those of its matrix, one after another."""
 
     def __init__(self, app: Jacobi, splits: list[Any]) -> None:
+        super().__init__(splits, lambda: app.now(app.turn))
         self.app = app
-        self.splits = splits
-
-    def _now(self) -> Any:
-        return self.splits[self.app.now(self.app.turn)]
 
     def Run(self) -> None:
-        split = self._now()
         for done in range(1, self.app.sweeps + 1):
-            split.Run()
+            self.split.Run()
             self.app.exchange(done)
 
     def predict(self) -> Any:
-        one = self._now().predict()
+        one = self.split.predict()
         return dataclasses.replace(one, **{name: value * self.app.sweeps for name in ("here_s", "split_s")
                                            if (value := getattr(one, name)) is not None})
-
-    def Free(self) -> None:
-        for split in self.splits:
-            split.Free()
 
 
 if __name__ == "__main__":

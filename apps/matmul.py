@@ -109,7 +109,7 @@ class Matmul(common.App):
     def split(self, where: str) -> Any:
         splits = [self.executor.Split_init(self.kernel, (self.a, constant), self.c, grain=1, where=where)
                   for constant in self.constants]
-        return Turns(self, splits)
+        return common.Turns(splits, lambda: int(self.turn > self.middle))
 
     def part(self, index: int, of: int) -> Callable[[], object]:
         rows = slice(len(self.a) * index // of, len(self.a) * (index + 1) // of)
@@ -124,27 +124,6 @@ class Matmul(common.App):
 
     def told(self) -> str:
         return "every entry equals" if self.n <= EXACT else "Freivalds' check with three vectors"
-
-
-class Turns:
-    """The split of the round that is being run: each constant has its own."""
-
-    def __init__(self, app: Matmul, splits: list[Any]) -> None:
-        self.app = app
-        self.splits = splits
-
-    def _now(self) -> Any:
-        return self.splits[self.app.turn > self.app.middle]
-
-    def Run(self) -> Any:
-        return self._now().Run()
-
-    def predict(self) -> Any:
-        return self._now().predict()
-
-    def Free(self) -> None:
-        for split in self.splits:
-            split.Free()
 
 
 if __name__ == "__main__":

@@ -200,9 +200,9 @@ class Transport(common.App):
         self.tallies.fill(-1)
 
     def split(self, where: str) -> Any:
-        return Turns(self, [self.executor.Split_init(
+        return common.Turns([self.executor.Split_init(
             self.kernel, (constant, self.key, self.low), self.tallies, whole=(1,), index=True, grain=1,
-            where=where) for constant in self.constants])
+            where=where) for constant in self.constants], lambda: self.now(self.turn))
 
     def part(self, index: int, of: int) -> Callable[[], object]:
         first, last = len(self.tallies) * index // of, len(self.tallies) * (index + 1) // of
@@ -260,27 +260,6 @@ class Transport(common.App):
 
     def told(self) -> str:
         return f"{', '.join(self.found.values())}; each batch's tallies are the rank's own"
-
-
-class Turns:
-    """The split of the round that is being run: each slab has its own."""
-
-    def __init__(self, app: Transport, splits: list[Any]) -> None:
-        self.app = app
-        self.splits = splits
-
-    def _now(self) -> Any:
-        return self.splits[self.app.now(self.app.turn)]
-
-    def Run(self) -> Any:
-        return self._now().Run()
-
-    def predict(self) -> Any:
-        return self._now().predict()
-
-    def Free(self) -> None:
-        for split in self.splits:
-            split.Free()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import transports
 from test_apps import mpiexec, needs_two_cores
+from verdicts import first_failed
 
 import rfaas_mpi as rf
 
@@ -146,15 +147,7 @@ def test_a_worker_that_lies_fails_the_verdict(jacobi, lie, first):
     with rf.Executor(workers=1) as executor:
         app = jacobi.Jacobi(arguments(), 0, 1, executor)
         app.kernel = lying(lie, app.kernel)
-        split = app.split("workers")
-        found = None
-        for turn in range(3):
-            app.prepare(turn)
-            split.Run()
-            if app.check(turn):
-                found = turn
-                break
-        split.Free()
+        found, _ = first_failed(app)
     assert found == first
 
 

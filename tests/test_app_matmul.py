@@ -12,6 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from test_apps import mpiexec, needs_two_cores
+from verdicts import first_failed
 
 import rfaas_mpi as rf
 from rfaas_mpi.planner import grid
@@ -95,15 +96,7 @@ def test_a_worker_that_lies_fails_the_verdict(matmul, monkeypatch, lie, first, e
     with rf.Executor(workers=1) as executor:
         app = matmul.Matmul(args, 0, 1, executor)
         app.kernel = lying(lie, len(grid(96, 2 * 96 * 8, 1)))
-        split = app.split("workers")
-        found = None
-        for turn in range(3):
-            app.prepare(turn)
-            split.Run()
-            if app.check(turn):
-                found = turn
-                break
-        split.Free()
+        found, _ = first_failed(app)
     assert found == first
 
 

@@ -265,14 +265,19 @@ def test_a_seat_is_charged_for_what_its_workers_held_or_the_manager_s_record_whi
     assert (row["workers"], row["core_s"]) == (3, 28.0)
 
 
-def test_a_lost_lease_is_charged_until_its_agent_was_last_heard_of_and_a_later_word_of_it_isn_t_added(opened):
-    ledger = opened()
-    registry = Registry(ledger, pick_cores, 0.0)
-
+def reporter(registry: Registry) -> Callable[..., None]:
+    """report(clock_s, *live): node n0 says at that second of its own clock which leases live there."""
     def report(clock_s: int, *live: LiveLease) -> None:
         registry.handle(NodeReport(node="n0", spare=(0, 1), memory_bytes=8 * GIB, incarnation=1, live=live,
                                    clock_ns=clock_s * 10**9), float(clock_s))
         registry.reported("n0", 1, clock_s * 10**9)
+    return report
+
+
+def test_a_lost_lease_is_charged_until_its_agent_was_last_heard_of_and_a_later_word_of_it_isn_t_added(opened):
+    ledger = opened()
+    registry = Registry(ledger, pick_cores, 0.0)
+    report = reporter(registry)
     report(1)
     registry.handle(Demand(session=7, request_id=1, uid=1000, workers_min=2, workers_max=2), 1.0)
     [granted] = registry.flush()
@@ -477,11 +482,7 @@ def test_what_is_too_old_is_dropped_a_little_at_a_time_until_nothing_is_left(ope
 def test_a_node_that_dies_while_no_manager_is_there_is_charged_until_it_was_last_heard_of(opened):
     ledger = opened()
     registry = Registry(ledger, pick_cores, 0.0)
-
-    def report(clock_s: int, *live: LiveLease) -> None:
-        registry.handle(NodeReport(node="n0", spare=(0, 1), memory_bytes=8 * GIB, incarnation=1, live=live,
-                                   clock_ns=clock_s * 10**9), float(clock_s))
-        registry.reported("n0", 1, clock_s * 10**9)
+    report = reporter(registry)
     report(1)
     registry.handle(Demand(session=7, request_id=1, uid=1000, workers_min=2, workers_max=2), 1.0)
     [granted] = registry.flush()

@@ -185,18 +185,21 @@ static int initialise(struct verbs_link *v, struct verbs_side *side)
         return rfm_verbs_fail(RFM_ERR_SYSTEM, "%s: a queue pair can't be "
                               "initialised: %s", side->dev.name, strerror(rc));
     }
+    /* the link has joined: its receives are the side's lock's, as in received() */
+    verbs_take_lock(&side->lock);
     for (uint32_t i = 0; i < n; i++) {
         v->recvs[i].wr_id = verbs_wr_id(VERBS_RECV, v->index, 0);
         v->recvs[i].next  = (i + 1 < n) ? &v->recvs[i + 1] : NULL;
     }
     v->to_flush = n;
     rc = ibv_post_recv(v->qp, v->recvs, &bad);
+    v->recvs[v->batch - 1].next = NULL;
+    verbs_unlock(&side->lock);
     if (rc != 0) {
         return rfm_verbs_fail(RFM_ERR_SYSTEM,
                               "%s: receives can't be posted: %s", side->dev.name,
                               strerror(rc));
     }
-    v->recvs[v->batch - 1].next = NULL;
     return RFM_OK;
 }
 

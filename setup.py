@@ -26,9 +26,8 @@ CYTHON_FLAGS = ["-Wno-unused-parameter", "-Wno-unused-function",
 COPIES = {
     # For a user's own native kernels: rfaas_mpi.get_include().
     "include": ["csrc/rfm_call.h"],
-    # What `rfaas demo` runs.
-    "apps": ["apps/blackscholes.py", "apps/thumbnails.py", "apps/common.py", "apps/matmul.py", "apps/matmul.c",
-             "apps/jacobi.py", "apps/jacobi.c", "apps/transport.py", "apps/transport.c"],
+    # What `rfaas demo` and `rfaas app` run.
+    "apps": sorted([*glob("apps/*.py"), *glob("apps/*.c")]),
 }
 
 # The verbs transport: built where its headers are, loaded where its library is. The

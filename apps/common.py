@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -90,6 +91,8 @@ class Turns:
 
 def compiled(source: Path, symbol: str) -> rf.Kernel:
     """The kernel `symbol` of a C file, compiled for this machine."""
+    if shutil.which("gcc") is None:
+        raise SystemExit(f"there is no gcc, which {source.name} needs: install it, or choose another --kernel")
     with tempfile.TemporaryDirectory() as scratch:
         library = Path(scratch, "kernel.so")
         subprocess.run(["gcc", "-O3", "-march=native", "-std=c11", "-fPIC", "-shared", f"-I{rf.get_include()}",

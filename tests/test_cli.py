@@ -14,7 +14,7 @@ import pytest
 from rfaas_mpi._version import __version__
 from rfaas_mpi.cli import output
 
-COMMANDS = [(), ("demo",), ("up",), ("down",), ("status",), ("doctor",), ("bench",), ("bench", "latency"),
+COMMANDS = [(), ("demo",), ("app",), ("up",), ("down",), ("status",), ("doctor",), ("bench",), ("bench", "latency"),
             ("bench", "throughput"), ("bench", "payload"), ("bench", "cold"), ("bench", "all"), ("version",)]
 GROUPS = [(), ("bench",)]
 

@@ -66,6 +66,54 @@ def demo(out: Output, n_options: int, directory: Path) -> None:
         raise Finished(output.FAILED)
 
 
+@app.command("app", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+             epilog=examples("rfaas app", "rfaas app matmul --help", "rfaas app --describe matmul",
+                             "rfaas app matmul --n 500 --mode local --mode split",
+                             "rfaas app --ranks 2 jacobi --mode mpi"))
+@click.option("--list", "listing", is_flag=True, help="List the apps; the default.")
+@click.option("--describe", is_flag=True, help="Say what the app is and how it is checked; run nothing.")
+@click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True, help="MPI ranks that run it.")
+@common
+@click.argument("name", metavar="[NAME", required=False)
+@click.argument("arguments", metavar="[ARGUMENT]...]", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def app_(context: click.Context, name: str | None, arguments: tuple[str, ...], listing: bool, describe: bool,
+         ranks: int) -> None:
+    """List, describe and run the apps.
+
+    Small applications of the kinds that are common on such machines, each with
+    the same arguments for the rank's core alone, borrowed cores, and both.
+
+    Options before NAME are of this command; those after it are the app's own,
+    and `rfaas app NAME --help` shows them. The app runs under mpiexec, and the
+    exit status is its own. With --json before NAME the answer has what the app
+    reports, and what it prints goes to stderr.
+    """
+    from rfaas_mpi.cli import apps
+    out: Output = context.obj
+    # Behind NAME it is an option of the app.
+    out.json = context.get_parameter_source("json") is click.core.ParameterSource.COMMANDLINE
+    if name is None or listing:
+        found = apps.find()
+        out.answer({"apps": [apps.as_json(one) for one in found.values()]}, apps.as_text(found))
+        return
+    try:
+        chosen = apps.named(name)
+    except KeyError as error:
+        raise click.UsageError(error.args[0]) from None
+    if describe:
+        out.answer(apps.as_json(chosen), apps.described(chosen))
+        return
+    if not out.json:
+        if (status := apps.run(chosen, arguments, ranks)) != output.OK:
+            raise Finished(status)
+        return
+    data = apps.run_quietly(chosen, arguments, ranks, out.progress)
+    out.answer(data, [])
+    if not data["ok"]:
+        raise Finished(data["status"])
+
+
 # --- the service ---------------------------------------------------------------
 
 def elsewhere(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rfaas_mpi import config
-from rfaas_mpi.errors import ConfigError, RFaaSError
+from rfaas_mpi.cli.apps import apps_directory, launcher
+from rfaas_mpi.errors import ConfigError
 
 __all__ = ["apps_directory", "launcher", "run"]
 
@@ -22,30 +22,6 @@ NEEDED = ("mpi4py", "scipy", "skimage", "matplotlib")
 TIMEOUT_S = 1800.0
 
 RANK, WORKER, REPLACED, BOUND, KILL = "#3b6ea8", "#e08a2b", "#4f9d69", "#9aa0a6", "#c0392b"
-
-
-def apps_directory() -> Path:
-    """Where blackscholes.py and thumbnails.py lie: in the package, or in a checkout.
-
-    Raises RFaaSError where the package was installed without them.
-    """
-    package = Path(__file__).resolve().parents[1]
-    for directory in (package / "apps", package.parent / "apps"):
-        if (directory / "blackscholes.py").is_file():
-            return directory
-    raise RFaaSError(f"the apps of the demo are not in {package / 'apps'}", hint="reinstall rfaas_mpi")
-
-
-def launcher() -> str:
-    """The mpiexec that belongs to this interpreter, else the first on the PATH.
-
-    Raises ConfigError where there is none.
-    """
-    beside = Path(sys.executable).with_name("mpiexec")
-    found = str(beside) if beside.is_file() else shutil.which("mpiexec")
-    if found is None:
-        raise ConfigError("there is no mpiexec", hint="pip install 'rfaas_mpi[demo]'")
-    return found
 
 
 def run(*, n_options: int, out_dir: Path,

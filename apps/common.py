@@ -11,6 +11,7 @@ An app is a class; see `App`. It runs in these modes, with the same arguments:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,63 @@ class Turns:
     def Free(self) -> None:
         for split in self.splits:
             split.Free()
+
+
+class Steps(Turns):
+    """Splits of which a round runs so many, one after another; `done()` is called after each."""
+
+    def __init__(self, splits: Sequence[Any], now: Callable[[], int], steps: int, done: Callable[[], None]) -> None:
+        super().__init__(splits, now)
+        self.steps = steps
+        self._done = done
+
+    def Run(self) -> None:
+        for _ in range(self.steps):
+            self.split.Run()
+            self._done()
+
+    def predict(self) -> Any:
+        one = self.split.predict()
+        return dataclasses.replace(one, **{name: value * self.steps for name in ("here_s", "split_s")
+                                           if (value := getattr(one, name)) is not None})
+
+
+def total(value: float, ranks: int) -> float:
+    """The sum of all ranks' values."""
+    if ranks == 1:
+        return value
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.allreduce(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unforeseen:
+    """What is known beforehand of work that no planner divides: nothing."""
+
+    predicted_s: None = None
+
+
+class Mapped:
+    """In a split's place: workers are sent items by `Executor.starmap`, and answer in any order.
+
+    `items()` are a run's, tuples of arguments; `take` is given each answer, and
+    has to find out from it what it answers.
+    """
+
+    def __init__(self, executor: rf.Executor, call: Callable[..., Any], items: Callable[[], Iterable[Sequence[Any]]],
+                 take: Callable[[Any], None], chunksize: int = 1) -> None:
+        self._executor, self._call, self._items, self._take, self._chunksize = executor, call, items, take, chunksize
+
+    def Run(self) -> None:
+        for answer in self._executor.starmap(self._call, self._items(), chunksize=self._chunksize, unordered=True):
+            self._take(answer)
+
+    def predict(self) -> Unforeseen:
+        return Unforeseen()
+
+    def Free(self) -> None:
+        """It holds nothing."""
 
 
 def compiled(source: Path, symbol: str) -> rf.Kernel:

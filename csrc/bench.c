@@ -492,6 +492,33 @@ BENCH_API int32_t rfm_bench_double(const struct rfm_call *call)
     return 0;
 }
 
+BENCH_API int32_t rfm_bench_iterate(const struct rfm_call *call)
+{
+    const double *x;
+    double       *y;
+    uint64_t      rounds, i, r;
+
+    if ((call->n_in != 2) || (call->n_out != 1) ||
+        (call->inputs[0].size > call->outputs[0].capacity) ||
+        (call->inputs[1].size != sizeof(rounds))) {
+        return -1;
+    }
+    x      = call->inputs[0].ptr;
+    y      = call->outputs[0].ptr;
+    rounds = *(const uint64_t *)call->inputs[1].ptr;
+    for (i = 0; i < call->inputs[0].size / sizeof(*x); i++) {
+        double value = x[i];
+
+        /* Each round needs the one before: time in proportion to rounds. */
+        for (r = 0; r < rounds; r++) {
+            value = value * 0.5 + 1.0;
+        }
+        y[i] = value;
+    }
+    call->outputs[0].size = call->inputs[0].size;
+    return 0;
+}
+
 BENCH_API int rfm_bench_local(const double *x, double *y, uint64_t count)
 {
     double_values(x, y, count);

@@ -460,6 +460,10 @@ class Kernel:
         scalar = tuple(array.ndim == 0 for array in inputs)
         return PythonCall(self._function, self.name, self.wants_out, scalar, len(outputs)).bind(inputs, outputs)
 
+    def native(self) -> native.NativeFunction | None:
+        """The function itself, loaded here; None for Python kernels."""
+        return self._origin.local() if self.kind in _ABI_OF else None
+
     def __repr__(self) -> str:
         form = {KIND_NATIVE: "native", KIND_PLAIN: "plain native", KIND_OBJECT: "object"}.get(self.kind, "Python")
         return f"<{form} kernel {self.name}>"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,13 +25,15 @@ def inside_kernel() -> bool:
     return getattr(_here, "depth", 0) > 0
 
 
-@contextmanager
-def as_kernel() -> Iterator[None]:
+class as_kernel:
     """What is run here is a kernel: `inside_kernel` is true meanwhile."""
-    _here.depth = getattr(_here, "depth", 0) + 1
-    try:
-        yield
-    finally:
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        _here.depth = getattr(_here, "depth", 0) + 1
+
+    def __exit__(self, *_error: object) -> None:
         _here.depth -= 1
 
 

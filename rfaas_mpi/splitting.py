@@ -242,6 +242,8 @@ class Split:
                                    _HAND_S if persistent else _HAND_ANEW_S)
         self._warm = splits.warm(kernel.digest)
         self._thunks: list[Callable[[], Any] | None] = [None] * (len(self._cells) if self._cells else 0)
+        # Of a native kernel; False for others, whose cells have a thunk each.
+        self._calls: Any = None
         self._requests: dict[int, Request] = {}
         self._freed = False
         if peers := crew.peers(self._read, self._written):
@@ -322,6 +324,7 @@ class Split:
             request.Free()
         self._requests.clear()
         self._thunks = []
+        self._calls = None
 
     def __repr__(self) -> str:
         count = len(self._cells) if self._cells else 0
@@ -343,9 +346,15 @@ class Split:
         return tuple(read), tuple([array[part] for array in self._written])
 
     def _run_here(self, first: int, stop: int) -> None:
-        thunks = self._thunks
         try:
             with local.as_kernel():
+                calls = self._calls
+                if calls is None:
+                    calls = self._calls = self._laid_out()
+                if calls is not False:
+                    calls.run(first, stop)
+                    return
+                thunks = self._thunks
                 for cell in range(first, stop):
                     thunk = thunks[cell]
                     if thunk is None:
@@ -359,6 +368,25 @@ class Split:
             raise codec.error_for_bind(codec.dumps_error(error)) from error
         except BaseException as error:
             raise codec.error_for_invoke(codec.dumps_error(error)) from error
+
+    def _laid_out(self) -> Any:
+        """All cells' calls of a native kernel on the rank, which run without a step of Python's between them."""
+        function = self._kernel.native()
+        if function is None:
+            return False
+        from rfaas_mpi.fabric import Calls
+        assert self._cells is not None
+        given = [(*_span(array), 0 if is_whole else _row_bytes(array), 0)
+                 for array, is_whole in zip(self._read, self._whole, strict=True)]
+        keep = [function, *self._read, *self._written, *self._partials]
+        if self._index:
+            starts = np.array(self._cells.edges[:-1], np.int64)
+            given.append((*_span(starts), 0, 8))
+            keep.append(starts)
+        outs = [(*_span(array), 0, _row_bytes(array)) for array in self._partials] or [
+            (*_span(array), _row_bytes(array), 0) for array in self._written]
+        return Calls(function.address, function.abi == "plain", function.name, self._cells.edges, [*given, *outs],
+                     len(outs), keep)
 
     def _request(self, cell: int) -> Request:
         found = self._requests.get(cell)
@@ -577,6 +605,10 @@ def _read_only(array: np.ndarray) -> np.ndarray:
     view = array.view()
     view.flags.writeable = False
     return view
+
+
+def _row_bytes(array: np.ndarray) -> int:
+    return array.nbytes // len(array)
 
 
 def _span(array: np.ndarray) -> tuple[int, int]:

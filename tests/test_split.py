@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import kernels_for_tests as k
 import numpy as np
@@ -149,6 +150,54 @@ def test_a_split_runs_again_on_what_its_arrays_hold_now(ex):
     split.Free()
     with pytest.raises(ClosedError, match="freed"):
         split.Run()
+
+
+NATIVE = str(Path(rf.__file__).with_name("_native_kernels.so"))
+
+
+def native(symbol: str, abi: str = "rfm") -> rf.Kernel:
+    return rf.Kernel.from_library(NATIVE, symbol, abi=abi)
+
+
+def test_native_kernels_are_called_once_for_each_cell_wherever_they_run(ex):
+    random = np.random.default_rng(8)
+    for rows in (1, 100, 50_001):
+        x, plain = random.standard_normal(rows), ex.array(random.standard_normal(rows))
+        for where in WHERE:
+            for given in (x, plain):
+                out = ex.empty(rows)
+                ex.Split(native("rfm_scale2"), given, out, where=where)
+                assert np.array_equal(out, 2 * given)
+                out = np.full(rows, np.nan)
+                ex.Split(native("rfm_plain_echo", "plain"), given, out, where=where)
+                assert np.array_equal(out, given)
+    x = random.standard_normal(200_000)
+    cells = grid(200_000, 8)
+    for where in WHERE:
+        total, count = np.empty(()), np.empty((), np.uint64)
+        ex.Split(native("rfm_sum"), (x, np.array(7.0)), (total, count), whole=(1,), reduce=np.add, where=where)
+        one = np.empty(1), np.empty(1, np.uint64)
+        expected = None
+        for k in range(len(cells)):
+            native("rfm_sum").run((x[cells.cell(k)], np.array(7.0)), one)
+            expected = one[0][0] if expected is None else expected + one[0][0]
+        assert total == expected
+
+
+def test_a_native_kernel_s_cells_are_told_where_they_begin(ex):
+    cells = grid(10_000, 8)
+    for where in WHERE:
+        out = ex.array(np.full(10_000, -1))
+        ex.Split(native("rfm_echo"), (), out, index=True, where=where)
+        assert all(out[k] == k for k in cells.edges[:-1]) and (out < 0).sum() == 10_000 - len(cells)
+
+
+@pytest.mark.parametrize("symbol, said", [("rfm_bad_negative", "returned -"), ("rfm_bad_length", "says that it wrote")])
+def test_a_native_kernel_that_fails_raises_wherever_it_ran(ex, symbol, said):
+    x, out = np.ones(20_000), np.empty(20_000)
+    for where in WHERE:
+        with pytest.raises(KernelError, match=said):
+            ex.Split(native(symbol), x, out, where=where)
 
 
 # --- who runs what -------------------------------------------------------------------------

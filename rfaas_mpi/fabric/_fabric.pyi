@@ -128,6 +128,16 @@ def wait_all(requests: Sequence[Request], timeout_s: float | None = None) -> boo
 def wait_any(requests: Sequence[Request], timeout_s: float | None = None) -> int:
     """Index of one request that ended; -1 after the time-out."""
 
+class Calls:
+    """A native kernel's calls on memory of this process, one for each cell of a grid, laid out before.
+
+    `arguments`: inputs, then `n_out` outputs: (address, bytes, bytes for each row of the grid, bytes for each
+    cell). `keep` is what keeps them, and the kernel, where they are."""
+    def __init__(self, address: int, plain: bool, name: str, edges: Sequence[int],
+                 arguments: Sequence[tuple[int, int, int, int]], n_out: int, keep: object) -> None: ...
+    def run(self, first: int, stop: int) -> None:
+        """Runs cells first to stop without the GIL; KernelError as a worker would raise it."""
+
 class WorkerHandlers(Protocol):
     """What the Python side of a worker supplies."""
     def load_kernel(self, kind: int, digest: bytes, blob: memoryview) -> object:

@@ -223,7 +223,11 @@ cdef extern from "rfm.h" nogil:
         uint64_t capacity
 
     struct rfm_call:
-        pass
+        uint32_t version
+        uint32_t n_in
+        uint32_t n_out
+        const rfm_buf *inputs
+        rfm_buf *outputs
 
     ctypedef int32_t rfm_kernel_fn(const rfm_call *call)
     ctypedef uint32_t rfm_plain_fn(void *data, uint32_t size, void *out)

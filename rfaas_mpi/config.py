@@ -165,7 +165,7 @@ class Settings:
     lease_timeout_s: float = _setting(10.0, _number(float, 0), "how long to wait for cores when none is spare")
     idle_s: float | None = _setting(None, _number(float, 0.01, 86400),
                                     "workers beyond the least go back when all were idle for so long, and are asked "
-                                    "for when calls queue; not with `comm`; default: kept")
+                                    "for when calls queue; default: kept")
     zygote_idle_s: float = _setting(300.0, _number(float, 0), "how long a zygote without workers stays")
     meter_s: float = _setting(10.0, _number(float, 0.01, 3600), "how often an agent tells what its workers have used")
     usage_days: int = _setting(400, _number(int, 31, 36500), "for how many days a manager keeps sums of what was used")

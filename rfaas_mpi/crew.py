@@ -181,7 +181,8 @@ class Crew:
                 stats = self.invoker.stats()
                 # Whoever crashed and is replaced needs no substitute.
                 workers = max(len(lending.workers), lending.seats)
-                change = elastic.decide(Facts(workers, stats["queued"], stats["in_flight"]), time.monotonic())
+                facts = Facts(workers, stats["queued"], stats["in_flight"], lending.shared_seats, lending.lost_seats)
+                change = elastic.decide(facts, time.monotonic())
                 if change > 0:
                     given = 0
                     try:

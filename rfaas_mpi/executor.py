@@ -54,8 +54,10 @@ class Executor(concurrent.futures.Executor):
     for none to so many, as the standard library's executors do; neither asks
     for all cores that are spare. With `comm`, a communicator of mpi4py, so many are
     leased for all of its ranks together, by one demand, and each rank gets its share:
-    all of them call this with the same arguments, without `idle_s`. What fails on one of them,
-    or that one is not heard of any more, is raised by all, within ten seconds. Where none is
+    all of them call this with the same arguments. What fails on one of them, or that one is not
+    heard of any more, is raised by all, within ten seconds. With `idle_s` few are leased at
+    first; each executor asks for more when its calls queue, and gives back what it hasn't
+    needed for so long, down to `min` for all ranks and never beyond `max`. Where none is
     granted, kernels run on the rank and one warning says why. `transport="inline"` runs every kernel in this
     process, for a debugger. `service="tcp://HOST:PORT"` and `key_file` name a
     service on another node; `manager` names a cluster's, and workers are then on
@@ -99,18 +101,18 @@ class Executor(concurrent.futures.Executor):
             first = most if idle_s is None else max(1, least)
             crew.hire(lambda lending: lending.hire(least, first, cores_per_worker, self._settings.memory_per_worker))
             if idle_s is not None and not crew.inline:
-                crew.stretch(Elastic(max(1, least), most, idle_s), cores_per_worker)
+                crew.stretch(Elastic(least, most, idle_s), cores_per_worker)
         else:
             from rfaas_mpi import mpi
 
             def ask() -> mpi.Ask:
                 crew, least, most = set_up()
-                if self._settings.idle_s is not None:
-                    raise ConfigError("idle_s is for executors of one rank", hint="leave idle_s or comm out")
                 return mpi.Ask(crew, _terms(least, most, cores_per_worker, initializer, self._settings), least, most,
                                cores_per_worker)
-            mpi.hire(comm, ask)
-            crew = self._open()
+            more = mpi.hire(comm, ask)
+            crew, idle_s = self._open(), self._settings.idle_s
+            if idle_s is not None and not crew.inline:
+                crew.stretch(Elastic(0, more, idle_s), cores_per_worker)
         if crew.alone and not crew.inline:
             crew.said_fallback = True
             why = crew.lending.why if crew.lending is not None else None
@@ -502,7 +504,7 @@ def _demand(workers: tuple[int, int] | int | None, max_workers: int | None,
 
 # Of these settings all ranks of a communicator have the same; the others say where a rank is.
 _COMMON = ("service", "manager", "transport", "lend", "lease_duration_s", "lease_timeout_s", "spin_us", "slots",
-           "slot_bytes", "memory_per_worker", "sandbox", "worker_prefix", "fallback", "integrity")
+           "slot_bytes", "idle_s", "memory_per_worker", "sandbox", "worker_prefix", "fallback", "integrity")
 
 
 def _terms(least: int, most: int | None, cores_per_worker: int, initializer: Callable[..., Any] | None,

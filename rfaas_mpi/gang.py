@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["RANKS_MAX", "disagreement", "ranks_text", "shares"]
+__all__ = ["RANKS_MAX", "allowances", "disagreement", "owners", "ranks_text", "shares"]
 
 RANKS_MAX = 64
 """Ranks that one worker serves."""
@@ -71,6 +71,36 @@ def shares(ranks: Sequence[str], workers: Sequence[str], most: int = RANKS_MAX) 
         for rank, group in enumerate(_groups(ranks, [workers[number] for number in others], most)):
             given[rank] += [others[number] for number in group]
     return [tuple(mine) for mine in given]
+
+
+def owners(shares: Sequence[Sequence[int]], workers: int) -> list[int]:
+    """For each of so many workers the one rank of those that use it that may lease another one in its place.
+
+    Each worker has a rank that uses it; no rank owns more than it has to.
+    """
+    users: list[list[int]] = [[] for _ in range(workers)]
+    for rank, mine in enumerate(shares):
+        for number in mine:
+            users[number].append(rank)
+    count = [0] * len(shares)
+    found = []
+    for ranks in users:
+        found.append(min(ranks, key=lambda rank: (count[rank], rank)))
+        count[found[-1]] += 1
+    return found
+
+
+def allowances(more: int | None, ranks: int, owners: Iterable[int]) -> list[int | None]:
+    """How many workers each rank may lease besides those that are there; all of them `more` (None: any number).
+
+    What can't be divided goes to ranks that own least of what is there.
+    """
+    if more is None:
+        return [None] * ranks
+    each, rest = divmod(max(0, more), ranks)
+    has = Counter(owners)
+    poorest = sorted(range(ranks), key=lambda rank: (has[rank], rank))[:rest]
+    return [each + (rank in poorest) for rank in range(ranks)]
 
 
 def _groups(ranks: Sequence[str], workers: Sequence[str], most: int) -> list[Sequence[int]]:

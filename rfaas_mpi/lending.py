@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -93,9 +93,12 @@ class Lending:
         self._whys: dict[tuple[int, int], str] = {}
         self._own = True                                 # nobody else uses these workers
         self._keeps = True                               # the leases end no sooner than we
-        # Of leases that are shared: on which cores our workers are, and who they have been.
-        self._only: dict[int, set[tuple[int, ...]]] | None = None
-        self._mine: set[tuple[int, int]] = set()
+        # Of leases that ranks share: on which cores our workers are, who they have been, and which of those places
+        # nobody but us replaces; leases of which we have nothing.
+        self._only: dict[int, set[tuple[int, ...]]] = {}
+        self._mine: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._owned: set[tuple[int, tuple[int, ...]]] = set()
+        self._left: frozenset[int] = frozenset()
         self._closed = False
         self.memory_limit = 0
         self.alone = True
@@ -153,12 +156,12 @@ class Lending:
         return len(grant.workers)
 
     def give_back(self, workers: int) -> int:
-        """Gives whole leases back with at most so many workers, the newest first; how many.
+        """Gives whole leases back with at most so many workers, the newest first; how many. None that ranks share.
 
         What these run has the time that a release gives it; what they have not begun runs elsewhere.
         """
         with self._lock:
-            count: dict[int, int] = dict.fromkeys(self._leases, 0)
+            count: dict[int, int] = dict.fromkeys((lease for lease in self._leases if lease not in self._only), 0)
             for lease, _ in self._channels:
                 if lease in count:
                     count[lease] += 1
@@ -193,25 +196,28 @@ class Lending:
         self._own = self._keeps = False
         self._accept(grant)
 
-    def take(self, part: Grant) -> None:
+    def take(self, part: Grant, owned: Collection[tuple[int, int]] = (), whole: Grant | None = None) -> None:
         """Connects to the workers of a part of what another rank leased for all, and keeps those leases, too.
 
-        Raises ServiceError for a lease that has ended meanwhile, and as `hire`.
+        `owned` names those of its workers (by lease and number) that nobody but this rank is to have replaced by
+        others; `whole` is what this process leased for all, if it did. Raises ServiceError for a lease that has
+        ended meanwhile, and as `hire`.
         """
-        self._own = False
-        self._only = {lease.id: {worker.cores for worker in lease.workers} for lease in part.leases}
         with self._lock:
-            self._mine = {(lease.id, worker.number) for lease in part.leases for worker in lease.workers}
+            self._only = {lease.id: {worker.cores for worker in lease.workers} for lease in part.leases}
+            self._mine = {(lease.id, worker.number): worker.cores for lease in part.leases for worker in lease.workers}
+            self._owned = {(key[0], cores) for key, cores in self._mine.items() if key in owned}
+            if whole is not None:
+                self._left = frozenset(lease.id for lease in whole.leases) - set(self._only)
         for failure in each(self.session.hold, part.leases):
             if failure is not None:
                 raise failure
         self._accept(part)
 
-    def leave_to_others(self, whole: Grant) -> None:
+    def leave_to_others(self) -> None:
         """Lets go of the leases that this process asked for and of which it has no worker."""
-        for lease in whole.leases:
-            if lease.id not in (self._only or {}):
-                self.session.release(lease)
+        for lease in sorted(self._left):
+            self.session.release(lease)
 
     def _accept(self, grant: Grant) -> None:
         if not grant.leases:
@@ -370,13 +376,30 @@ class Lending:
     @property
     def seats(self) -> int:
         """How many workers there are or will be: one that ended under a lease that lives is replaced."""
+        return sum(self._seats().values())
+
+    @property
+    def shared_seats(self) -> int:
+        """How many of them are of leases that ranks share."""
+        return sum(count for lease, count in self._seats().items() if lease in self._only)
+
+    @property
+    def lost_seats(self) -> int:
+        """How many of those that nobody but this process may have replaced by others are gone, each with its lease."""
+        with self._lock:
+            there = {(key[0], self._mine.get(key)) for key in (*self._channels, *self._unreached)
+                     if key not in self._leaving}
+            return sum(lease not in self._leases or (lease not in self._awaited and (lease, cores) not in there)
+                       for lease, cores in self._owned)
+
+    def _seats(self) -> dict[int, int]:
         with self._lock:
             connected = dict.fromkeys(self._leases, 0)
             for key in self._channels:
                 if key[0] in connected and key not in self._leaving:
                     connected[key[0]] += 1
-            return sum(len(self._leases[lease].workers) if lease in self._awaited else count
-                       for lease, count in connected.items())
+            return {lease: len(self._leases[lease].workers) if lease in self._awaited else count
+                    for lease, count in connected.items()}
 
     # -- what the requests ask ---------------------------------------------------------------------
 
@@ -421,7 +444,7 @@ class Lending:
             shared = self._ways.get(lease, self._way) == "shm"
         if channel is None:
             return
-        if shared and self._own:
+        if shared and self._alone_with(lease):
             self.session.kill(lease, worker, "link")
         else:
             # Not closed: that gives it two seconds to let go by itself.
@@ -511,16 +534,23 @@ class Lending:
                 self._whys[key] = self._channels[key].why
         for lease, worker in overdue:
             log.warning("lease=%d worker=%d is replaced: %s", lease, worker, self._broke(lease, worker))
-            if self._own:
+            if self._alone_with(lease):
                 # It may still run what is run elsewhere now. Its successor is told as any other.
                 self._have_done("mend", lease, worker, functools.partial(self.session.kill, lease, worker, "link"))
             else:
                 self._have_done("mend", lease, worker, functools.partial(self._dial_again, lease, worker))
 
+    def _alone_with(self, lease: int) -> bool:
+        """True if no other process uses the workers of this lease."""
+        return self._own and lease not in self._only
+
     def _dial_again(self, lease: int, worker: int) -> None:
         """Another connection to a worker that belongs to another process."""
         with self._lock:
             broken, grant = self._channels.pop((lease, worker), None), self._leases.get(lease)
+            if grant is not None:
+                # Meanwhile it is not gone.
+                self._awaited[lease] = time.monotonic() + REPLACEMENT_S
         if broken is not None:
             broken.close()
         if grant is None:
@@ -531,14 +561,14 @@ class Lending:
             with self._lock:
                 self._whys[lease, worker] = str(error)
             self._bury(WorkerEnded(lease, worker, "infrastructure", "link"))
+        else:
+            with self._lock:
+                self._awaited.pop(lease, None)
         self._look()
 
     def _handle(self, event: msg.AnyEvent) -> None:
-        if self._only is not None and isinstance(event, (msg.Log, msg.WorkerReady, msg.WorkerEnded)):
-            if isinstance(event, msg.WorkerReady) and event.cores in self._only.get(event.lease, ()):
-                self._mine.add((event.lease, event.worker))
-            if (event.lease, event.worker) not in self._mine:
-                return
+        if isinstance(event, (msg.Log, msg.WorkerReady, msg.WorkerEnded)) and not self._concerns(event):
+            return
         match event:
             case msg.Log():
                 self._print(event)
@@ -566,6 +596,15 @@ class Lending:
                     channel.kill()
                     channel.close()
                 self._look()
+
+    def _concerns(self, event: msg.Log | msg.WorkerReady | msg.WorkerEnded) -> bool:
+        """Whether it is about a worker of ours, and not another rank's of the same lease."""
+        with self._lock:
+            if isinstance(event, msg.WorkerReady) and event.cores in self._only.get(event.lease, ()):
+                self._mine[event.lease, event.worker] = event.cores
+            if event.lease in self._only:
+                return (event.lease, event.worker) in self._mine
+            return event.lease not in self._left
 
     def _drop(self, lease: int) -> None:
         """The lease has ended, perhaps before its grant is looked at. The caller holds the lock."""

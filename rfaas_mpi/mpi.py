@@ -86,10 +86,23 @@ class _Failure:
         return found
 
 
-def hire(comm: Any, prepare: Callable[[], Ask]) -> None:
+@dataclass(frozen=True)
+class _Share:
+    """What one rank gets: the leases that it keeps, with its workers alone; those workers (by lease and number) that
+    are its to replace; and how many more it may lease for itself (None: as many as there are).
+    """
+
+    grant: Grant
+    owned: frozenset[tuple[int, int]] = frozenset()
+    more: int | None = 0
+
+
+def hire(comm: Any, prepare: Callable[[], Ask]) -> int | None:
     """Has every rank of the communicator connected to its share of the workers that `prepare` asks for.
 
-    Collective. On return each rank's crew has its workers, or none where there are too few.
+    Collective. On return each rank's crew has its workers, or none where there are too few;
+    it returns how many more this rank may lease for itself, where the settings have an
+    executor grow (`idle_s`), without asking the others; None: as many as there are.
     Otherwise all ranks raise: what failed on this one; or, of the same kind, what failed on
     another one, which is named; ConfigError where they ask for different things. A crew that
     was made is closed then.
@@ -110,18 +123,24 @@ def hire(comm: Any, prepare: Callable[[], Ask]) -> None:
         _check([{"the service": here.service} for here in seen])
         _at_finalize(crew)
         if lending is None:
-            return
+            return 0
         whole = Grant(())
+        # Who gives back what is idle begins with little: what is leased together goes back together.
+        grows = settings.idle_s is not None
+        first = max(1, ask.workers_min) if grows else ask.workers_max
         if world.rank == 0:
             whole = world.together(
-                lambda: lending.ask(ask.workers_min, ask.workers_max, ask.cores_per_worker,
+                lambda: lending.ask(ask.workers_min, first, ask.cores_per_worker,
                                     settings.memory_per_worker, _places([here.place for here in seen])),
                 settings.lease_timeout_s + limit_s)
         else:
             world.together(None, settings.lease_timeout_s + limit_s)
-        part = world.scatter(_parts(whole, [here.place.node for here in seen], lending.host) if world.rank == 0 else ())
-        world.together(lambda: crew.hire(lambda lending: lending.take(part)), limit_s)
-        lending.leave_to_others(whole)
+        share: _Share = world.scatter(
+            _shares(whole, [here.place.node for here in seen], lending.host, ask.workers_max if grows else 0)
+            if world.rank == 0 else ())
+        world.together(lambda: crew.hire(lambda lending: lending.take(share.grant, share.owned, whole)), limit_s)
+        lending.leave_to_others()
+        return share.more
     except BaseException:
         crew.close()
         raise
@@ -139,18 +158,24 @@ def _places(ranks: Sequence[RankAt]) -> list[RankAt]:
     return [msgspec.structs.replace(place, ranks=count) for place, count in Counter(ranks).items()]
 
 
-def _parts(grant: Grant, ranks: Sequence[str], host: str) -> list[Grant]:
-    """Each rank's share of a grant: the leases that it is to keep, with its workers alone."""
+def _shares(grant: Grant, ranks: Sequence[str], host: str, most: int | None) -> list[_Share]:
+    """Each rank's share of a grant, and of what all ranks may have beyond it, up to `most` in all."""
     workers = [(lease, worker) for lease in grant.leases for worker in lease.workers]
-    parts = []
-    for mine in gang.shares(ranks, [lease.host or host for lease, _ in workers]):
+    numbers_of = gang.shares(ranks, [lease.host or host for lease, _ in workers])
+    owners = gang.owners(numbers_of, len(workers))
+    more = gang.allowances(None if most is None else most - len(workers), len(ranks), owners)
+    found = []
+    for rank, mine in enumerate(numbers_of):
         numbers: dict[int, set[int]] = {}
         for number in mine:
             lease, worker = workers[number]
             numbers.setdefault(lease.id, set()).add(worker.number)
-        parts.append(Grant(tuple(_part(lease, numbers[lease.id]) for lease in grant.leases if lease.id in numbers),
-                           grant.reason or ("" if mine else f"{len(workers)} workers serve {len(ranks)} ranks")))
-    return parts
+        part = Grant(tuple(_part(lease, numbers[lease.id]) for lease in grant.leases if lease.id in numbers),
+                     grant.reason or ("" if mine else f"{len(workers)} workers serve {len(ranks)} ranks"))
+        owned = frozenset((lease.id, worker.number) for (lease, worker), owner in zip(workers, owners, strict=True)
+                          if owner == rank)
+        found.append(_Share(part, owned, more[rank]))
+    return found
 
 
 def _part(lease: GrantLease, numbers: set[int]) -> GrantLease:

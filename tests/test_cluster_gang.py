@@ -42,6 +42,30 @@ def test_ranks_share_what_one_demand_gets_on_several_nodes(pair, ranks, workers)
     wait_until(lambda: pair.free() == 4 and not pair.leases(), "every core came back")
 
 
+def test_ranks_grow_beyond_what_they_share_and_give_it_back_each_for_itself(pair, tmp_path):
+    said = World("openmpi").run(3, """
+        MPI, COMM = comm_world()
+        here = Path(sys.argv[1])
+        def wait(condition):
+            while not condition():
+                time.sleep(0.005)
+        ex = Executor(comm=COMM, workers=(1, 4), idle_s=0.3, slots=2, fallback=False)
+        begun = len(ex.workers)
+        futures = [ex.submit(k.wait_for, here / "go", n) for n in range(12)]
+        wait(lambda: len(ex.workers) == 2)
+        COMM.Barrier()
+        (here / "go").touch()
+        say(begun, [future.result() for future in futures] == list(range(12)), sum(ex.map(k.add, range(100))))
+        wait(lambda: len(ex.workers) == 1)
+        COMM.Barrier()
+        say(sum(ex.map(k.add, range(100))))
+        COMM.Barrier()
+        ex.shutdown()
+        """, tmp_path, **pair.environment)
+    assert said == sorted(["1 True 4950"] * 3 + ["4950"] * 3)
+    wait_until(lambda: pair.free() == 4 and not pair.leases(), "every core came back")
+
+
 def test_an_agent_that_is_killed_is_gone_for_all_ranks_and_no_call_is():
     with Cluster(["0-1", "0-1"]) as cluster:
         said = World("mpich").run(2, """

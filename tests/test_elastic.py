@@ -60,17 +60,33 @@ def test_who_gets_nothing_asks_less_and_less_often():
 
 
 @given(st.integers(0, 4), st.none() | st.integers(4, 9), st.lists(st.tuples(
-    st.integers(0, 12), st.integers(0, 5), st.integers(0, 5), st.floats(0, 2)), max_size=40))
+    st.integers(0, 12), st.integers(0, 5), st.integers(0, 5), st.integers(0, 3), st.integers(0, 2), st.floats(0, 2)),
+    max_size=40))
 def test_what_is_decided_keeps_to_the_bounds(least, most, steps):
     elastic, now = Elastic(least, most, 0.5), 0.0
-    for workers, queued, in_flight, step in steps:
+    for own, queued, in_flight, shared, lost, step in steps:
         now += step
-        change = elastic.decide(Facts(workers, queued, in_flight), now)
+        workers = own + shared
+        change = elastic.decide(Facts(workers, queued, in_flight, shared, lost), now)
         if change > 0:
-            assert most is None or workers + change <= most
+            assert most is None or workers + change <= most + shared + lost
             elastic.answered(queued % 2, now)
         if change < 0:
-            assert workers + change == least and not queued and not in_flight
+            assert workers + change == max(1, least + shared + lost) and not queued and not in_flight
+
+
+def test_a_rank_keeps_what_it_shares_and_takes_the_place_of_what_is_its_to_replace():
+    elastic = Elastic(0, 1, 1.0)
+    assert elastic.decide(Facts(3, 0, 0, shared=2), 0.0) == 0
+    assert elastic.decide(Facts(3, 0, 0, shared=2), 1.0) == -1
+    assert elastic.decide(Facts(1, 0, 0, shared=1), 2.0) == 0, "it was another rank's to replace"
+    assert elastic.decide(Facts(1, 0, 0, shared=1, lost=1), 3.0) == 1
+
+
+def test_a_rank_that_has_nothing_any_more_asks_for_one_if_it_may():
+    assert Elastic(0, 2, 1.0).decide(Facts(0, 0, 0), 0.0) == 1
+    assert Elastic(0, 0, 1.0).decide(Facts(0, 0, 0), 0.0) == 0
+    assert Elastic(0, 0, 1.0).decide(Facts(0, 0, 0, lost=1), 0.0) == 1
 
 
 def test_whoever_wants_to_know_is_told_which_workers_there_are_now(wait_until):

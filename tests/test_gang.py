@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfaas_mpi.gang import disagreement, ranks_text, shares
+from rfaas_mpi.gang import allowances, disagreement, owners, ranks_text, shares
 
 HOSTS = st.sampled_from(["a", "b", "c"])
 
@@ -58,3 +58,23 @@ def test_shares_are_fair_and_no_worker_is_idle_or_has_too_many_ranks(ranks, work
 def test_ranks_with_a_worker_each_on_their_host_stay_there(ranks):
     for rank, mine in enumerate(shares(ranks, ranks)):
         assert [ranks[number] for number in mine] == [ranks[rank]]
+
+
+@given(st.lists(HOSTS, min_size=1, max_size=60), st.lists(HOSTS, max_size=40), st.none() | st.integers(0, 100))
+def test_what_ranks_may_lease_alone_is_no_more_than_all_may_have(ranks, workers, more):
+    mine = shares(ranks, workers)
+    owned = owners(mine, len(workers))
+    assert all(number in mine[rank] for number, rank in enumerate(owned)), "who replaces a worker has used it"
+    allowed = allowances(more, len(ranks), owned)
+    if more is None:
+        assert allowed == [None] * len(ranks)
+    else:
+        numbers = [number for number in allowed if number is not None]
+        assert sum(numbers) == more and max(numbers) - min(numbers) <= 1
+
+
+def test_what_can_t_be_divided_goes_to_those_who_own_least():
+    assert owners([(0, 1), (0, 1), (2,)], 3) == [0, 1, 2]
+    assert allowances(2, 3, [0]) == [0, 1, 1]
+    assert allowances(4, 3, [0, 2]) == [1, 2, 1]
+    assert allowances(-1, 2, [0, 1, 1]) == [0, 0]

@@ -205,7 +205,7 @@ from mpi4py import MPI
 from rfaas_mpi import ServiceError, lending, mpi
 mpi._LATE_S = 0.5
 if MPI.COMM_WORLD.rank == 1:
-    lending.Lending.take = lambda self, part: threading.Event().wait()
+    lending.Lending.take = lambda *_: threading.Event().wait()
 try:
     Executor(comm=MPI.COMM_WORLD, workers=1, cores=(0, 1), lease_timeout_s=0.1, start_timeout_s=2.0)
 except ServiceError as error:
@@ -219,12 +219,12 @@ def test_what_one_rank_fails_with_is_heard_by_those_that_still_connect(world):
     done = world.launch(3, [sys.executable, "-c", PRELUDE + """
 from mpi4py import MPI
 from rfaas_mpi import TransportError, lending
-def fails(self, part):
+def fails(*_):
     raise TransportError("no way")
 if MPI.COMM_WORLD.rank == 1:
     lending.Lending.take = fails
 if MPI.COMM_WORLD.rank == 2:
-    lending.Lending.take = lambda self, part: threading.Event().wait()
+    lending.Lending.take = lambda *_: threading.Event().wait()
 try:
     Executor(comm=MPI.COMM_WORLD, workers=1, cores=(0, 1), lease_timeout_s=600.0, start_timeout_s=600.0)
 except TransportError as error:

@@ -5,7 +5,11 @@ Each assertion is on what all ranks saw, so that none waits for one that failed.
 
 from __future__ import annotations
 
+import tempfile
+import time
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import kernels_for_tests as k
 import numpy as np
@@ -142,6 +146,56 @@ def test_ranks_without_workers_run_their_kernels_themselves():
     with ex:
         assert on_all(works(ex) and not ex.workers)
         assert on_all(["run on the rank" in str(one.message) for one in caught] == [True])
+
+
+# ---- that grow and shrink ---------------------------------------------------------------------------
+
+@pytest.fixture
+def common_directory() -> Iterator[Path]:
+    # One's own `tmp_path` in each rank is no use, and ranks that clean up at the same time get into each other's way.
+    with tempfile.TemporaryDirectory() as mine:
+        yield Path(COMM.bcast(mine))
+        COMM.Barrier()
+
+
+def until(condition) -> bool:
+    """True once all ranks' conditions hold; False after a minute in which they don't."""
+    deadline = time.monotonic() + 60.0
+    while not condition():
+        if time.monotonic() > deadline:
+            return on_all(False)
+        time.sleep(0.005)
+    return on_all(True)
+
+
+def test_who_has_too_much_to_do_gets_a_worker_of_its_own_and_gives_it_back(common_directory):
+    go = common_directory / "go"
+    told: list[int] = []
+    with gang((0, 2), idle_s=0.3, slots=2, fallback=False) as ex:
+        ex.on_change(lambda workers: told.append(len(workers)))
+        begun = COMM.allgather((len(ex.workers), leases()))
+        COMM.Barrier()
+        # What is left beyond the common worker is another rank's than the one that would replace that.
+        busy = RANK == min(1, LAST)
+        futures = [ex.submit(k.wait_for, go, n) for n in range(12)] if busy else []
+        grown = until(lambda: len(ex.workers) == 1 + busy), COMM.allgather(leases())
+        COMM.Barrier()
+        go.touch()
+        assert on_all([future.result(60) for future in futures] == list(range(12)) * busy and works(ex))
+        shrunk = until(lambda: leases() == 1 and len(ex.workers) == 1), until(lambda: told == [2, 1] * busy)
+        assert begun == [(1, 1)] * SIZE and grown == (True, [2] * SIZE) and shrunk == (True, True)
+        COMM.Barrier()
+
+
+def test_one_rank_replaces_what_all_have_lost():
+    with gang(1, idle_s=60.0) as ex:
+        [first] = ex.workers
+        COMM.Barrier()
+        if RANK == 0:
+            ex._crew.lending.session.reclaim()
+        assert until(lambda: ex.workers not in ([], [first]) if RANK == 0 else not ex.workers)
+        assert on_all(works(ex)) and on_all(leases() == 1)
+        COMM.Barrier()
 
 
 def test_inline_executors_are_collective_as_well():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 
@@ -15,5 +16,23 @@ def first_failed(app: Any, rounds: int = 3) -> tuple[int | None, str]:
             if problem := app.check(turn):
                 return turn, problem
         return None, ""
+    finally:
+        split.Free()
+
+
+def settled(app: Any, wanted: bool, *, runs: int = 10, guard_s: float = 60.0) -> Any:
+    """What the planner says of an app's steps when it has wanted to offload them, or not to, so often in a row."""
+    split = app.split("both")
+    until = time.monotonic() + guard_s
+    try:
+        in_a_row = 0
+        while in_a_row < runs:
+            app.prepare(0)
+            split.Run()
+            found = split.predict()
+            in_a_row = in_a_row + 1 if found.offload is wanted else 0
+            assert time.monotonic() < until, f"the planner says: {found}"
+        assert app.check(0) == ""
+        return found
     finally:
         split.Free()

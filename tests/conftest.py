@@ -170,6 +170,9 @@ def _nothing_is_left_behind() -> Iterator[None]:
     deadline = time.monotonic() + 20.0
     while (left := processes_of_this_run()) and time.monotonic() < deadline:
         time.sleep(0.05)
+    # Functions that were submitted are remembered, the last 256, and with them the libraries that they call.
+    from rfaas_mpi import kernels
+    kernels._objects.clear()
     gc.collect()
     for pid in left:  # so that one failure does not spoil the next run
         try:

@@ -1,4 +1,4 @@
-"""What the apps share: arguments, ranks and modes, rounds in turn, a verdict before any number, JSON.
+"""What the apps share: arguments, ranks and modes, rounds in turn, a verdict before any number, JSON, a picture.
 
 An app is a class; see `App`. It runs in these modes, with the same arguments:
 
@@ -6,6 +6,13 @@ An app is a class; see `App`. It runs in these modes, with the same arguments:
     remote  all of it on borrowed cores
     split   divided between both, as the planner of `Executor.Split` says
     mpi     ranks alone: `mpiexec -n 2`
+
+Each round runs all modes, forwards and backwards by turns and each time another one
+first. In between, if wanted, come what they are compared with:
+
+    --bound    bare pinned processes, one a core in use, with equal parts and no word between them
+    --ranks N  the same app as N MPI ranks on those cores, which block until it is their turn
+    --again    the split once more: what is measured where there is no difference
 """
 
 from __future__ import annotations
@@ -13,32 +20,46 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import rfaas_mpi as rf
 
 WHERE = {"local": "here", "remote": "workers", "split": "both", "mpi": "here"}
-PAUSE_NS = 50_000_000   # before bare processes begin: both have long read when
+PAUSE_NS = 50_000_000   # between the inputs and a run: what was just written lies in caches
+PATIENCE_S = 60.0       # of resident ranks that are to end
+DISTURBED = 1.2         # the bound's slowest round over its fastest, above which this is no quiet machine
 
 
 class App(ABC):
     """One rank's part of an app."""
 
     name = ""
+    # Arguments of the smallest run that says something (`--small`), and of those whose figures are published.
+    small: Sequence[str] = ()
+    figures: Sequence[str] = ()
+    # Modes of its own, which `split` is asked for by their names.
+    modes: Sequence[str] = ()
 
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:
         """Adds the app's own arguments."""
+
+    @staticmethod
+    def runs_on(ranks: int) -> bool:
+        """Whether its work can be divided among so many MPI ranks."""
+        return ranks > 0
 
     def __init__(self, args: argparse.Namespace, rank: int, ranks: int, executor: rf.Executor) -> None:
         """Makes the arrays, in the executor's memory."""
@@ -49,7 +70,7 @@ class App(ABC):
 
     @abstractmethod
     def split(self, where: str) -> Any:
-        """A split (`Split_init`) of the whole work."""
+        """A split (`Split_init`) of the whole work; anything with its Run, predict and Free."""
 
     @abstractmethod
     def part(self, index: int, of: int) -> Callable[[], object]:
@@ -66,6 +87,10 @@ class App(ABC):
     @abstractmethod
     def told(self) -> str:
         """How it was checked, in a few words."""
+
+    def more(self) -> tuple[str, dict[str, Any]]:
+        """Runs what comes after the rounds: what is wrong with it, if anything, and what the JSON has of it."""
+        return "", {}
 
 
 class Turns:
@@ -170,20 +195,39 @@ def where_am_i(_: int) -> tuple[int, int]:
     return os.getpid(), min(os.sched_getaffinity(0))
 
 
-# --- the bound -----------------------------------------------------------------------
+def wait_for(begin_ns: int) -> None:
+    """Until then, awake: a core that sleeps wakes up slowly."""
+    while time.monotonic_ns() < begin_ns:
+        pass
+
+
+def timed(app: App, split: Any, turn: int, comm: Any) -> tuple[float, float | None, str]:
+    """One run of all ranks: seconds of the slowest, what was predicted, and what is wrong with it."""
+    from mpi4py import MPI
+
+    app.prepare(turn)
+    wait_for(time.monotonic_ns() + PAUSE_NS)
+    comm.Barrier()
+    said = split.predict()
+    start = time.perf_counter()
+    split.Run()
+    took = comm.allreduce(time.perf_counter() - start, MPI.MAX)
+    return took, said.predicted_s if said is not None else None, app.check(turn)
+
+
+# --- the bound: bare processes -------------------------------------------------------
 
 def bare(app: type[App], args: argparse.Namespace, core: int, index: int, of: int) -> None:
-    """A bare process: at each line `TURN NS` on stdin runs its part at that time; answers `start end`."""
+    """A bare process: at a line `TURN` on stdin prepares, at `NS` runs its part at that time; answers `start end`."""
     os.sched_setaffinity(0, {core})
     with rf.Executor(transport="inline") as executor:
         mine = app(args, 0, 1, executor)
         run = mine.part(index, of)
         print("ready", flush=True)
         for line in sys.stdin:
-            turn, begin = map(int, line.split())
-            mine.prepare(turn)
-            while time.monotonic_ns() < begin:
-                pass
+            mine.prepare(int(line))
+            print("ready", flush=True)
+            wait_for(int(sys.stdin.readline()))
             start = time.monotonic_ns()
             run()
             print(start, time.monotonic_ns(), flush=True)
@@ -197,23 +241,27 @@ class Bound:
             subprocess.Popen([sys.executable, sys.argv[0], *argv, "--bare", f"{core},{index},{len(cores)}"],
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             for index, core in enumerate(cores)]
-        for process in self.processes:
-            self._answer(process)
+        self._answers()
 
-    def _answer(self, process: subprocess.Popen[str]) -> str:
-        line = process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a bare process ended with status {process.wait()}")
-        return line
-
-    def run(self, turn: int, setup_s: float) -> float:
-        """Seconds from the first start to the last end; `setup_s` is what they need to prepare."""
-        begin = time.monotonic_ns() + PAUSE_NS + int(4e9 * setup_s)
+    def _tell(self, word: int) -> list[list[int]]:
         for process in self.processes:
-            process.stdin.write(f"{turn} {begin}\n")
+            process.stdin.write(f"{word}\n")
             process.stdin.flush()
-        answers = [self._answer(process).split() for process in self.processes]
-        return (max(int(end) for _, end in answers) - min(int(start) for start, _ in answers)) / 1e9
+        return self._answers()
+
+    def _answers(self) -> list[list[int]]:
+        lines = []
+        for process in self.processes:
+            lines.append(process.stdout.readline())
+            if not lines[-1]:
+                raise RuntimeError(f"a bare process ended with status {process.wait()}")
+        return [[int(word) for word in line.split() if word != "ready"] for line in lines]
+
+    def run(self, turn: int) -> float:
+        """Seconds from the first start to the last end."""
+        self._tell(turn)
+        times = self._tell(time.monotonic_ns() + PAUSE_NS)
+        return (max(end for _, end in times) - min(start for start, _ in times)) / 1e9
 
     def close(self) -> None:
         """Ends the processes. Safe to call twice."""
@@ -224,95 +272,361 @@ class Bound:
         self.processes = []
 
 
+# --- the same app as MPI ranks -------------------------------------------------------
+
+def resident(app: type[App], args: argparse.Namespace, address: str, cores: Sequence[int]) -> None:
+    """A resident rank: at each line `TURN` from that socket runs the round; answers [seconds, what is wrong].
+
+    It waits for lines in the kernel: MPI's own waiting would take a core from others.
+    """
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    os.sched_setaffinity(0, {cores[comm.rank % len(cores)]})
+    with socket.socket(socket.AF_UNIX) as line, rf.Executor(transport="inline") as executor:
+        line.connect(address)
+        with line.makefile("rw") as stream:
+            mine = app(args, comm.rank, comm.size, executor)
+            split = mine.split("here")
+            print("ready", file=stream, flush=True)
+            for word in stream:
+                took, _, problem = timed(mine, split, int(word), comm)
+                print(json.dumps([took, problem]), file=stream, flush=True)
+            split.Free()
+
+
+class Ranks:
+    """An `mpiexec -n N` of the same app beside this one, which rests but for its rounds."""
+
+    def __init__(self, argv: Sequence[str], ranks: int, cores: Sequence[int]) -> None:
+        from rfaas_mpi import config
+        from rfaas_mpi.cli.apps import launcher
+
+        self._streams: list[IO[str]] = []
+        self._directory = tempfile.TemporaryDirectory(prefix="rfaas-ranks-")
+        address = str(Path(self._directory.name, "socket"))
+        self._door = socket.socket(socket.AF_UNIX)
+        self._door.bind(address)
+        self._door.listen(ranks)
+        self._door.settimeout(0.5)
+        # What this rank's own launcher gave it is not theirs.
+        self._process = subprocess.Popen(
+            [launcher(), "-n", str(ranks), sys.executable, sys.argv[0], *argv,
+             "--resident", f"{address},{','.join(map(str, cores))}"],
+            env=config.scrubbed(config.environment()), stdin=subprocess.DEVNULL, stdout=sys.stderr)
+        try:
+            while len(self._streams) < ranks:
+                try:
+                    connection, _ = self._door.accept()
+                except TimeoutError:
+                    self._alive()
+                    continue
+                # So that its stream alone holds it.
+                with connection:
+                    connection.settimeout(None)
+                    self._streams.append(connection.makefile("rw"))
+            for stream in self._streams:
+                self._answer(stream)
+        except BaseException:
+            self.close()
+            raise
+
+    def _alive(self) -> None:
+        if self._process.poll() is not None:
+            raise RuntimeError(f"the MPI ranks ended with status {self._process.returncode}")
+
+    def _answer(self, stream: IO[str]) -> str:
+        line = stream.readline()
+        if not line:
+            raise RuntimeError(f"an MPI rank went away; its mpiexec ended with status {self._process.wait(PATIENCE_S)}")
+        return line
+
+    def run(self, turn: int) -> tuple[float, str]:
+        """Seconds of the slowest rank, and what is wrong with any."""
+        for stream in self._streams:
+            stream.write(f"{turn}\n")
+            stream.flush()
+        answers = [json.loads(self._answer(stream)) for stream in self._streams]
+        return max(took for took, _ in answers), "; ".join(problem for _, problem in answers if problem)
+
+    def close(self) -> None:
+        """Ends the ranks. Safe to call twice."""
+        for stream in self._streams:
+            stream.close()
+        self._streams = []
+        self._door.close()
+        try:
+            self._process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._directory.cleanup()
+
+
+# --- figures -------------------------------------------------------------------------
+
+def summary(values: Iterable[float]) -> dict[str, Any] | None:
+    """Median of rounds, where it lies (95 %, by order statistics), quartiles and how many; None of nothing."""
+    ordered = sorted(values)
+    count = len(ordered)
+    if not count:
+        return None
+    # The k-th of each end: a binomial of one half lies between them.
+    k = max(0, math.floor((count - 1.96 * math.sqrt(count)) / 2))
+    quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if count > 1 else ordered * 3
+    return {"median": statistics.median(ordered), "median_between": [ordered[k], ordered[-1 - k]],
+            "quartiles": [quartiles[0], quartiles[2]], "count": count}
+
+
+# name → (one of two, and the other that it is divided by), round by round.
+RATIOS = {
+    "speedup_remote": ("local", "remote"),
+    "speedup_split": ("local", "split"),
+    "speedup_mpi": ("local", "mpi"),
+    "speedup_bound": ("local", "bound"),
+    "split_of_bound": ("bound", "split"),
+    "split_over_mpi": ("mpi", "split"),
+    "predicted_of_split": ("predicted", "split"),
+}
+
+
+def ratios(seconds: dict[str, list[float]], predicted: Sequence[float | None]) -> dict[str, Any]:
+    """What `RATIOS` says, and `again`: a mode over itself."""
+    series: dict[str, Sequence[float | None]] = {**seconds, "predicted": predicted}
+    pairs = dict(RATIOS)
+    pairs |= {"again": (mode, other) for other in seconds if (mode := other.removesuffix(" again")) != other}
+    found = {name: summary(one / two for one, two in zip(series[a], series[b], strict=True)
+                           if one is not None and two is not None)
+             for name, (a, b) in pairs.items() if series.get(a) and series.get(b)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def lines_of(found: dict[str, Any], ranks: int) -> Iterator[str]:
+    """What the ratios say, for people."""
+    texts = {"split_of_bound": "split reaches {:.1%} of the bound",
+             "split_over_mpi": f"split is {{:.3f}} times as fast as {ranks} MPI ranks",
+             "predicted_of_split": "predicted: {:.0%} of what a split took",
+             "again": "the same twice: {:.3f}"}
+    for name, text in texts.items():
+        if name in found:
+            low, high = found[name]["median_between"]
+            kind = "%" if "%" in text else "f"
+            spread = f"{low:.1%} to {high:.1%}" if kind == "%" else f"{low:.3f} to {high:.3f}"
+            yield f"{text.format(found[name]['median'])} ({spread}; median of {found[name]['count']} rounds)"
+
+
+class Progress:
+    """How far the rounds are, on stderr: a bar on a terminal, lines elsewhere."""
+
+    WIDTH = 32
+
+    def __init__(self, rounds: int, quiet: bool) -> None:
+        self._rounds = rounds
+        self._quiet = quiet
+        self._bar = sys.stderr.isatty()
+        self._begin = time.monotonic()
+
+    def show(self, turn: int, what: str) -> None:
+        """Before round `turn` of so many; round 0 is not counted."""
+        if self._quiet:
+            return
+        if not self._bar:
+            print(f"  round {turn} of {self._rounds}", file=sys.stderr, flush=True)
+            return
+        done = turn / (self._rounds + 1)
+        left = ""
+        if turn:
+            left = f", {(time.monotonic() - self._begin) * (1 - done) / done:.0f} s left"
+        marks = round(done * self.WIDTH)
+        print(f"\r{what} [{'#' * marks}{'.' * (self.WIDTH - marks)}] {turn} of {self._rounds}{left}\033[K", end="",
+              file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Takes the bar away. Safe to call twice."""
+        if self._bar and not self._quiet:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+COLOURS = {"local": "#3b6ea8", "remote": "#4f9d69", "split": "#e08a2b", "mpi": "#8e6bb0", "bound": "#9aa0a6"}
+OTHER = "#c2a04a"
+
+
+def draw(report: dict[str, Any], axes: Any) -> None:
+    """Speed-up of each mode over the first, a tick for each round."""
+    seconds, median = report["seconds"], report["median_s"]
+    first = next(iter(median))
+    shown = [mode for mode in [*COLOURS, *seconds] if mode in seconds]
+    shown = [mode for mode in dict.fromkeys(shown) if not mode.endswith(" again")]
+    for row, mode in enumerate(shown):
+        speedup = median[first] / median[mode]
+        axes.barh(row, speedup, height=0.62, color=COLOURS.get(mode, OTHER))
+        axes.plot([median[first] / value for value in seconds[mode]], [row] * len(seconds[mode]), "|", color="black",
+                  alpha=0.4, markersize=9)
+        axes.text(0.02, row, f" {speedup:.2f}x   {median[mode] * 1e3:.3g} ms ", color="white", va="center",
+                  fontweight="bold", bbox={"facecolor": COLOURS.get(mode, OTHER), "edgecolor": "none", "pad": 1.5})
+    if "bound" in median:
+        axes.axvline(median[first] / median["bound"], color="black", linestyle=":", linewidth=1.2)
+    axes.set_yticks(range(len(shown)), shown)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(left=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(report["config"]["app"], loc="left", fontweight="bold")
+
+
+def plot(report: dict[str, Any], file: Path) -> None:
+    """The picture of one app, as PNG."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
+    draw(report, axes)
+    axes.set_xlabel(f"speed-up, median of {report['config']['rounds']} rounds; a tick is one round, "
+                    "the dotted line is the bound")
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
 # --- the run -------------------------------------------------------------------------
 
 def main(app: type[App], doc: str, argv: Sequence[str] | None = None) -> int:
     """Runs an app; the exit status. Prints no rate where a result is wrong."""
     given = list(sys.argv[1:] if argv is None else argv)
+    if "--small" in given:
+        given = [*app.small, *(word for word in given if word != "--small")]
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", action="append", choices=list(WHERE),
+    parser.add_argument("--mode", action="append", choices=[*WHERE, *app.modes],
                         help="what to run, in turn; may be repeated (default: local and split)")
     parser.add_argument("--workers", type=int, default=1, help="cores to borrow (default: 1)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--bound", action="store_true", help="also time two bare pinned processes")
+    parser.add_argument("--small", action="store_true",
+                        help=f"the smallest run that says something: {' '.join(app.small) or 'the defaults'}")
+    parser.add_argument("--bound", action="store_true", help="also time bare pinned processes, one a core in use")
+    parser.add_argument("--ranks", type=int, metavar="N",
+                        help="also time the same app as N MPI ranks on the same cores, without workers")
+    parser.add_argument("--again", action="store_true",
+                        help="the split twice in each round: what is measured where there is no difference")
+    parser.add_argument("--plot", metavar="FILE", help="draw the modes as PNG (needs matplotlib)")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--bare", help=argparse.SUPPRESS)
+    parser.add_argument("--resident", help=argparse.SUPPRESS)
     app.arguments(parser)
     args = parser.parse_args(given)
     if args.bare:
         bare(app, args, *map(int, args.bare.split(",")))
         return 0
+    if args.resident:
+        address, *cores = args.resident.split(",")
+        resident(app, args, address, [int(core) for core in cores])
+        return 0
     modes = list(dict.fromkeys(args.mode or ["local", "split"]))
     if "mpi" in modes and modes != ["mpi"]:
-        parser.error("--mode mpi goes with no other: it is for several ranks")
+        parser.error("--mode mpi goes with no other: it is for several ranks; --ranks 2 has them take turns")
 
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-    if args.bound and comm.size > 1:
-        parser.error("--bound is for one rank")
+    if (args.bound or args.ranks) and comm.size > 1:
+        parser.error("--bound and --ranks are for one rank")
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    allowed = sorted(os.sched_getaffinity(0))
     core = pin(local.rank)
     local.Free()
-    borrow = args.workers if {"remote", "split"} & set(modes) else 0
+    borrow = args.workers if set(modes) - {"local", "mpi"} else 0
     with rf.Executor(workers=(0, borrow)) if borrow else rf.Executor(transport="inline") as executor:
-        return _run(app, args, given, modes, comm, core, executor)
+        return _run(app, args, given, modes, comm, core, allowed, executor)
 
 
 def _run(app: type[App], args: argparse.Namespace, given: list[str], modes: list[str], comm: Any, core: int,
-         executor: rf.Executor) -> int:
-    from mpi4py import MPI
-
+         allowed: list[int], executor: rf.Executor) -> int:
     def say(text: str, where: Any = sys.stdout) -> None:
         if comm.rank == 0:
             print(text, file=where, flush=True)
 
+    begin = time.monotonic()
     workers = dict(executor.map(where_am_i, range(16))) if executor.workers else {}
     workers.pop(os.getpid(), None)
-    config = {"app": app.name, **{key: value for key, value in vars(args).items() if key not in ("bare", "json")},
-              "mode": modes, "ranks": comm.size, "cores": comm.gather(core),
-              "worker_cores": comm.gather(sorted(workers.values()))}
+    hidden = ("bare", "resident", "json", "plot", "small")
+    config = {"app": app.name, **{key: value for key, value in vars(args).items() if key not in hidden},
+              "mode": modes, "arguments": given, "ranks": comm.size, "mpi_ranks": args.ranks,
+              "cores": comm.gather(core), "worker_cores": comm.gather(sorted(workers.values())),
+              "executor": repr(executor)}
     say(f"config   {app.name}: {' '.join(given) or 'defaults'}; {comm.size} rank(s) on core(s) {config['cores']}, "
         f"workers on {config['worker_cores']}")
-    if not workers and {"remote", "split"} & set(modes):
+    if not workers and set(modes) - {"local", "mpi"}:
         say("         no core is spare here: the rank does all of it", sys.stderr)
     mine = app(args, comm.rank, comm.size, executor)
-    splits = {mode: mine.split(WHERE[mode]) for mode in modes}
-    bound = Bound(given, [core, *sorted(workers.values())]) if args.bound and workers else None
+    splits = {mode: mine.split(WHERE.get(mode, mode)) for mode in modes}
+    used = [core, *sorted(workers.values())]
+    bound = ranks = None
     seconds: dict[str, list[float]] = {mode: [] for mode in modes}
     predicted: list[float | None] = []
     wrong: list[str] = []
     runs = 0
+    progress = Progress(args.rounds, quiet=comm.rank != 0)
+
+    def take(mode: str, turn: int) -> None:
+        nonlocal runs
+        took, said, problem = timed(mine, splits[mode.removesuffix(" again")], turn, comm)
+        runs += 1
+        if problem:
+            wrong.append(f"{mode}, round {turn}: {problem}")
+        if turn:
+            seconds[mode].append(took)
+            if mode == "split":
+                predicted.append(said)
+
+    def take_bound(turn: int) -> None:
+        took = bound.run(turn)
+        if turn:
+            seconds["bound"].append(took)
+
+    def take_ranks(turn: int) -> None:
+        nonlocal runs
+        took, problem = ranks.run(turn)
+        runs += 1
+        if problem:
+            wrong.append(f"{args.ranks} MPI ranks, round {turn}: {problem}")
+        if turn:
+            seconds["mpi"].append(took)
+
+    # A default argument, since each one is for its own mode.
+    ways: list[Callable[[int], None]] = [lambda turn, mode=mode: take(mode, turn) for mode in modes]
     try:
+        if args.again:
+            twice = "split" if "split" in modes else modes[-1]
+            seconds[f"{twice} again"] = []
+            ways.append(lambda turn: take(f"{twice} again", turn))
+        if args.ranks and not app.runs_on(args.ranks):
+            say(f"         {app.name} can't be divided among {args.ranks} MPI ranks", sys.stderr)
+        elif args.ranks:
+            others = [other for other in allowed if other not in used]
+            ranks = Ranks(given, args.ranks, [*used, *others])
+            seconds["mpi"] = []
+            ways.append(take_ranks)
+        if args.bound and workers:
+            bound = Bound(given, used)
+            seconds["bound"] = []
+            ways.append(take_bound)
         # The first round is to learn from: kernels are loaded, the planner knows nothing.
         for turn in range(args.rounds + 1):
-            say(f"  round {turn} of {args.rounds}", sys.stderr)
-            setup = 0.0
-            for mode, split in splits.items():
-                start = time.perf_counter()
-                mine.prepare(turn)
-                setup = time.perf_counter() - start
-                comm.Barrier()
-                said = split.predict().predicted_s
-                start = time.perf_counter()
-                split.Run()
-                took = comm.allreduce(time.perf_counter() - start, MPI.MAX)
-                runs += 1
-                if problem := mine.check(turn):
-                    wrong.append(f"{mode}, round {turn}: {problem}")
-                if turn:
-                    seconds[mode].append(took)
-                    if mode == "split":
-                        predicted.append(said)
-            if bound is not None:
-                took = bound.run(turn, setup)
-                if turn:
-                    seconds.setdefault("bound", []).append(took)
-        plan = str(splits["split"].predict()) if "split" in splits else None
+            progress.show(turn, app.name)
+            # Forwards and backwards, and another one first: what comes before and after is no mode's own.
+            order = [*ways[turn // 2 % len(ways):], *ways[:turn // 2 % len(ways)]]
+            for way in order if turn % 2 == 0 else reversed(order):
+                way(turn)
+        progress.close()
+        plan = str(said) if "split" in splits and (said := splits["split"].predict()) is not None else None
+        problem, more = mine.more()
+        if problem:
+            wrong.append(problem)
     finally:
-        if bound is not None:
-            bound.close()
+        progress.close()
+        for other in (bound, ranks):
+            if other is not None:
+                other.close()
         for split in splits.values():
             split.Free()
     wrong = [line for lines in comm.allgather(wrong) for line in lines]
@@ -325,20 +639,27 @@ def _run(app: type[App], args: argparse.Namespace, given: list[str], modes: list
     median = {mode: statistics.median(values) for mode, values in seconds.items()}
     first = median[modes[0]]
     for mode, value in median.items():
-        say(f"{'rate   ' if mode == modes[0] else '       '}  {mode:<8} {amount / value:10.3g} {unit}/s"
+        say(f"{'rate   ' if mode == modes[0] else '       '}  {mode:<11} {amount / value:10.3g} {unit}/s"
             f"   {value * 1e3:9.2f} ms   {first / value:5.2f}x")
-    of_bound = prediction = None
-    if "bound" in seconds and "split" in seconds:
-        of_bound = statistics.median(b / s for b, s in zip(seconds["bound"], seconds["split"]))
-        say(f"         split reaches {of_bound:.1%} of the bound (median of the rounds)")
-    if predicted and None not in predicted:
-        prediction = statistics.median(p / s for p, s in zip(predicted, seconds["split"]))
-        say(f"         predicted: {prediction:.0%} of what a split took (median of the rounds)")
+    found = ratios(seconds, predicted)
+    for line in lines_of(found, args.ranks or 0):
+        say(f"         {line}")
+    disturbed = "bound" in seconds and max(seconds["bound"]) > DISTURBED * min(seconds["bound"])
+    if disturbed:
+        say("         the bare processes took now more, now less: this machine has other work to do")
     if plan:
         say(f"plan     {plan}")
-    if args.json and comm.rank == 0:
-        Path(args.json).write_text(json.dumps({
+    if comm.rank == 0 and (args.json or args.plot):
+        from rfaas_mpi.bench import environment
+
+        report = {
             "config": config, "verdict": {"correct": True, "runs": runs, "how": mine.told()}, "seconds": seconds,
-            "median_s": median, "of_bound": of_bound, "predicted_s": predicted, "of_prediction": prediction,
-            "plan": plan}))
+            "median_s": median, "ratios": found, "of_bound": found.get("split_of_bound", {}).get("median"),
+            "predicted_s": predicted, "of_prediction": found.get("predicted_of_split", {}).get("median"),
+            "work": {"amount": amount, "unit": unit}, "plan": plan, "disturbed": disturbed, **more,
+            "took_s": round(time.monotonic() - begin, 1), "environment": environment.facts()}
+        if args.json:
+            Path(args.json).write_text(json.dumps(report))
+        if args.plot:
+            plot(report, Path(args.plot))
     return 0

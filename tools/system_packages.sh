@@ -40,6 +40,10 @@ if [ "$purpose" = tests ]; then
     program llvm-cov llvm
     ls "$(clang -print-resource-dir 2>/dev/null)"/lib/*/libclang_rt.fuzzer*.a >/dev/null 2>&1 || need libclang-rt-dev
     program munged munge
+    program slurmctld slurmctld
+    program slurmd slurmd
+    program srun slurm-client
+    ls /usr/lib/*/slurm-wlm/select_cons_tres.so >/dev/null 2>&1 || need slurm-wlm-basic-plugins
     ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || need postgresql
     program bwrap bubblewrap
     [ -e /usr/include/infiniband/verbs.h ] || need libibverbs-dev

@@ -13,7 +13,7 @@ import click
 from rfaas_mpi.cli.output import Output
 from rfaas_mpi.cli.shape import common, examples
 
-__all__ = ["agent"]
+__all__ = ["agent", "serve"]
 
 SITE_DIRECTORY = Path("/run/rfaas")
 
@@ -61,18 +61,19 @@ def agent(out: Output, **options: Any) -> None:
         if out.json:
             out.answer(data, [line])
 
-    _serve(ready, **options)
+    serve(ready, **options)
 
 
-def _serve(ready: Any, *, manager: str | None, listen: tuple[str, ...], socket: str | None, node: str | None,
-           cores: str | None, keep: str | None, grace_s: float, priority: str, metrics: str,
-           directory: Path | None) -> None:
+def serve(ready: Any, *, manager: str | None, listen: tuple[str, ...], socket: str | None, node: str | None,
+          cores: str | None, keep: str | None, grace_s: float, priority: str, metrics: str,
+          directory: Path | None, **given: Any) -> None:
+    """Runs the agent until it is told to end; `ready` gets its facts once it listens. `given` are settings."""
     _need_the_extra()
     from rfaas_mpi.agent import daemon
     from rfaas_mpi.config import Settings
     from rfaas_mpi.remote import Address
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s")
-    settings = Settings.load(manager=manager)
+    settings = Settings.load(manager=manager, **given)
     name = node or sockets.gethostname().partition(".")[0]
     place = directory.absolute() if directory is not None else _directory(settings) / f"agent-{name}"
     place.mkdir(mode=0o755 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)

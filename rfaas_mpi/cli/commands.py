@@ -11,6 +11,7 @@ import click
 from rfaas_mpi.cli.agent import agent
 from rfaas_mpi.cli.output import Output
 from rfaas_mpi.cli.shape import Ordered, common, examples
+from rfaas_mpi.cli.slurm import slurm
 
 __all__ = ["COMMANDS"]
 
@@ -279,4 +280,4 @@ def logs(out: Output, node: str | None, lease: int | None, since: str | None, fo
     cluster.log(manager, follow=follow, say=out.answer, node=node, lease=lease, since=since)
 
 
-COMMANDS = (manager, agent, lease, drain, undrain, usage, policy, logs)
+COMMANDS = (manager, agent, lease, drain, undrain, usage, policy, logs, slurm)

@@ -1,0 +1,98 @@
+"""`rfaas slurm`: ranks and workers in Slurm's jobs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rfaas_mpi.cli.output import Output
+from rfaas_mpi.cli.shape import Finished, Ordered, common, examples
+
+__all__ = ["slurm"]
+
+
+@click.group(cls=Ordered)
+def slurm() -> None:
+    """Run ranks with borrowed cores in Slurm's jobs.
+
+    Needs the extras `cluster` and `slurm`: pip install 'rfaas_mpi[cluster,slurm]'.
+    """
+
+
+@slurm.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+               epilog=examples("rfaas slurm run -- python app.py", "rfaas slurm run --workers 8 --mpi pmi2 -- python app.py"))
+@click.option("--workers", type=click.IntRange(min=0), default=None,
+              help="Cores to lend, on all nodes together.  [default: all that ranks leave]")
+@click.option("--ranks", type=click.IntRange(min=1), default=None,
+              help="Ranks, on all nodes together.  [default: the job's tasks, else one on each node]")
+@click.option("--mpi", metavar="TYPE", default=None,
+              help="How ranks find each other, as srun's --mpi.  [default: the site's]")
+@common
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.pass_obj
+def run(out: Output, command: tuple[str, ...], **options: Any) -> None:
+    """Run a job's ranks on some of its cores, and lend them the others.
+
+    In a batch script or a shell of salloc. Each rank gets as many cores as OMP_NUM_THREADS
+    says, one without it, and is bound to them; an agent on each node lends the rest, to
+    this job alone. Ends with the ranks, and with their status.
+    """
+    from rfaas_mpi import config
+    from rfaas_mpi.slurm import run as job
+    status = job.run(job.Wanted(command=command, **options), config.environment(), out.progress)
+    if status != 0:
+        raise Finished(status)
+
+
+@slurm.command(hidden=True)
+@common
+def agent() -> None:
+    """A node's agent in a job; `rfaas slurm run` starts it and tells it the rest."""
+    import msgspec
+
+    from rfaas_mpi import config
+    from rfaas_mpi.cli.agent import serve
+    from rfaas_mpi.errors import RFaaSError
+    from rfaas_mpi.slurm import facts, layout, run as job
+
+    def say(said: job.Said) -> None:
+        # One write each: srun mixes what nodes say.
+        os.write(sys.stdout.fileno(), msgspec.json.encode(said) + b"\n")
+
+    plan = msgspec.json.decode(sys.stdin.buffer.read(), type=job.Plan)
+    node = config.environment()["SLURMD_NODENAME"]
+    mine = plan.nodes[node]
+    try:
+        usable = os.sched_getaffinity(0)
+        # Where Slurm confines the job, what is left is its part; else its numbers have to be translated.
+        cores = (tuple(usable) if len(usable) == len(mine.ids)
+                 else tuple(core for core in facts.physical(mine.ids, job.cpus_here()) if core in usable))
+        mine_laid_out = layout.lay_out(node, cores, mine.ranks, mine.threads, mine.workers)
+        directory = job.private(Path(plan.directory))
+        given = {"runtime_dir": str(job.private(directory / node)), "manager_user": str(os.geteuid())}
+        if plan.key:
+            key = directory / "key"
+            spare = directory / f".key-{node}"
+            spare.touch(mode=0o600)
+            spare.write_bytes(plan.key)
+            spare.replace(key)
+            given |= {"auth": "key", "manager_key_file": str(key)}
+    except RFaaSError as error:
+        say(job.Said(error=Exception.__str__(error), hint=error.hint))
+        raise
+    say(job.Said(layout=mine_laid_out))
+    if not mine_laid_out.lent:
+        say(job.Said(ready=node))
+        return
+    try:
+        serve(lambda _facts: say(job.Said(ready=node)), manager=plan.manager, listen=(f"{mine.address}:0",), socket=None,
+              node=node, cores=",".join(map(str, mine_laid_out.lent)), keep=None, grace_s=0.0, priority="auto",
+              metrics="", directory=directory / node, **given)
+    finally:
+        # It ends with its job, whose first process may have been killed before it could.
+        shutil.rmtree(directory, ignore_errors=True)

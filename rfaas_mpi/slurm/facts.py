@@ -1,0 +1,106 @@
+"""What Slurm says, as facts. Pure: text and environments in, frozen structs out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from rfaas_mpi.errors import ConfigError
+
+__all__ = ["Allocation", "allocation", "config_value", "core_ids", "counts", "hosts", "node_addresses", "physical"]
+
+
+class Allocation(msgspec.Struct, frozen=True):
+    """What a job has: its nodes, and of each how many CPUs; `tasks` is how many of them the job's tasks are to have."""
+
+    job: int
+    nodes: tuple[str, ...]
+    cpus: tuple[int, ...]
+    tasks: tuple[int, ...]
+
+
+def hosts(names: str) -> tuple[str, ...]:
+    """`n[1-3,07]` as n1, n2, n3, n07. ConfigError where it is no list of hosts, or python-hostlist is missing."""
+    try:
+        import hostlist
+    except ImportError:
+        raise ConfigError("reading Slurm's lists of nodes needs python-hostlist, which isn't installed",
+                          hint="pip install 'rfaas_mpi[slurm]'") from None
+    try:
+        return tuple(hostlist.expand_hostlist(names))
+    except hostlist.BadHostlist as error:
+        raise ConfigError(f"{names!r} is no list of nodes: {error}", hint="it comes from Slurm: is SLURM_JOB_NODELIST set "
+                                                                         "by anything else?") from None
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """One number for each node: `2(x3),1` as 2, 2, 2, 1. ConfigError where it is something else."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise ConfigError(f"{text!r} is not what Slurm says of its nodes, like 2(x3),1",
+                              hint="is SLURM_TASKS_PER_NODE or SLURM_JOB_CPUS_PER_NODE set by anything else?")
+        found += [int(match[1])] * int(match[2] or 1)
+    return tuple(found)
+
+
+def allocation(environ: Mapping[str, str], ranks: int | None = None) -> Allocation:
+    """The job in which this runs. With `ranks`, so many tasks, spread over its nodes as evenly as can be.
+
+    Raises ConfigError outside a job.
+    """
+    job, names = environ.get("SLURM_JOB_ID"), environ.get("SLURM_JOB_NODELIST")
+    if not job or not names:
+        raise ConfigError("this is no Slurm job (SLURM_JOB_ID and SLURM_JOB_NODELIST are not set)",
+                          hint="run it in a script given to sbatch, or in a shell of salloc")
+    nodes = hosts(names)
+    cpus = counts(environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
+    if len(cpus) != len(nodes):
+        raise ConfigError(f"Slurm names {len(nodes)} nodes ({names}), and the CPUs of {len(cpus)}",
+                          hint="is SLURM_JOB_CPUS_PER_NODE set by anything else?")
+    if ranks is not None:
+        each, more = divmod(ranks, len(nodes))
+        tasks = tuple(each + (number < more) for number in range(len(nodes)))
+    elif "SLURM_NTASKS" in environ:
+        # It may name fewer nodes than the job has: the others have none.
+        said = counts(environ.get("SLURM_TASKS_PER_NODE", ""))
+        tasks = (*said, *[0] * (len(nodes) - len(said)))[:len(nodes)]
+    else:
+        tasks = (1,) * len(nodes)
+    return Allocation(int(job), nodes, cpus, tasks)
+
+
+def core_ids(shown: str) -> dict[str, tuple[int, ...]]:
+    """Of each node the CPUs that a job has there, by Slurm's own numbers, from `scontrol show job -d -o`."""
+    found: dict[str, tuple[int, ...]] = {}
+    for match in re.finditer(r"\bNodes=(\S+) CPU_IDs=(\S+)", shown):
+        ids: list[int] = []
+        for part in match[2].split(","):
+            low, _, high = part.partition("-")
+            ids += range(int(low), int(high or low) + 1)
+        found.update(dict.fromkeys(hosts(match[1]), tuple(ids)))
+    return found
+
+
+def node_addresses(shown: str) -> dict[str, str]:
+    """How Slurm's daemons reach each node, from `scontrol show node -o`."""
+    return dict(re.findall(r"^NodeName=(\S+).*?\bNodeAddr=(\S+)", shown, re.MULTILINE))
+
+
+def physical(ids: Iterable[int], cpus: Iterable[tuple[int, int, int]]) -> tuple[int, ...]:
+    """Linux's numbers of CPUs for Slurm's, which count package by package, core by core, thread by thread.
+
+    `cpus` has of each of a node's CPUs its package, its core there, and its number. Those that
+    the node doesn't have are left out.
+    """
+    ordered = [cpu for _, _, cpu in sorted(cpus)]
+    return tuple(sorted(ordered[number] for number in ids if number < len(ordered)))
+
+
+def config_value(shown: str, name: str) -> str:
+    """A setting of the cluster, from `scontrol show config`; "" where there is none of that name."""
+    match = re.search(rf"^{name}\s*=\s*(.*)$", shown, re.MULTILINE)
+    return match[1].strip() if match else ""

@@ -1,0 +1,333 @@
+"""A user's own job: its ranks on some of its cores, workers on the others, a manager for this job alone.
+
+    rfaas slurm run ──┬── rfaas manager                          this node, until the ranks have ended
+                      ├── srun --overlap … rfaas slurm agent     one on each node; it says which cores are whose
+                      └── srun --cpu-bind=… PROGRAM              the ranks
+
+The only module of this package that starts processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import pwd
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from rfaas_mpi.config import Settings
+from rfaas_mpi.errors import ConfigError, ServiceError
+from rfaas_mpi.slurm import facts, layout
+from rfaas_mpi.slurm.layout import NodeLayout
+
+__all__ = ["NodePlan", "Plan", "Said", "Wanted", "cpus_here", "private", "run"]
+
+_COMMAND_S = 30.0
+_PR_SET_PDEATHSIG = 1
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """What the user wants: how many ranks (None: what the job was submitted with), threads of each, workers in all."""
+
+    command: tuple[str, ...]
+    workers: int | None = None
+    ranks: int | None = None
+    mpi: str | None = None
+
+
+class NodePlan(msgspec.Struct, frozen=True):
+    """What an agent has to know of its node: the job's CPUs there, by Slurm's numbers, and who is to have them."""
+
+    ids: tuple[int, ...]
+    address: str
+    ranks: int
+    threads: int
+    workers: int | None
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What agents are told, over their stdin. `key` is what proves to the manager whose they are; empty for none."""
+
+    manager: str
+    directory: str
+    key: bytes
+    nodes: dict[str, NodePlan]
+
+
+class Said(msgspec.Struct, frozen=True):
+    """What an agent says, a line each: how its node is laid out, and then that it serves; or what is wrong."""
+
+    layout: NodeLayout | None = None
+    ready: str = ""
+    error: str = ""
+    hint: str = ""
+
+
+def run(wanted: Wanted, environ: Mapping[str, str], progress: Callable[[str], None]) -> int:
+    """Runs the command as the ranks of the job that this is in; their exit status.
+
+    Raises ConfigError outside a job, or where its ranks need more cores than it has, and
+    ServiceError where Slurm, the manager or an agent can't do its part.
+    """
+    job = facts.allocation(environ, wanted.ranks)
+    threads = _threads(environ)
+    if not any(job.tasks):
+        raise ConfigError("no ranks are wanted", hint="--ranks 1, or more")
+    with _directory(job.job) as directory, contextlib.ExitStack() as stack:
+        # Asked while the manager starts.
+        addresses = _started(["scontrol", "show", "node", "-o", ",".join(job.nodes)])
+        shown = _started(["scontrol", "show", "job", "-d", "-o", str(job.job)])
+        settings = _started(["scontrol", "show", "config"])
+        where = facts.node_addresses(_answer(addresses))
+        manager = stack.enter_context(_Manager(directory, where.get(job.nodes[0], "") if len(job.nodes) > 1 else ""))
+        ids = facts.core_ids(_answer(shown))
+        if missing := [node for node in job.nodes if node not in ids or node not in where]:
+            raise ServiceError(f"Slurm doesn't say which cores the job has on {', '.join(missing)}",
+                               hint="what says `scontrol show job -d $SLURM_JOB_ID`?")
+        spare = [max(0, len(ids[node]) - tasks * threads) for node, tasks in zip(job.nodes, job.tasks, strict=True)]
+        plan = Plan(manager.address, str(directory), manager.key, {
+            node: NodePlan(ids[node], where[node], tasks, threads, workers) for node, tasks, workers in
+            zip(job.nodes, job.tasks, layout.workers_of(wanted.workers, spare), strict=True)})
+        # Without task/affinity Slurm binds nothing, and each such option is worth a warning to it.
+        binds = "task/affinity" in facts.config_value(_answer(settings), "TaskPlugin")
+        agents = stack.enter_context(_Agents(plan, directory, binds))
+        layouts = agents.wait()
+        for each in layouts:
+            progress(f"rfaas: {each.node}: ranks on {_cores(each.ranks) or 'none'}; lent: "
+                     f"{','.join(map(str, each.lent)) or 'none'}")
+        return _ranks(wanted, layouts, binds, {**environ, **manager.environment})
+
+
+def _threads(environ: Mapping[str, str]) -> int:
+    text = environ.get("OMP_NUM_THREADS") or "1"
+    # With nested parallelism it is a list, of which the first one counts.
+    first = text.partition(",")[0].strip()
+    if not first.isdigit() or int(first) < 1:
+        raise ConfigError(f"OMP_NUM_THREADS={text} is no number of threads", hint="unset it, or set it to 1 or more")
+    return int(first)
+
+
+def _cores(ranks: Sequence[Sequence[int]]) -> str:
+    return " ".join(",".join(map(str, cores)) for cores in ranks)
+
+
+def private(path: Path) -> Path:
+    """The directory, made if it isn't there. ConfigError if it isn't this user's alone."""
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    if path.is_symlink() or not path.is_dir() or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise ConfigError(f"{path} isn't a directory of yours alone", hint="remove it, or set TMPDIR")
+    return path
+
+
+def cpus_here() -> list[tuple[int, int, int]]:
+    """Of each CPU of this node: its package, its core there, its number."""
+    found = []
+    for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]*"):
+        with contextlib.suppress(OSError):      # it is offline
+            package, core = ((path / "topology" / name).read_text() for name in ("physical_package_id", "core_id"))
+            found.append((int(package), int(core), int(path.name.removeprefix("cpu"))))
+    return found
+
+
+@contextlib.contextmanager
+def _directory(job: int) -> Iterator[Path]:
+    """Where this job's daemons keep their files on each node; removed in the end."""
+    path = private(Path(tempfile.gettempdir(), f"rfaas-slurm-{os.geteuid()}-{job}"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _dies_with_us() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _start(words: Sequence[str], **options: object) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(words, preexec_fn=_dies_with_us, **options)  # type: ignore[call-overload, no-any-return]
+    except FileNotFoundError:
+        raise ConfigError(f"there is no {words[0]} here", hint="this has to run where Slurm's commands are") from None
+
+
+def _started(words: Sequence[str]) -> subprocess.Popen[bytes]:
+    return _start(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def _answer(process: subprocess.Popen[bytes]) -> str:
+    try:
+        out, err = process.communicate(timeout=_COMMAND_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise ServiceError(f"{process.args!r} took longer than {_COMMAND_S:.0f} s", hint="does slurmctld answer?") from None
+    if process.returncode != 0:
+        raise ServiceError(f"{process.args!r} failed: {err.decode(errors='replace').strip()}",
+                           hint="does slurmctld answer?")
+    return out.decode(errors="replace")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(_COMMAND_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _rfaas(*words: str) -> list[str]:
+    return [sys.executable, "-m", "rfaas_mpi.cli", *words]
+
+
+def _tail(log: Path) -> str:
+    with contextlib.suppress(OSError):
+        return log.read_text(errors="replace")[-2000:].strip()
+    return ""
+
+
+class _Manager:
+    """This job's manager: where it listens, and what a rank has to know of it."""
+
+    def __init__(self, directory: Path, host: str) -> None:
+        self._log = directory / "manager.log"
+        user = pwd.getpwuid(os.geteuid()).pw_name
+        state, key, socket = directory / "manager", directory / "key", directory / "manager.sock"
+        words = _rfaas("manager", "--json", "--directory", str(state), "--socket", str(socket))
+        if host:
+            words += ["--listen", f"{host}:0", "--key", f"{user}={key}"]
+        with self._log.open("wb") as log:
+            self._process = _start(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+        try:
+            assert self._process.stdout is not None
+            said = b""
+            for line in _lines(self._process.stdout, Settings.load().start_timeout_s):
+                said += line
+                if line.startswith(b"}"):
+                    break
+            else:
+                raise ServiceError(f"the job's manager didn't start: {_tail(self._log)}", hint="try: rfaas manager")
+            listening = msgspec.json.decode(said)["listening"]
+            self.address = next((each for each in listening if each.startswith("http")), f"unix:{socket}")
+            self.key = key.read_bytes() if host else b""
+        except BaseException:
+            self.close()
+            raise
+        self.environment = {"RFAAS_MANAGER": self.address, "RFAAS_MANAGER_USER": str(os.geteuid())}
+        if host:
+            self.environment |= {"RFAAS_AUTH": "key", "RFAAS_MANAGER_KEY_FILE": str(key)}
+
+    def close(self) -> None:
+        """Ends it. Safe to call twice."""
+        _stop(self._process)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def __enter__(self) -> _Manager:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Agents:
+    """The step with an agent on each node."""
+
+    def __init__(self, plan: Plan, directory: Path, binds: bool) -> None:
+        self._plan, self._log = plan, directory / "agents.log"
+        count = str(len(plan.nodes))
+        with self._log.open("wb") as log:
+            # All of the job's CPUs and memory, beside the ranks' step; bound to none.
+            self._process = _start(
+                ["srun", "--overlap", *(["--cpu-bind=none"] if binds else []), "--mem=0", "--mpi=none", f"--nodes={count}", f"--ntasks={count}",
+                 "--ntasks-per-node=1", "--kill-on-bad-exit=0", *_rfaas("slurm", "agent")],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as told:
+            told.write(msgspec.json.encode(plan))
+
+    def wait(self) -> list[NodeLayout]:
+        """Of each node, once all agents serve."""
+        layouts: dict[str, NodeLayout] = {}
+        ready: set[str] = set()
+        assert self._process.stdout is not None
+        for line in _lines(self._process.stdout, Settings.load().start_timeout_s + _COMMAND_S):
+            try:
+                said = msgspec.json.decode(line, type=Said)
+            except msgspec.DecodeError:
+                continue        # a site's own greeting
+            if said.error:
+                raise ConfigError(said.error, hint=said.hint)
+            if said.layout is not None:
+                layouts[said.layout.node] = said.layout
+            if said.ready:
+                ready.add(said.ready)
+            if len(ready) == len(self._plan.nodes):
+                return [layouts[node] for node in self._plan.nodes]
+        silent = ", ".join(node for node in self._plan.nodes if node not in ready)
+        raise ServiceError(f"the agents of {silent} didn't start: {_tail(self._log)}",
+                           hint="is the same rfaas_mpi installed under the same path on these nodes?")
+
+    def close(self) -> None:
+        """Ends them. Safe to call twice."""
+        _stop(self._process)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def __enter__(self) -> _Agents:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _lines(stream: IO[bytes], patience_s: float) -> Iterator[bytes]:
+    """Whole lines until the stream's end, or until so many seconds have passed."""
+    deadline, left = time.monotonic() + patience_s, b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(stream, selectors.EVENT_READ)
+        while (wait_s := deadline - time.monotonic()) > 0:
+            if not selector.select(wait_s):
+                continue
+            if not (data := os.read(stream.fileno(), 65536)):
+                return
+            *whole, left = (left + data).split(b"\n")
+            yield from whole
+
+
+def _ranks(wanted: Wanted, layouts: Sequence[NodeLayout], binds: bool, environ: Mapping[str, str]) -> int:
+    """Runs the ranks to their end."""
+    count = sum(len(each.ranks) for each in layouts)
+    used = [each for each in layouts if each.ranks]
+    words = ["srun", f"--nodes={len(used)}", f"--ntasks={count}", f"--nodelist={','.join(each.node for each in used)}",
+             f"--ntasks-per-node={max(len(each.ranks) for each in used)}", "--distribution=block"]
+    if wanted.mpi is not None:
+        words.append(f"--mpi={wanted.mpi}")
+    if binds:
+        words.append(layout.bind_option(used) or "--cpu-bind=none")
+    # Slurm ignores lists of CPUs where a job has a part of a node, or nodes differ: the shell binds in any case.
+    words += [*layout.wrapper(used), *wanted.command]
+    process = _start(words, env=dict(environ))
+    before = {number: signal.signal(number, lambda number, _frame: process.send_signal(number)) for number in _FORWARDED}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _stop(process)
+    return status if status >= 0 else 128 - status

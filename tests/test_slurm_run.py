@@ -1,0 +1,113 @@
+"""Inside a user's own job: ranks on some of its cores and workers on the others, on a real Slurm."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+from slurm_cluster import Slurm
+from test_apps import needs_two_cores
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RFAAS = Path(sys.executable).with_name("rfaas")
+
+# Says where each rank and its workers run; the nodes are one machine, so names tell them apart.
+PROGRAM = r"""
+import os, sys
+from mpi4py import MPI
+import rfaas_mpi as rf
+comm = MPI.COMM_WORLD
+def where(_):
+    return tuple(sorted(os.sched_getaffinity(0)))
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+with rf.Executor(workers=(0, 4), comm=comm, lease_timeout_s=2) as executor:
+    cores = set(executor.map(where, range(4))) if executor.workers else set()
+    say("rank", comm.rank, "of", comm.size, "on", *sorted(os.sched_getaffinity(0)), "workers", len(executor.workers),
+        "on", *sorted(core for each in cores for core in each))
+sys.exit(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    with slurm_cluster.cluster(2, 2) as found:
+        (found.directory / "program.py").write_text(PROGRAM)
+        yield found
+
+
+def script(*options: object, arguments: str = "", before: str = "") -> str:
+    words = " ".join(map(str, options))
+    return (f"#!/bin/bash\n{before}\nexport PYTHONPATH='{REPOSITORY}'\n"
+            f"exec '{RFAAS}' slurm run --mpi pmi2 {words} -- '{sys.executable}' program.py {arguments}\n")
+
+
+def left(slurm: Slurm) -> list[Path]:
+    """What a job leaves in the directory for what is temporary."""
+    return [path for path in Path(tempfile.gettempdir()).glob(f"rfaas-slurm-{os.geteuid()}-*") if path.is_dir()]
+
+
+@needs_two_cores
+def test_each_node_of_a_job_lends_what_its_rank_leaves(slurm):
+    said = slurm.finish(script(), "--nodes=2", "--ntasks=2", "--exclusive")
+    assert {line for line in said.splitlines() if line.startswith("rank")} == {
+        f"rank {rank} of 2 on 0 workers 1 on 1" for rank in (0, 1)}, said
+    assert {line for line in said.splitlines() if line.startswith("rfaas:")} == {
+        f"rfaas: {node}: ranks on 0; lent: 1" for node in slurm.names}, said
+    assert left(slurm) == []
+
+
+@needs_two_cores
+def test_no_more_is_lent_than_is_asked_for_and_threads_of_ranks_count(slurm):
+    said = slurm.finish(script("--workers", 0), "--nodes=1", "--exclusive")
+    assert "rank 0 of 1 on 0 workers 0 on" in said, said
+    said = slurm.finish(script(before="export OMP_NUM_THREADS=2"), "--nodes=1", "--exclusive")
+    assert "rank 0 of 1 on 0 1 workers 0 on" in said, said
+
+
+def test_the_status_of_the_ranks_is_the_jobs_and_nothing_is_left(slurm):
+    job = slurm.submit(script(arguments="3"), "--nodes=1", "--exclusive")
+    assert slurm.ended(job) == "FAILED", slurm.output(job)
+    assert "ExitCode=3:0" in slurm.run("scontrol", "show", "job", "-o", job), slurm.output(job)
+    assert left(slurm) == []
+
+
+def test_ranks_that_need_more_cores_than_the_job_has_are_an_error_that_says_so(slurm):
+    job = slurm.submit(script("--ranks", 2, before="export OMP_NUM_THREADS=2"), "--nodes=1", "--exclusive")
+    assert slurm.ended(job) == "FAILED"
+    assert "2 ranks of 2 threads need 4 cores, and the job has 2 on n1" in slurm.output(job)
+
+
+@needs_two_cores
+def test_a_job_that_is_cancelled_leaves_no_process(slurm):
+    """Its script gets no time to end anything: Slurm stops every step of it."""
+    job = slurm.submit(
+        f"#!/bin/bash\nexport PYTHONPATH='{REPOSITORY}'\n'{RFAAS}' slurm run -- sh -c 'echo began; exec sleep 600'\n",
+        "--nodes=2", "--ntasks=2", "--exclusive")
+    slurm.wait_until(lambda: slurm.output(job).count("began") == 2, "both ranks have begun")
+    mine = re.compile(rb"rfaas-slurm-%d-%d\b" % (os.geteuid(), job))
+    assert processes(mine)
+    slurm.run("scancel", job)
+    assert slurm.ended(job) == "CANCELLED"
+    slurm.wait_until(lambda: not processes(mine), "its processes are gone")
+    slurm.wait_until(lambda: not left(slurm), "its files are gone")
+
+
+def processes(pattern: re.Pattern[bytes]) -> list[int]:
+    """Those whose command or environment has it."""
+    found = []
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                text = (path / "cmdline").read_bytes() + (path / "environ").read_bytes()
+            except OSError:
+                continue
+            if pattern.search(text):
+                found.append(int(path.name))
+    return found

@@ -184,6 +184,7 @@ class Settings:
     switches: tuple[str, ...] = _setting((), _switches,
                                          "the switches above this node, from its leaf switch up, like leaf3,core")
     partition: str = _setting("", _name, "what nodes of one kind here are called, as the batch system's partition")
+    slurm_template: str | None = _setting(None, str, "the site's batch script, in which `rfaas slurm script` fills in lines")
     uid_min: int = _setting(1000, _number(int, 1, 0x7FFFFFFF), "the lowest uid that such an agent serves")
     zygote_memory: int = _setting(2 << 30, size_of, "what another user's zygote may hold; 0: any amount")
     memory_reserve: int = _setting(512 << 20, size_of, "memory of the node that is never lent")

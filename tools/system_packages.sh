@@ -43,6 +43,7 @@ if [ "$purpose" = tests ]; then
     program slurmctld slurmctld
     program slurmd slurmd
     program srun slurm-client
+    program shellcheck shellcheck
     ls /usr/lib/*/slurm-wlm/select_cons_tres.so >/dev/null 2>&1 || need slurm-wlm-basic-plugins
     ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || need postgresql
     program bwrap bubblewrap

@@ -49,6 +49,44 @@ def run(out: Output, command: tuple[str, ...], **options: Any) -> None:
         raise Finished(status)
 
 
+@slurm.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+               epilog=examples("rfaas slurm script --nodes 2 --ntasks 64 app.py >job.sh",
+                               "rfaas slurm script --ntasks 4 --mpi pmi2 --time 30 app.py --n 1000 | sbatch"))
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Nodes of the job.")
+@click.option("--ntasks", type=click.IntRange(min=1), default=None, help="Ranks, on all nodes together.")
+@click.option("--cpus-per-task", type=click.IntRange(min=1), default=None, help="CPUs of each rank, as Slurm counts.")
+@click.option("--threads", type=click.IntRange(min=1), default=None, help="OpenMP threads of each rank.")
+@click.option("--time", metavar="TIME", default=None, help="How long the job may run, like 30 (minutes), 2:00:00 or 1-0.")
+@click.option("--partition", metavar="NAME", default=None, help="Where it runs.")
+@click.option("--account", metavar="NAME", default=None, help="Who pays.")
+@click.option("--name", metavar="NAME", default=None, help="What it is called.")
+@click.option("--output", metavar="FILE", default=None, help="Where what it prints goes.")
+@click.option("--array", metavar="INDEXES", default=None, help="Run it once for each index, like 0-15%4.")
+@click.option("--mem", "memory", metavar="SIZE", default=None, help="Memory of each node; many sites want none named.")
+@click.option("--mpi", metavar="TYPE", default=None, help="How ranks find each other, as srun's --mpi.")
+@click.option("--workers", type=click.IntRange(min=0), default=None,
+              help="Cores to lend, on all nodes together.  [default: all that ranks leave]")
+@click.option("--lend/--borrow", default=True, show_default=True,
+              help="Lend the job's own other cores to its ranks, or borrow from the site's service.")
+@click.option("--template", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=None,
+              help="The site's script, with lines @directives@ and @run@.  [default: RFAAS_SLURM_TEMPLATE]")
+@common
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.pass_obj
+def script(out: Output, command: tuple[str, ...], template: Path | None, **options: Any) -> None:
+    """Print a batch script that runs a program with borrowed cores.
+
+    A file that ends with .py is run by Python. The script asks for nothing that isn't named here, and for
+    whole nodes where their other cores are lent.
+    """
+    from rfaas_mpi.config import Settings
+    from rfaas_mpi.slurm import render
+    named = template or Settings.load().slurm_template
+    text = render.script(render.Script(command=command, **options),
+                         render.TEMPLATE if named is None else Path(named).read_text())
+    out.answer({"script": text}, text.splitlines())
+
+
 @slurm.command(hidden=True)
 @common
 def agent() -> None:

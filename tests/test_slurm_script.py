@@ -1,0 +1,128 @@
+"""Batch scripts: what is printed is what was asked for, a shell and Slurm take it, and it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+from slurm_cluster import Slurm
+from test_apps import needs_two_cores
+
+from rfaas_mpi.cli import main
+from rfaas_mpi.errors import ConfigError
+from rfaas_mpi.slurm import render
+from rfaas_mpi.slurm.render import Script
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted((REPOSITORY / "jobscripts").glob("*.sh"))
+NASTY = ["a b", "x;y", "$(touch owned)", "`touch owned`", 'say "hi"', "it's", "back\\slash", "#5", "$HOME", "*", "~", "ä"]
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    with slurm_cluster.cluster(2, 2) as found:
+        yield found
+
+
+def printed(*words: str) -> str:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert main(["slurm", "script", *words]) == 0
+    return said.getvalue()
+
+
+def directives(text: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_each_example_is_what_the_command_in_it_prints(path):
+    shell, what, command, *rest = path.read_text().splitlines()
+    assert what.startswith("# ") and command.startswith("# rfaas slurm script ")
+    assert [shell, *rest] == printed(*shlex.split(command)[4:]).splitlines()
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_shells_and_slurm_take_each_example(path, slurm):
+    subprocess.run(["bash", "-n", path], check=True)
+    assert shutil.which("shellcheck"), "apt-get install shellcheck"
+    found = subprocess.run(["shellcheck", path], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+    # These nodes are smaller than the examples': only how a job is asked for is looked at.
+    slurm.run("sbatch", "--test-only", "--ntasks=2", "--nodes=1", path)
+
+
+def test_nothing_is_asked_for_that_was_not_named():
+    assert directives(printed("app.py")) == ["--nodes=1", "--exclusive"]
+    assert directives(printed("--borrow", "app.py")) == ["--nodes=1"]
+    assert "--mem=4G" in directives(printed("--mem", "4G", "app.py"))
+
+
+def test_json_has_the_same_script():
+    assert json.loads(printed("--json", "app.py"))["script"] == printed("app.py")
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\rb", "", "a\x00b", "tab\there"])
+def test_what_can_not_stand_in_a_directive_is_refused(text):
+    with pytest.raises(ConfigError, match="can't stand in a batch script"):
+        render.script(Script(("app.py",), name=text))
+
+
+def test_a_word_with_a_line_end_is_refused():
+    with pytest.raises(ConfigError, match="can't stand in a batch script"):
+        render.script(Script(("app.py", "a\nb")))
+
+
+@pytest.mark.parametrize("template, said", [
+    ("", "begin with #!"), ("@directives@\n@run@\n", "begin with #!"), ("#!/bin/sh\n@run@\n", "no line @directives@"),
+    ("#!/bin/sh\n@directives@\n@run@\n@run@\n", "no line @run@, or several")])
+def test_a_template_without_its_lines_is_refused(template, said):
+    with pytest.raises(ConfigError, match=said):
+        render.script(Script(("app.py",)), template)
+
+
+def test_a_sites_template_comes_from_its_settings(tmp_path, monkeypatch):
+    template = tmp_path / "site.sh"
+    template.write_text("#!/bin/bash -l\n@directives@\nmodule load rfaas\n@run@\n")
+    monkeypatch.setenv("RFAAS_SLURM_TEMPLATE", str(template))
+    assert printed("--borrow", "app.py") == (
+        "#!/bin/bash -l\n#SBATCH --nodes=1\nmodule load rfaas\nexec srun python app.py\n")
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_slurm_reads_a_name_as_it_was_given(slurm, name):
+    # Held, so that it can be looked at; nothing of it runs.
+    job = slurm.submit(render.script(Script(("true",), name=name, lend=False)), "--hold")
+    try:
+        assert slurm.run("squeue", "-h", "-j", job, "-o", "%j").rstrip("\n") == name
+    finally:
+        slurm.run("scancel", job)
+
+
+def test_words_of_the_command_come_to_it_as_they_were_given(slurm):
+    program = slurm.directory / "my program.py"
+    program.write_text("import sys\nfor word in sys.argv[1:]: print(repr(word))\n")
+    path = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+    text = render.script(Script((str(program), *NASTY), lend=False), f"#!/bin/bash\n@directives@\nexport {path}\n@run@\n")
+    assert slurm.finish(text).splitlines() == [repr(word) for word in NASTY]
+    assert not (slurm.directory / "owned").exists()
+
+
+@needs_two_cores
+def test_a_script_lends_a_jobs_other_cores(slurm):
+    program = slurm.directory / "app.py"
+    program.write_text("import rfaas_mpi as rf\nimport os\n"
+                       "with rf.Executor(workers=1) as executor:\n"
+                       "    print('worker on', *executor.submit(os.sched_getaffinity, 0).result())\n")
+    site = (f"#!/bin/bash\n@directives@\nexport PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH "
+            f"PYTHONPATH={shlex.quote(str(REPOSITORY))}\n@run@\n")
+    assert "worker on 1" in slurm.finish(render.script(Script((str(program),), ntasks=1), site))

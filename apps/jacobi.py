@@ -77,6 +77,7 @@ def rows_of(n: int, low: int, high: int, key: list[int]) -> np.ndarray:
 
 class Jacobi(common.App):
     name = "jacobi"
+    small = ("--n", "200", "--sweeps", "10")
 
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:

@@ -76,6 +76,7 @@ def wrong(a: np.ndarray, b: np.ndarray, c: np.ndarray, random: np.random.Generat
 
 class Matmul(common.App):
     name = "matmul"
+    small = ("--n", "200")
 
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:

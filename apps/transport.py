@@ -150,6 +150,7 @@ def criticality(sums: Any, slab: Slab) -> tuple[float, float]:
 
 class Transport(common.App):
     name = "transport"
+    small = ("--histories", "40", "--batches", "64", "--sigma", "0.02")
 
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,8 +20,6 @@ import os
 import secrets
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,16 +29,15 @@ from typing import Any
 
 import numpy as np
 
-from rfaas_mpi import api, config
+from rfaas_mpi import api
 from rfaas_mpi.bench import environment, kernels, measure
+from rfaas_mpi.bench.cluster import Cluster
 from rfaas_mpi.bench.cold import lease_of
-from rfaas_mpi.bench.manager import end
 from rfaas_mpi.bench.namespaces import Place, other_node
 from rfaas_mpi.bench.raw import BenchError
 from rfaas_mpi.bench.stage import Options, check_quiet
-from rfaas_mpi.client import ManagerClient, here
+from rfaas_mpi.client import here
 from rfaas_mpi.config import Settings
-from rfaas_mpi.errors import ServiceLost
 from rfaas_mpi.executor import Executor
 from rfaas_mpi.session import Session
 
@@ -48,76 +45,9 @@ __all__ = ["Place", "measure_first"]
 
 ROUNDS = 40                      # of each run
 COLD_ROUNDS = 20
-START_S = 60.0
 REST_S = 0.05                    # after this a zygote has forked the next worker ahead
-NODE = "bench"
 # In the environment of a rank: each value is another environment, with a zygote of its own.
 _NEW = "BENCH_ENVIRONMENT"
-
-
-# ---- the cluster -----------------------------------------------------------------------------------
-
-class _Cluster:
-    """A manager of our own, and an agent that lends one core: `rfaas manager` and `rfaas agent`. close() ends them."""
-
-    def __init__(self, directory: Path, place: Place, *, rank_core: int, lent: int, allowed: Sequence[int]) -> None:
-        self.directory = directory
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self.settings = Settings.load(manager=f"unix:{directory / 'manager.sock'}", manager_user=str(os.geteuid()),
-                                      transport="tcp")
-        others = [core for core in allowed if core not in (rank_core, lent)]
-        # Where there are only two cores the manager has the worker's: it isn't needed while a worker runs.
-        self._run((others or [lent])[-1], "manager", "--directory", directory / "manager",
-                  "--socket", directory / "manager.sock")
-        self._run(None, "agent", "--manager", self.settings.manager, "--node", NODE, "--cores", lent,
-                  "--socket", "none", "--directory", directory / NODE, "--listen", f"{place.host}:0",
-                  prefix=place.prefix)
-        self.client = ManagerClient(self.settings)
-        try:
-            self._wait(lambda: self.free)
-        except BaseException:
-            self.close()
-            raise
-
-    def _run(self, core: int | None, *words: object, prefix: Sequence[str] = ()) -> None:
-        kept = {name: value for name, value in config.environment().items() if not name.startswith(config.PREFIX)}
-        # A benchmark that is killed closes nothing: they end with it.
-        command = ["setpriv", "--pdeathsig", "TERM", "--"]
-        if core is not None:
-            command += ["taskset", "-c", str(core)]
-        with (self.directory / f"{words[0]}.log").open("ab") as log:
-            self._processes.append(subprocess.Popen(
-                [*prefix, *command, sys.executable, "-m", "rfaas_mpi.cli", *map(str, words)],
-                env={**kept, "RFAAS_CONFIG": os.devnull, "RFAAS_RUNTIME_DIR": str(self.directory),
-                     "RFAAS_MANAGER_USER": str(os.geteuid()),
-                     "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log))
-
-    @property
-    def free(self) -> bool:
-        """True if the core can be lent now."""
-        with contextlib.suppress(ServiceLost):
-            return any(view.free for view in self.client.call("nodes").nodes)
-        return False
-
-    def rest(self) -> None:
-        """Returns once the core can be lent again."""
-        self._wait(lambda: self.free)
-
-    def _wait(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + START_S
-        while not condition():
-            if time.monotonic() > deadline or any(process.poll() is not None for process in self._processes):
-                said = [path.read_text(errors="replace")[-500:] for path in sorted(self.directory.glob("*.log"))]
-                raise BenchError("the manager and its agent lend nothing: " + " … ".join(said))
-            time.sleep(0.002)
-
-    def close(self) -> None:
-        """Safe to call twice."""
-        self.client.close()
-        for process in reversed(self._processes):
-            end(process)
-        self._processes.clear()
 
 
 # ---- one round -------------------------------------------------------------------------------------
@@ -125,7 +55,7 @@ class _Cluster:
 class _Rank:
     """Asks for leases as an executor does, and notes what each step took."""
 
-    def __init__(self, cluster: _Cluster) -> None:
+    def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._name = f"bench-{secrets.token_hex(8)}"
         self._ids = itertools.count(1)
@@ -213,7 +143,7 @@ def measure_first(options: Options) -> dict:
         with (other_node(wanted=options.namespaces) as place, environment.pinned(options.core) as cores,
               contextlib.ExitStack() as stack):
             lent = max(core for core in cores.allowed if core != cores.rank)
-            cluster = _Cluster(directory, place, rank_core=cores.rank, lent=lent, allowed=cores.allowed)
+            cluster = Cluster(directory, place, rank_core=cores.rank, lent=lent, allowed=cores.allowed)
             stack.callback(cluster.close)
             embedded = Settings.load(runtime_dir=str(directory / "embedded"), transport="shm", cores=(lent,),
                                      lend="yes")

@@ -12,7 +12,8 @@ def as_text(data: dict) -> list[str]:
     lines = list(_environment(data))
     for name in NAMES if data["bench"] == "all" else (data["bench"],):
         part = data[name] if data["bench"] == "all" else data
-        lines += ["", name, *(_payload(part) if "rows" in part else _figures(part))]
+        lines += ["", name, *(_faults(part) if name == "faults" else
+                              _payload(part) if "rows" in part else _figures(part))]
         if name == "control":
             lines += _control(part)
     return lines
@@ -49,6 +50,16 @@ def _control(part: dict) -> Iterator[str]:
     if "restart_s" in part:
         yield (f"  from start to answer: {part['restart_s']:g} s with the records of {part['restart_records']} "
                f"leases, {part['start_s']:g} s with none")
+
+
+def _faults(part: dict) -> Iterator[str]:
+    yield f"  {'':24}{'faults':>7}{'rounds':>8}{'undisturbed':>13}{'lost, s':>9}{'A/A':>7}  answer"
+    for app, found in part["apps"].items():
+        for kind, one in found["faults"].items():
+            answer = "right" if one["right"] else "WRONG"
+            yield (f"  {app + ', ' + kind:24}{one['faults']:>7}{one['rounds']:>8}{one['undisturbed_s']:>11.2f} s"
+                   f"{one['lost_s']:>9.2f}{one['lost_s_aa']:>7.2f}  {answer}{', same bits' * bool(one['same_bits'])}")
+            yield from (f"    {line}" for line in one["wrong"][:3])
 
 
 def _payload(part: dict) -> Iterator[str]:

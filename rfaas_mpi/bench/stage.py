@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rfaas_mpi.bench import environment, measure, raw
@@ -31,6 +32,7 @@ class Options:
     quick: bool = False
     of: tuple[str, ...] = ()  # which workers are reclaimed; none named: each kind
     namespaces: bool = False  # the agent of `first` in a network namespace of its own
+    apps: tuple[Path, ...] = ()  # programs of apps/ that meet faults
     progress: Callable[[str], None] = field(default=lambda _text: None, compare=False)
 
     def cycles(self, full: int) -> int:

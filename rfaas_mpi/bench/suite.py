@@ -39,17 +39,27 @@ def measure_control(options: Options) -> dict:
     return found
 
 
+def measure_faults(options: Options) -> dict:
+    """What faults cost apps; ConfigError where the cluster's packages are missing."""
+    try:
+        from rfaas_mpi.bench import faults
+    except ImportError as error:
+        raise ConfigError(f"a cluster needs {error.name}", hint="pip install 'rfaas_mpi[cluster]'") from None
+    return faults.measure_faults(options)
+
+
 _BENCHMARKS: dict[str, Callable[[Options], dict]] = {
     "latency": measure_latency, "throughput": measure_throughput, "payload": measure_payload, "cold": measure_cold}
 NAMES = tuple(_BENCHMARKS)
 # No part of "all": they measure something else than invocations.
-_APART: dict[str, Callable[[Options], dict]] = {"reclaim": measure_reclaim, "control": measure_control}
+_APART: dict[str, Callable[[Options], dict]] = {"reclaim": measure_reclaim, "control": measure_control,
+                                              "faults": measure_faults}
 _OVER_A_NETWORK: dict[str, Callable[[Options], dict]] = {
     "latency": measure_network_latency, "payload": measure_network_payload}
 
 
 def measure(what: str, options: Options) -> dict:
-    """Measures one of NAMES, "all" of them, "reclaim" or "control"; the figures, how they were made, and where.
+    """Measures one of NAMES, "all" of them, "reclaim", "control" or "faults"; the figures, how they were made, and where.
 
     The figures of one benchmark lie on the top level; of "all", one level down. BenchError where there is no core to
     borrow.

@@ -364,6 +364,38 @@ def control(out: Output, **arguments: Any) -> None:
     _bench(out, "control", arguments)
 
 
+@bench.command(epilog=examples("rfaas bench faults", "rfaas bench faults --app jacobi --of killed --of stopped"))
+@measured
+@click.option("--app", "names", metavar="NAME", multiple=True, help="This app only; may be repeated.")
+@click.option("--of", type=click.Choice(["stopped", "killed", "manager", "revoked"]), multiple=True,
+              help="This fault only; may be repeated.")
+@click.pass_obj
+def faults(out: Output, names: tuple[str, ...], **arguments: Any) -> None:
+    """What faults cost the apps.
+
+    Each app of `rfaas app` runs on a cluster of its own, is checked in every
+    round, and its results are compared with those without faults: while a
+    worker is stopped for 2 s, a worker is killed every second, the manager is
+    killed half-way, and all workers are revoked half-way. Exit status 1 where
+    an answer is wrong.
+    """
+    from rfaas_mpi.bench import report, suite
+    from rfaas_mpi.cli import apps
+    found = {name: app for name, app in apps.find().items() if app.common}
+    if unknown := [name for name in names if name not in found]:
+        raise click.UsageError(f"there is no app {unknown[0]!r} for this; there are {', '.join(found)}")
+    file = arguments.pop("file")
+    if file is not None:
+        suite.check_writable(file)
+    data = suite.measure("faults", suite.Options(
+        progress=out.progress, apps=tuple(found[name].path for name in names or found), **arguments))
+    if file is not None:
+        suite.keep(data, file)
+    out.answer(data, report.as_text(data))
+    if not data["right"]:
+        raise Finished(output.FAILED)
+
+
 @bench.command(name="all", epilog=examples("rfaas bench all --json --out benchmarks/laptop.json >/dev/null"))
 @measured
 @click.pass_obj

@@ -89,10 +89,12 @@ def test_the_shell_binds_each_rank_by_its_place_and_leaves_its_command_as_it_is(
     layouts = [NodeLayout("n1", ((0,),), ()), NodeLayout("n2", ((1,),), ())]
     words = ["printf", "%s|", "a b", "$(id)", "x;y"]
 
-    def run(node: str, local: str) -> subprocess.CompletedProcess[str]:
+    def run(node: str, local: str, **changes: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*layout.wrapper(layouts), *words], capture_output=True, text=True, check=False,
-                              env={"PATH": "/usr/bin:/bin", "SLURMD_NODENAME": node, "SLURM_LOCALID": local})
+                              env={"PATH": "/usr/bin:/bin", "SLURMD_NODENAME": node, "SLURM_LOCALID": local, **changes})
 
     assert run("n1", "0").stdout == "a b|$(id)|x;y|"
+    assert run("n1", "1", MPI_LOCALRANKID="0").returncode == 0
+    assert run("n1", "1", OMPI_COMM_WORLD_LOCAL_RANK="0").returncode == 0
     refused = run("n1", "1")
     assert refused.returncode == 1 and "no cores for rank" in refused.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
+from mpi_launch import LIBRARIES, World
 from slurm_cluster import Slurm
 from test_apps import needs_two_cores
 
@@ -61,6 +63,18 @@ def test_each_node_of_a_job_lends_what_its_rank_leaves(slurm):
     assert {line for line in said.splitlines() if line.startswith("rfaas:")} == {
         f"rfaas: {node}: ranks on 0; lent: 1" for node in slurm.names}, said
     assert left(slurm) == []
+
+
+@needs_two_cores
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_either_librarys_own_launcher_starts_the_ranks(slurm, library):
+    world = World(library)
+    changes = {**world.changes, **dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")}
+    before = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in changes.items())
+    said = slurm.finish(script("--launcher", shlex.quote(str(world.mpiexec)), before=before),
+                        "--nodes=2", "--ntasks=2", "--exclusive")
+    assert {line for line in said.splitlines() if line.startswith("rank")} == {
+        f"rank {rank} of 2 on 0 workers 1 on 1" for rank in (0, 1)}, said
 
 
 @needs_two_cores

@@ -32,6 +32,8 @@ def slurm() -> None:
               help="Ranks, on all nodes together.  [default: the job's tasks, else one on each node]")
 @click.option("--mpi", metavar="TYPE", default=None,
               help="How ranks find each other, as srun's --mpi.  [default: the site's]")
+@click.option("--launcher", metavar="PROGRAM", default=None,
+              help="MPICH's or Open MPI's mpiexec, which starts the ranks in srun's place.")
 @common
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_obj

@@ -11,6 +11,10 @@ from rfaas_mpi.errors import ConfigError
 __all__ = ["NodeLayout", "bind_option", "lay_out", "wrapper", "workers_of"]
 
 
+# A rank's number on its node, as Open MPI's launcher, MPICH's and srun say it.
+_LOCAL = "${OMPI_COMM_WORLD_LOCAL_RANK:-${MPI_LOCALRANKID:-$SLURM_LOCALID}}"
+
+
 class NodeLayout(msgspec.Struct, frozen=True):
     """One node of a job: the cores of each of its ranks, and those that are lent."""
 
@@ -61,9 +65,9 @@ def bind_option(layouts: Sequence[NodeLayout]) -> str | None:
 
 
 def wrapper(layouts: Sequence[NodeLayout]) -> list[str]:
-    """What a rank's command is started through where srun can't bind it: a shell that binds itself, by its place."""
+    """What a rank's command is started through: a shell that binds itself, by its place, however it was started."""
     cases = "\n".join(f"{layout.node}:{number}) cores={','.join(map(str, cores))};;"
                       for layout in layouts for number, cores in enumerate(layout.ranks))
-    return ["sh", "-c", f'case "$SLURMD_NODENAME:$SLURM_LOCALID" in\n{cases}\n'
-                        '*) echo "rfaas: no cores for rank $SLURM_PROCID on $SLURMD_NODENAME" >&2; exit 1;;\nesac\n'
+    return ["sh", "-c", f'case "$SLURMD_NODENAME:{_LOCAL}" in\n{cases}\n'
+                        f'*) echo "rfaas: no cores for rank {_LOCAL} on $SLURMD_NODENAME" >&2; exit 1;;\nesac\n'
                         'exec taskset -c "$cores" "$@"', "rfaas"]

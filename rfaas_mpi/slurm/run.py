@@ -14,6 +14,7 @@ import ctypes
 import os
 import pwd
 import selectors
+import shlex
 import shutil
 import signal
 import subprocess
@@ -39,12 +40,16 @@ _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, sign
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """What the user wants: how many ranks (None: what the job was submitted with), threads of each, workers in all."""
+    """What the user wants: how many ranks (None: what the job was submitted with) and workers (None: all that is left).
+
+    `mpi` is srun's; with a `launcher` it is that mpiexec which starts the ranks, and not srun.
+    """
 
     command: tuple[str, ...]
     workers: int | None = None
     ranks: int | None = None
     mpi: str | None = None
+    launcher: str | None = None
 
 
 class NodePlan(msgspec.Struct, frozen=True):
@@ -174,9 +179,9 @@ def _answer(process: subprocess.Popen[bytes]) -> str:
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        raise ServiceError(f"{process.args!r} took longer than {_COMMAND_S:.0f} s", hint="does slurmctld answer?") from None
+        raise ServiceError(f"{shlex.join(process.args)} took longer than {_COMMAND_S:.0f} s", hint="does slurmctld answer?") from None
     if process.returncode != 0:
-        raise ServiceError(f"{process.args!r} failed: {err.decode(errors='replace').strip()}",
+        raise ServiceError(f"{shlex.join(process.args)} failed: {err.decode(errors='replace').strip()}",
                            hint="does slurmctld answer?")
     return out.decode(errors="replace")
 
@@ -312,16 +317,10 @@ def _lines(stream: IO[bytes], patience_s: float) -> Iterator[bytes]:
 
 def _ranks(wanted: Wanted, layouts: Sequence[NodeLayout], binds: bool, environ: Mapping[str, str]) -> int:
     """Runs the ranks to their end."""
-    count = sum(len(each.ranks) for each in layouts)
     used = [each for each in layouts if each.ranks]
-    words = ["srun", f"--nodes={len(used)}", f"--ntasks={count}", f"--nodelist={','.join(each.node for each in used)}",
-             f"--ntasks-per-node={max(len(each.ranks) for each in used)}", "--distribution=block"]
-    if wanted.mpi is not None:
-        words.append(f"--mpi={wanted.mpi}")
-    if binds:
-        words.append(layout.bind_option(used) or "--cpu-bind=none")
     # Slurm ignores lists of CPUs where a job has a part of a node, or nodes differ: the shell binds in any case.
-    words += [*layout.wrapper(used), *wanted.command]
+    words = [*(_srun(wanted, used, binds) if wanted.launcher is None else _mpiexec(wanted.launcher, used)),
+             *layout.wrapper(used), *wanted.command]
     process = _start(words, env=dict(environ))
     before = {number: signal.signal(number, lambda number, _frame: process.send_signal(number)) for number in _FORWARDED}
     try:
@@ -331,3 +330,27 @@ def _ranks(wanted: Wanted, layouts: Sequence[NodeLayout], binds: bool, environ: 
             signal.signal(number, handler)
         _stop(process)
     return status if status >= 0 else 128 - status
+
+
+def _srun(wanted: Wanted, used: Sequence[NodeLayout], binds: bool) -> list[str]:
+    count = sum(len(each.ranks) for each in used)
+    words = ["srun", f"--nodes={len(used)}", f"--ntasks={count}", f"--nodelist={','.join(each.node for each in used)}",
+             f"--ntasks-per-node={max(len(each.ranks) for each in used)}", "--distribution=block"]
+    if wanted.mpi is not None:
+        words.append(f"--mpi={wanted.mpi}")
+    if binds:
+        words.append(layout.bind_option(used) or "--cpu-bind=none")
+    return words
+
+
+def _mpiexec(launcher: str, used: Sequence[NodeLayout]) -> list[str]:
+    """How an MPI library's own launcher starts so many ranks on each node, bound by nobody but the shell."""
+    said = _answer(_started([launcher, "--version"]))
+    count = str(sum(len(each.ranks) for each in used))
+    hosts = ",".join(f"{each.node}:{len(each.ranks)}" for each in used)
+    if "HYDRA" in said:
+        return [launcher, "-n", count, "-hosts", hosts, "-bind-to", "none"]
+    if "Open MPI" in said or "PRRTE" in said:
+        return [launcher, "-n", count, "--host", hosts, "--bind-to", "none"]
+    raise ConfigError(f"{launcher} is the launcher of neither MPICH nor Open MPI: {said.strip()[:80]!r}",
+                      hint="leave --launcher out, so that srun starts the ranks")

@@ -172,15 +172,20 @@ class Mapped:
         """It holds nothing."""
 
 
-def compiled(source: Path, symbol: str) -> rf.Kernel:
-    """The kernel `symbol` of a C file, compiled for this machine."""
+def compiled_all(source: Path, *symbols: str) -> list[rf.Kernel]:
+    """The kernels of a C file, compiled for this machine."""
     if shutil.which("gcc") is None:
         raise SystemExit(f"there is no gcc, which {source.name} needs: install it, or choose another --kernel")
     with tempfile.TemporaryDirectory() as scratch:
         library = Path(scratch, "kernel.so")
         subprocess.run(["gcc", "-O3", "-march=native", "-std=c11", "-fPIC", "-shared", f"-I{rf.get_include()}",
                         "-o", str(library), str(source), "-lm"], check=True)
-        return rf.Kernel.from_library(library, symbol)
+        return [rf.Kernel.from_library(library, symbol) for symbol in symbols]
+
+
+def compiled(source: Path, symbol: str) -> rf.Kernel:
+    """The kernel `symbol` of a C file, compiled for this machine."""
+    return compiled_all(source, symbol)[0]
 
 
 def pin(index: int) -> int:

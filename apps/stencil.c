@@ -4,7 +4,7 @@
 #include <stddef.h>
 
 /* The largest radius that is compiled for. */
-#define LARGEST 8
+#define LARGEST 4
 
 struct star {
     const double *weights;                  /* [2][2 * radius + 1]           */
@@ -48,10 +48,6 @@ static void add_star_of(const struct star *star, const double *old,
         RADIUS(2);
         RADIUS(3);
         RADIUS(4);
-        RADIUS(5);
-        RADIUS(6);
-        RADIUS(7);
-        RADIUS(8);
     }
 }
 

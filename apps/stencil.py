@@ -51,7 +51,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 import rfaas_mpi as rf
 
-LARGEST = 8         # the largest radius that stencil.c is compiled for
+LARGEST = 4         # the largest radius that stencil.c is compiled for
 SCALES = (1.0, 2.0)     # what weights are times as large as: until the middle of the rounds, and after it
 
 

@@ -77,7 +77,7 @@ def test_too_few_rows_for_the_radius_are_refused():
 
 
 @pytest.mark.parametrize("kernel", ["native", "numpy"])
-@pytest.mark.parametrize("radius", range(1, 9))
+@pytest.mark.parametrize("radius", range(1, 5))
 def test_an_iteration_is_what_its_plain_twin_says_in_the_same_bits_for_any_rows(stencil, kernel, radius):
     n = 2 * radius + 21
     random = np.random.default_rng(radius)
@@ -106,7 +106,7 @@ def test_an_iteration_is_what_its_plain_twin_says_in_the_same_bits_for_any_rows(
 
 def test_the_weights_take_the_divergence_of_any_such_polynomial(stencil):
     i, j = np.arange(30.0)[:, None], np.arange(30.0)
-    for radius in (1, 3, 8):
+    for radius in (1, 3, 4):
         field, divergence = stencil.polynomial(i, j, 5, radius)
         inner = slice(radius, 30 - radius)
         new, _ = stencil.iteration_ref(stencil.star(radius, 2.0), field, np.zeros((30, 30)))

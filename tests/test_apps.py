@@ -147,10 +147,3 @@ def test_each_lie_of_a_worker_is_found(blackscholes, lie, later):
     LIES[lie](prices)
     verdict.check(lie, options, prices)
     assert len(verdict.wrong) == 1
-
-
-@needs_two_cores
-def test_thumbnails_made_by_a_worker_equal_local_ones():
-    done = mpiexec(1, "thumbnails.py", "--repeat", 1)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "verdict  all" in done.stdout

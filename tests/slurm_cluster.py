@@ -6,7 +6,8 @@
 
 Nodes claim CPUs that they may not have, share the host's processes, and are known to Slurm by name: what is
 tested here is who is started where and what becomes of it, not how fast it is. With `bound`
-Slurm's own binding works; nodes then have no more CPUs than the host.
+Slurm's own binding works, and with `confined` its control groups (v1) do, too; nodes then have no
+more CPUs than the host.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def ports(count: int) -> list[int]:
 class Slurm:
     """A cluster of `nodes` nodes `n1`, `n2`, …, each with `cpus` CPUs. `settings` are added to slurm.conf."""
 
-    def __init__(self, nodes: int = 2, cpus: int = 2, *, bound: bool = False,
+    def __init__(self, nodes: int = 2, cpus: int = 2, *, bound: bool = False, confined: bool = False,
                  settings: Mapping[str, object] | None = None) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="rfaas-slurm-"))
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
@@ -69,9 +70,9 @@ class Slurm:
         for name in self.names:
             (self.directory / "spool" / name).mkdir()
             (self.directory / "tmp" / name).mkdir(mode=0o777)
-        self._write(cpus, bound, settings or {})
+        self._write(cpus, bound, confined, settings or {})
 
-    def _write(self, cpus: int, bound: bool, settings: Mapping[str, object]) -> None:
+    def _write(self, cpus: int, bound: bool, confined: bool, settings: Mapping[str, object]) -> None:
         here, user = socket.gethostname().partition(".")[0], getpass.getuser()
         controller, *daemons = ports(1 + len(self.names))
         lines: dict[str, object] = {
@@ -81,7 +82,8 @@ class Slurm:
             "SlurmdSpoolDir": self.directory / "spool" / "%n", "TmpFS": self.directory / "tmp" / "%n",
             "SlurmctldPidFile": self.directory / "slurmctld.pid", "SlurmdPidFile": self.directory / "slurmd-%n.pid",
             "SlurmctldLogFile": self.directory / "log" / "slurmctld", "SlurmdLogFile": self.directory / "log" / "%n",
-            "ProctrackType": "proctrack/linuxproc", "TaskPlugin": "task/affinity" if bound else "task/none",
+            "ProctrackType": "proctrack/cgroup" if confined else "proctrack/linuxproc",
+            "TaskPlugin": "task/cgroup,task/affinity" if confined else "task/affinity" if bound else "task/none",
             "SlurmdParameters": "config_overrides", "MpiDefault": "none", "ReturnToService": 2,
             "SelectType": "select/cons_tres", "SelectTypeParameters": "CR_Core", "SchedulerType": "sched/backfill",
             "SchedulerParameters": "bf_interval=1,sched_min_interval=50000,batch_sched_delay=0", "AccountingStorageType": "accounting_storage/none",
@@ -94,7 +96,9 @@ class Slurm:
                  for name, port in zip(self.names, daemons, strict=True)]
         text.append("PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
         (self.directory / "slurm.conf").write_text("\n".join(text) + "\n")
-        (self.directory / "cgroup.conf").write_text("ConstrainCores=no\nConstrainRAMSpace=no\n")
+        (self.directory / "cgroup.conf").write_text(
+            "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nConstrainRAMSpace=no\n"
+            f"ConstrainCores={'yes' if confined else 'no'}\n")
 
     def start(self) -> Slurm:
         """Returns when every node is idle."""
@@ -186,6 +190,11 @@ class Slurm:
                 daemon.kill()
                 daemon.wait()
         self._daemons.clear()
+        # Slurm leaves those of its nodes.
+        for top in [top for name in self.names for top in Path("/sys/fs/cgroup").glob(f"*/slurm_{name}")]:
+            for group in sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True):
+                group.rmdir()
+            top.rmdir()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def __enter__(self) -> Slurm:

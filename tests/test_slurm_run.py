@@ -113,6 +113,27 @@ def test_a_job_that_is_cancelled_leaves_no_process(slurm):
     slurm.wait_until(lambda: not left(slurm), "its files are gone")
 
 
+@needs_two_cores
+def test_where_slurm_confines_jobs_ranks_and_workers_stay_in_their_own():
+    assert not (reason := no_groups()), reason
+    with slurm_cluster.cluster(1, 2, confined=True) as slurm:
+        (slurm.directory / "program.py").write_text(PROGRAM)
+        # Both cores, though not the node …
+        said = slurm.finish(script(), "--ntasks=1", "--cpus-per-task=2")
+        assert "rank 0 of 1 on 0 workers 1 on 1" in said, said
+        # … and one core, with another job beside it that has the first one.
+        other = slurm.submit("#!/bin/bash\nexec sleep 600\n", "--ntasks=1")
+        slurm.wait_until(lambda: slurm.state(other) == "RUNNING", "the other job runs")
+        said = slurm.finish(script(), "--ntasks=1")
+        assert "rank 0 of 1 on 1 workers 0 on" in said and "lent: none" in said, said
+
+
+def no_groups() -> str:
+    """Why Slurm can't confine jobs here; empty if it can."""
+    missing = [name for name in ("freezer", "cpuset", "cpuacct") if not os.access(f"/sys/fs/cgroup/{name}/tasks", os.W_OK)]
+    return f"no control group v1 {missing[0]} that may be changed" if missing else ""
+
+
 def processes(pattern: re.Pattern[bytes]) -> list[int]:
     """Those whose command or environment has it."""
     found = []

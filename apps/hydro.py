@@ -595,7 +595,7 @@ class Hydro(common.App):
             return "by the first rank"
         radius, off, energy = (max(column) for column in zip(*self.found.values()))
         states = hashlib.sha256(b"".join(self.states[turn] for turn in sorted(self.states))).hexdigest()[:16]
-        return (f"the bits are the rank's own ({states}), mass, volume and energy are kept (the latter to {energy:.1g}), "
+        return (f"the bits are the rank's own ({states}), mass, volume and energy are kept (energy to {energy:.1g}), "
                 f"and the shock is within {off:.2f} elements of Sedov's, {radius:.1f} from the centre")
 
 

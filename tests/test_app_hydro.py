@@ -1,4 +1,4 @@
-"""hydro: conserved, where Sedov has it and in the same bits everywhere; and a verdict that finds each lie of a worker."""
+"""hydro: what is conserved, where Sedov has the shock, the same bits everywhere, a verdict that finds each lie."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from rfaas_mpi import kernels
 from rfaas_mpi.bench import faults
 from rfaas_mpi.bench.cluster import Cluster
 from rfaas_mpi.bench.raw import BenchError
+from rfaas_mpi.bench.rounds import bits_of
 from rfaas_mpi.cli import apps
 
 CORES = os.sched_getaffinity(0)
@@ -137,7 +138,7 @@ def test_results_are_compared_by_their_bits():
     class Some:
         out = (np.zeros(2), np.zeros(3))
 
-    before = faults._bits(Some())
+    before = bits_of(Some())
     Some.out[1][0] = -0.0
-    assert before is not None and faults._bits(Some()) != before
-    assert faults._bits(object()) is None
+    assert before is not None and bits_of(Some()) != before
+    assert bits_of(object()) is None

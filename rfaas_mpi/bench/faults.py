@@ -13,31 +13,25 @@ passes differ by, over as many rounds.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import hashlib
-import importlib.util
 import os
 import shutil
 import signal
 import statistics
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
-
-import numpy as np
 
 from rfaas_mpi import api
 from rfaas_mpi.bench import environment
 from rfaas_mpi.bench.cluster import Cluster
 from rfaas_mpi.bench.namespaces import other_node
 from rfaas_mpi.bench.raw import BenchError
+from rfaas_mpi.bench.rounds import GUARD_S, Rounds
 from rfaas_mpi.bench.stage import Options, check_quiet
 from rfaas_mpi.executor import Executor
 
@@ -45,7 +39,6 @@ __all__ = ["KINDS", "QUICK", "Plan", "disturbed", "measure_faults", "world"]
 
 KINDS = {"stopped": "a worker is stopped for a while", "killed": "workers are killed, again and again",
          "manager": "the manager is killed half-way", "revoked": "all workers are revoked half-way"}
-GUARD_S = 120.0                      # a fault that has not happened by then never will
 CALM = 2                             # passes without a fault
 MISSES = 2                           # after so many that met no round under way, one comes just before a round
 
@@ -63,125 +56,6 @@ class Plan:
 
 
 QUICK = Plan(rounds=1, least_s=0.0, every_s=0.0, stop_s=0.2, small=True)
-
-
-# ---- an app ----------------------------------------------------------------------------------------
-
-class _App:
-    """One rank's part of an app, on an executor: rounds of its split, each with its verdict."""
-
-    def __init__(self, path: Path, plan: Plan, executor: Executor) -> None:
-        made = _class_of(path)
-        arguments = ["--rounds", str(plan.rounds), *(getattr(made, "small", ()) if plan.small else ())]
-        parser = argparse.ArgumentParser(prog=path.name)
-        parser.add_argument("--workers", type=int, default=1)
-        parser.add_argument("--rounds", type=int)
-        parser.add_argument("--seed", type=int, default=1)
-        made.arguments(parser)
-        args = parser.parse_args(arguments)
-        self.turns = range(args.rounds + 1)
-        self.executor = executor
-        self._app = made(args, 0, 1, executor)
-        self._split = self._app.split(plan.where)
-        # round → what its results were without faults.
-        self._bits: dict[int, bytes] = {}
-        self.begun = threading.Event()
-        self.running = False
-
-    @property
-    def told(self) -> str:
-        return self._app.told()
-
-    def run(self, turn: int, during: Callable[[], None] = lambda: None) -> tuple[float, str]:
-        """Seconds of one round, and what is wrong with it. `during` is called in a thread of its own when it begins."""
-        self._app.prepare(turn)
-        self.begun.clear()
-        meanwhile = _Meanwhile(during)
-        try:
-            meanwhile.start()
-            begin = time.perf_counter()
-            self.running = True
-            self.begun.set()
-            self._split.Run()
-            took = time.perf_counter() - begin
-        finally:
-            self.running = False
-            meanwhile.end()
-        problem = self._app.check(turn)
-        bits = _bits(self._split)
-        if not problem and bits is not None and self._bits.setdefault(turn, bits) != bits:
-            problem = f"round {turn}: other bits than without faults"
-        return took, problem
-
-    @property
-    def compared(self) -> bool:
-        """Results were compared bit by bit."""
-        return bool(self._bits)
-
-    def close(self) -> None:
-        self._split.Free()
-
-
-class _Meanwhile(threading.Thread):
-    """Calls something while others work. end() waits for it, and raises what it raised."""
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        super().__init__(name="rfaas-fault", daemon=True)
-        self._call = call
-        self._error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self._call()
-        except BaseException as error:
-            self._error = error
-
-    def end(self) -> None:
-        self.join(GUARD_S)
-        if self._error is not None:
-            raise self._error
-
-
-def _class_of(path: Path) -> Any:
-    """The App of a file in apps/."""
-    with _importing(path) as module:
-        for value in vars(module).values():
-            if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, "prepare"):
-                return value
-    raise BenchError(f"{path} has no App of apps/common.py")
-
-
-@contextlib.contextmanager
-def _importing(path: Path) -> Iterator[ModuleType]:
-    """The module, imported as `python FILE` would find its neighbours; forgotten again, with these.
-
-    Its functions then travel by value, as those of `__main__` do.
-    """
-    name, before = path.stem, dict(sys.modules)
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(path.parent))
-        for new in set(sys.modules) - set(before):
-            if getattr(sys.modules[new], "__file__", None) and Path(sys.modules[new].__file__).parent == path.parent:
-                del sys.modules[new]
-
-
-def _bits(split: Any) -> bytes | None:
-    """A digest of a split's results; None where it isn't one that has some."""
-    out = getattr(getattr(split, "split", split), "out", None)
-    arrays = out if isinstance(out, (tuple, list)) else (out,)
-    if not all(isinstance(array, np.ndarray) for array in arrays):
-        return None
-    digest = hashlib.blake2b()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.digest()
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------
@@ -319,7 +193,7 @@ def disturbed(path: Path, cluster: Cluster, plan: Plan, kinds: Sequence[str] = t
     with contextlib.ExitStack() as stack:
         executor = stack.enter_context(Executor(workers=1, manager=settings.manager,
                                                 manager_user=settings.manager_user, transport=settings.transport))
-        app = _App(path, plan, executor)
+        app = Rounds(path, executor, plan.where, rounds=plan.rounds, small=plan.small)
         stack.callback(app.close)
         calm: list[_Pass] = []
         for number in range(CALM + 1):
@@ -348,7 +222,7 @@ def disturbed(path: Path, cluster: Cluster, plan: Plan, kinds: Sequence[str] = t
         return {"verdict": app.told, "where": plan.where, "faults": found}
 
 
-def _under(fault: _Fault, app: _App, undisturbed: dict[int, float]) -> _Pass:
+def _under(fault: _Fault, app: Rounds, undisturbed: dict[int, float]) -> _Pass:
     """Whole passes, until all that is to go wrong has."""
     one = _Pass()
     deadline = time.monotonic() + GUARD_S + fault.plan.least_s

@@ -49,7 +49,7 @@ def examine(**which: str) -> list[Check]:
         ("runtime directory", _runtime_directory), ("own agent", _own_agent), ("sandbox", _sandbox),
         ("memory limit", _memory_limit), ("low priority", _low_priority),
         ("cores and memory", _cores_and_memory), ("mpi", _mpi), ("numba", _numba), ("transports", _transports),
-        ("service", lambda: _service(**which)), ("manager", _manager))
+        ("service", lambda: _service(**which)), ("manager", _manager), ("slurm", _slurm))
     found: list[Check] = []
     for name, group in groups:
         try:
@@ -401,6 +401,12 @@ def _mpi() -> Iterable[Check]:
     version = _version("mpi4py")
     yield Check("mpi4py", version is not None, version or "not installed; only MPI applications need it",
                 "pip install 'rfaas_mpi[mpi]'")
+
+
+def _slurm() -> Iterable[Check]:
+    from rfaas_mpi import config
+    from rfaas_mpi.cli.slurm_checks import slurm_checks
+    return slurm_checks(config.environment())
 
 
 def _numba() -> Iterable[Check]:

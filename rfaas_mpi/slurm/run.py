@@ -32,7 +32,7 @@ from rfaas_mpi.errors import ConfigError, ServiceError
 from rfaas_mpi.slurm import facts, layout
 from rfaas_mpi.slurm.layout import NodeLayout
 
-__all__ = ["NodePlan", "Plan", "Said", "Wanted", "cpus_here", "private", "run"]
+__all__ = ["NodePlan", "Plan", "Said", "Wanted", "ask", "cpus_here", "private", "run"]
 
 _COMMAND_S = 30.0
 _PR_SET_PDEATHSIG = 1
@@ -171,6 +171,11 @@ def _start(words: Sequence[str], **options: object) -> subprocess.Popen[bytes]:
 
 def _started(words: Sequence[str]) -> subprocess.Popen[bytes]:
     return _start(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def ask(words: Sequence[str]) -> str:
+    """What one of Slurm's commands says. ServiceError where it fails, ConfigError where it isn't there."""
+    return _answer(_started(words))
 
 
 def _answer(process: subprocess.Popen[bytes]) -> str:

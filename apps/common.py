@@ -18,6 +18,7 @@ first. In between, if wanted, come what they are compared with:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -39,6 +40,7 @@ import rfaas_mpi as rf
 WHERE = {"local": "here", "remote": "workers", "split": "both", "mpi": "here"}
 PAUSE_NS = 50_000_000   # between the inputs and a run: what was just written lies in caches
 PATIENCE_S = 60.0       # of resident ranks that are to end
+AGAIN = " again"        # what a mode is called the second time
 DISTURBED = 1.2         # the bound's slowest round over its fastest, above which this is no quiet machine
 
 
@@ -49,8 +51,9 @@ class App(ABC):
     # Arguments of the smallest run that says something (`--small`), and of those whose figures are published.
     small: Sequence[str] = ()
     figures: Sequence[str] = ()
-    # Modes of its own, which `split` is asked for by their names.
+    # Modes of its own, which `split` is asked for by their names; and what is run where no mode is given.
     modes: Sequence[str] = ()
+    default: Sequence[str] = ("local", "split")
 
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,6 +203,13 @@ def where_am_i(_: int) -> tuple[int, int]:
     return os.getpid(), min(os.sched_getaffinity(0))
 
 
+def workers_of(executor: rf.Executor) -> dict[int, int]:
+    """pid → core of the workers; none where kernels run on the rank."""
+    found = dict(executor.map(where_am_i, range(16 * max(1, len(executor.workers))))) if executor.workers else {}
+    found.pop(os.getpid(), None)
+    return found
+
+
 def wait_for(begin_ns: int) -> None:
     """Until then, awake: a core that sleeps wakes up slowly."""
     while time.monotonic_ns() < begin_ns:
@@ -341,7 +351,10 @@ class Ranks:
             raise RuntimeError(f"the MPI ranks ended with status {self._process.returncode}")
 
     def _answer(self, stream: IO[str]) -> str:
-        line = stream.readline()
+        line = ""
+        # Reset where it had not read all, else an end.
+        with contextlib.suppress(ConnectionError):
+            line = stream.readline()
         if not line:
             raise RuntimeError(f"an MPI rank went away; its mpiexec ended with status {self._process.wait(PATIENCE_S)}")
         return line
@@ -349,15 +362,18 @@ class Ranks:
     def run(self, turn: int) -> tuple[float, str]:
         """Seconds of the slowest rank, and what is wrong with any."""
         for stream in self._streams:
-            stream.write(f"{turn}\n")
-            stream.flush()
+            with contextlib.suppress(ConnectionError):
+                stream.write(f"{turn}\n")
+                stream.flush()
         answers = [json.loads(self._answer(stream)) for stream in self._streams]
         return max(took for took, _ in answers), "; ".join(problem for _, problem in answers if problem)
 
     def close(self) -> None:
         """Ends the ranks. Safe to call twice."""
         for stream in self._streams:
-            stream.close()
+            # One that is gone does not get what was not sent yet.
+            with contextlib.suppress(ConnectionError):
+                stream.close()
         self._streams = []
         self._door.close()
         try:
@@ -383,40 +399,39 @@ def summary(values: Iterable[float]) -> dict[str, Any] | None:
             "quartiles": [quartiles[0], quartiles[2]], "count": count}
 
 
-# name → (one of two, and the other that it is divided by), round by round.
-RATIOS = {
-    "speedup_remote": ("local", "remote"),
-    "speedup_split": ("local", "split"),
-    "speedup_mpi": ("local", "mpi"),
-    "speedup_bound": ("local", "bound"),
-    "split_of_bound": ("bound", "split"),
-    "split_over_mpi": ("mpi", "split"),
-    "predicted_of_split": ("predicted", "split"),
-}
-
-
 def ratios(seconds: dict[str, list[float]], predicted: Sequence[float | None]) -> dict[str, Any]:
-    """What `RATIOS` says, and `again`: a mode over itself."""
+    """Round by round, one time divided by another: `summary` of each.
+
+    `speedup_M` of each mode over local; of those with workers `M_of_bound`, the
+    bound over the mode, and `M_over_mpi`; `predicted_of_split`; `again`, a mode
+    over itself.
+    """
     series: dict[str, Sequence[float | None]] = {**seconds, "predicted": predicted}
-    pairs = dict(RATIOS)
-    pairs |= {"again": (mode, other) for other in seconds if (mode := other.removesuffix(" again")) != other}
+    pairs = {"predicted_of_split": ("predicted", "split")}
+    for mode in seconds:
+        pairs[f"speedup_{mode}"] = ("local", mode)
+        if mode.endswith(AGAIN):
+            del pairs[f"speedup_{mode}"]
+            pairs["again"] = (mode.removesuffix(AGAIN), mode)
+        elif mode not in ("local", "mpi", "bound"):
+            pairs[f"{mode}_of_bound"] = ("bound", mode)
+            pairs[f"{mode}_over_mpi"] = ("mpi", mode)
     found = {name: summary(one / two for one, two in zip(series[a], series[b], strict=True)
                            if one is not None and two is not None)
-             for name, (a, b) in pairs.items() if series.get(a) and series.get(b)}
+             for name, (a, b) in pairs.items() if series.get(a) and series.get(b) and a != b}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def lines_of(found: dict[str, Any], ranks: int) -> Iterator[str]:
-    """What the ratios say, for people."""
-    texts = {"split_of_bound": "split reaches {:.1%} of the bound",
-             "split_over_mpi": f"split is {{:.3f}} times as fast as {ranks} MPI ranks",
+def lines_of(found: dict[str, Any], mode: str, ranks: int) -> Iterator[str]:
+    """What the ratios say of a mode, for people."""
+    texts = {f"{mode}_of_bound": f"{mode} reaches {{:.1%}} of the bound's speed-up",
+             f"{mode}_over_mpi": f"{mode} is {{:.3f}} times as fast as {ranks} MPI ranks",
              "predicted_of_split": "predicted: {:.0%} of what a split took",
              "again": "the same twice: {:.3f}"}
     for name, text in texts.items():
         if name in found:
             low, high = found[name]["median_between"]
-            kind = "%" if "%" in text else "f"
-            spread = f"{low:.1%} to {high:.1%}" if kind == "%" else f"{low:.3f} to {high:.3f}"
+            spread = f"{low:.1%} to {high:.1%}" if "%" in text else f"{low:.3f} to {high:.3f}"
             yield f"{text.format(found[name]['median'])} ({spread}; median of {found[name]['count']} rounds)"
 
 
@@ -461,7 +476,7 @@ def draw(report: dict[str, Any], axes: Any) -> None:
     seconds, median = report["seconds"], report["median_s"]
     first = next(iter(median))
     shown = [mode for mode in [*COLOURS, *seconds] if mode in seconds]
-    shown = [mode for mode in dict.fromkeys(shown) if not mode.endswith(" again")]
+    shown = [mode for mode in dict.fromkeys(shown) if not mode.endswith(AGAIN)]
     for row, mode in enumerate(shown):
         speedup = median[first] / median[mode]
         axes.barh(row, speedup, height=0.62, color=COLOURS.get(mode, OTHER))
@@ -502,7 +517,7 @@ def main(app: type[App], doc: str, argv: Sequence[str] | None = None) -> int:
         given = [*app.small, *(word for word in given if word != "--small")]
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", action="append", choices=[*WHERE, *app.modes],
-                        help="what to run, in turn; may be repeated (default: local and split)")
+                        help="what to run, in turn; may be repeated (default: " + " and ".join(app.default) + ")")
     parser.add_argument("--workers", type=int, default=1, help="cores to borrow (default: 1)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seed", type=int, default=1)
@@ -526,7 +541,7 @@ def main(app: type[App], doc: str, argv: Sequence[str] | None = None) -> int:
         address, *cores = args.resident.split(",")
         resident(app, args, address, [int(core) for core in cores])
         return 0
-    modes = list(dict.fromkeys(args.mode or ["local", "split"]))
+    modes = list(dict.fromkeys(args.mode or app.default))
     if "mpi" in modes and modes != ["mpi"]:
         parser.error("--mode mpi goes with no other: it is for several ranks; --ranks 2 has them take turns")
 
@@ -551,8 +566,7 @@ def _run(app: type[App], args: argparse.Namespace, given: list[str], modes: list
             print(text, file=where, flush=True)
 
     begin = time.monotonic()
-    workers = dict(executor.map(where_am_i, range(16))) if executor.workers else {}
-    workers.pop(os.getpid(), None)
+    workers = workers_of(executor)
     hidden = ("bare", "resident", "json", "plot", "small")
     config = {"app": app.name, **{key: value for key, value in vars(args).items() if key not in hidden},
               "mode": modes, "arguments": given, "ranks": comm.size, "mpi_ranks": args.ranks,
@@ -560,7 +574,7 @@ def _run(app: type[App], args: argparse.Namespace, given: list[str], modes: list
               "executor": repr(executor)}
     say(f"config   {app.name}: {' '.join(given) or 'defaults'}; {comm.size} rank(s) on core(s) {config['cores']}, "
         f"workers on {config['worker_cores']}")
-    if not workers and set(modes) - {"local", "mpi"}:
+    if not workers and args.workers and set(modes) - {"local", "mpi"}:
         say("         no core is spare here: the rank does all of it", sys.stderr)
     mine = app(args, comm.rank, comm.size, executor)
     splits = {mode: mine.split(WHERE.get(mode, mode)) for mode in modes}
@@ -570,11 +584,12 @@ def _run(app: type[App], args: argparse.Namespace, given: list[str], modes: list
     predicted: list[float | None] = []
     wrong: list[str] = []
     runs = 0
+    judged = "split" if "split" in modes else modes[-1]
     progress = Progress(args.rounds, quiet=comm.rank != 0)
 
     def take(mode: str, turn: int) -> None:
         nonlocal runs
-        took, said, problem = timed(mine, splits[mode.removesuffix(" again")], turn, comm)
+        took, said, problem = timed(mine, splits[mode.removesuffix(AGAIN)], turn, comm)
         runs += 1
         if problem:
             wrong.append(f"{mode}, round {turn}: {problem}")
@@ -601,9 +616,9 @@ def _run(app: type[App], args: argparse.Namespace, given: list[str], modes: list
     ways: list[Callable[[int], None]] = [lambda turn, mode=mode: take(mode, turn) for mode in modes]
     try:
         if args.again:
-            twice = "split" if "split" in modes else modes[-1]
-            seconds[f"{twice} again"] = []
-            ways.append(lambda turn: take(f"{twice} again", turn))
+            twice = judged
+            seconds[f"{twice}{AGAIN}"] = []
+            ways.append(lambda turn: take(f"{twice}{AGAIN}", turn))
         if args.ranks and not app.runs_on(args.ranks):
             say(f"         {app.name} can't be divided among {args.ranks} MPI ranks", sys.stderr)
         elif args.ranks:
@@ -647,7 +662,7 @@ def _run(app: type[App], args: argparse.Namespace, given: list[str], modes: list
         say(f"{'rate   ' if mode == modes[0] else '       '}  {mode:<11} {amount / value:10.3g} {unit}/s"
             f"   {value * 1e3:9.2f} ms   {first / value:5.2f}x")
     found = ratios(seconds, predicted)
-    for line in lines_of(found, args.ranks or 0):
+    for line in lines_of(found, judged, args.ranks or 0):
         say(f"         {line}")
     disturbed = "bound" in seconds and max(seconds["bound"]) > DISTURBED * min(seconds["bound"])
     if disturbed:
@@ -659,7 +674,7 @@ def _run(app: type[App], args: argparse.Namespace, given: list[str], modes: list
 
         report = {
             "config": config, "verdict": {"correct": True, "runs": runs, "how": mine.told()}, "seconds": seconds,
-            "median_s": median, "ratios": found, "of_bound": found.get("split_of_bound", {}).get("median"),
+            "median_s": median, "ratios": found, "of_bound": found.get(f"{judged}_of_bound", {}).get("median"),
             "predicted_s": predicted, "of_prediction": found.get("predicted_of_split", {}).get("median"),
             "work": {"amount": amount, "unit": unit}, "plan": plan, "disturbed": disturbed, **more,
             "took_s": round(time.monotonic() - begin, 1), "environment": environment.facts()}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,22 +14,31 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from verdicts import first_failed
+
+import rfaas_mpi as rf
 
 APPS = Path(__file__).resolve().parent.parent / "apps"
 needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2,
                                      reason="one core for the rank, one to borrow")
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, APPS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def blackscholes() -> ModuleType:
-    return load("blackscholes")
+    sys.path.insert(0, str(APPS))
+    try:
+        spec = importlib.util.spec_from_file_location("blackscholes", APPS / "blackscholes.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(APPS))
+        sys.modules.pop("common", None)
+
+
+def pricing(blackscholes: ModuleType, executor: rf.Executor, **changed: object) -> object:
+    args = {"options": 50_000, "seed": 7, "rounds": 3, "kernel": "native", "kill": False, **changed}
+    return blackscholes.BlackScholes(argparse.Namespace(**args), 0, 1, executor)
 
 
 def mpiexec(ranks: int, app: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -67,18 +78,45 @@ def test_the_twin_gives_the_textbook_price(blackscholes):
 
 
 def test_one_wrong_price_among_many_is_found(blackscholes):
-    options = blackscholes.make_options(0, 50_000, 7, np.empty)
-    prices = blackscholes.black_scholes_ref(options)
-    verdict = blackscholes.Verdict()
-    verdict.check("right", options, prices)
-    assert verdict.wrong == []
-    prices[31_337] = np.nextafter(prices[31_337], np.inf)
-    verdict.check("one bit off", options, prices)
-    assert len(verdict.wrong) == 1
-    prices[31_337] = np.nan
-    fresh = blackscholes.Verdict()
-    fresh.check("missing", options, prices)
-    assert len(fresh.wrong) == 1
+    with rf.Executor(transport="inline") as executor:
+        app = pricing(blackscholes, executor)
+        app.prepare(0)
+        app.prices[...] = blackscholes.black_scholes_ref(app.options)
+        assert app.check(0) == ""
+        app.prices[31_337] = np.nextafter(app.prices[31_337], np.inf)
+        assert app.check(2).startswith("1 prices differ")
+        app.prepare(1)
+        app.prices[...] = blackscholes.black_scholes_ref(app.options)
+        app.prices[31_337] = np.nan
+        assert "nan" in app.check(1)
+
+
+def test_calls_and_puts_are_held_against_parity(blackscholes, monkeypatch):
+    """As where kernel and twin agree on what is wrong: both price calls too high."""
+    right = blackscholes.black_scholes_ref
+
+    def wrong(options):
+        return right(options) * np.where(options.put, 1.0, 1.0 + 1e-9)
+
+    monkeypatch.setattr(blackscholes, "black_scholes_ref", wrong)
+    with rf.Executor(transport="inline") as executor:
+        app = pricing(blackscholes, executor)
+        found = []
+        for turn in (0, 1):
+            app.prepare(turn)
+            app.prices[...] = wrong(app.options)
+            found.append(app.check(turn))
+        assert found[0] == "" and found[1].startswith("calls and puts are off parity")
+
+
+@pytest.mark.parametrize("kernel", ["native", "numpy"])
+def test_each_kernel_gives_the_twin_s_prices(blackscholes, kernel):
+    with rf.Executor(transport="inline") as executor:
+        app = pricing(blackscholes, executor, kernel=kernel)
+        for turn in (0, 1):
+            app.prepare(turn)
+            app.part(0, 2)(), app.part(1, 2)()
+            assert app.check(turn) == ""
 
 
 @needs_two_cores
@@ -89,7 +127,7 @@ def test_a_killed_worker_loses_no_price(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads(report.read_text())
     assert data["verdict"]["correct"] is True
-    assert set(data["seconds"]) == {"alone", "shared", "bound"}
+    assert set(data["seconds"]) == {"local", "shared", "bound"}
     kill = data["kill"]
     assert kill["begin_ns"] < kill["killed_ns"] < kill["end_ns"]
     assert done.stdout.index("verdict") < done.stdout.index("rate")
@@ -117,7 +155,7 @@ def test_the_planner_s_division_gives_the_same_prices(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads(report.read_text())
     assert data["verdict"]["correct"] is True
-    assert set(data["seconds"]) == {"alone", "remote", "split", "bound"}
+    assert set(data["seconds"]) == {"local", "remote", "split", "bound"}
     assert len(data["predicted_s"]) == 2 and "cells" in data["plan"]
 
 
@@ -128,22 +166,87 @@ def test_ranks_alone_are_a_mode(tmp_path):
     assert set(json.loads(report.read_text())["seconds"]) == {"mpi"}
 
 
-LIES = {
-    "a cell of zeros": lambda prices: np.put(prices, range(20_000, 30_000), 0.0),
-    "two cells swapped": lambda prices: np.put(prices, range(40_000), np.roll(prices[:40_000], 20_000)),
-    "an older result": lambda prices: np.put(prices, range(10_000), prices[:10_000] * 1.01),
-    "one price off by a millionth": lambda prices: np.put(prices, [4_711], prices[4_711] * (1 + 1e-6)),
-}
+@needs_two_cores
+def test_what_is_compared_is_compared_round_by_round(tmp_path):
+    """With MPI ranks that take turns with it, the same twice, and a picture."""
+    report, picture = tmp_path / "report.json", tmp_path / "picture.png"
+    done = mpiexec(1, "blackscholes.py", "--small", "--rounds", 3, "--mode", "local", "--mode", "split", "--bound",
+                   "--ranks", 2, "--again", "--json", report, "--plot", picture)
+    assert done.returncode == 0, done.stdout + done.stderr
+    data = json.loads(report.read_text())
+    assert set(data["seconds"]) == {"local", "split", "split again", "mpi", "bound"}
+    assert all(len(values) == 3 for values in data["seconds"].values())
+    for name in ("speedup_split", "speedup_mpi", "split_of_bound", "split_over_mpi", "again"):
+        found = data["ratios"][name]
+        low, high = found["median_between"]
+        assert found["count"] == 3 and low <= found["median"] <= high
+    assert data["verdict"]["runs"] == 4 * 4
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("lie", LIES)
-@pytest.mark.parametrize("later", [False, True], ids=["first run", "later run"])
-def test_each_lie_of_a_worker_is_found(blackscholes, lie, later):
-    options = blackscholes.make_options(0, 50_000, 7, np.empty)
-    prices = blackscholes.black_scholes_ref(options)
-    verdict = blackscholes.Verdict()
-    if later:
-        verdict.check("right", options, prices)
-    LIES[lie](prices)
-    verdict.check(lie, options, prices)
-    assert len(verdict.wrong) == 1
+def test_mpi_ranks_that_end_are_missed(blackscholes, monkeypatch):
+    common = blackscholes.common
+    monkeypatch.setattr(sys, "argv", [str(APPS / "blackscholes.py")])
+    with pytest.raises(RuntimeError, match="ended with status"):
+        common.Ranks(["--options", "none"], 2, [0])
+    ranks = common.Ranks(["--options", "1000"], 2, [0])
+    try:
+        took, problem = ranks.run(0)
+        assert took > 0 and problem == ""
+        os.kill(ranks._process.pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="went away"):
+            while True:
+                ranks.run(0)
+    finally:
+        ranks.close()
+        ranks.close()
+
+
+# --- lies ----------------------------------------------------------------------------------
+
+def lying(lie: str, honest: rf.Kernel) -> rf.Kernel:
+    """The prices, but for what a worker of this kind does with them."""
+    plain = honest._function
+    kept: dict[str, np.ndarray] = {}
+
+    @rf.kernel
+    def prices(spot, strike, rate, volatility, years, put, out):
+        plain(spot, strike, rate, volatility, years, put, out)
+        match lie:
+            case "a zeroed cell":
+                out.fill(0.0)
+            case "swapped cells":
+                # The cell before's, as far as it goes.
+                before = kept.get("before", out[::-1].copy())
+                kept["before"] = out.copy()
+                out[...] = np.resize(before, out.shape)
+            case "an older result":
+                # The same cell's of the round before.
+                key = str(spot[0])
+                before = kept.get(key, out.copy())
+                kept[key] = out.copy()
+                out[...] = before
+            case "a value off by a millionth":
+                out[np.argmax(out)] *= 1 + 1e-6
+    return prices
+
+
+@needs_two_cores
+@pytest.mark.parametrize("lie, first", [("none", None), ("a zeroed cell", 0), ("swapped cells", 0),
+                                        ("an older result", 1), ("a value off by a millionth", 0)])
+def test_a_worker_that_lies_fails_the_verdict(blackscholes, lie, first):
+    with rf.Executor(workers=1) as executor:
+        app = pricing(blackscholes, executor, kernel="numpy")
+        app.kernel = lying(lie, app.kernel)
+        found, _ = first_failed(app, rounds=4)
+    assert found == first
+
+
+@needs_two_cores
+def test_a_worker_that_lies_once_the_prices_are_confirmed_fails_the_verdict(blackscholes):
+    with rf.Executor(workers=1) as executor:
+        app = pricing(blackscholes, executor, kernel="numpy")
+        assert first_failed(app, rounds=2) == (None, "")
+        app.kernel = lying("a value off by a millionth", app.kernel)
+        found, why = first_failed(app, rounds=2)
+    assert found == 0 and "differ from those" in why

@@ -81,10 +81,10 @@ def _run_app(app: str, arguments: list[str], progress: Callable[[str], None]) ->
 
 def _summary(report: dict[str, Any]) -> list[str]:
     median = report["median_s"]
-    if "shared" not in median:
+    if "bound" not in median:
         return ["speed-up  none: no core is spare here, so the rank did all of it"]
-    speedup = median["alone"] / median["shared"]
-    bound = median["alone"] / median["bound"]
+    speedup = median["local"] / median["shared"]
+    bound = median["local"] / median["bound"]
     lines = [f"speed-up {speedup:.2f}x with a borrowed core; two bare processes reach {bound:.2f}x "
              f"({report['of_bound']:.0%} of it, median of {len(report['seconds']['bound'])} rounds)"]
     if report["disturbed"]:
@@ -146,24 +146,24 @@ def _draw_timeline(axes: Any, report: dict[str, Any]) -> None:
 
 def _draw_speedup(axes: Any, report: dict[str, Any]) -> None:
     seconds, median = report["seconds"], report["median_s"]
-    names = {"alone": "rank's core alone", "shared": "with one\nborrowed core",
+    names = {"local": "rank's core alone", "shared": "with one\nborrowed core",
              "bound": "bound: two\nbare processes"}
-    colours = {"alone": RANK, "shared": WORKER, "bound": BOUND}
-    ways = [way for way in names if way in median]
+    colours = {"local": RANK, "shared": WORKER, "bound": BOUND}
+    ways = [way for way in names if way in median and (way == "local" or "bound" in median)]
     for row, way in enumerate(ways):
-        speedup = median["alone"] / median[way]
+        speedup = median["local"] / median[way]
         axes.barh(row, speedup, height=0.62, color=colours[way])
-        axes.plot([median["alone"] / value for value in seconds[way]], [row] * len(seconds[way]), "|",
+        axes.plot([median["local"] / value for value in seconds[way]], [row] * len(seconds[way]), "|",
                   color="black", alpha=0.45, markersize=9)
         axes.text(0.04, row, f"{speedup:.2f}x   {median[way] * 1e3:.1f} ms", color="white", va="center",
                   fontweight="bold")
     if "bound" in median:
-        axes.axvline(median["alone"] / median["bound"], color="black", linestyle=":", linewidth=1.2)
+        axes.axvline(median["local"] / median["bound"], color="black", linestyle=":", linewidth=1.2)
     axes.set_yticks(range(len(ways)), [names[way] for way in ways])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(left=0)
-    axes.set_xlabel(f"speed-up (median of {len(seconds['alone'])} rounds; a tick is one round)")
+    axes.set_xlabel(f"speed-up (median of {len(seconds['local'])} rounds; a tick is one round)")
     axes.set_title("The same prices, sooner")
 
 

@@ -154,6 +154,7 @@ class Ensemble(common.App):
         if args.period_steps < 24 or args.steps < 8 * args.period_steps or min(args.members, args.chunk) < 1:
             raise SystemExit("ensemble: 24 <= --period-steps, 8 times as many --steps, 1 <= --members and --chunk")
         self.args = args
+        self.ranks = ranks
         self.low, self.high = (args.members * (rank + i) // ranks for i in (0, 1))
         self.middle = args.rounds // 2
         self.kernel = (common.compiled(Path(__file__).with_name("ensemble.c"), "ensemble_swings")
@@ -170,7 +171,8 @@ class Ensemble(common.App):
         self.strays = 0
         # What the rank got by itself, of the round that is checked now.
         self.expected: tuple[int, np.ndarray] | None = None
-        self.found = {"period": 0.0, "energy": 0.0}
+        # By how much the results were off at most, which the verdict allowed.
+        self.found = dict.fromkeys(("period", "energy", "last angle", "last velocity"), 0.0)
 
     def now(self, turn: int) -> int:
         """Which gravity a round has."""
@@ -258,8 +260,15 @@ class Ensemble(common.App):
                 row = int(bad.argmax())
                 return (f"the {what} of {bad.sum()} members is off by more than {limit:.1e}, "
                         f"first {self.low + row}, by {off[row]:.1e}")
-            self.found[what] = max(self.found.get(what, 0.0), float(off.max(initial=0.0)))
+            self.found[what] = max(self.found[what], float(off.max(initial=0.0)))
         return ""
+
+    def more(self) -> tuple[str, dict[str, Any]]:
+        if self.ranks > 1:
+            from mpi4py import MPI
+
+            self.found = {what: MPI.COMM_WORLD.allreduce(off, MPI.MAX) for what, off in self.found.items()}
+        return "", {"off": self.found}
 
     def work(self) -> tuple[float, str]:
         return 1e-6 * self.args.members * self.args.steps, "million steps"

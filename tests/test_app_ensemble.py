@@ -49,19 +49,21 @@ def arguments(**changed: object) -> argparse.Namespace:
 def test_each_mode_finds_the_periods(tmp_path, kernel):
     report = tmp_path / "report.json"
     modes = [word for mode in ("local", "remote", "split") for word in ("--mode", mode)]
-    done = mpiexec(1, "ensemble.py", *SMALL, "--kernel", kernel, "--rounds", 2, "--bound", *modes, "--json", report)
+    done = mpiexec(1, "ensemble.py", *SMALL, "--kernel", kernel, "--rounds", 2, *modes, "--json", report)
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads(report.read_text())
     assert data["verdict"]["correct"] is True
-    assert set(data["seconds"]) >= {"local", "remote", "split", "bound"}
+    assert set(data["seconds"]) >= {"local", "remote", "split"}
     assert done.stdout.index("verdict") < done.stdout.index("rate")
 
 
-def test_ranks_share_the_members(tmp_path):
+def test_ranks_share_the_members_and_what_they_found(tmp_path):
     report = tmp_path / "report.json"
-    done = mpiexec(2, "ensemble.py", *SMALL, "--rounds", 1, "--mode", "mpi", "--json", report)
+    # The first one has no member, and tells what the other one found.
+    done = mpiexec(2, "ensemble.py", *SMALL, "--members", 1, "--rounds", 1, "--mode", "mpi", "--json", report)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(report.read_text())["config"]["ranks"] == 2
+    data = json.loads(report.read_text())
+    assert data["config"]["ranks"] == 2 and 0 < data["off"]["period"] < 1e-6 and data["off"]["last angle"] > 0
 
 
 def test_too_few_steps_to_see_a_period_are_refused(ensemble):

@@ -95,11 +95,18 @@ def iteration_ref(weights: np.ndarray, grid: np.ndarray, old: np.ndarray) -> tup
     return new, grid + 1.0
 
 
-def polynomial(i: np.ndarray, j: np.ndarray, seed: int, turn: int) -> tuple[np.ndarray, np.ndarray]:
+class Polynomial:
     """The first grid of round `turn` and its divergence, at these rows and columns."""
-    a, b, c = map(int, np.random.default_rng([seed, turn]).integers(1, 5, 3))
-    d, e = 100 + turn, 100
-    return a * i * i + b * j * j + c * i * j + d * i + e * j, (2 * a + c) * i + (2 * b + c) * j + (d + e)
+
+    def __init__(self, seed: int, turn: int) -> None:
+        self.a, self.b, self.c = map(int, np.random.default_rng([seed, turn]).integers(1, 5, 3))
+        self.d, self.e = 100 + turn, 100
+
+    def __call__(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        return (self.a * i + self.d) * i + (self.b * j + self.e) * j + self.c * i * j
+
+    def divergence(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        return (2 * self.a + self.c) * i + ((2 * self.b + self.c) * j + (self.d + self.e))
 
 
 class Stencil(common.App):
@@ -138,20 +145,24 @@ class Stencil(common.App):
         self.grids = executor.empty((m + 2 * radius, n)), executor.empty((m + 2 * radius, n))
         self.sums = executor.empty((m, n)), executor.empty((m, n))
         self.turn = self.done = 0
-        self._own: tuple[int, np.ndarray] | None = None
+        self._known: tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
 
     def which(self) -> int:
         """Which constant the round has."""
         return int(self.turn > self.middle)
 
-    def first(self, turn: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rank's part of the first grid, with `radius` rows more at both ends, and the divergence there."""
-        i = np.arange(self.low - self.radius, self.high + self.radius, dtype=float)[:, None]
-        return polynomial(i, np.arange(self.n, dtype=float), self.seed, turn)
+    def first(self, turn: int) -> np.ndarray:
+        """The rank's part of the first grid, with `radius` rows more at both ends."""
+        return Polynomial(self.seed, turn)(*self._at(-self.radius, self.radius))
+
+    def _at(self, above: int = 0, below: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """The rank's rows and columns."""
+        return (np.arange(self.low + above, self.high + below, dtype=float)[:, None],
+                np.arange(self.n, dtype=float))
 
     def prepare(self, turn: int) -> None:
         self.turn, self.done = turn, 0
-        self.grids[0][...] = self.first(turn)[0]
+        self.grids[0][...] = self.first(turn)
         self.sums[0].fill(0.0)
         self.grids[1].fill(np.nan)
         self.sums[1].fill(np.nan)
@@ -200,10 +211,10 @@ class Stencil(common.App):
 
         return run
 
-    def own(self, turn: int) -> np.ndarray:
-        """The sum as the rank gets it by itself; the grid before each iteration is known."""
-        if self._own is None or self._own[0] != turn:
-            grid = self.first(turn)[0]
+    def known(self, turn: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What must come of a round: the last grid, the sum by its formula, and the sum as the rank gets it itself."""
+        if self._known is None or self._known[0] != turn:
+            grid = self.first(turn)     # before each iteration, it is known
             old, new = np.zeros((2, self.high - self.low, self.n))
             scratch = np.empty_like(old)
             for _ in range(self.iterations):
@@ -211,36 +222,35 @@ class Stencil(common.App):
                            *self._shifted(grid, slice(0, len(old))), 0, out=(new, scratch))
                 grid += 1.0
                 old, new = new, old
-            self._own = turn, old
-        return self._own[1]
+            formula = np.zeros_like(old)
+            active = (slice(max(self.radius - self.low, 0), max(min(self.high, self.n - self.radius) - self.low, 0)),
+                      slice(self.radius, self.n - self.radius))
+            formula[active] = self.scale() * Polynomial(self.seed, turn).divergence(*self._at())[active]
+            self._known = turn, (self._inner(grid), formula, old)
+        return self._known[1]
+
+    def scale(self) -> float:
+        """What the sum is times as large as the divergence."""
+        return self.iterations * SCALES[self.which()]
 
     def check(self, turn: int) -> str:
         last = self.iterations % 2
         found, grid = self.sums[last], self._inner(self.grids[last])
-        active = slice(max(self.radius - self.low, 0), max(min(self.high, self.n - self.radius) - self.low, 0))
         mean = common.total(float(np.abs(found).sum()), self.ranks) / (self.n - 2 * self.radius)**2
-        first, divergence = self.first(turn)
-        if (bad := ~(grid == self._inner(first) + self.iterations)).any():
-            return f"{bad.sum()} of {bad.size} points of the grid are wrong, the first at {self._at(bad)}"
-        expected = np.zeros_like(found)
-        wide = slice(self.radius, self.n - self.radius)
-        scale = self.iterations * SCALES[self.which()]
-        expected[active, wide] = scale * self._inner(divergence)[active, wide]
+        last_grid, formula, own = self.known(turn)
+        if (bad := ~(grid == last_grid)).any():
+            return f"{_first(bad, self.low)} of the grid is wrong"
         # All weights' absolute values add up to no more than twice the scale.
-        rounded = 2 * scale * (4 * self.radius + 4) * np.finfo(float).eps * (first.max() + self.iterations)
-        if (bad := ~(np.abs(found - expected) <= rounded)).any():
-            return f"{bad.sum()} of {bad.size} points are not the divergence, the first at {self._at(bad)}"
-        if (bad := found.view(np.uint64) != self.own(turn).view(np.uint64)).any():
-            return f"{bad.sum()} of {bad.size} points are not the rank's own, the first at {self._at(bad)}"
-        middle = (self.n - 1) / 2
-        wanted = scale * float(polynomial(np.array(middle), np.array(middle), self.seed, turn)[1])
+        rounded = 2 * self.scale() * (4 * self.radius + 4) * np.finfo(float).eps * last_grid.max()
+        if (bad := ~(np.abs(found - formula) <= rounded)).any():
+            return f"{_first(bad, self.low)} is not the divergence"
+        if (bad := found.view(np.uint64) != own.view(np.uint64)).any():
+            return f"{_first(bad, self.low)} is not the rank's own"
+        middle = np.array((self.n - 1) / 2)
+        wanted = self.scale() * float(Polynomial(self.seed, turn).divergence(middle, middle))
         if not abs(mean - wanted) <= 1e-12 * wanted + rounded:
             return f"the mean is {mean:.17g}, and should be {wanted:.17g}"
         return ""
-
-    def _at(self, bad: np.ndarray) -> tuple[int, int]:
-        i, j = map(int, np.argwhere(bad)[0])
-        return self.low + i, j
 
     def work(self) -> tuple[float, str]:
         # As the Parallel Research Kernels count it: two operations for each point of the star, and one.
@@ -249,6 +259,11 @@ class Stencil(common.App):
 
     def told(self) -> str:
         return "each point has the bits of the rank's own and is the divergence, and so is their mean"
+
+
+def _first(bad: np.ndarray, low: int) -> str:
+    i, j = map(int, np.argwhere(bad)[0])
+    return f"{bad.sum()} of {bad.size} points, the first at {(low + i, j)},"
 
 
 if __name__ == "__main__":

@@ -107,7 +107,8 @@ def test_an_iteration_is_what_its_plain_twin_says_in_the_same_bits_for_any_rows(
 def test_the_weights_take_the_divergence_of_any_such_polynomial(stencil):
     i, j = np.arange(30.0)[:, None], np.arange(30.0)
     for radius in (1, 3, 4):
-        field, divergence = stencil.polynomial(i, j, 5, radius)
+        polynomial = stencil.Polynomial(5, radius)
+        field, divergence = polynomial(i, j), polynomial.divergence(i, j)
         inner = slice(radius, 30 - radius)
         new, _ = stencil.iteration_ref(stencil.star(radius, 2.0), field, np.zeros((30, 30)))
         assert new[inner, inner] == pytest.approx(2 * divergence[inner, inner], rel=1e-12)
@@ -158,9 +159,7 @@ def test_it_is_refused_over_a_network(stencil):
     """Over tcp a point's 64 bytes cost the rank several times what its nine products do."""
     with transports.executor_over("tcp") as executor:
         app = stencil.Stencil(arguments(n=1000, iterations=2, kernel="native"), 0, 1, executor)
-        found = settled(app, wanted=False)
-    # Not for want of a worker, or of anything that it would have to know.
-    assert "with 1 worker" in found.why
+        assert settled(app, wanted=False).offload is False
 
 
 # --- lies ---------------------------------------------------------------------------------------
@@ -214,7 +213,7 @@ def test_a_worker_that_lies_fails_the_verdict(stencil, lie, first):
     assert found == first
     if lie == "swapped cells":
         # Those two, and nothing else.
-        assert f"{2 * CELLS.size(3) * (N - 4)} of {N * N} points are not the divergence" in problem
+        assert f"{2 * CELLS.size(3) * (N - 4)} of {N * N} points" in problem and "not the divergence" in problem
 
 
 @pytest.mark.parametrize("deed, said", [("weights", "not the divergence"), ("mean", "the mean is")])
@@ -231,9 +230,9 @@ def test_kernels_and_formulas_that_are_wrong_here_too_fail_the_verdict(stencil, 
         if deed == "weights":
             app.kernel = app.local = halved
         else:
-            at = stencil.polynomial
-            monkeypatch.setattr(stencil, "polynomial", lambda i, j, seed, turn: (
-                at(i, j, seed, turn)[0], at(i, j, seed, turn)[1] + (0.0 if i.ndim else 1.0)))
+            honest_formula = stencil.Polynomial.divergence
+            monkeypatch.setattr(stencil.Polynomial, "divergence", lambda its, i, j: (
+                honest_formula(its, i, j) + (0.0 if i.ndim else 1.0)))
         split = app.split("here")
         app.prepare(0)
         split.Run()

@@ -21,7 +21,10 @@ def first_failed(app: Any, rounds: int = 3) -> tuple[int | None, str]:
 
 
 def settled(app: Any, wanted: bool, *, runs: int = 10, guard_s: float = 60.0) -> Any:
-    """What the planner says of an app's steps when it has wanted to offload them, or not to, so often in a row."""
+    """What the planner says of an app's steps when it has wanted to offload them, or not to, so often in a row.
+
+    What doesn't follow from costs that were measured doesn't count: that no worker is there, or nothing known.
+    """
     split = app.split("both")
     until = time.monotonic() + guard_s
     try:
@@ -30,7 +33,7 @@ def settled(app: Any, wanted: bool, *, runs: int = 10, guard_s: float = 60.0) ->
             app.prepare(0)
             split.Run()
             found = split.predict()
-            in_a_row = in_a_row + 1 if found.offload is wanted else 0
+            in_a_row = in_a_row + 1 if found.offload is wanted and "with 1 worker" in found.why else 0
             assert time.monotonic() < until, f"the planner says: {found}"
         assert app.check(0) == ""
         return found

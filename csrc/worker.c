@@ -28,6 +28,7 @@
 #include "output.h"
 #include "poller.h"
 #include "rfm_transport.h"
+#include "rota.h"
 #include "shm.h"
 
 #define FRAMES_A_TURN 64
@@ -36,6 +37,11 @@
 /* Kernels longer than this are worth it that the service thread receives what
  * comes meanwhile. */
 #define BACKGROUND_NS 20000ull
+
+/* Ranks that share a worker are served in turn as long as none has had so much
+ * more of its time than the others, and each call counts as so much at least. */
+#define ROTA_SLACK_NS 20000ull
+#define ROTA_CALL_NS  200ull
 
 /* A kernel closed our descriptors: we end as it would have by exit(). */
 #define EXIT_CLOSED 74          /* EX_IOERR */
@@ -115,6 +121,7 @@ struct rfm_conn {
     struct rfm_link *link;      /* atomic: NULL until attached */
     uint64_t ticket;
     uint64_t last_id[RFM_MAX_SLOTS];
+    struct rfm_had had;         /* ticks; nothing while nobody shares */
     struct mapped *arenas;
     uint32_t n_arenas;
     struct loaded *kernels;
@@ -150,6 +157,8 @@ struct rfm_worker {
     struct rfm_conn *conns[RFM_MAX_RANKS];
     uint32_t n_conns;
     uint32_t turn;
+    struct rfm_rota rota;
+    uint64_t call_ticks;        /* that each call counts as, at least */
 
     /* private copies, so that nothing is read twice from shared memory */
     struct rfm_request_line line __attribute__((aligned(RFM_CACHE_LINE)));
@@ -617,6 +626,8 @@ int rfm_worker_create(const struct rfm_worker_attr *attr,
     w->last_p     = &w->first;
     w->mean_ns    = 16 * BACKGROUND_NS;
     w->spin_ticks = rfm_ns_to_ticks((uint64_t)attr->spin_us * 1000ull);
+    w->rota.slack = rfm_ns_to_ticks(ROTA_SLACK_NS);
+    w->call_ticks = rfm_ns_to_ticks(ROTA_CALL_NS);
     pthread_mutex_init(&w->lock, NULL);
     page = mmap(NULL, RFM_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED,
                 attr->page_fd, 0);
@@ -1436,12 +1447,16 @@ static void begin_call(struct rfm_worker *w, struct rfm_conn *conn,
     }
 }
 
-static uint64_t end_call(struct rfm_worker *w, uint64_t start)
+static uint64_t end_call(struct rfm_worker *w, struct rfm_conn *conn,
+                         uint64_t start)
 {
     struct rfm_page *page = w->page;
     uint64_t now = rfm_ticks();
     uint64_t exec_ns = rfm_ticks_to_ns(now - start);
 
+    if (__builtin_expect(w->n_conns > 1, 0)) {
+        rfm_rota_charge(&w->rota, &conn->had, now - start);
+    }
     rfm_output_ended(&w->output, rfm_load_relaxed(&page->id), page->count + 1,
                      now - start);
     rfm_store_relaxed(&page->exec_ns, page->exec_ns + exec_ns);
@@ -1716,7 +1731,7 @@ static void run_native(struct rfm_worker *w, struct rfm_conn *conn,
         outputs[0].size = b->plain(b->bufs[0].ptr, (uint32_t)b->bufs[0].size,
                                    outputs[0].ptr);
     }
-    reply.exec_ns = end_call(w, start);
+    reply.exec_ns = end_call(w, conn, start);
     if (__builtin_expect(conn->link->remote, 0)) {
         keep_time(b, reply.exec_ns);
         conn->link->more = next_is_brief(w, conn);
@@ -1977,7 +1992,7 @@ void rfm_worker_reply(struct rfm_worker *w, struct rfm_event *ev,
     struct rfm_conn *conn = ev->conn;
 
     if (ev->type == RFM_EV_CALL) {
-        reply.exec_ns = end_call(w, ev->start_ticks);
+        reply.exec_ns = end_call(w, conn, ev->start_ticks);
         if ((status == RFM_ST_OK) && ((ev->flags & RFM_REQ_OBJECT) == 0)) {
             struct bound *b = conn->bindings[ev->number % RFM_MAX_BINDINGS];
             uint64_t full[RFM_MAX_ARGS];
@@ -2017,7 +2032,7 @@ void rfm_worker_reply_bytes(struct rfm_worker *w, struct rfm_event *ev,
     struct rfm_conn *conn = ev->conn;
 
     if (ev->type == RFM_EV_CALL) {
-        reply.exec_ns = end_call(w, ev->start_ticks);
+        reply.exec_ns = end_call(w, conn, ev->start_ticks);
     }
     set_bytes(conn, ev->slot, &reply, bytes, n);
     ev->type = RFM_EV_NONE;
@@ -2059,7 +2074,6 @@ static int look(struct rfm_worker *w, struct rfm_event *ev)
 {
     uint32_t n = w->n_conns;
     uint32_t turn = w->turn;
-    int result = -1;
 
     if (__builtin_expect(rfm_load_acquire(&w->control_pending) != 0, 0)) {
         look_at_output(w);
@@ -2068,32 +2082,41 @@ static int look(struct rfm_worker *w, struct rfm_event *ev)
     if (__builtin_expect(w->n_sides != 0, 0)) {
         progress_sides(w);
     }
-    for (uint32_t k = 0; k < n; k++) {
-        struct rfm_conn *conn;
-        const uint8_t *payload;
-        uint32_t slot;
-        int rc;
+    rfm_rota_begin(&w->rota);
+    do {
+        for (uint32_t k = 0; k < n; k++) {
+            struct rfm_conn *conn;
+            const uint8_t *payload;
+            uint32_t slot;
+            int rc;
 
-        if (turn >= n) {
-            turn = 0;
-        }
-        conn = w->conns[turn++];
-        slot = (uint32_t)conn->ticket & (conn->link->slots - 1);
-        if (!conn->link->ops->worker_poll(conn->link, slot, conn->last_id[slot],
-                                          &w->line, &payload)) {
-            if (__builtin_expect(conn->link->remote, 0)) {
-                drop_failed(conn);
+            if (turn >= n) {
+                turn = 0;
             }
-            continue;
+            conn = w->conns[turn++];
+            if (!rfm_rota_is_due(&w->rota, &conn->had)) {
+                continue;
+            }
+            slot = (uint32_t)conn->ticket & (conn->link->slots - 1);
+            if (!conn->link->ops->worker_poll(conn->link, slot,
+                                              conn->last_id[slot], &w->line,
+                                              &payload)) {
+                if (__builtin_expect(conn->link->remote, 0)) {
+                    drop_failed(conn);
+                }
+                continue;
+            }
+            rc = serve(w, conn, slot, payload, ev);
+            if (rc >= 0) {
+                w->turn = turn;     /* the next one's turn */
+                if (__builtin_expect(n > 1, 0)) {
+                    rfm_rota_charge(&w->rota, &conn->had, w->call_ticks);
+                }
+                return rc;
+            }
         }
-        rc = serve(w, conn, slot, payload, ev);
-        if (rc >= 0) {
-            w->turn = turn;     /* the next one's turn */
-            return rc;
-        }
-        result = -1;
-    }
-    return result;
+    } while (rfm_rota_rise(&w->rota));
+    return -1;
 }
 
 /* the second look, after a sleeper was announced */

@@ -49,7 +49,7 @@ def shares(ranks: Sequence[str], workers: Sequence[str], most: int = RANKS_MAX) 
 
     Each rank has as many workers for itself as all can have, those of its own host first.
     What is left is shared by groups of ranks, in which everybody uses the same workers; these
-    serve them in rotation, so that nobody gets more than others who want as much. Groups are
+    serve them in rotation and count their time, so that nobody gets more than others who want as much. Groups are
     as small as they can be with as many workers for each rank in all of them, unless a worker
     would have more than `most` ranks: then some ranks get more than others, and the last ones
     nothing where there are more than `most` ranks for each worker.

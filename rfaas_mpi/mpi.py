@@ -30,7 +30,7 @@ from rfaas_mpi.crew import Crew
 from rfaas_mpi.errors import ConfigError, RFaaSError, ServiceError, TransportError
 from rfaas_mpi.messages import Grant, GrantLease, RankAt
 
-__all__ = ["Ask", "hire"]
+__all__ = ["Ask", "hire", "parts"]
 
 log = logging.getLogger("rfaas_mpi.mpi")
 
@@ -156,6 +156,11 @@ def _check(terms: Sequence[Mapping[str, str]]) -> None:
 def _places(ranks: Sequence[RankAt]) -> list[RankAt]:
     """How many of them run at each place; rank 0's comes first."""
     return [msgspec.structs.replace(place, ranks=count) for place, count in Counter(ranks).items()]
+
+
+def parts(grant: Grant, ranks: int, host: str = "") -> list[Grant]:
+    """The parts of a grant that so many ranks on one host get."""
+    return [share.grant for share in _shares(grant, [host] * ranks, host, 0)]
 
 
 def _shares(grant: Grant, ranks: Sequence[str], host: str, most: int | None) -> list[_Share]:

@@ -121,80 +121,139 @@ static uint64_t in_flight(struct rfm_channel *chan)
     return info.in_flight;
 }
 
-/* While a gate holds the worker, both fill their slots; after it, they are
- * served in turn: each one's n-th is stamped right beside the other's n-th. */
-static void ranks_are_served_in_rotation(void)
-{
-    struct rfm_invoker *inv[2];
-    struct rfm_channel *chan[2];
+/* Two ranks that fill their slots while a gate of another one holds the worker,
+ * and how their calls were stamped. */
+struct contest {
+    struct rfm_invoker *inv[3];
+    struct rfm_channel *chan[3];
     struct t_call calls[2][EACH];
-    uint32_t rounds = 5;
+    uint64_t stamps[2][EACH];
+    uint64_t took[2];           /* ns, of all kernels of a rank */
+    uint64_t held;              /* by the gate */
+};
 
+static void contest_begin(struct contest *c)
+{
     t_worker_start(&worker, false, 20);
+    for (int k = 0; k < 3; k++) {
+        c->inv[k]  = t_invoker(16, T_SLOT_BYTES, 20);
+        c->chan[k] = t_worker_attach(&worker, c->inv[k]);
+    }
     for (int k = 0; k < 2; k++) {
-        inv[k]  = t_invoker(16, T_SLOT_BYTES, 20);
-        chan[k] = t_worker_attach(&worker, inv[k]);
         for (int i = 0; i < EACH; i++) {
-            t_call_inline(&calls[k][i], inv[k], "stamp", 8, 8);
-            memset(t_in(&calls[k][i], 0), 0, 8);
+            t_call_inline(&c->calls[k][i], c->inv[k], "stamp", 8, 8);
+            memset(t_in(&c->calls[k][i], 0), 0, 8);
         }
         /* until it trusts its kernels to be short, it sends few ahead */
         for (bool ahead = false; !ahead;) {
             for (int i = 0; i < EACH; i++) {
-                t_start(&calls[k][i]);
+                t_start(&c->calls[k][i]);
             }
-            ahead = rfm_invoker_queued(inv[k]) == 0;
+            ahead = rfm_invoker_queued(c->inv[k]) == 0;
             for (int i = 0; i < EACH; i++) {
-                CHECK_EQ(t_wait(&calls[k][i]), RFM_DONE);
+                CHECK_EQ(t_wait(&c->calls[k][i]), RFM_DONE);
             }
         }
     }
-    for (uint32_t done = 0; done < rounds;) {
-        uint64_t stamps[2][EACH];
-        struct t_gate gate;
-        uint64_t queued;
+}
 
-        t_gate_shut(&gate, &worker, inv[0]);
-        t_gate_runs(&gate);
-        for (int i = 0; i < EACH; i++) {
-            for (int k = 0; k < 2; k++) {
-                t_start(&calls[k][i]);
-            }
-        }
-        queued = rfm_invoker_queued(inv[0]) + rfm_invoker_queued(inv[1]);
-        if (queued == 0) {
-            CHECK_EQ(in_flight(chan[0]), EACH + 1);
-            CHECK_EQ(in_flight(chan[1]), EACH);
-        }
-        t_gate_open(&gate);
+/* The gate is `holder`'s and holds for so long. false: a rank was careful, and
+ * did not fill its slots. */
+static bool contest_round(struct contest *c, uint32_t holder, uint64_t hold_ns)
+{
+    struct t_gate gate;
+    uint64_t begin;
+    uint64_t queued;
+
+    t_gate_shut(&gate, &worker, c->inv[holder]);
+    t_gate_runs(&gate);
+    begin = rfm_now_ns();
+    for (int i = 0; i < EACH; i++) {
         for (int k = 0; k < 2; k++) {
-            for (int i = 0; i < EACH; i++) {
-                CHECK_EQ(t_wait(&calls[k][i]), RFM_DONE);
-                memcpy(&stamps[k][i], t_out(&calls[k][i], 0), 8);
-            }
+            t_start(&c->calls[k][i]);
         }
-        if (queued != 0) {
-            /* the gate took long and made this rank careful: trust again */
-            for (int k = 0; k < 20 * EACH; k++) {
-                CHECK_EQ(t_invoke(&calls[k % 2][k % EACH]), RFM_DONE);
-            }
-            continue;
-        }
+    }
+    queued = rfm_invoker_queued(c->inv[0]) + rfm_invoker_queued(c->inv[1]);
+    if (queued == 0) {
+        CHECK_EQ(in_flight(c->chan[0]), EACH + (holder == 0));
+        CHECK_EQ(in_flight(c->chan[1]), EACH);
+    }
+    while (rfm_now_ns() - begin < hold_ns) {
+        sched_yield();
+    }
+    c->held = rfm_now_ns() - begin;
+    t_gate_open(&gate);
+    for (int k = 0; k < 2; k++) {
+        c->took[k] = 0;
         for (int i = 0; i < EACH; i++) {
-            int64_t apart = (int64_t)(stamps[0][i] - stamps[1][i]);
+            CHECK_EQ(t_wait(&c->calls[k][i]), RFM_DONE);
+            memcpy(&c->stamps[k][i], t_out(&c->calls[k][i], 0), 8);
+            c->took[k] += c->calls[k][i].req.exec_ns;
+        }
+    }
+    if (queued != 0) {
+        /* the gate took long and made this rank careful: trust again */
+        for (int k = 0; k < 20 * EACH; k++) {
+            CHECK_EQ(t_invoke(&c->calls[k % 2][k / 2 % EACH]), RFM_DONE);
+        }
+    }
+    return queued == 0;
+}
 
-            CHECK((apart == 1) || (apart == -1));
-            CHECK((i == 0) || (stamps[0][i] == stamps[0][i - 1] + 2));
+static void contest_end(struct contest *c)
+{
+    for (int k = 0; k < 2; k++) {
+        for (int i = 0; i < EACH; i++) {
+            t_call_end(&c->calls[k][i]);
+        }
+    }
+    for (int k = 0; k < 3; k++) {
+        t_invoker_end(c->inv[k]);
+    }
+    t_worker_end(&worker);
+}
+
+/* Each one's n-th is stamped right beside the other's n-th; but for rounds in
+ * which the machine had one of them take long, which counts. */
+static void ranks_are_served_in_rotation(void)
+{
+    struct contest c;
+    uint32_t done = 0;
+
+    contest_begin(&c);
+    for (uint32_t i = 0; done < 5; i++) {
+        bool in_turn = contest_round(&c, 2, 0);
+
+        CHECK(i < 100000);
+        for (int n = 0; n < EACH; n++) {
+            int64_t apart = (int64_t)(c.stamps[0][n] - c.stamps[1][n]);
+
+            in_turn = in_turn && ((apart == 1) || (apart == -1)) &&
+                      ((n == 0) ||
+                       (c.stamps[0][n] == c.stamps[0][n - 1] + 2));
+        }
+        done += in_turn;
+    }
+    contest_end(&c);
+}
+
+static void whose_kernel_took_long_waits_for_the_others(void)
+{
+    struct contest c;
+    uint32_t done = 0;
+
+    contest_begin(&c);
+    for (uint32_t i = 0; done < 5; i++) {
+        CHECK(i < 10000);
+        if (!contest_round(&c, 0, 5000000) || (c.took[1] > c.held / 2)) {
+            continue;           /* the machine had the other one take long, too */
+        }
+        for (int n = 0; n < EACH; n++) {
+            CHECK(c.stamps[1][n] < c.stamps[0][0]);
         }
         done++;
     }
-    for (int k = 0; k < 2; k++) {
-        for (int i = 0; i < EACH; i++) {
-            t_call_end(&calls[k][i]);
-        }
-        t_invoker_end(inv[k]);
-    }
-    t_worker_end(&worker);
+    contest_end(&c);
 }
 
 /* --- how many ------------------------------------------------------------- */
@@ -447,6 +506,7 @@ int main(int argc, char **argv)
     RUN(two_ranks_in_two_processes_get_their_own_results);
     RUN(several_ranks_in_one_process_get_their_own_results);
     RUN(ranks_are_served_in_rotation);
+    RUN(whose_kernel_took_long_waits_for_the_others);
     RUN(a_worker_takes_64_ranks_and_refuses_one_more);
     RUN(an_invoker_outlives_any_number_of_channels);
     RUN(a_killed_rank_leaves_nothing_at_the_worker);

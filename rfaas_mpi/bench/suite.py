@@ -12,6 +12,7 @@ from pathlib import Path
 from rfaas_mpi._version import __version__
 from rfaas_mpi.bench import environment
 from rfaas_mpi.bench.cold import measure_cold
+from rfaas_mpi.bench.fairness import measure_fairness
 from rfaas_mpi.bench.latency import measure_latency
 from rfaas_mpi.bench.network import measure_network_latency, measure_network_payload
 from rfaas_mpi.bench.null import measure_null
@@ -53,13 +54,13 @@ _BENCHMARKS: dict[str, Callable[[Options], dict]] = {
 NAMES = tuple(_BENCHMARKS)
 # No part of "all": they measure something else than invocations.
 _APART: dict[str, Callable[[Options], dict]] = {"reclaim": measure_reclaim, "control": measure_control,
-                                              "faults": measure_faults}
+                                              "faults": measure_faults, "fairness": measure_fairness}
 _OVER_A_NETWORK: dict[str, Callable[[Options], dict]] = {
     "latency": measure_network_latency, "payload": measure_network_payload}
 
 
 def measure(what: str, options: Options) -> dict:
-    """Measures one of NAMES, "all" of them, "reclaim", "control" or "faults"; the figures, how they were made, and where.
+    """Measures one of NAMES, "all" of them, "reclaim", "control", "faults" or "fairness"; the figures, how they were made, and where.
 
     The figures of one benchmark lie on the top level; of "all", one level down. BenchError where there is no core to
     borrow.

@@ -364,6 +364,21 @@ def control(out: Output, **arguments: Any) -> None:
     _bench(out, "control", arguments)
 
 
+@bench.command(epilog=examples("rfaas bench fairness --json", "rfaas bench fairness --of equal"))
+@measured
+@click.option("--of", type=click.Choice(["equal", "mixed", "together"]), multiple=True,
+              help="This demand only; may be repeated.")
+@click.pass_obj
+def fairness(out: Output, **arguments: Any) -> None:
+    """How much kernel time ranks get of workers that they share.
+
+    Four processes share two workers, as ranks of a communicator do, and keep as many invocations in flight as each
+    other: of the same kernel, of one that takes four times as long, and with both workers for everybody. Spreads are
+    most less least, in % of the mean; A/A is each rank against itself. Runs a service of its own.
+    """
+    _bench(out, "fairness", arguments)
+
+
 @bench.command(epilog=examples("rfaas bench faults", "rfaas bench faults --app jacobi --of killed --of stopped"))
 @measured
 @click.option("--app", "names", metavar="NAME", multiple=True, help="This app only; may be repeated.")

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from rfaas_mpi.errors import ClosedError, InvalidBuffer
 
 __all__ = ["Constant", "Memory", "Spans", "arguments", "as_input", "as_inputs", "as_output", "as_outputs",
-           "check_overlap"]
+           "check_overlap", "with_values"]
 
 Shape = int | Sequence[int]
 
@@ -71,6 +71,17 @@ class Constant:
     def close(self) -> None:
         """Gives the memory back. Safe to call twice."""
         self._array = None
+
+
+def with_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with the arrays of its constants in their places."""
+    for value in args:
+        if type(value) is Constant:
+            args = tuple([v.array if type(v) is Constant else v for v in args])
+            break
+    if kwargs:
+        kwargs = {k: v.array if type(v) is Constant else v for k, v in kwargs.items()}
+    return args, kwargs
 
 
 def _restore(values: np.ndarray) -> np.ndarray:

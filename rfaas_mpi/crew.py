@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import math
 import os
 import signal
 import threading
@@ -95,6 +96,8 @@ class Crew:
         self._stretched = threading.Event()      # enough of it
         self.said_fallback = False
         self.on_close: Callable[[], object] = _nothing
+        # What lets go of requests that nobody waits for.
+        self.closers: list[Callable[[], object]] = []
         if settings.transport == "inline":
             self.invoker: Any = InlineInvoker(time.monotonic_ns)
         else:
@@ -206,6 +209,11 @@ class Crew:
     def workers(self) -> list[int]:
         """Numbers of the workers that are there now."""
         return self.lending.workers if self.lending is not None else []
+
+    @property
+    def ends_at(self) -> float:
+        """When the last of these workers' leases ends (time.monotonic); infinity where no end is known."""
+        return self.lending.ends_at if self.lending is not None else math.inf
 
     @property
     def alone(self) -> bool:
@@ -496,6 +504,8 @@ class Crew:
             self.changed.notify_all()
         if self.lending is not None:
             self.lending.release()
+        while self.closers:
+            self.closers.pop()()
         self.invoker.close()
         for future in list(self.pending):
             self.unqueue(future)

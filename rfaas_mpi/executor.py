@@ -17,15 +17,16 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from rfaas_mpi import config, local
 from rfaas_mpi._version import __version__
-from rfaas_mpi.arrays import Constant, as_inputs, as_outputs, check_memory, check_overlap
+from rfaas_mpi.arrays import Constant, as_inputs, as_outputs, check_memory, check_overlap, with_values
 from rfaas_mpi.config import Settings
 from rfaas_mpi.crew import Crew
 from rfaas_mpi.elastic import Elastic
 from rfaas_mpi.errors import ConfigError, NestedError
-from rfaas_mpi.futures import Future
+from rfaas_mpi.futures import Future, started
 from rfaas_mpi.kernels import Kernel, object_kernel
 from rfaas_mpi.mapping import Pump, Results, chunks
 from rfaas_mpi.messages import Grant
+from rfaas_mpi.offloading import Chosen, Offloads
 from rfaas_mpi.requests import PersistentRequest, Request, check_peers
 from rfaas_mpi.splitting import Explained, Split, Splits, Where
 from rfaas_mpi.types import Chunk, Initialised, Outcome, apply
@@ -148,6 +149,7 @@ class Executor(concurrent.futures.Executor):
         self._submitted = 0
         self._pumps: set[Pump] = set()
         self._splits: Splits | None = None
+        self._offloads: Offloads | None = None
         self._shutdown_lock = threading.Lock()
 
     # -- what it has -----------------------------------------------------------------------------------
@@ -203,22 +205,35 @@ class Executor(concurrent.futures.Executor):
                 args, kernel = (fn, *args), self._initialised(object_kernel(apply))  # type: ignore[assignment]
         return self._send(crew, kernel, args, kwargs)
 
+    def offload(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """`fn(*args, **kwargs)`, run here or on a worker, whichever is expected to be done sooner; its result.
+
+        What calls of `fn` with such arguments take here, there and on the way is
+        learned; a worker now and then runs one of them besides, for which at most
+        1 % of the time is spent. So `fn` has no effects but its result: it may run
+        twice, and must not change its arguments. Arrays arrive read-only where they
+        are not copied, as they are here. It pays where workers are faster, or the
+        rank is busy: call it from several threads. `explain` says what was learned.
+
+        Raises what `fn` raises, and as `submit`.
+        """
+        crew = self._crew or self._open()
+        last, kernel = self._last
+        if fn is not last or not kernel.settled:
+            kernel = self._kernel_of(fn)
+            if kernel is None:
+                args, kernel = (fn, *args), self._initialised(object_kernel(apply))  # type: ignore[assignment]
+        return (self._offloads or self._offloading(crew)).call(kernel, args, kwargs)
+
+    def _offloading(self, crew: Crew) -> Offloads:
+        with crew.lock:
+            if self._offloads is None:
+                self._offloads = Offloads(crew)
+            return self._offloads
+
     def _send(self, crew: Crew, kernel: Kernel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[Any]:
-        for value in args:
-            if type(value) is Constant:
-                args = tuple([v.array if type(v) is Constant else v for v in args])
-                break
-        if kwargs:
-            kwargs = {k: v.array if type(v) is Constant else v for k, v in kwargs.items()}
-        call = (kernel, args, kwargs)
-        raw = crew.object_request(*call)
-        future: Future[Any] = Future(crew, raw, call)
-        crew.pending[future] = None
-        try:
-            raw.start()
-        except BaseException:
-            crew.pending.pop(future, None)
-            raise
+        args, kwargs = with_values(args, kwargs)
+        future = started(crew, (kernel, args, kwargs))
         self._submitted += 1
         if not self._submitted % _SWEEP_EVERY:
             crew.sweep()
@@ -332,6 +347,19 @@ class Executor(concurrent.futures.Executor):
         """A request on these arrays that can be started again and again; not started yet."""
         return PersistentRequest(self._open(), *self._checked(kernel, inputs, out), out, timeout_s)
 
+    def Offload(self, kernel: Kernel, inputs: Buffers, out: Buffers, timeout_s: float | None = None) -> Any:
+        """As Invoke, but run here where that is expected to be done sooner; returns `out`.
+
+        Decided as for `offload`. `timeout_s` bounds the kernel where a worker runs
+        it. Raises as Invoke; what happens to a worker costs time and no result.
+        """
+        crew = self._crew or self._open()
+        _, read, written = self._checked(kernel, inputs, out)
+        if peers := crew.peers(read, written):
+            check_peers(kernel, peers)
+        (self._offloads or self._offloading(crew)).invoke(kernel, read, written, timeout_s)
+        return out
+
     def Split(self, kernel: Kernel, inputs: Buffers, out: Buffers, *, whole: Sequence[int] = (),
               rows: int | None = None, index: bool = False, reduce: Callable[..., Any] | None = None,
               grain: int | None = None, timeout_s: float | None = None, where: Where = "both") -> Any:
@@ -365,10 +393,12 @@ class Executor(concurrent.futures.Executor):
             self._splits = Splits(crew)
         return Split(self._splits, kernel, inputs, out, persistent=persistent, **how)
 
-    def explain(self) -> list[Explained]:
-        """For each kernel and size that was divided: what would be done now, what it would take, and why."""
+    def explain(self) -> list[Explained | Chosen]:
+        """For each kernel and size that was divided or offloaded: what would be done now, what it would take, and why.
+        """
         self._open()
-        return self._splits.explain() if self._splits is not None else []
+        return [*(self._splits.explain() if self._splits is not None else ()),
+                *(self._offloads.explain() if self._offloads is not None else ())]
 
     def _checked(self, kernel: Kernel, inputs: Buffers,
                  out: Buffers) -> tuple[Kernel, tuple[Any, ...], tuple[np.ndarray, ...]]:

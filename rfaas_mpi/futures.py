@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from rfaas_mpi.crew import Crew, History
 from rfaas_mpi.types import Action, Outcome
 
-__all__ = ["Future"]
+__all__ = ["Future", "started"]
 
 log = logging.getLogger("rfaas_mpi.futures")
 
@@ -319,3 +319,16 @@ class Future(concurrent.futures.Future[T]):
                     raise TimeoutError
                 # In slices: a claimer that dies with its thread must not hang us.
                 self._condition.wait(left if left is not None and left < 1.0 else 1.0)
+
+
+def started(crew: Crew, call: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> Future[Any]:
+    """A future for a call (kernel, arguments, named ones), on its way to a worker. Raises as `submit`."""
+    raw = crew.object_request(*call)
+    future: Future[Any] = Future(crew, raw, call)
+    crew.pending[future] = None
+    try:
+        raw.start()
+    except BaseException:
+        crew.pending.pop(future, None)
+        raise
+    return future

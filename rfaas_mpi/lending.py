@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import queue
 import socket
@@ -56,6 +57,9 @@ _FENCED_S = 5.0
 _AGAIN_S = 1.0
 _WHY_S = 1.0                         # a lease whose workers can't be started ends within this
 
+# So long after its hard end a lease has ended, whether its agent says so or not.
+_OVER_S = 2.0
+
 # As many workers as an executor can have.
 _WORKERS_MAX = 256
 
@@ -74,7 +78,8 @@ class Lending:
     def __init__(self, settings: Settings, invoker: Invoker, on_end: Callable[[], None]) -> None:
         self._invoker = invoker
         self._on_end = on_end
-        self._events: queue.SimpleQueue[msg.AnyEvent | None] = queue.SimpleQueue()
+        # () is no news: there is something new to wait for.
+        self._events: queue.SimpleQueue[msg.AnyEvent | tuple[()] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._leases: dict[int, GrantLease] = {}
         # By lease and the number that its agent gave the worker, as all of these.
@@ -82,6 +87,8 @@ class Lending:
         self._numbers: dict[tuple[int, int], int] = {}
         self._homes: dict[int, tuple[int, int]] = {}     # and back
         self._ways: dict[int, str] = {}                  # lease → transport
+        self._ends: dict[int, float] = {}                # lease → its hard end, by our clock
+        self._over: set[int] = set()                     # ended by us: nobody said so
         self._errands: dict[int, Errands] = {}           # where there are several leases
         # What ended, and was told to have, before we had it.
         self._early: set[tuple[int, int]] = set()
@@ -232,8 +239,11 @@ class Lending:
             for lease in grant.leases:
                 if lease.id not in self._early_leases:
                     self._leases[lease.id] = lease
+                    if lease.ends_in_s is not None:
+                        self._ends[lease.id] = time.monotonic() + lease.ends_in_s
                 if several:
                     self._errands[lease.id] = Errands(f"rfaas-lease-{lease.id}")
+        self._events.put(())
         for lease, failure in zip(grant.leases, each(self._connect, grant.leases), strict=True):
             if failure is None:
                 continue
@@ -374,6 +384,13 @@ class Lending:
             return sorted(self._numbers[key] for key, channel in self._channels.items() if channel.alive)
 
     @property
+    def ends_at(self) -> float:
+        """When the last of the workers that are there now has to be gone (time.monotonic); infinity: not known."""
+        with self._lock:
+            return max((self._ends.get(lease, math.inf) for (lease, _), channel in self._channels.items()
+                        if channel.alive), default=math.inf)
+
+    @property
     def seats(self) -> int:
         """How many workers there are or will be: one that ended under a lease that lives is replaced."""
         return sum(self._seats().values())
@@ -409,9 +426,13 @@ class Lending:
         Never raises: what can't be known any more counts as infrastructure's.
         """
         lease, worker = self._home(raw)
+        with self._lock:
+            told = lease not in self._over
         try:
-            return self._explained(self.session.verdict(lease, worker, _VERDICT_S))
+            return self._explained(self.session.verdict(lease, worker, _VERDICT_S if told else 0.0))
         except TimeoutError:
+            if not told:
+                return WorkerEnded(lease, raw.worker, "infrastructure", "expired", message=_untold(lease))
             return self._explained(WorkerEnded(lease, worker, "infrastructure", "link"))
         except (ServiceLost, ClosedError) as error:
             return WorkerEnded(lease, raw.worker, "infrastructure", "service", message=str(error))
@@ -466,6 +487,8 @@ class Lending:
                 continue
             if event is None:
                 return
+            if isinstance(event, tuple):
+                continue
             try:
                 self._handle(event)
             except Exception:
@@ -477,6 +500,8 @@ class Lending:
             times = [until - time.monotonic() for until in self._awaited.values()]
             if self._networked:
                 times.append(_CHECK_S)
+            if self._ends:
+                times.append(min(self._ends.values()) + _OVER_S - time.monotonic())
             return max(0.0, min(times)) if times else None
 
     def _pass_time(self) -> None:
@@ -485,8 +510,26 @@ class Lending:
             overdue = any(until <= now for until in self._awaited.values())
         if overdue:
             self._look()
+        self._end_overdue(now)
         self._mend()
         self._try_again(now)
+
+    def _end_overdue(self, now: float) -> None:
+        """Ends leases whose hard end has passed, and whose agent, frozen or cut off, ended nothing."""
+        with self._lock:
+            overdue = [lease for lease, at in self._ends.items() if at + _OVER_S <= now]
+            for lease in overdue:
+                del self._ends[lease]
+            self._over.update(overdue)
+            live = [lease for lease in overdue if lease in self._leases]
+            channels = [channel for (lease, _), channel in self._channels.items() if lease in overdue]
+        for lease in live:
+            self._handle(msg.LeaseEnded(lease, "expired", _untold(lease)))
+        for channel in channels:
+            channel.kill()
+            channel.close()
+        if channels:
+            self._look()
 
     @property
     def _networked(self) -> bool:
@@ -608,6 +651,7 @@ class Lending:
 
     def _drop(self, lease: int) -> None:
         """The lease has ended, perhaps before its grant is looked at. The caller holds the lock."""
+        self._ends.pop(lease, None)
         if self._leases.pop(lease, None) is None:
             self._early_leases.add(lease)
 
@@ -756,6 +800,10 @@ def choose_transport(wanted: str, session: Session, *, strict: bool = False) -> 
     if session.remote and wanted not in session.transports:
         raise ConfigError(f"transport {wanted} can't be used on {session.host}", hint="`rfaas doctor` there says why")
     return wanted
+
+
+def _untold(lease: int) -> str:
+    return f"lease {lease} came to its hard end, and its agent did not say so"
 
 
 def lease_error(event: msg.LeaseEnded) -> RFaaSError:

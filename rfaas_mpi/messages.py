@@ -217,6 +217,7 @@ class GrantLease(msgspec.Struct, frozen=True):
     endpoint: str = ""               # where its workers are dialled: tcp:// or unix:; "": at the session's service
     host: str = ""                   # its agent's, as the manager says; "": the service's
     addresses: tuple[str, ...] = ()  # where other ranks find that agent; none: at the endpoint
+    ends_in_s: float | None = None   # until its hard end, as this is sent; None: no end known
 
     @property
     def memory_per_worker(self) -> int:

@@ -604,7 +604,9 @@ class Agent(AgentServer):
                         for worker in self.core.workers.values() if worker.lease == lease)
         return msg.GrantLease(id=lease, epoch=found.epoch, secret=b"",
                               memory_bytes=found.memory_per_worker * len(workers), workers=workers,
-                              hard_end=found.hard_end)
+                              hard_end=found.hard_end,
+                              ends_in_s=None if found.hard_end is None else
+                              max(0.0, found.hard_end - time.monotonic()))
 
     # ---- what the agent's half asks --------------------------------------------------------------
 

@@ -518,7 +518,7 @@ class AgentServer(ABC):
         return msg.GrantLease(
             id=lease, epoch=epoch, secret=b"", memory_bytes=memory_per_worker * len(seats),
             workers=tuple(msg.WorkerInfo(numbers[seat], cores) for seat, cores in seats.items()),
-            hard_end=hard_end), actions
+            hard_end=hard_end, ends_in_s=None if hard_end is None else max(0.0, hard_end - now)), actions
 
     def tell_lease_ended(self, session: int, lease: int, cause: Cause) -> None:
         """The session hears that all of a lease ends, and why."""

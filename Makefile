@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-c test-python guest soak bench sdist clean
+.PHONY: help setup demo test test-c test-python guest soak bench apps apps-figures sdist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -96,6 +96,17 @@ bench: setup  ## the figures of docs/benchmarks.md, as JSON under out/
 	    echo "rfaas bench $$what"; \
 	    $(VENV)/bin/rfaas bench $$what --json >$(OUT)/bench-$$what.json || exit 1; \
 	done
+
+# Over tcp the workers are on another node, which is a network namespace: for root.
+OVER ?= shm tcp
+
+apps: setup  ## run all apps: one table of modes, prediction, bound and verdict; OVER=shm or tcp for one of two
+	$(PY) benchmarks/apps.py run $(OVER:%=--over %) $(APPS_OPTIONS)
+
+apps-figures: setup  ## the apps' part of docs/benchmarks.md, on a machine with nothing else to do
+	$(PY) benchmarks/apps.py run --over shm --rounds $(or $(ROUNDS),30) --out benchmarks --machine 2core-vm
+	$(PY) benchmarks/apps.py run --over tcp --rounds $(or $(ROUNDS),9) --out benchmarks --machine 2core-vm
+	$(PY) benchmarks/apps.py report --docs docs/benchmarks.md --plot docs/apps.png benchmarks/app-*-2core-vm.json
 
 sdist: setup  ## a source distribution under dist/
 	@rm -rf dist

@@ -161,11 +161,11 @@ class Mapped:
     """
 
     def __init__(self, executor: rf.Executor, call: Callable[..., Any], items: Callable[[], Iterable[Sequence[Any]]],
-                 take: Callable[[Any], None], chunksize: int = 1) -> None:
-        self._executor, self._call, self._items, self._take, self._chunksize = executor, call, items, take, chunksize
+                 take: Callable[[Any], None]) -> None:
+        self._executor, self._call, self._items, self._take = executor, call, items, take
 
     def Run(self) -> None:
-        for answer in self._executor.starmap(self._call, self._items(), chunksize=self._chunksize, unordered=True):
+        for answer in self._executor.starmap(self._call, self._items(), unordered=True):
             self._take(answer)
 
     def predict(self) -> Unforeseen:
@@ -513,8 +513,9 @@ def plot(report: dict[str, Any], file: Path) -> None:
 def main(app: type[App], doc: str, argv: Sequence[str] | None = None) -> int:
     """Runs an app; the exit status. Prints no rate where a result is wrong."""
     given = list(sys.argv[1:] if argv is None else argv)
-    if "--small" in given:
-        given = [*app.small, *(word for word in given if word != "--small")]
+    for option, words in (("--small", app.small), ("--figures", app.figures)):
+        if option in given:
+            given = [*words, *(word for word in given if word != option)]
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", action="append", choices=[*WHERE, *app.modes],
                         help="what to run, in turn; may be repeated (default: " + " and ".join(app.default) + ")")
@@ -523,6 +524,8 @@ def main(app: type[App], doc: str, argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--small", action="store_true",
                         help=f"the smallest run that says something: {' '.join(app.small) or 'the defaults'}")
+    parser.add_argument("--figures", action="store_true",
+                        help=f"as where figures are published: {' '.join(app.figures) or 'the defaults'}")
     parser.add_argument("--bound", action="store_true", help="also time bare pinned processes, one a core in use")
     parser.add_argument("--ranks", type=int, metavar="N",
                         help="also time the same app as N MPI ranks on the same cores, without workers")
@@ -567,7 +570,7 @@ def _run(app: type[App], args: argparse.Namespace, given: list[str], modes: list
 
     begin = time.monotonic()
     workers = workers_of(executor)
-    hidden = ("bare", "resident", "json", "plot", "small")
+    hidden = ("bare", "resident", "json", "plot", "small", "figures")
     config = {"app": app.name, **{key: value for key, value in vars(args).items() if key not in hidden},
               "mode": modes, "arguments": given, "ranks": comm.size, "mpi_ranks": args.ranks,
               "cores": comm.gather(core), "worker_cores": comm.gather(sorted(workers.values())),

@@ -6,9 +6,10 @@
     revoked   all workers are revoked half-way; the rank goes on alone
 
 The app runs in this process, on a cluster of its own: rounds of its split, each checked by the app's own
-verdict and compared bit by bit with the results of the same round undisturbed. Time lost is what the
-rounds with faults took beyond what the same rounds take without; beside it stands what two undisturbed
-passes differ by, over as many rounds.
+verdict and compared bit by bit with the results of the same round undisturbed. Before each fault there is
+a pass over all rounds without any. Time lost is what the rounds with faults took beyond what the same
+rounds take without, in the median; beside it (A/A) stands the most by which those passes differ, over as
+many rounds.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ __all__ = ["KINDS", "QUICK", "Plan", "disturbed", "measure_faults", "world"]
 
 KINDS = {"stopped": "a worker is stopped for a while", "killed": "workers are killed, again and again",
          "manager": "the manager is killed half-way", "revoked": "all workers are revoked half-way"}
-CALM = 2                             # passes without a fault
 MISSES = 2                           # after so many that met no round under way, one comes just before a round
 
 
@@ -48,7 +48,7 @@ class Plan:
     """How much of it."""
 
     where: Literal["both", "workers"] = "both"
-    rounds: int = 9
+    rounds: int = 5
     least_s: float = 5.0             # so long an app is run under repeated faults, at least
     every_s: float = 1.0             # a worker is killed so often
     stop_s: float = 2.0
@@ -195,31 +195,41 @@ def disturbed(path: Path, cluster: Cluster, plan: Plan, kinds: Sequence[str] = t
                                                 manager_user=settings.manager_user, transport=settings.transport))
         app = Rounds(path, executor, plan.where, rounds=plan.rounds, small=plan.small)
         stack.callback(app.close)
-        calm: list[_Pass] = []
-        for number in range(CALM + 1):
-            one = _Pass()
-            for turn in app.turns:
-                one.add(turn, app.run(turn))
-            if one.wrong:
-                raise BenchError(f"{path.name}, without any fault: {one.wrong[0]}")
-            # The first one is to learn from.
-            if number:
-                calm.append(one)
-        undisturbed = {turn: statistics.median(dict(one.took)[turn] for one in calm) for turn in app.turns}
-        differ_s = abs(calm[0].seconds - calm[1].seconds) / len(app.turns)
-        found = {}
+        _calm(app)                   # to learn from
+        calm, under = [_calm(app)], {}
         # A lease that was revoked is not given again: that comes last.
         for kind in sorted(kinds, key=list(_FAULTS).index):
+            calm.append(_calm(app))
             fault = _FAULTS[kind](executor, cluster, plan)
-            one = _under(fault, app, undisturbed)
-            expected = sum(undisturbed[turn] for turn, _ in one.took)
+            one = _under(fault, app, _usual(calm))
+            under[kind] = fault.times, one
+        usual, passes = _usual(calm), [one.seconds for one in calm]
+        differ_s = (max(passes) - min(passes)) / len(app.turns)
+        found = {}
+        for kind, (times, one) in under.items():
+            expected = sum(usual[turn] for turn, _ in one.took)
             found[kind] = {
                 "right": not one.wrong, "wrong": one.wrong, "same_bits": (not one.wrong) if app.compared else None,
-                "faults": fault.times, "faults_in_mid_run": one.mid_run, "rounds": len(one.took),
+                "faults": times, "faults_in_mid_run": one.mid_run, "rounds": len(one.took),
                 "undisturbed_s": expected, "disturbed_s": one.seconds, "lost_s": one.seconds - expected,
-                "lost_s_per_fault": (one.seconds - expected) / fault.times,
-                "lost_s_aa": differ_s * len(one.took)}
-        return {"verdict": app.told, "where": plan.where, "faults": found}
+                "lost_s_per_fault": (one.seconds - expected) / times, "lost_s_aa": differ_s * len(one.took)}
+        return {"verdict": app.told, "where": plan.where, "passes_without_faults": len(calm), "faults": found}
+
+
+def _calm(app: Rounds) -> _Pass:
+    """A pass without faults. Raises BenchError where an answer is wrong."""
+    one = _Pass()
+    for turn in app.turns:
+        one.add(turn, app.run(turn))
+    if one.wrong:
+        raise BenchError(f"without any fault: {one.wrong[0]}")
+    return one
+
+
+def _usual(calm: Sequence[_Pass]) -> dict[int, float]:
+    """Seconds of each round without faults."""
+    passes = [dict(one.took) for one in calm]
+    return {turn: statistics.median(took[turn] for took in passes) for turn in passes[0]}
 
 
 def _under(fault: _Fault, app: Rounds, undisturbed: dict[int, float]) -> _Pass:

@@ -8,8 +8,9 @@ import pytest
 import transports
 
 APPS = Path(__file__).resolve().parents[2] / "apps"
-# What numpy runs: nothing has to be compiled.
+# What numpy runs, or is there already: nothing has to be compiled.
 SMALLEST = {
+    "blackscholes": ("--options", "40000"),
     "matmul": ("--n", "64", "--kernel", "blas"),
     "jacobi": ("--n", "64", "--sweeps", "4", "--kernel", "numpy"),
     "transport": ("--histories", "4", "--batches", "16", "--generations", "6", "--skip", "2", "--sigma", "1",

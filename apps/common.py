@@ -482,11 +482,10 @@ def draw(report: dict[str, Any], axes: Any) -> None:
         axes.barh(row, speedup, height=0.62, color=COLOURS.get(mode, OTHER))
         axes.plot([median[first] / value for value in seconds[mode]], [row] * len(seconds[mode]), "|", color="black",
                   alpha=0.4, markersize=9)
-        axes.text(0.02, row, f" {speedup:.2f}x   {median[mode] * 1e3:.3g} ms ", color="white", va="center",
-                  fontweight="bold", bbox={"facecolor": COLOURS.get(mode, OTHER), "edgecolor": "none", "pad": 1.5})
     if "bound" in median:
         axes.axvline(median[first] / median["bound"], color="black", linestyle=":", linewidth=1.2)
-    axes.set_yticks(range(len(shown)), shown)
+    axes.set_yticks(range(len(shown)), [f"{mode}: {median[mode] * 1e3:.3g} ms, {median[first] / median[mode]:.2f}x"
+                                        for mode in shown])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(left=0)

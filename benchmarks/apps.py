@@ -205,7 +205,7 @@ def _section(pairs: Sequence[tuple[dict[str, Any], str]], title: str, over: str)
         cells = [name, str(report["config"]["rounds"]),
                  *(f"{median[mode] * 1e3:.4g}" if mode in median else "" for mode in COLUMNS),
                  _spread(ratios, "speedup_split", "x"), _spread(ratios, "split_of_bound", "%"),
-                 f"≥ {wanted:.0%}" if wanted else "",
+                 f"≥ {100 * wanted:.0f} %" if wanted else "",
                  judged(report, of_bound, wanted) if wanted and of_bound is not None else "",
                  _spread(ratios, "split_over_mpi", "x") + _unresolved(report, "split_over_mpi"),
                  _spread(ratios, "predicted_of_split", "%")

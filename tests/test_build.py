@@ -55,7 +55,8 @@ def test_a_wheel_from_the_sdist_works_on_its_own(sdist, tmp_path):
         names = archive.namelist()
         archive.extractall(site)
     assert "rfaas_mpi/include/rfm_call.h" in names
-    assert "rfaas_mpi/apps/blackscholes.py" in names
+    apps = {f"rfaas_mpi/apps/{path.name}" for kind in ("py", "c") for path in (REPOSITORY / "apps").glob(f"*.{kind}")}
+    assert "rfaas_mpi/apps/blackscholes.py" in apps and apps <= set(names)
     assert "rfaas_mpi/_native_kernels.so" in names
     assert not [name for name in names if name.startswith(("tests", "csrc", "apps"))]
     runtime = tmp_path / "run"

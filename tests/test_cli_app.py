@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import stat
@@ -92,6 +93,15 @@ def test_what_an_app_lacks_is_named_before_it_is_run(tmp_path, monkeypatch):
     assert "no_such_net" in "\n".join(apps.as_text({"fishes": app}))
     with pytest.raises(ValueError, match="fishes needs no_such_net"):
         apps.command(app, [])
+
+
+def test_help_for_an_app_that_lacks_something_is_what_it_says_of_itself(monkeypatch, capsys):
+    from rfaas_mpi.cli import app
+    lacking = dataclasses.replace(FOUND["matmul"], missing=("no_such_net",))
+    monkeypatch.setattr(apps, "find", lambda: {"matmul": lacking})
+    assert app.run(["app", "matmul", "--help"]) == output.OK
+    said = capsys.readouterr().out
+    assert "PURPOSE" in said and "not installed: no_such_net" in said
 
 
 def test_without_mpiexec_the_error_says_how_to_get_it(tmp_path, monkeypatch):

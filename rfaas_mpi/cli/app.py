@@ -101,7 +101,8 @@ def app_(context: click.Context, name: str | None, arguments: tuple[str, ...], l
         chosen = apps.named(name)
     except KeyError as error:
         raise click.UsageError(error.args[0]) from None
-    if describe:
+    # What it lacks it can't import, and so not say what its options are.
+    if describe or (chosen.missing and {"-h", "--help"} & set(arguments)):
         out.answer(apps.as_json(chosen), apps.described(chosen))
         return
     if not out.json:

@@ -340,6 +340,9 @@ class Ranks:
                 with connection:
                     connection.settimeout(None)
                     self._streams.append(connection.makefile("rw"))
+            # All are here: a rank that is killed later leaves no file.
+            self._door.close()
+            self._directory.cleanup()
             for stream in self._streams:
                 self._answer(stream)
         except BaseException:

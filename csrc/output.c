@@ -96,10 +96,12 @@ static bool put_mark(const struct rfm_output *out, uint64_t id)
 {
     struct pollfd p = { .fd = out->fd, .events = POLLOUT };
     struct rfm_mark mark = { .magic = RFM_MARK_MAGIC };
-    char digits[sizeof(mark.id) + 1];
+    char digits[sizeof(mark.id) + sizeof(mark.conn) + 1];
 
-    snprintf(digits, sizeof(digits), "%016llx", (unsigned long long)id);
+    snprintf(digits, sizeof(digits), "%016llx%08x", (unsigned long long)id,
+             (id != 0) ? out->last_conn : 0);
     memcpy(mark.id, digits, sizeof(mark.id));
+    memcpy(mark.conn, digits + sizeof(mark.id), sizeof(mark.conn));
     return (poll(&p, 1, 0) == 1) && (p.revents == POLLOUT) &&
            (write(out->fd, &mark, sizeof(mark)) == (ssize_t)sizeof(mark));
 }

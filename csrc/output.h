@@ -1,6 +1,7 @@
 /*
  * What kernels print goes into one pipe, which the agent reads. Here the worker
- * marks in it which invocation has written what stands before the mark:
+ * marks in it which invocation of which connection has written what stands
+ * before the mark:
  *
  *   line\nline\n<mark 17>line\n<mark 21>...
  *
@@ -32,7 +33,8 @@ struct rfm_output {
     uint64_t heard;             /* the page's, as of the last look */
     uint64_t written;           /* into the pipe, as of the last look */
     uint64_t clean;             /* as the page's */
-    uint64_t last;              /* the invocation that ended last */
+    uint64_t last;              /* the invocation that ended last, … */
+    uint32_t last_conn;         /* … and whose it was */
     uint32_t eager;             /* look at so many calls, however short */
     bool     told;              /* the one that ends has printed */
 };
@@ -45,7 +47,7 @@ void rfm_output_close(struct rfm_output *out);
 /* It printed, by what its caller knows. */
 void rfm_output_printed(struct rfm_output *out);
 
-/* `calls` have ended, `id` the last one of them. */
+/* `calls` have ended, `id` the last one of them, as it was told. */
 void rfm_output_look(struct rfm_output *out, uint64_t id, uint64_t calls);
 
 /* What was printed meanwhile is no invocation's. */
@@ -53,9 +55,11 @@ void rfm_output_nobodys(struct rfm_output *out, uint64_t calls);
 
 /* At a call's end, after `ticks`; before the page stops naming it. */
 static inline void rfm_output_ended(struct rfm_output *out, uint64_t id,
-                                    uint64_t calls, uint64_t ticks)
+                                    uint32_t conn, uint64_t calls,
+                                    uint64_t ticks)
 {
-    out->last = id;
+    out->last      = id;
+    out->last_conn = conn;
     if (__builtin_expect((ticks >= out->long_ticks) || (out->eager != 0) ||
                              (rfm_load_relaxed(&out->page->heard) != out->heard),
                          0)) {

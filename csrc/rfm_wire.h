@@ -395,8 +395,9 @@ _Static_assert(sizeof(struct rfm_page_output) == 64, "page output");
 struct rfm_mark {
     char magic[8];
     char id[16];                /* hexadecimal; 0: nobody's, or not known whose */
+    char conn[8];               /* hexadecimal, too: ids are a rank's own */
 };
-_Static_assert(sizeof(struct rfm_mark) == 24, "mark");
+_Static_assert(sizeof(struct rfm_mark) == 32, "mark");
 
 struct rfm_page {
     uint64_t id;

@@ -1457,8 +1457,8 @@ static uint64_t end_call(struct rfm_worker *w, struct rfm_conn *conn,
     if (__builtin_expect(w->n_conns > 1, 0)) {
         rfm_rota_charge(&w->rota, &conn->had, now - start);
     }
-    rfm_output_ended(&w->output, rfm_load_relaxed(&page->id), page->count + 1,
-                     now - start);
+    rfm_output_ended(&w->output, rfm_load_relaxed(&page->id), conn->number,
+                     page->count + 1, now - start);
     rfm_store_relaxed(&page->exec_ns, page->exec_ns + exec_ns);
     rfm_store_relaxed(&page->count, page->count + 1);
     rfm_store_relaxed(&w->meter->exec_ns, w->meter->exec_ns + exec_ns);

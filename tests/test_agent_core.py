@@ -117,9 +117,20 @@ def test_a_session_that_hung_up_is_not_told():
 def test_a_workers_last_lines_come_with_its_end():
     core = AgentCore()
     [worker] = serving(core)
-    core.output(worker, [f"line {n}" for n in range(100)])
+    core.output(worker, [(f"line {n}", 0) for n in range(100)])
     told = ends_told(core.ended(worker, Exit(signal=signal.SIGABRT), Page(invocation=1), 1.0))
     assert told[OWNER].last_lines == tuple(f"line {n}" for n in range(100 - LAST_LINES, 100))
+
+
+def test_what_an_invocation_prints_goes_to_its_rank_alone_and_nobodys_to_all():
+    core = AgentCore()
+    [worker] = serving(core)
+    mine, theirs = core.attach(worker, LEASE, OWNER), core.attach(worker, LEASE, OTHER)
+    lines = [("mine", mine), ("theirs", theirs), ("nobody's", 0), ("a stranger's", 99)]
+    assert core.output(worker, lines) == {OWNER: (0, 2, 3), OTHER: (1, 2, 3)}
+    assert core.output(worker, [("mine", mine)]) == {OWNER: (0,)}
+    core.gone(worker, theirs)
+    assert core.output(worker, lines) == {OWNER: (0, 2, 3)}, "whoever has gone hears nothing, and nobody for it"
 
 
 def test_a_connection_for_another_lease_is_refused():
@@ -289,7 +300,7 @@ def test_pages_are_watched_only_once_limits_are_in_use():
 def test_news_about_workers_that_are_gone_is_ignored():
     core = AgentCore()
     assert core.forked(9, 1) == core.ready(9) == core.ended(9, Exit(), Page(), 0.0) == []
-    assert core.output(9, ["x"]) == () and core.kill(9, 1, "cancel", 0, Page()) == (False, [])
+    assert core.output(9, [("x", 0)]) == {} and core.kill(9, 1, "cancel", 0, Page()) == (False, [])
     core.gone(9, 1)
     core.limits(9, 0.0)
     assert core.check_limits({9: Page(1, limit_ns=1)}, 0.0, 9) == core.stop(9, [0], "released", 0.0, 0.0) == []

@@ -17,7 +17,7 @@ import pytest
 
 from rfaas_mpi import Executor, Kernel, get_include
 from rfaas_mpi import messages as msg
-from rfaas_mpi.agent.output import Line, Lines, Listening
+from rfaas_mpi.agent.output import Line, Lines, Listening, Writer
 from rfaas_mpi.agent.pool import WorkerHandle, ZygoteHandle
 
 SOURCE = r"""
@@ -56,8 +56,12 @@ def texts(lines: list[Line]) -> list[str]:
     return [line.text for line in lines]
 
 
-def mark(invocation: int) -> bytes:
-    return b"\0\x1erfaas\x1e%016x" % invocation
+def mark(invocation: int, connection: int = 0) -> bytes:
+    return b"\0\x1erfaas\x1e%016x%08x" % (invocation, connection)
+
+
+def written(lines: list[Line]) -> list[tuple[int, str]]:
+    return [(line.invocation, line.text) for line in lines]
 
 
 # --- lines ------------------------------------------------------------------------
@@ -111,9 +115,10 @@ def test_output_flows_again_after_a_flood():
 
 def test_what_stands_before_a_mark_is_that_invocations():
     lines = Lines(0.0)
-    assert lines.feed(b"one\ntwo\n" + mark(17) + b"three" + mark(0xabc) + b"four\nfi", 0.0, 40) == [
-        (17, "one"), (17, "two"), (0xabc, "three"), (40, "four")]
-    assert lines.feed(b"ve\n", 0.1, 40) == [(40, "five")]
+    assert lines.feed(b"one\ntwo\n" + mark(17, 3) + b"three" + mark(0xabc, 0xf0000001) + b"four\nfi", 0.0,
+                      Writer(40, 5)) == [
+        (17, "one", 3), (17, "two", 3), (0xabc, "three", 0xf0000001), (40, "four", 5)]
+    assert lines.feed(b"ve\n", 0.1, Writer(40, 5)) == [(40, "five", 5)]
     assert lines.since is None
 
 
@@ -121,18 +126,18 @@ def test_a_mark_may_come_in_pieces():
     whole = b"one\n" + mark(17) + b"two\n" + mark(0) + b"three\n"
     for cut in range(1, len(whole)):
         lines = Lines(0.0)
-        said = [*lines.feed(whole[:cut], 0.0, None), *lines.feed(whole[cut:], 0.0, 0), *lines.flush()]
-        assert said == [(17, "one"), (0, "two"), (0, "three")], cut
+        said = [*lines.feed(whole[:cut], 0.0, None), *lines.feed(whole[cut:], 0.0, Writer()), *lines.flush()]
+        assert written(said) == [(17, "one"), (0, "two"), (0, "three")], cut
 
 
 def test_whose_it_is_may_be_known_later():
     lines = Lines(0.0)
     assert lines.feed(b"one\n", 0.0, None) == [] and lines.since == 0.0
-    assert lines.feed(b"two\n" + mark(5), 0.1, None) == [(5, "one"), (5, "two")]
+    assert lines.feed(b"two\n" + mark(5, 1), 0.1, None) == [(5, "one", 1), (5, "two", 1)]
     assert lines.feed(b"three\n", 0.2, None) == []
-    assert lines.feed(b"", 0.3, 9) == [(9, "three")]
+    assert lines.feed(b"", 0.3, Writer(9, 2)) == [(9, "three", 2)]
     assert lines.feed(b"four\n", 0.4, None) == []
-    assert lines.flush() == [(0, "four")], "nobody waits for ever"
+    assert written(lines.flush()) == [(0, "four")], "nobody waits for ever"
 
 
 def test_a_worker_can_tell_how_much_of_its_output_was_read():
@@ -141,7 +146,7 @@ def test_a_worker_can_tell_how_much_of_its_output_was_read():
         words = memoryview(page).cast("Q")
         words[250] = 1                       # it leaves marks
         for taken, heard in ((3, 2), (6, 4)):
-            assert listening.read(lambda: (b"abc", False)) == (b"abc", False, 0)
+            assert listening.read(lambda: (b"abc", False)) == (b"abc", False, Writer())
             assert (words[251], words[248]) == (taken, heard)
         # It may write anything there.
         words[251] = words[248] = (1 << 64) - 1
@@ -150,11 +155,11 @@ def test_a_worker_can_tell_how_much_of_its_output_was_read():
         words.release()
 
 
-@pytest.mark.parametrize("text", [b"\0\x1erfaas\x1ez", b"\0\x1erfaas\x1e" + b"-" * 16, b"\0\x1e", b"\0", mark(3)[:-1] + b"?"])
+@pytest.mark.parametrize("text", [b"\0\x1erfaas\x1ez", b"\0\x1erfaas\x1e" + b"-" * 24, b"\0\x1e", b"\0", mark(3)[:-1] + b"?"])
 def test_what_is_no_mark_is_the_kernels(text):
     lines = Lines(0.0)
-    said = [*lines.feed(b"a" + text + b"b" * 30 + b"\n", 0.0, 7), *lines.flush()]
-    assert said == [(7, (b"a" + text + b"b" * 30).decode())]
+    said = [*lines.feed(b"a" + text + b"b" * 30 + b"\n", 0.0, Writer(7)), *lines.flush()]
+    assert written(said) == [(7, (b"a" + text + b"b" * 30).decode())]
 
 
 def test_a_rank_prints_worker_and_invocation():
@@ -219,6 +224,15 @@ def test_each_line_of_a_python_kernel_bears_its_invocation(executor, capfd, end)
     assert [text for _, text in lines] == [f"line {number}" for number in range(50)]
     numbers = [number for number, _ in lines]
     assert 0 not in numbers and numbers == sorted(set(numbers)), "each has its own"
+
+
+def test_of_those_who_share_a_worker_only_who_called_sees_what_was_printed(executor, capfd):
+    with Executor._join(executor._grant) as other:
+        for number in range(20):
+            executor.submit(speak, f"one {number}").result()
+            other.submit(speak, f"two {number}").result()
+    executor.shutdown()
+    assert sorted(text for _, text in said(capfd)) == sorted(f"{who} {n}" for who in ("one", "two") for n in range(20))
 
 
 def test_many_calls_in_flight_keep_their_lines_apart(executor, capfd):

@@ -46,7 +46,7 @@ static void call(struct printer *p, uint64_t id, const char *text, uint64_t tick
     if (text != NULL) {
         print(p, text);
     }
-    rfm_output_ended(&p->out, id, p->calls + 1, ticks);
+    rfm_output_ended(&p->out, id, (uint32_t)id + 1000, p->calls + 1, ticks);
     p->calls++;
 }
 
@@ -73,8 +73,14 @@ static const char *heard(struct printer *p)
         if ((got - i >= (ssize_t)sizeof(struct rfm_mark)) &&
             (memcmp(raw + i, RFM_MARK_MAGIC, 8) == 0)) {
             char digits[17] = { 0 };
+            char conn[9] = { 0 };
 
             memcpy(digits, raw + i + 8, 16);
+            memcpy(conn, raw + i + 24, 8);
+            /* a rank's number with its rank, and nobody's with none */
+            CHECK_EQ(strtoull(conn, NULL, 16),
+                     (strtoull(digits, NULL, 16) != 0)
+                         ? strtoull(digits, NULL, 16) + 1000 : 0);
             n += (size_t)snprintf(said + n, sizeof(said) - n, "<%llu>",
                                   strtoull(digits, NULL, 16));
             i += (ssize_t)sizeof(struct rfm_mark);
@@ -238,7 +244,7 @@ static void no_mark_gets_into_anything_else(void)
     int file = memfd_create("file", MFD_CLOEXEC);
 
     rfm_output_open(&out, &page, file);
-    rfm_output_ended(&out, 7, 1, LONG - 1);
+    rfm_output_ended(&out, 7, 1, 1, LONG - 1);
     CHECK_EQ(page.marks, 0);
     CHECK_EQ(lseek(file, 0, SEEK_END), 0);
     rfm_output_close(&out);

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -27,6 +27,7 @@ __all__ = ["AgentCore", "Close", "Exit", "Fork", "Freed", "Halt", "KernelMeter",
            "Stopped", "Tell", "Worker", "classify"]
 
 LAST_LINES = 20
+CLOSED_KEPT = 64                     # connections of a worker, of which it is known whose they were
 DEATHS = 5                           # so many deaths of one seat …
 DEATHS_WITHIN_S = 1.0                # … within this time
 BACK_OFF_S = 1.0                     # make its next worker wait so long
@@ -209,6 +210,7 @@ class Worker:
     killed: str = ""                 # the reason of our own kill
     kill_invocation: int = 0
     connections: dict[int, int] = field(default_factory=dict)     # connection → session
+    closed: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=CLOSED_KEPT))   # of late
     heirs: tuple[int, ...] = ()      # sessions that used the worker it replaces
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
     watched: bool = False            # it has run an invocation with a time limit
@@ -389,15 +391,25 @@ class AgentCore:
         """A rank closed that connection."""
         worker = self.workers.get(number)
         if worker is not None:
-            worker.connections.pop(connection, None)
+            if (session := worker.connections.pop(connection, None)) is not None:
+                # What it has printed for that rank may be read later.
+                worker.closed.append((connection, session))
 
-    def output(self, number: int, lines: Iterable[str]) -> tuple[int, ...]:
-        """Keeps a worker's last lines; returns the sessions that get them."""
+    def output(self, number: int, lines: Sequence[tuple[str, int]]) -> dict[int, tuple[int, ...]]:
+        """Keeps a worker's last lines; which of these (text, connection) go to which session.
+
+        What a connection's invocation has printed goes to its session; what nobody's has, or nobody knows whose, to
+        all that use the worker.
+        """
         worker = self.workers.get(number)
         if worker is None:
-            return ()
-        worker.lines.extend(lines)
-        return self._audience(worker)
+            return {}
+        worker.lines.extend(text for text, _ in lines)
+        sessions = {**dict(worker.closed), **worker.connections}
+        audience = self._audience(worker)
+        owners = [sessions.get(connection, 0) for _, connection in lines]
+        shown = {session: tuple(at for at, owner in enumerate(owners) if owner in (0, session)) for session in audience}
+        return {session: mine for session, mine in shown.items() if mine}
 
     def kill(self, number: int, lease: int, reason: str, invocation: int, page: Page) -> tuple[bool, list[Action]]:
         """A rank wants it dead; with `invocation` only if that one is still running there."""

@@ -1,4 +1,4 @@
-"""What workers print: lines, which invocation wrote each, and as many of them as a rank can bear.
+"""What workers print: lines, which invocation of whose wrote each, and as many of them as a rank can bear.
 
 A worker marks in its output who has written what stands before the mark
 (csrc/output.h). What stands behind the last mark is the running invocation's,
@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-__all__ = ["Line", "Lines", "Listening"]
+__all__ = ["Line", "Lines", "Listening", "Writer"]
 
 _LINE_BYTES = 8192                   # longer lines are cut into pieces
 _BURST_BYTES = 8 << 20               # of output that a worker may print at once …
@@ -20,17 +20,25 @@ _HELD_BYTES = 1 << 20                # of output whose mark has not come
 
 _WORD = (1 << 64) - 1
 _MAGIC = b"\0\x1erfaas\x1e"          # struct rfm_mark
-_DIGITS = 16
+_DIGITS = 24                         # 16 of the invocation, 8 of the connection that it came by
 
 _ID, _CONN, _COUNT = 0, 1, 6         # words of struct rfm_page …
 _HEARD, _CLEAN, _MARKS, _TAKEN = 248, 249, 250, 251     # … and of its output
 
 
+class Writer(NamedTuple):
+    """An invocation, and the connection that it came by; 0: none, or nobody knows which."""
+
+    invocation: int = 0
+    connection: int = 0
+
+
 class Line(NamedTuple):
-    """A line, and the invocation that wrote it; 0: none did, or nobody knows which."""
+    """A line, and who wrote it, as a Writer says it."""
 
     invocation: int
     text: str
+    connection: int = 0
 
 
 class Listening:
@@ -39,7 +47,7 @@ class Listening:
     def __init__(self, page: mmap.mmap) -> None:
         self._page = page
 
-    def read(self, read: Callable[[], tuple[bytes, bool]]) -> tuple[bytes, bool, int | None]:
+    def read(self, read: Callable[[], tuple[bytes, bool]]) -> tuple[bytes, bool, Writer | None]:
         """What `read` returns; and whose it is behind its last mark: None where that isn't known yet."""
         with memoryview(self._page) as raw, raw.cast("Q") as words:
             # Odd while we read: a call that ends meanwhile leaves a mark, whatever is left in the pipe.
@@ -54,8 +62,11 @@ class Listening:
             finally:
                 words[_HEARD] = heard + 1 & _WORD
             if words[_MARKS] == 0:
-                return data, ended, 0
-            return data, ended, before.invocation if before == after and before.count == before.clean else None
+                return data, ended, Writer()
+            known = before == after and before.count == before.clean
+            # It goes on naming the connection of a call that has ended.
+            return data, ended, (Writer(before.invocation, before.connection & 0xffffffff if before.invocation else 0)
+                                 if known else None)
 
 
 class _State(NamedTuple):
@@ -78,14 +89,14 @@ class Lines:
     def __init__(self, now: float) -> None:
         self._cut = b""                      # the begin of a mark, perhaps
         self._held = b""                     # an unfinished line, or what has no mark yet
-        self._owner: int | None = 0          # whose that is
+        self._owner: Writer | None = Writer()    # whose that is
         self._last: list[Line] = []          # of a flood
         self._allowance = float(_BURST_BYTES)
         self._filled_at = now
         self._dropped = 0
         self.since: float | None = None      # something waits since then
 
-    def feed(self, data: bytes, now: float, owner: int | None = 0) -> list[Line]:
+    def feed(self, data: bytes, now: float, owner: Writer | None = Writer()) -> list[Line]:
         """The lines that `data` completes, less what is too much. Behind its last mark it is `owner`'s; None: it has
         to wait for the next mark."""
         self._allowance = min(_BURST_BYTES, self._allowance + (now - self._filled_at) * _BYTES_PER_S)
@@ -110,7 +121,7 @@ class Lines:
         lines = [*self._left_out("")]
         held, self._held, self._cut = self._held + self._cut, b"", b""
         if held:
-            lines += _lines(held.removesuffix(b"\n"), self._owner or 0)
+            lines += _lines(held.removesuffix(b"\n"), self._owner or Writer())
         self.since = None
         return lines
 
@@ -121,12 +132,12 @@ class Lines:
             yield Line(0, f"({dropped} bytes of output are left out{why})")
         yield from last
 
-    def _whole(self, data: bytes, owner: int | None) -> Iterator[Line]:
+    def _whole(self, data: bytes, owner: Writer | None) -> Iterator[Line]:
         segments, tail = self._split(data)
-        for invocation, written in segments:
+        for writer, written in segments:
             written, self._held = self._held + written, b""
             if written:
-                yield from _lines(written.removesuffix(b"\n"), invocation)
+                yield from _lines(written.removesuffix(b"\n"), writer)
         self._held += tail
         self._owner = owner
         if owner is None and len(self._held) <= _HELD_BYTES:
@@ -137,14 +148,14 @@ class Lines:
             rest = rest[_LINE_BYTES:]
         self._held = rest
         if whole:
-            yield from _lines(b"\n".join(whole), owner or 0)
+            yield from _lines(b"\n".join(whole), owner or Writer())
 
-    def _split(self, data: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
+    def _split(self, data: bytes) -> tuple[list[tuple[Writer, bytes]], bytes]:
         """What has a mark behind it, and what has none."""
         data, self._cut = self._cut + data, b""
         if _MAGIC[:1] not in data:
             return [], data
-        segments: list[tuple[int, bytes]] = []
+        segments: list[tuple[Writer, bytes]] = []
         written, *rest = data.split(_MAGIC)
         for at, part in enumerate(rest):
             digits = part[:_DIGITS]
@@ -152,13 +163,13 @@ class Lines:
                 self._cut = _MAGIC + part
                 return segments, written
             try:
-                invocation = int(digits, 16) if digits.isalnum() else -1
+                found = int(digits, 16) if digits.isalnum() else -1
             except ValueError:
-                invocation = -1
-            if invocation < 0:
+                found = -1
+            if found < 0:
                 written += _MAGIC + part         # the kernel's own
                 continue
-            segments.append((invocation, written))
+            segments.append((Writer(*divmod(found, 1 << 32)), written))
             written = part[_DIGITS:]
         for length in range(len(_MAGIC) - 1, 0, -1):
             if written.endswith(_MAGIC[:length]):
@@ -167,8 +178,9 @@ class Lines:
         return segments, written
 
 
-def _lines(written: bytes, invocation: int) -> Iterator[Line]:
+def _lines(written: bytes, writer: Writer) -> Iterator[Line]:
     for line in written.split(b"\n"):
         line = line.removesuffix(b"\r")
         for at in range(0, max(1, len(line)), _LINE_BYTES):
-            yield Line(invocation, line[at:at + _LINE_BYTES].decode("utf-8", "backslashreplace"))
+            yield Line(writer.invocation, line[at:at + _LINE_BYTES].decode("utf-8", "backslashreplace"),
+                       writer.connection)

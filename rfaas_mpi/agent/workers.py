@@ -511,10 +511,11 @@ class Workers:
     def _show(self, handle: WorkerHandle, lines: list[Line]) -> None:
         if not lines:
             return
-        invocations, texts = zip(*lines, strict=True)
-        event = msg.Log(handle.lease, handle.number, texts, invocations if any(invocations) else ())
-        for number in self.core.output(handle.number, texts):
-            self._employer.show(number, event)
+        for number, mine in self.core.output(handle.number, [(line.text, line.connection) for line in lines]).items():
+            shown = [lines[at] for at in mine]
+            invocations = tuple(line.invocation for line in shown)
+            self._employer.show(number, msg.Log(handle.lease, handle.number, tuple(line.text for line in shown),
+                                                invocations if any(invocations) else ()))
 
     def _worker_ended(self, number: int, how: Exit) -> None:
         """Its process is gone: show what it still said, then decide."""

@@ -12,9 +12,10 @@ USAGE
         [--mode local|remote|split|mpi]... [--workers 1] [--rounds 9] [--bound]
         [--json FILE]
 
-    --n COUNT      elements along an edge of the cube
+    --n COUNT      elements along an edge of the cube (default: 24)
     --steps COUNT  of a round (default: until the shock is about two thirds
                    on its way)
+    --kernel K     native: hydro.c, compiled here; numpy: the same in numpy
 
 VERDICT
     - Mass, volume and energy of the whole are what they were, to 1e-12. Energy is
@@ -494,11 +495,11 @@ class Hydro(common.App):
         def made(now: int, mass: Any, mobility: Any) -> tuple[Any, Any]:
             read, written = self.gas.of_elements(now, mass)
             of_nodes = self.gas.of_nodes(now, mobility)
-            # A call of either takes longer than the call itself from about 8 rows of elements, 64 of nodes on.
+            # Elements take long, in rows of 8 already. Nodes are soon done: two parts each, for the rank and a worker.
             return (self.executor.Split_init(self.kernels[0], read, written, whole=(0, 1, 2, 4, 5), index=True,
                                              grain=8, where=where),
                     self.executor.Split_init(self.kernels[1], of_nodes[0], of_nodes[1], whole=(0, 2, 3), index=True,
-                                             grain=64, where=where))
+                                             grain=max(64, len(self.gas.start) // 4), where=where))
 
         return Blasts(self, [[made(now, *constants) for now in (0, 1)] for constants in self.constants])
 

@@ -480,12 +480,12 @@ static void move(const double *const *force,
 }
 
 /*
- * inputs: forces of all elements, and of those beyond the edges, float64[nx + 2]
- * [ny + 2][24][nz + 2]; of all nodes, 1 / mass along each axis, or 0 where a
- * wall holds them, float64[nx + 1][ny + 1][3][nz + 1]; how long the step before
- * and this one are, float64[2]; nx, ny and nz, int64; of the rows of nodes that
- * are wanted: x and v, float64[count][3][nz + 1]; which the first of them is,
- * int64. outputs: x and v of these rows, a step later.
+ * inputs: forces of all elements, and of those beyond the edges,
+ * float64[nx + 2][ny + 2][24][nz + 2]; of all nodes, 1 / mass along each axis,
+ * or 0 where a wall holds them, float64[nx + 1][ny + 1][3][nz + 1]; how long
+ * the step before and this one are, float64[2]; nx, ny and nz, int64; of the
+ * rows of nodes that are wanted: x and v, float64[count][3][nz + 1]; which the
+ * first of them is, int64. outputs: x and v of these rows, a step later.
  *
  * A node's forces are added in the same order wherever it lies.
  */

@@ -158,7 +158,7 @@ def test_it_is_divided_where_memory_is_shared(stencil):
 def test_it_is_refused_over_a_network(stencil):
     """Over tcp a point's 64 bytes cost the rank several times what its nine products do."""
     with transports.executor_over("tcp") as executor:
-        app = stencil.Stencil(arguments(n=1000, iterations=2, kernel="native"), 0, 1, executor)
+        app = stencil.Stencil(arguments(n=700, iterations=2, kernel="native"), 0, 1, executor)
         assert settled(app, wanted=False).offload is False
 
 

@@ -20,7 +20,7 @@ def first_failed(app: Any, rounds: int = 3) -> tuple[int | None, str]:
         split.Free()
 
 
-def settled(app: Any, wanted: bool, *, runs: int = 10, guard_s: float = 60.0) -> Any:
+def settled(app: Any, wanted: bool, *, runs: int = 8, guard_s: float = 100.0) -> Any:
     """What the planner says of an app's steps when it has wanted to offload them, or not to, so often in a row.
 
     What doesn't follow from costs that were measured doesn't count: that no worker is there, or nothing known.

@@ -92,6 +92,8 @@ class Crew:
         self._notifier: threading.Thread | None = None
         self._listeners: list[Callable[[list[int]], object]] = []
         self._seen: list[int] = []
+        self._changes = 0                        # of workers, that somebody has seen
+        self._telling = False                    # a thread is at it, and looks again before it ends
         self._stretcher: threading.Thread | None = None
         self._stretched = threading.Event()      # enough of it
         self.said_fallback = False
@@ -153,20 +155,39 @@ class Crew:
             return len(self.workers) >= least and not self.closing
 
     def _say_change(self) -> None:
+        """Tells of what has changed: one thread at a time, so that nobody hears of the newest state before an older."""
+        with self.changed:
+            self.changed.notify_all()
+        with self.lock:
+            self._changes += 1
+            if self._telling:
+                return
+            self._telling = True
+        try:
+            while self._tell():
+                pass
+        except BaseException:
+            with self.lock:
+                self._telling = False
+            raise
+
+    def _tell(self) -> bool:
+        """Tells once; True if something may have changed meanwhile, which is for the same thread to tell."""
+        with self.lock:
+            changes = self._changes
         now = self.workers
         with self.lock:
             changed, self._seen = now != self._seen, now
             listeners = list(self._listeners)
-        if not changed:
-            return
-        with self.changed:
-            self.changed.notify_all()
-        for fn in listeners:
+        for fn in listeners if changed else ():
             try:
                 fn(list(now))
             except Exception:
                 # Others want to know as well, and the thread has more to hear.
                 log.exception("what was to be told of a change of workers failed: %r", fn)
+        with self.lock:
+            self._telling = self._changes != changes
+            return self._telling
 
     def stretch(self, elastic: Elastic, cores_per_worker: int) -> None:
         """Has workers asked for and given back as it decides, by a thread of ours."""

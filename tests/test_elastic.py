@@ -104,6 +104,29 @@ def test_whoever_wants_to_know_is_told_which_workers_there_are_now(wait_until):
     assert not ex.wait_workers(1, 60), "it ends with the executor"
 
 
+def test_what_is_told_last_is_how_it_is_whoever_tells():
+    with Executor(transport="inline") as ex:
+        crew, told, slow, go = ex._crew, [], threading.Event(), threading.Event()
+        state = [[1], [2]]
+        crew.__class__ = type("Crew", (type(crew),), {"workers": property(lambda self: state[0])})
+
+        @ex.on_change
+        def changed(workers):
+            if workers == [1]:
+                slow.set()
+                assert go.wait(60)
+            told.append(workers)
+
+        first = threading.Thread(target=crew.look_around)
+        first.start()
+        assert slow.wait(60)
+        state.pop(0)
+        crew.look_around()
+        go.set()
+        first.join(60)
+        assert told == [[1], [2]]
+
+
 def test_workers_come_when_calls_queue_and_go_when_they_have_nothing_to_do(tmp_path, wait_until):
     go = tmp_path / "go"
     with Executor(workers=(0, 2), cores=(0, 1), idle_s=0.3, slots=2, fallback=False) as ex:

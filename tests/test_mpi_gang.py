@@ -33,7 +33,8 @@ def nothing_is_leased(wait_until):
         wait_until(lambda: not watcher.status()["leases"], "no lease is left")
 
 
-@pytest.mark.parametrize(("library", "ranks"), [("mpich", 1), ("openmpi", 2), ("mpich", 3), ("mpich", 4)])
+@pytest.mark.parametrize(("library", "ranks"), [
+    ("mpich", 1), ("openmpi", 1), ("openmpi", 2), ("mpich", 3), ("mpich", 4), ("openmpi", 4)])
 def test_ranks_lease_as_one(library, ranks):
     done = World(library).launch(ranks, [
         sys.executable, "-m", "pytest", "--with-mpi", "--noconftest", "-q", "--color=no", "-p", "no:cacheprovider",
@@ -243,3 +244,62 @@ def test_all_ranks_hear_the_same_of_one_that_takes_too_long():
         except ServiceError as error:
             say("rank 0 took longer" in str(error))
         """) == ["True"] * 3
+
+
+SPLIT = """
+from mpi4py import MPI
+comm = MPI.COMM_WORLD
+rank, here = comm.rank, Path(sys.argv[1])
+def wait_for(*names):
+    while not all((here / name).exists() for name in names):
+        time.sleep(0.01)
+x = np.arange(4000.0) + rank
+y, expected = np.empty_like(x), np.sqrt(x) / 3
+ex = Executor(comm=comm, workers=2, cores=(0, 1))
+@rfaas_mpi.kernel
+def roots(x, out):
+    np.divide(np.sqrt(x), 3, out=out)
+def right():
+    y[:] = 0
+    ex.Split(roots, x, y, grain=256, where="both")
+    return (y == expected).all()
+"""
+
+
+def test_ranks_that_share_workers_split_to_the_same_bits_also_when_those_are_killed(world, tmp_path):
+    assert world.run(4, SPLIT + """
+before = [right() for _ in range(20)]
+pid = ex.submit(os.getpid).result()
+comm.Barrier()
+if rank == 1 and pid != os.getpid():
+    os.kill(pid, signal.SIGKILL)
+say(all(before), all(right() for _ in range(50)))
+comm.Barrier()
+ex.shutdown()
+""", tmp_path) == ["True True"] * 4
+
+
+@pytest.mark.usefixtures("nothing_is_leased")
+def test_a_rank_that_is_killed_in_the_midst_of_a_split_spoils_no_other_s(tmp_path, wait_until):
+    done = World("openmpi", goes_on=True).launch(4, [sys.executable, "-c", PRELUDE + SPLIT + """
+assert right()
+(here / f"ready{rank}").touch()
+wait_for(*(f"ready{other}" for other in range(4)))
+if rank == 2:
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    (here / "pid.new").write_text(str(os.getpid()))
+    (here / "pid.new").rename(here / "pid")
+    while True:
+        right()
+wait_for("pid")
+begun = all(right() for _ in range(20))
+while Path("/proc", (here / "pid").read_text(), "exe").exists():
+    begun &= right()
+begun &= all(right() for _ in range(20))
+(here / f"said{rank}").write_text(f"{begun}.")
+ex.shutdown()
+os._exit(0)      # MPI has no end any more
+""", tmp_path])
+    for rank in (0, 1, 3):
+        wait_until(lambda said=tmp_path / f"said{rank}": said.exists() and said.read_text() == "True.",
+                   f"rank {rank} has the right bits: {done.stdout + done.stderr}")

@@ -151,6 +151,8 @@ def criticality(sums: Any, slab: Slab) -> tuple[float, float]:
 class Transport(common.App):
     name = "transport"
     small = ("--histories", "40", "--batches", "64", "--sigma", "0.02")
+    # The default number of histories is for all rounds together, of which there are many then.
+    figures = ("--batches", "1536")
 
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,8 @@ def as_text(data: dict) -> list[str]:
                               _payload(part) if "rows" in part else _figures(part))]
         if name == "control":
             lines += _control(part)
+        if name == "crossover":
+            lines += _crossover(part)
     return lines
 
 
@@ -50,6 +52,18 @@ def _control(part: dict) -> Iterator[str]:
     if "restart_s" in part:
         yield (f"  from start to answer: {part['restart_s']:g} s with the records of {part['restart_records']} "
                f"leases, {part['start_s']:g} s with none")
+
+
+def _crossover(part: dict) -> Iterator[str]:
+    yield f"  {part['right']} of {part['of']} decisions of Split are those of the best way"
+    yield (f"  {'KiB':>6}{'work, µs':>9}" + "".join(f"{way:>9}" for way in ("here", "half", "there", "Split"))
+           + f"{'lost':>7}{'A/A':>7}{'Offload':>9}  best")
+    for point in part["points"]:
+        middle, split = point["median_s"], point["split"]
+        yield (f"  {point['bytes'] >> 10:>6}{point['work_s'] * 1e6:>9.0f}"
+               + "".join(f"{_number(middle[way] * 1e6):>9}" for way in ("here", "half", "there", "split"))
+               + f"{100 * split['regret']:>6.1f}%{100 * (split['aa'] - 1):>6.1f}%"
+               f"{100 * point['offload']['regret']:>8.1f}%  {split['best']}" + ", and not chosen" * (not split["right"]))
 
 
 def _faults(part: dict) -> Iterator[str]:

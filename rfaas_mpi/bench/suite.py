@@ -49,14 +49,23 @@ def measure_faults(options: Options) -> dict:
     return faults.measure_faults(options)
 
 
+def measure_crossover(options: Options) -> dict:
+    """Where the planner runs what; ConfigError where the cluster's packages are missing."""
+    try:
+        from rfaas_mpi.bench import crossover
+    except ImportError as error:
+        raise ConfigError(f"a cluster needs {error.name}", hint="pip install 'rfaas_mpi[cluster]'") from None
+    return crossover.measure_crossover(options)
+
+
 _BENCHMARKS: dict[str, Callable[[Options], dict]] = {
     "latency": measure_latency, "throughput": measure_throughput, "payload": measure_payload, "cold": measure_cold}
 NAMES = tuple(_BENCHMARKS)
 # No part of "all": they measure something else than invocations.
 _APART: dict[str, Callable[[Options], dict]] = {"reclaim": measure_reclaim, "control": measure_control,
-                                              "faults": measure_faults, "fairness": measure_fairness}
+                                              "faults": measure_faults, "crossover": measure_crossover, "fairness": measure_fairness}
 _OVER_A_NETWORK: dict[str, Callable[[Options], dict]] = {
-    "latency": measure_network_latency, "payload": measure_network_payload}
+    "latency": measure_network_latency, "payload": measure_network_payload, "crossover": measure_crossover}
 
 
 def measure(what: str, options: Options) -> dict:

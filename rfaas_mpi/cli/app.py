@@ -380,6 +380,24 @@ def fairness(out: Output, **arguments: Any) -> None:
     _bench(out, "fairness", arguments)
 
 
+@bench.command(epilog=examples("rfaas bench crossover --json", "rfaas bench crossover --transport tcp --namespaces"))
+@measured
+@click.option("--namespaces", is_flag=True,
+              help="The worker in a network namespace of its own, as on another node. Needs root, and --transport tcp.")
+@click.pass_obj
+def crossover(out: Output, **arguments: Any) -> None:
+    """Where the planner offloads, and where that pays.
+
+    A kernel of 30 µs to 100 ms on 64 KiB to 32 MiB, run by the rank, by one
+    worker, divided by fixed parts, and as the planner decides (`Split`,
+    `Offload`), all in turn. Lost is what the planner's way took more than the
+    best of the fixed ones. Runs a manager and an agent of its own.
+    """
+    if arguments["namespaces"] and arguments["transport"] != "tcp":
+        raise click.UsageError("--namespaces needs --transport tcp: nothing else reaches the worker there")
+    _bench(out, "crossover", arguments)
+
+
 @bench.command(epilog=examples("rfaas bench faults", "rfaas bench faults --app jacobi --of killed --of stopped"))
 @measured
 @click.option("--app", "names", metavar="NAME", multiple=True, help="This app only; may be repeated.")

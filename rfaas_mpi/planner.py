@@ -17,6 +17,8 @@ from __future__ import annotations
 import enum
 import heapq
 import itertools
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -33,6 +35,10 @@ _GRAIN_BYTES = 4096
 
 # The rank looks at what is in flight no more often than this: a look costs a few µs.
 _GROUP_S = 50e-6
+# A part of what workers are expected to run, handed over before the rank begins.
+_AT_ONCE = 0.7
+# What is learned of a cell costs the rank a few µs.
+_LEARN_S = 200e-6
 # And while it isn't known what a worker takes, which may become known.
 _GROUP_UNKNOWN_S = 2e-3
 # How long beyond its time a cell may take before it is taken for stuck, and where
@@ -42,6 +48,8 @@ COLD_PATIENCE_S = 1.0
 # Less gain than this is within what is known of it.
 _GAIN = 0.97
 _LEAST_T0_S = 1e-7
+# A kernel that takes so many times as long as before does so because of its data.
+_OTHER_DATA = 1.5
 # Probes and second tries spend at most this part of the time.
 BUDGET = 0.01
 
@@ -99,14 +107,16 @@ def default_grain(row_bytes: int) -> int:
 class Line:
     """y = fixed + slope * x, by least squares; what is older counts less."""
 
-    __slots__ = ("_n", "_x", "_xx", "_xy", "_y", "fixed", "slope")
+    __slots__ = ("_late", "_n", "_x", "_xx", "_xy", "_y", "fixed", "slope")
 
     _KEEP = 0.9
     # A sample this many times as long as expected says more about the machine than
     # about the kernel; if it is the kernel, those after it say so too.
     _OUTLIER = 4.0
+    _LATE = 1.5
 
     def __init__(self) -> None:
+        self._late = False
         self._n = self._x = self._y = self._xx = self._xy = 0.0
         self.fixed = self.slope = 0.0
 
@@ -122,7 +132,10 @@ class Line:
                 # Nothing is quicker than it can be by chance: what was there before was disturbed.
                 self._n = self._x = self._y = self._xx = self._xy = 0.0
             else:
-                y = min(y, self._OUTLIER * expected + 1e-9)
+                # One that is late alone was disturbed; the second in succession is believed.
+                late = self._n > 3.0 and y > self._LATE * expected + 1e-9
+                y = min(y, (self._LATE if late and not self._late else self._OUTLIER) * expected + 1e-9)
+                self._late = late
         keep = self._KEEP
         n = self._n = self._n * keep + weight
         sx = self._x = self._x * keep + weight * x
@@ -146,6 +159,13 @@ class Line:
     def at(self, x: float) -> float:
         return self.fixed + self.slope * x
 
+    def scale(self, factor: float) -> None:
+        """All that was seen was `factor` times as long."""
+        self._y *= factor
+        self._xy *= factor
+        self.fixed *= factor
+        self.slope *= factor
+
     def guess(self, other: Line) -> None:
         """Takes what another line knows for a beginning, as one sample says it."""
         if other.known:
@@ -164,12 +184,14 @@ class Link:
     def __init__(self, t0_s: float = 3e-6, byte_s: float = 0.0) -> None:
         self.t0_s = t0_s
         self.byte_s = byte_s
+        # What the last cells took at least: a machine that is disturbed makes some slower, hardly each of them.
+        self._least = deque([t0_s], 2)
 
     def travelled(self, nbytes: float, least_s: float, most_s: float) -> None:
         """A cell with so many bytes was under way for at least and at most this, its kernel's time not counted."""
         wire = nbytes * self.byte_s
-        # One that was slow may have waited for its core: four times as long is believed at a time.
-        longer = min(max(self.t0_s, least_s - wire), 4 * self.t0_s)
+        self._least.append(least_s - wire)
+        longer = max(self.t0_s, min(self._least))
         self.t0_s = max(_LEAST_T0_S, min(longer, most_s - wire))
 
     def streamed(self, nbytes: float, least_s: float, most_s: float) -> None:
@@ -193,9 +215,10 @@ class Forecast(NamedTuple):
 class _Course:
     """How one way to run has gone: by how much predictions were wrong, and how often it was gone."""
 
-    __slots__ = ("last_s", "ratio", "runs")
+    __slots__ = ("_ratios", "last_s", "ratio", "runs")
 
     def __init__(self) -> None:
+        self._ratios = deque([1.0], 5)
         self.ratio = 1.0
         self.runs = 0
         self.last_s = 0.0
@@ -204,8 +227,10 @@ class _Course:
         self.last_s = took_s
         self.runs += 1
         if predicted_s > 0.0:
-            now = min(max(took_s / predicted_s, 0.25), 4.0)
-            self.ratio += (now - self.ratio) * (0.5 if self.runs == 1 else 0.3)
+            # The middle one: a run that was disturbed says nothing of the next.
+            self._ratios.append(min(max(took_s / predicted_s, 0.25), 4.0))
+            last = sorted(self._ratios)
+            self.ratio = (last[(len(last) - 1) // 2] + last[len(last) // 2]) / 2
 
 
 @dataclass
@@ -225,12 +250,16 @@ class Costs:
     beside: Line = field(default_factory=Line)
     there: Line = field(default_factory=Line)
     handing: Line = field(default_factory=Line)
+    # What the first of a run takes longer: a worker that has slept is woken.
+    waking: Line = field(default_factory=Line)
     # How much longer than `there` each worker takes.
     pace: dict[int, float] = field(default_factory=dict)
     stalls: int = 0
     here: _Course = field(default_factory=_Course)
     split: _Course = field(default_factory=_Course)
     _budget_s: float = 0.0
+    # Of the line `beside`, when `alone` was last seen or followed it.
+    _level: float = 0.0
     _said: tuple[str, Forecast | None, int] = ("nothing is known of it yet", None, 0)
 
     @property
@@ -247,7 +276,7 @@ class Costs:
     def guess(self, other: Costs) -> None:
         """Begins with what is known of another number of such rows."""
         for mine, its in ((self.alone, other.alone), (self.beside, other.beside), (self.there, other.there),
-                          (self.handing, other.handing)):
+                          (self.handing, other.handing), (self.waking, other.waking)):
             mine.guess(its)
 
     def bytes_of(self, rows: float) -> float:
@@ -261,6 +290,17 @@ class Costs:
     def hand(self, nbytes: float) -> float:
         """Seconds of the rank's to hand a cell over and take its end."""
         return self.handing.at(nbytes) if self.handing.known else self.hand_s
+
+    def ran_alone(self, rows: float, seconds: float, count: int) -> None:
+        """The rank has run all of it, `count` cells of so many rows on average."""
+        before = self.alone.at(rows)
+        self.alone.add(rows, seconds / count)
+        if before > 0.0:
+            # What makes the kernel slower here, such as other data, does so there: nobody else would ever find out.
+            change = self.alone.at(rows) / before
+            self.beside.scale(change)
+            self.there.scale(change)
+            self._level *= change
 
     def ran_there(self, worker: int, rows: float, exec_s: float) -> None:
         """A cell of so many rows took this at a worker."""
@@ -300,7 +340,7 @@ class Costs:
         begin = self.link.t0_s + wire
         share = (mine - begin) / (mine - hand + pool) if mine > max(begin, hand) else 0.0
         share = min(max(share, 0.0), 1.0)
-        split = (1 - share) * mine + share * hand if share else here
+        split = self.waking.at(0.0) + (1 - share) * mine + share * hand if share else here
         return Forecast(here * self.here.ratio, split * self.split.ratio, share)
 
     def decide(self, cells: Grid, workers: int) -> bool | None:
@@ -346,6 +386,12 @@ class Costs:
         self._budget_s -= cost_s
         return True
 
+    def _follow(self, rows: float) -> None:
+        """What the rank takes alone changes with what it takes beside workers, where that changes by much."""
+        level, self._level = self._level, self.beside.at(rows)
+        if level > 0.0 and not 1 / _OTHER_DATA < self._level / level < _OTHER_DATA:
+            self.alone.scale(self._level / level)
+
     def ran(self, cells: Grid, workers: int, took_s: float, *, offloaded: bool, stalled: bool = False) -> None:
         """A run is over: `offloaded` if workers ran some of it."""
         self._budget_s += BUDGET * took_s
@@ -354,6 +400,7 @@ class Costs:
         if found is None:
             return
         if offloaded:
+            self._follow(cells.rows / len(cells))
             if self.split.runs == 0:
                 # It began with nothing known: what it took says nothing of the next one.
                 self.split.runs, self.split.last_s = 1, took_s
@@ -376,7 +423,7 @@ class What(enum.Enum):
     """What to do next."""
 
     RUN = 1      # cells first to stop, here
-    HAND = 2     # cell first, to the workers
+    HAND = 2     # cells first to stop, to the workers
     TAKE = 3     # cell first, back from them if none has begun it, to run it here
     WAIT = 4     # until one in flight has ended, or for at most `wait_s`
     GIVE_UP = 5  # on what is in flight: stop who runs it, and run it here
@@ -403,7 +450,10 @@ class Race:
     Ask `next`, do it, and report with `ran`, `handed`, `ended` or `taken`.
     """
 
-    def __init__(self, cells: Grid, costs: Costs, workers: int, *, use: bool | None = None, cold: bool = False) -> None:
+    def __init__(self, cells: Grid, costs: Costs, workers: int, *, use: bool | None = None, cold: bool = False,
+                 can_take: bool = False) -> None:
+        """`can_take`: what no worker has begun can be taken back, so that many may be handed over at once."""
+        self.can_take = can_take
         self.cells = cells
         self.costs = costs
         self.workers = workers
@@ -421,6 +471,9 @@ class Race:
         # The one that had nothing ahead of it.
         self._first = -1
         self._asked: set[int] = set()
+        self._ends = 0
+        # Calls that are not of this run, and keep workers busy from which nothing can be taken back.
+        self.others = 0
         # Time that the workers need for what is in flight, as of `_as_of`.
         self._backlog = 0.0
         self._as_of = 0.0
@@ -442,10 +495,12 @@ class Race:
             if self.use is None and costs.there.known:
                 self.use = costs.decide(self.cells, self.workers)
             if self.use and self.workers:
+                if self.can_take and not self.offloaded and (many := self._at_once()):
+                    return Step(What.HAND, head, head + many)
                 cell = self._to_hand(now)
                 if cell >= 0:
                     return Step(What.HAND, cell, cell + 1)
-            return Step(What.RUN, head, self._group())
+            return Step(What.RUN, head, self._group(now))
         if not self._flying:
             return _DONE
         backlog = self._drained(now)
@@ -470,7 +525,19 @@ class Race:
         line = self.costs.local
         return (stop - first) * line.fixed + line.slope * (self._edges[stop] - self._edges[first])
 
-    def _group(self) -> int:
+    def _at_once(self) -> int:
+        """How many cells to begin with: most of what workers are expected to run; each later look costs more."""
+        costs, cells = self.costs, self.cells
+        if not costs.there.known or self.cold:
+            return 0
+        found = costs.forecast(cells, self.workers)
+        if found is None or costs.local.at(cells.edges[1]) <= costs.hand(costs.bytes_of(cells.edges[1])):
+            return 0
+        # What a slow worker holds the others can't have before it is taken back.
+        part = found.share * _AT_ONCE / (1.0 if self.workers == 1 else self._slowest)
+        return max(0, bisect_right(self._edges, part * cells.rows, hi=self._tail + 1) - 1 - self._head)
+
+    def _group(self, now: float) -> int:
         """Where the cells end that the rank runs before it looks again."""
         head, tail = self._head, self._tail
         if self.use is False and not self._flying:
@@ -478,9 +545,18 @@ class Race:
         if not self.costs.alone.known:
             return head + 1
         rest = self._local(head, tail)
-        most = min(_GROUP_S, rest / 4) if self.use else max(_GROUP_S, min(rest / 8, _GROUP_UNKNOWN_S))
-        stop = head + 1
-        while stop < tail and self._local(head, stop + 1) <= most:
+        if self.use:
+            # While the workers have enough to do, nothing is lost by not looking.
+            most = min(max(_GROUP_S, self._drained(now) / 2) if self.can_take else _GROUP_S, rest / 4)
+        else:
+            most = max(_GROUP_S, min(rest / 8, _GROUP_UNKNOWN_S))
+        line, edges = self.costs.local, self._edges
+        fixed, slope = line.fixed, line.slope
+        stop, left = head + 1, most - fixed - slope * (edges[head + 1] - edges[head])
+        while stop < tail:
+            left -= fixed + slope * (edges[stop + 1] - edges[stop])
+            if left < 0.0:
+                break
             stop += 1
         return stop
 
@@ -495,6 +571,8 @@ class Race:
         """The cell to hand over now, or -1."""
         costs, link = self.costs, self.costs.link
         head, tail = self._head, self._tail
+        if self.others and len(self._flying) >= self.workers - self.others:
+            return -1
         backlog = self._drained(now) + max(0.0, self._as_of - now)
         size = self._edges[head + 1] - self._edges[head]
         nbytes = costs.bytes_of(size)
@@ -557,7 +635,10 @@ class Race:
         if exec_s > 0.0:
             costs, size = self.costs, self.cells.size(cell)
             nbytes = costs.bytes_of(size)
-            costs.ran_there(worker, size, exec_s)
+            self._ends += 1
+            # To learn from a cell takes time, too; of many small ones a few say what there is to know.
+            if exec_s > _LEARN_S or self._ends % 4 == 1:
+                costs.ran_there(worker, size, exec_s)
             if anew:
                 pass
             elif cell == self._first:
@@ -677,20 +758,21 @@ def simulate(race: Race, world: World, now: float = 0.0, on_step: Callable[[floa
                 result.on_rank += step.stop - step.first
                 result.took.extend((cell, "here") for cell in range(step.first, step.stop))
             case What.HAND:
-                size = cells.size(step.first)
-                nbytes = costs.bytes_of(size)
-                spent = world.hand_s + world.hand_byte_s * nbytes
-                now += spent
-                wire_free = max(now, wire_free) + nbytes * world.byte_s
-                since, worker = heapq.heappop(free)
-                seconds = world.here(size) * world.speeds[worker]
-                begin = max(since, wire_free + world.t0_s / 2)
-                done = world.end(worker, begin, seconds)
-                heapq.heappush(free, (done, worker))
-                flying[step.first] = (begin, done + world.t0_s / 2, worker, seconds)
-                costs.handing.add(nbytes, spent)
-                race.handed(step.first, now)
-                result.took.append((step.first, "there"))
+                for cell in range(step.first, step.stop):
+                    size = cells.size(cell)
+                    nbytes = costs.bytes_of(size)
+                    spent = world.hand_s + world.hand_byte_s * nbytes
+                    now += spent
+                    wire_free = max(now, wire_free) + nbytes * world.byte_s
+                    since, worker = heapq.heappop(free)
+                    seconds = world.here(size) * world.speeds[worker]
+                    begin = max(since, wire_free + world.t0_s / 2)
+                    done = world.end(worker, begin, seconds)
+                    heapq.heappush(free, (done, worker))
+                    flying[cell] = (begin, done + world.t0_s / 2, worker, seconds)
+                    costs.handing.add(nbytes, spent)
+                    race.handed(cell, now)
+                    result.took.append((cell, "there"))
             case What.TAKE:
                 begin, end, worker, seconds = flying[step.first]
                 back = world.can_take and begin > now

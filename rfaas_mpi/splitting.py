@@ -245,6 +245,9 @@ class Split:
         # Of a native kernel; False for others, whose cells have a thunk each.
         self._calls: Any = None
         self._requests: dict[int, Request] = {}
+        self._flying: dict[int, Request] = {}
+        self._anew: set[int] = set()
+        self._begun = 0.0
         self._freed = False
         if peers := crew.peers(self._read, self._written):
             check_peers(kernel, peers)
@@ -294,18 +297,19 @@ class Split:
         if splits.probes:
             splits.harvest()
         workers = crew.workers
-        begin = time.perf_counter()
+        begin = self._begun = time.perf_counter()
         use = costs.decide(cells, len(workers)) if self._where == "both" else False
         if self._where == "workers" and not crew.inline:
             self._guarded(self._run_there)
         elif use is False:
             self._run_here(0, len(cells))
             took = time.perf_counter() - begin
-            costs.alone.add(cells.rows / len(cells), took / len(cells))
+            costs.ran_alone(cells.rows / len(cells), took, len(cells))
             costs.ran(cells, len(workers), took, offloaded=False)
         else:
-            race = Race(cells, costs, len(workers), use=use,
-                        cold=not self._warm.issuperset(workers))
+            # What a worker on this node has not begun can be taken back.
+            race = Race(cells, costs, len(workers), use=use, cold=not self._warm.issuperset(workers),
+                        can_take=crew.transport == "shm")
             self._guarded(lambda: self._run(race, workers, begin))
             took = time.perf_counter() - begin
             costs.ran(cells, race.workers, took, offloaded=race.offloaded, stalled=race.stalled)
@@ -415,7 +419,7 @@ class Split:
         clock = time.perf_counter
         flying: dict[int, Request] = {}
         self._flying = flying
-        self._anew: set[int] = set()
+        self._anew = set()
         looked = asked = begin
         # One at a time of each kernel: a worker that loads it has no use for a second.
         probed = (not workers or (costs.there.known and not race.cold)
@@ -439,6 +443,9 @@ class Split:
                     race.use = False
                 elif costs.may_probe(cells, self._probe_s):
                     self._send_probes(workers)
+            if not race.can_take:
+                # A cell that is sent behind somebody else's call can't be taken back from there.
+                race.others = max(0, crew.invoker.in_flight + crew.invoker.queued - len(flying) - len(splits.probes))
             step = race.next(now)
             first = step.first
             match step.what:
@@ -447,19 +454,7 @@ class Split:
                     self._run_here(first, step.stop)
                     race.ran(first, step.stop, clock() - start)
                 case What.HAND:
-                    # What is set up once is no cost of a call.
-                    anew = self._persistent and first not in self._requests
-                    request = self._request(first)
-                    request._error = None
-                    # Noted before it is begun: what is begun must be ended.
-                    flying[first] = request
-                    request._begin()
-                    done = clock()
-                    if anew:
-                        self._anew.add(first)
-                    else:
-                        costs.handing.add(costs.bytes_of(cells.size(first)), done - now)
-                    race.handed(first, done)
+                    self._hand(race, first, step.stop, now)
                 case What.TAKE:
                     back = self._take(flying[first])
                     race.taken(first, clock(), back)
@@ -472,6 +467,30 @@ class Split:
                     self._give_up(race)
                 case What.DONE:
                     return
+
+    def _hand(self, race: Race, first: int, stop: int, now: float) -> None:
+        """Sends these cells to the workers; `now` is when the rank began with it."""
+        costs, flying, clock = self._costs, self._flying, time.perf_counter
+        count, spent, rows = 0, 0.0, 0
+        for cell in range(first, stop):
+            # What is set up once is no cost of a call.
+            anew = self._persistent and cell not in self._requests
+            request = self._request(cell)
+            request._error = None
+            # Noted before it is begun: what is begun must be ended.
+            flying[cell] = request
+            request._begin()
+            done = clock()
+            if anew:
+                self._anew.add(cell)
+            elif not race.offloaded:
+                costs.waking.add(0.0, max(0.0, done - now - costs.hand(costs.bytes_of(race.cells.size(cell)))))
+            else:
+                count, spent, rows = count + 1, spent + done - now, rows + race.cells.size(cell)
+            race.handed(cell, done)
+            now = done
+        if count:
+            costs.handing.add(costs.bytes_of(rows / count), spent / count)
 
     def _run_there(self) -> None:
         """Has the workers run all of it; the rank runs what none of them is left for."""
@@ -535,9 +554,18 @@ class Split:
 
     def _stop(self, *, force: bool) -> None:
         """Nothing of ours is in flight any more when this returns."""
-        flying: dict[int, Request] = self.__dict__.pop("_flying", {})
-        for request in flying.values():
-            if request._active and not request._raw.cancel() and force:
+        flying, self._flying = self._flying, {}
+        left = [request for request in flying.values() if request._active and not request._raw.cancel()]
+        if not force and left:
+            # A worker that stopped never says so: those in flight have twice the time that they should take.
+            costs, cells = self._costs, self._cells
+            assert cells is not None
+            each = max(costs.there.at(cells.size(0)), costs.local.at(cells.size(0)), time.perf_counter() - self._begun)
+            until = time.monotonic() + planner.COLD_PATIENCE_S + 2 * len(left) * each
+            for request in left:
+                force |= not request._raw.wait(max(0.0, until - time.monotonic()))
+        if force:
+            for request in left:
                 dismiss(self._crew, request)
         for request in flying.values():
             _settled(request)

@@ -49,7 +49,7 @@ class Rank:
     def run(self) -> Simulated:
         costs = self.costs
         workers = len(self.where.speeds)
-        race = Race(self.cells, costs, workers, use=costs.decide(self.cells, workers))
+        race = Race(self.cells, costs, workers, use=costs.decide(self.cells, workers), can_take=self.where.can_take)
         size = self.cells.size(len(self.cells) - 1)
         exec_s = self.where.here(size) * self.where.speeds[0]
         if self.probed == INF:

@@ -334,6 +334,40 @@ def test_a_worker_that_is_stopped_all_along_is_not_waited_for(worker):
     assert split.predict().stalls >= 1
 
 
+def test_a_kernel_that_fails_here_raises_though_a_worker_has_stopped(worker):
+    split, x, result, who = napping(worker)
+    for _ in range(20):
+        split.Run()
+        if len(set(who)) > 1:
+            break
+    os.kill(next(pid for pid in who if pid != os.getpid()), signal.SIGSTOP)
+    split._run_here = fails
+    caught = []
+    end = threading.Thread(target=lambda: caught.append(pytest.raises(KernelError, split.Run)))
+    end.start()
+    end.join(60.0)
+    assert caught and "here alone" in str(caught[0].value)
+
+
+def fails(first, stop):
+    raise KernelError("here alone")
+
+
+def test_a_split_sends_nothing_behind_a_long_call_that_can_t_be_taken_back(worker):
+    split, x, result, who = napping(worker)
+    for _ in range(20):
+        split.Run()
+        if len(set(who)) > 1:
+            break
+    workers = worker.workers
+    long = worker.submit(time.sleep, 2.0)
+    result.fill(np.nan)
+    split.Run()
+    assert np.array_equal(result, x * 3)
+    long.result()
+    assert worker.workers == workers
+
+
 def test_who_is_given_up_is_given_no_time_to_let_go(worker):
     x, result, who = worker.array(np.ones(8)), worker.empty(8), worker.empty(8, np.int64)
     worker.Invoke(naps, x, (result, who))

@@ -85,6 +85,8 @@ int64_t rfm_bench_copied_calls(struct rfm_bench *bench, const void *x, void *y,
 /* The kernels that are measured; the same machine code at both ends. */
 int32_t rfm_bench_copy(const struct rfm_call *call);   /* out = in, bytes   */
 int32_t rfm_bench_double(const struct rfm_call *call); /* y = 2x, float64   */
+/* rounds of y = y / 2 + 1 for each float64; the second input says how many */
+int32_t rfm_bench_iterate(const struct rfm_call *call);
 
 /* y = 2x called in place, in the caller: what a rank does without a worker. */
 int rfm_bench_local(const double *x, double *y, uint64_t count);

@@ -15,8 +15,8 @@ from rfaas_mpi._version import __version__
 from rfaas_mpi.cli import output
 
 COMMANDS = [(), ("demo",), ("app",), ("up",), ("down",), ("status",), ("doctor",), ("bench",), ("bench", "latency"),
-            ("bench", "throughput"), ("bench", "payload"), ("bench", "cold"), ("bench", "faults"), ("bench", "all"),
-            ("version",)]
+            ("bench", "throughput"), ("bench", "payload"), ("bench", "cold"), ("bench", "split"), ("bench", "faults"),
+            ("bench", "all"), ("version",)]
 GROUPS = [(), ("bench",)]
 
 

@@ -23,6 +23,23 @@ def native_double() -> Kernel:
     return Kernel.from_library(raw.LIBRARY, "rfm_bench_double")
 
 
+@cache
+def native_iterate() -> Kernel:
+    """As many rounds of a multiplication and an addition for each value as its second input says, in C."""
+    return Kernel.from_library(raw.LIBRARY, "rfm_bench_iterate")
+
+
+@kernel
+def numpy_iterate(x: np.ndarray, rounds: np.ndarray, out: np.ndarray) -> None:
+    """The same in numpy, a few thousand values at a time."""
+    out[:] = x
+    for first in range(0, len(out), 4096):
+        part = out[first:first + 4096]
+        for _ in range(int(rounds[0])):
+            np.multiply(part, 0.5, out=part)
+            np.add(part, 1.0, out=part)
+
+
 @kernel
 def python_copy(x: np.ndarray, out: np.ndarray) -> None:
     """Copies its input to its output, in Python."""

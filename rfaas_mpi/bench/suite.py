@@ -18,6 +18,7 @@ from rfaas_mpi.bench.network import measure_network_latency, measure_network_pay
 from rfaas_mpi.bench.null import measure_null
 from rfaas_mpi.bench.payload import measure_payload
 from rfaas_mpi.bench.reclaim import measure_reclaim
+from rfaas_mpi.bench.split import measure_split
 from rfaas_mpi.bench.stage import Options
 from rfaas_mpi.bench.throughput import measure_throughput
 from rfaas_mpi.errors import ConfigError
@@ -63,13 +64,16 @@ _BENCHMARKS: dict[str, Callable[[Options], dict]] = {
 NAMES = tuple(_BENCHMARKS)
 # No part of "all": they measure something else than invocations.
 _APART: dict[str, Callable[[Options], dict]] = {"reclaim": measure_reclaim, "control": measure_control,
-                                              "faults": measure_faults, "crossover": measure_crossover, "fairness": measure_fairness}
+                                              "faults": measure_faults, "crossover": measure_crossover,
+                                              "fairness": measure_fairness, "split": measure_split}
 _OVER_A_NETWORK: dict[str, Callable[[Options], dict]] = {
-    "latency": measure_network_latency, "payload": measure_network_payload, "crossover": measure_crossover}
+    "latency": measure_network_latency, "payload": measure_network_payload, "crossover": measure_crossover,
+    "split": measure_split}
 
 
 def measure(what: str, options: Options) -> dict:
-    """Measures one of NAMES, "all" of them, "reclaim", "control", "faults" or "fairness"; the figures, how they were made, and where.
+    """Measures one of NAMES, "all" of them, "reclaim", "control", "faults", "fairness" or "split"; the figures, how they were
+    made, and where.
 
     The figures of one benchmark lie on the top level; of "all", one level down. BenchError where there is no core to
     borrow.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import array
+import hashlib
 import itertools
+import weakref
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -99,6 +101,8 @@ class Memory:
     def __init__(self, allocator: Allocator, limit: int = 0) -> None:
         self._allocator = allocator
         self.limit = limit
+        # Constants by what they hold, for as long as somebody has one.
+        self._constants: weakref.WeakValueDictionary[tuple[Any, ...], np.ndarray] = weakref.WeakValueDictionary()
 
     def empty(self, shape: Shape, dtype: DTypeLike = float, *, zero: bool = False) -> np.ndarray:
         """An uninitialised array.
@@ -123,13 +127,19 @@ class Memory:
         return np.ndarray(dims, kind, buffer=block)
 
     def put(self, values: ArrayLike) -> Constant:
-        """A constant with these values, copied once.
+        """A constant with these values, copied once; what has been put already and is still there isn't copied again.
 
         Raises InvalidBuffer as `empty` does.
         """
         source = np.asarray(values)
         copy = self.empty(source.shape, source.dtype)
         copy[...] = source
+        # Of the copy: what the caller changes meanwhile is no matter then.
+        key = copy.shape, copy.dtype, hashlib.sha256(copy.reshape(-1).view(np.uint8)).digest()
+        known = self._constants.get(key)
+        if known is not None:
+            return Constant(known)
+        self._constants[key] = copy
         # Workers on other nodes get it once; without workers there is nobody to tell.
         if hasattr(copy.base, "freeze"):
             copy.base.freeze()

@@ -1,4 +1,4 @@
-"""The crossover's benchmark: each way gives the right answer, and a decision is judged by what was measured beside it."""
+"""The crossover's benchmark: each way's answer is right, and a decision is judged by what was measured beside it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from rfaas_mpi.bench import crossover, report, suite
 from rfaas_mpi.bench.crossover import summary
 from rfaas_mpi.bench.stage import Options
 
-WAYS = ("here", "quarter", "half", "three_quarters", "there", "split", "here_again", "call_here", "call_there", "offload",
-        "call_here_again")
+WAYS = ("here", "quarter", "half", "three_quarters", "there", "split", "here_again",
+        "call_here", "call_there", "offload", "call_here_again")
 
 
 def times(**medians: float) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""`rfaas bench crossover`: kernel cost by bytes, and at each point where the planner runs it beside where that takes least.
+"""`rfaas bench crossover`: kernel cost by bytes; at each point where the planner runs it, and where it takes least.
 
 At each point the same rows are run by the rank alone, by the worker alone, and divided by fixed parts that were chosen
 beforehand; all of them and the planner's own (`Split`, `Offload`) take turns in each round. What it lost is a ratio of

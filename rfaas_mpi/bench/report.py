@@ -63,7 +63,8 @@ def _crossover(part: dict) -> Iterator[str]:
         yield (f"  {point['bytes'] >> 10:>6}{point['work_s'] * 1e6:>9.0f}"
                + "".join(f"{_number(middle[way] * 1e6):>9}" for way in ("here", "half", "there", "split"))
                + f"{100 * split['regret']:>6.1f}%{100 * (split['aa'] - 1):>6.1f}%"
-               f"{100 * point['offload']['regret']:>8.1f}%  {split['best']}" + ", and not chosen" * (not split["right"]))
+               f"{100 * point['offload']['regret']:>8.1f}%  {split['best']}"
+               + ("" if split["right"] else ", and not chosen"))
 
 
 def _faults(part: dict) -> Iterator[str]:

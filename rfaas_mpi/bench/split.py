@@ -47,7 +47,7 @@ def measure_split(options: Options) -> dict:
             for size_ms in SIZES_MS:
                 figures |= _measured(options, executor, kernel, size_ms)
     return {**measure.flat(figures), "over": "namespaces" if options.namespaces else options.transport,
-            "rows": ROWS, "allowed": {"us": ALLOWED_US, "part": ALLOWED_PART}}
+            "rows_of_a_split": ROWS, "allowed": {"us": ALLOWED_US, "part": ALLOWED_PART}}
 
 
 @contextlib.contextmanager

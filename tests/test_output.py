@@ -228,9 +228,12 @@ def test_each_line_of_a_python_kernel_bears_its_invocation(executor, capfd, end)
 
 def test_of_those_who_share_a_worker_only_who_called_sees_what_was_printed(executor, capfd):
     with Executor._join(executor._grant) as other:
+        [lease] = executor._grant.leases
+        other._crew.lending.session.hold(lease)
         for number in range(20):
             executor.submit(speak, f"one {number}").result()
             other.submit(speak, f"two {number}").result()
+        other._crew.lending.session.release(lease)
     executor.shutdown()
     assert sorted(text for _, text in said(capfd)) == sorted(f"{who} {n}" for who in ("one", "two") for n in range(20))
 

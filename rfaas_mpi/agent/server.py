@@ -545,7 +545,8 @@ class AgentServer(ABC):
             return
         handle.holders.discard(session.number)
         if handle.holders:
-            # Others work on with it.
+            # Others work on with it, and are not shown what it had printed.
+            self.workers.hear(request.lease)
             self.send(session, msg.Done(request.id))
             return
         self._releasing.setdefault(request.lease, []).append((session.number, request.id))

@@ -508,6 +508,12 @@ class Workers:
         if ended:
             self._unregister(handle.output)
 
+    def hear(self, lease: int) -> None:
+        """Shows what the workers of a lease have printed until now."""
+        for handle in [handle for handle in self._handles.values() if handle.lease == lease]:
+            lines, _, _ = handle.hear(time.monotonic())
+            self._show(handle, lines)
+
     def _show(self, handle: WorkerHandle, lines: list[Line]) -> None:
         if not lines:
             return

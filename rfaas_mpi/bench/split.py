@@ -141,7 +141,8 @@ def _measured(options: Options, executor: Executor, kernel: Kernel, size_ms: flo
     allowed = round(ALLOWED_US + ALLOWED_PART * bare_figure["p50"], 1)
     return {
         f"{name}_bare_us": bare_figure,
-        f"{name}_here_over_bare_us": {**measure.over(runs, "here", "bare", "bare_again", unit="us"), "allowed": allowed},
+        f"{name}_here_over_bare_us": {
+            **measure.over(runs, "here", "bare", "bare_again", unit="us"), "allowed": allowed},
         f"{name}_divided_us": {**measure.latency_figure(runs, "divided", unit="us"), "said": str(found)},
         f"{name}_divided_over_by_hand_us": {
             **measure.over(runs, "divided", "by_hand", "by_hand_again", unit="us"), "allowed": allowed},

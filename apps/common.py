@@ -35,6 +35,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import threadpoolctl
+
 import rfaas_mpi as rf
 
 WHERE = {"local": "here", "remote": "workers", "split": "both", "mpi": "here"}
@@ -191,11 +193,17 @@ def compiled(source: Path, symbol: str) -> rf.Kernel:
     return compiled_all(source, symbol)[0]
 
 
+def bind(core: int) -> None:
+    """Binds this process to a core, and BLAS to one thread: others, which it has already, would run elsewhere."""
+    os.sched_setaffinity(0, {core})
+    threadpoolctl.threadpool_limits(limits=1)
+
+
 def pin(index: int) -> int:
     """Binds this process to one of its cores; returns which."""
     cores = sorted(os.sched_getaffinity(0))
     core = cores[index % len(cores)]
-    os.sched_setaffinity(0, {core})
+    bind(core)
     return core
 
 
@@ -234,7 +242,7 @@ def timed(app: App, split: Any, turn: int, comm: Any) -> tuple[float, float | No
 
 def bare(app: type[App], args: argparse.Namespace, core: int, index: int, of: int) -> None:
     """A bare process: at a line `TURN` on stdin prepares, at `NS` runs its part at that time; answers `start end`."""
-    os.sched_setaffinity(0, {core})
+    bind(core)
     with rf.Executor(transport="inline") as executor:
         mine = app(args, 0, 1, executor)
         run = mine.part(index, of)
@@ -297,7 +305,7 @@ def resident(app: type[App], args: argparse.Namespace, address: str, cores: Sequ
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-    os.sched_setaffinity(0, {cores[comm.rank % len(cores)]})
+    bind(cores[comm.rank % len(cores)])
     with socket.socket(socket.AF_UNIX) as line, rf.Executor(transport="inline") as executor:
         line.connect(address)
         with line.makefile("rw") as stream:

@@ -184,6 +184,64 @@ def test_what_is_compared_is_compared_round_by_round(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@needs_two_cores
+def test_nobody_who_is_measured_has_another_core_by_threads_of_its_blas(tmp_path):
+    """The rank, bare processes and MPI ranks alike: numpy has threads for all cores before they are bound to one."""
+    app = tmp_path / "alone.py"
+    app.write_text(ALONE)
+    (tmp_path / "common.py").write_text((APPS / "common.py").read_text())
+    done = mpiexec(1, str(app), "--rounds", 1, "--mode", "local", "--mode", "split", "--bound", "--ranks", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bound" in done.stdout and "mpi" in done.stdout
+
+
+ALONE = '''
+import sys
+
+import common
+import numpy as np
+import threadpoolctl
+
+import rfaas_mpi as rf
+
+
+@rf.kernel
+def twice(x, out):
+    np.multiply(x, 2.0, out=out)
+
+
+class Alone(common.App):
+    def __init__(self, args, rank, ranks, executor):
+        threads = [library["num_threads"] for library in threadpoolctl.threadpool_info()]
+        if max(threads) != 1:
+            raise SystemExit(f"{threads} threads")
+        self.executor, self.x, self.out = executor, executor.zeros(8), executor.empty(8)
+
+    def prepare(self, turn):
+        self.x.fill(turn)
+        self.out.fill(np.nan)
+
+    def split(self, where):
+        return self.executor.Split_init(twice, self.x, self.out, grain=1, where=where)
+
+    def part(self, index, of):
+        return twice.bind((self.x,), (self.out,))
+
+    def check(self, turn):
+        return "" if (self.out == 2.0 * turn).all() else "they are not twice as large"
+
+    def work(self):
+        return 1.0, "thing"
+
+    def told(self):
+        return "all are twice as large"
+
+
+if __name__ == "__main__":
+    sys.exit(common.main(Alone, ""))
+'''
+
+
 def test_mpi_ranks_that_end_are_missed(blackscholes, monkeypatch):
     common = blackscholes.common
     monkeypatch.setattr(sys, "argv", [str(APPS / "blackscholes.py")])

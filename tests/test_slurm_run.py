@@ -113,6 +113,21 @@ def test_a_job_that_is_cancelled_leaves_no_process(slurm):
     slurm.wait_until(lambda: not left(slurm), "its files are gone")
 
 
+def test_each_node_removes_its_files_itself_also_where_nothing_is_lent(slurm):
+    """The nodes here share one directory: which of them removed it is written down as they do."""
+    removed = slurm.directory / "removed"
+    (slurm.directory / "sitecustomize.py").write_text(
+        "import os, shutil\nremove = shutil.rmtree\ndef rmtree(path, *rest, **options):\n"
+        "    if 'rfaas-slurm-' in str(path):\n"
+        f"        with open({str(removed)!r}, 'a') as found:\n"
+        "            found.write(f\"{os.environ['SLURMD_NODENAME']} {os.environ.get('SLURM_STEP_ID')}\\n\")\n"
+        "    return remove(path, *rest, **options)\nshutil.rmtree = rmtree\n")
+    slurm.finish(f"#!/bin/bash\nexport PYTHONPATH='{slurm.directory}:{REPOSITORY}'\n"
+                 f"exec '{RFAAS}' slurm run --workers 1 -- true\n", "--nodes=2", "--ntasks=2", "--exclusive")
+    assert {"n1 0", "n2 0"} <= set(removed.read_text().splitlines())
+    assert left(slurm) == []
+
+
 @needs_two_cores
 def test_where_slurm_confines_jobs_ranks_and_workers_stay_in_their_own():
     assert not (reason := no_groups()), reason

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
+import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +107,17 @@ def agent() -> None:
         # One write each: srun mixes what nodes say.
         os.write(sys.stdout.fileno(), msgspec.json.encode(said) + b"\n")
 
-    plan = msgspec.json.decode(sys.stdin.buffer.read(), type=job.Plan)
+    def leave_with_the_job() -> None:
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def until_told() -> None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        while True:
+            signal.pause()
+
+    plan = msgspec.json.decode(sys.stdin.buffer.readline(), type=job.Plan)
     node = config.environment()["SLURMD_NODENAME"]
     mine = plan.nodes[node]
     try:
@@ -126,13 +139,28 @@ def agent() -> None:
         say(job.Said(error=Exception.__str__(error), hint=error.hint))
         raise
     say(job.Said(layout=mine_laid_out))
-    if not mine_laid_out.lent:
+    serving = False
+
+    def ready(_facts: object) -> None:
+        nonlocal serving
+        serving = True
         say(job.Said(ready=node))
-        return
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    threading.Thread(target=leave_with_the_job, daemon=True).start()
     try:
-        serve(lambda _facts: say(job.Said(ready=node)), manager=plan.manager, listen=(f"{mine.address}:0",), socket=None,
+        if not mine_laid_out.lent:
+            ready(None)
+            until_told()
+        serve(ready, manager=plan.manager, listen=(f"{mine.address}:0",), socket=None,
               node=node, cores=",".join(map(str, mine_laid_out.lent)), keep=None, grace_s=0.0, priority="auto",
               metrics="", directory=directory / node, **given)
+    except Exception:
+        if serving:
+            # The node's ranks still need the key that is there.
+            traceback.print_exc()
+            until_told()
+        raise
     finally:
         # It ends with its job, whose first process may have been killed before it could.
         shutil.rmtree(directory, ignore_errors=True)

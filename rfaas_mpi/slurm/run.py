@@ -35,6 +35,7 @@ from rfaas_mpi.slurm.layout import NodeLayout
 __all__ = ["NodePlan", "Plan", "Said", "Wanted", "ask", "cpus_here", "private", "run"]
 
 _COMMAND_S = 30.0
+_LEAVE_S = 10.0
 _PR_SET_PDEATHSIG = 1
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -268,8 +269,9 @@ class _Agents:
                  "--ntasks-per-node=1", "--kill-on-bad-exit=0", *_rfaas("slurm", "agent")],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as told:
-            told.write(msgspec.json.encode(plan))
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(msgspec.json.encode(plan) + b"\n")
+            self._process.stdin.flush()
 
     def wait(self) -> list[NodeLayout]:
         """Of each node, once all agents serve."""
@@ -295,9 +297,14 @@ class _Agents:
 
     def close(self) -> None:
         """Ends them. Safe to call twice."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        # They leave at the end of what they are told. A srun that is told to end kills them, and what they keep stays.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_LEAVE_S)
         _stop(self._process)
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        self._process.stdout.close()
 
     def __enter__(self) -> _Agents:
         return self

@@ -646,7 +646,7 @@ class Race:
             elif handed < self._progress:
                 least = looked - self._progress
                 # It waited for what was ahead of it: longer than for a worker means for the way.
-                if nbytes and (least > exec_s / self.workers or now - self._before < nbytes * costs.link.byte_s):
+                if nbytes and (least > exec_s / max(1, self.workers) or now - self._before < nbytes * costs.link.byte_s):
                     costs.link.streamed(nbytes, least, now - self._before)
         self._progress = now
         self._before = looked

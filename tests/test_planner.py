@@ -273,3 +273,18 @@ def test_what_has_no_worker_is_run_here_in_one_go():
     assert (step.what, step.first, step.stop) == (What.RUN, 0, len(rank))
     race.ran(step.first, step.stop, 1.0)
     assert race.next(1.0).what is What.DONE
+
+
+def test_what_comes_back_once_no_worker_is_left_counts():
+    cells, costs = grid(100_000, 8, 64), Costs(Link(60e-6, 1e-9), row_bytes=8.0)
+    costs.alone.add(1000, 1e-3)
+    costs.there.add(1000, 1e-3)
+    race = Race(cells, costs, 1, use=True, can_take=False)
+    race.handed(0, 0.0)
+    race.handed(1, 1e-5)
+    race.ended(0, 4e-3, 3.9e-3, 1, 3e-3)
+    race.handed(2, 4.1e-3)
+    race.workers_are(0)
+    race.ended(1, 8e-3, 7e-3, 1, 3e-3)
+    race.ended(2, 12e-3, 11e-3, 1, 3e-3)
+    assert not race.flying and race.next(13e-3).what is What.RUN

@@ -158,15 +158,17 @@ class Offloads:
             future = started(self._crew, (kernel, *with_values(args, kwargs)))
             raw = future._raw
             try:
-                value = future.result(None if patience_s == math.inf else patience_s)
-            except TimeoutError:
-                if future.done():
-                    raise       # the kernel's own
-                # Nobody waits for it any more: it writes to nothing of ours.
-                self._crew.pending.pop(future, None)
-                future.cancel()
-                self._late(entry, time.perf_counter() - begin)
-                return False, None
+                try:
+                    value = future.result(None if patience_s == math.inf else patience_s)
+                except TimeoutError:
+                    if not future.done():
+                        # Nobody waits for it any more: it writes to nothing of ours.
+                        self._crew.pending.pop(future, None)
+                        future.cancel()
+                        self._late(entry, time.perf_counter() - begin)
+                        return False, None
+                    # The kernel's own; or it came just now.
+                    value = future.result()
             except _LOST:
                 # Without fallback; but the rank takes part in this anyway.
                 self._late(entry, time.perf_counter() - begin)
@@ -191,7 +193,9 @@ class Offloads:
         shape, size, nbytes = self._measure_buffers(inputs, outputs)
         entry = self._entry(("buffers", kernel.digest, shape), kernel.name, size, nbytes)
         load, decision = self._decide(entry, size, nbytes)
-        if decision.there:
+        # From behind somebody else's call, however long, it could be taken back on shared memory alone.
+        behind = crew.transport != "shm" and load.there >= load.workers and load.there > self._there
+        if decision.there and not behind:
             if self._run_there(entry, kernel, inputs, outputs, size, nbytes, load, decision.patience_s, timeout_s):
                 return
         elif decision.probe and entry.probe is None:
@@ -236,8 +240,12 @@ class Offloads:
             request._begin()
             try:
                 if not request.Wait(None if patience_s == math.inf else patience_s):
-                    # Only the end of its worker, or of the way to it, keeps it from writing to the outputs.
-                    dismiss(self._crew, request)
+                    invoker = self._crew.invoker
+                    others = invoker.in_flight + invoker.queued > 1
+                    # Behind somebody else's call it is taken back, which harms nobody. Else only the end of its
+                    # worker, or of the way to it, keeps it from writing to the outputs.
+                    if not (others and request._raw.cancel()):
+                        dismiss(self._crew, request)
                     request.Wait()
             except _LOST:
                 self._late(entry, time.perf_counter() - begin)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import rfaas_mpi as rf
 from rfaas_mpi import Executor, KernelError, NestedError
 from rfaas_mpi.choice import Choice, Known, Load
+from rfaas_mpi.kernels import object_kernel
 from rfaas_mpi.planner import BUDGET
 
 RANK = os.getpid()
@@ -351,6 +352,37 @@ def test_an_error_of_the_kernel_s_own_is_no_sign_of_a_late_worker(worker):
         for _ in range(1000):
             worker.offload(takes_time, RANK)
     assert worker.explain()[0].stalls == 0
+
+
+def test_a_result_that_comes_when_patience_ends_is_no_error(worker):
+    worker.offload(dozes, 0.0)
+    pid = worker.submit(dozes, 0.0).result()
+    offloads = worker._offloads
+    [entry] = offloads._entries.values()
+    late = 0
+    for turn in range(1000):
+        patience_s = 150e-6 + turn % 100 * 2e-6
+        found = offloads._call_there(entry, object_kernel(dozes), (1e-4,), {}, 1, 1, Load(1), patience_s)
+        assert found in ((True, pid), (False, None))
+        late += not found[0]
+    assert worker.explain()[0].stalls == late
+
+
+def test_a_call_of_somebody_else_s_is_not_given_up_with_ours(worker):
+    x, values, who = worker.array(np.arange(10.0)), worker.empty(10), worker.empty(1, np.int64)
+
+    def call() -> int:
+        worker.Offload(doubled, (x, RANK), (values, who))
+        assert np.array_equal(values, x * 2)
+        return int(who[0])
+
+    pid = until_there(call)
+    long = worker.submit(dozes, 1.0)
+    while not long.running():
+        pass
+    for _ in range(5):
+        call()
+    assert long.result() == pid == worker.submit(os.getpid).result()
 
 
 @pytest.mark.parametrize("deed", [signal.SIGKILL, signal.SIGSTOP])

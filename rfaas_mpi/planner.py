@@ -646,8 +646,9 @@ class Race:
             elif handed < self._progress:
                 least = looked - self._progress
                 # It waited for what was ahead of it: longer than for a worker means for the way.
-                if nbytes and (least > exec_s / max(1, self.workers) or now - self._before < nbytes * costs.link.byte_s):
-                    costs.link.streamed(nbytes, least, now - self._before)
+                most = now - self._before
+                if nbytes and (least > exec_s / max(1, self.workers) or most < nbytes * costs.link.byte_s):
+                    costs.link.streamed(nbytes, least, most)
         self._progress = now
         self._before = looked
 

@@ -58,6 +58,13 @@ def test_addresses_and_settings_are_read_from_what_scontrol_shows():
     assert facts.config_value(shown, "Task") == ""
 
 
+def test_a_step_is_found_by_the_srun_that_started_it():
+    shown = ("StepId=1.batch UserId=0 Name=batch SrunHost:Pid=(null):0\n\n"
+             "StepId=1.0 UserId=0 Name=sh Dist=Cyclic SrunHost:Pid=n1:4321 \n\n"
+             "StepId=1_2.1 UserId=0 Name=sh Dist=Cyclic SrunHost:Pid=n1:321\n")
+    assert (facts.step_of(shown, 4321), facts.step_of(shown, 321), facts.step_of(shown, 21)) == ("1.0", "1_2.1", "")
+
+
 def test_slurms_numbers_go_package_by_package_and_linux_has_its_own():
     assert facts.physical([0, 1, 2, 3], TWO_THREADS) == (0, 1, 4, 5)
     assert facts.physical([4, 7], TWO_THREADS) == (2, 7)

@@ -113,6 +113,19 @@ def test_a_job_that_is_cancelled_leaves_no_process(slurm):
     slurm.wait_until(lambda: not left(slurm), "its files are gone")
 
 
+@pytest.mark.parametrize("name", ["TERM", "USR1"])
+def test_ranks_that_are_sent_a_signal_have_the_time_to_end_by_themselves(slurm, name):
+    job = slurm.submit(
+        f"#!/bin/bash\nexport PYTHONPATH='{REPOSITORY}'\nexec '{RFAAS}' slurm run -- bash -c '"
+        f"trap \"sleep 0.3; echo saved; exit 5\" {name}; echo began; while :; do sleep 0.1; done'\n",
+        "--nodes=2", "--ntasks=2", "--exclusive")
+    slurm.wait_until(lambda: slurm.output(job).count("began") == 2, "both ranks have begun")
+    slurm.run("scancel", "--batch", f"--signal={name}", job)
+    assert slurm.ended(job) == "FAILED"
+    assert slurm.output(job).count("saved") == 2, slurm.output(job)
+    assert "ExitCode=5:0" in slurm.run("scontrol", "show", "job", "-o", job), slurm.output(job)
+
+
 def test_each_node_removes_its_files_itself_also_where_nothing_is_lent(slurm):
     """The nodes here share one directory: which of them removed it is written down as they do."""
     removed = slurm.directory / "removed"

@@ -9,7 +9,8 @@ import msgspec
 
 from rfaas_mpi.errors import ConfigError
 
-__all__ = ["Allocation", "allocation", "config_value", "core_ids", "counts", "hosts", "node_addresses", "physical"]
+__all__ = ["Allocation", "allocation", "config_value", "core_ids", "counts", "hosts", "node_addresses", "physical",
+           "step_of"]
 
 
 class Allocation(msgspec.Struct, frozen=True):
@@ -104,3 +105,9 @@ def config_value(shown: str, name: str) -> str:
     """A setting of the cluster, from `scontrol show config`; "" where there is none of that name."""
     match = re.search(rf"^{name}\s*=\s*(.*)$", shown, re.MULTILINE)
     return match[1].strip() if match else ""
+
+
+def step_of(shown: str, pid: int) -> str:
+    """The step that the srun with this number started, from `scontrol show step -o`; "" if there is none yet."""
+    match = re.search(rf"^StepId=(\S+) .*\bSrunHost:Pid=\S+:{pid}\s*$", shown, re.MULTILINE)
+    return match[1] if match else ""

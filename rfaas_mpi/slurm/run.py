@@ -28,7 +28,7 @@ from typing import IO
 import msgspec
 
 from rfaas_mpi.config import Settings
-from rfaas_mpi.errors import ConfigError, ServiceError
+from rfaas_mpi.errors import ConfigError, RFaaSError, ServiceError
 from rfaas_mpi.slurm import facts, layout
 from rfaas_mpi.slurm.layout import NodeLayout
 
@@ -37,6 +37,8 @@ __all__ = ["NodePlan", "Plan", "Said", "Wanted", "ask", "cpus_here", "private", 
 _COMMAND_S = 30.0
 _LEAVE_S = 10.0
 _PR_SET_PDEATHSIG = 1
+# What makes srun kill its tasks, where they should have the time to end that Slurm gives them.
+_KILLS_STEPS = (signal.SIGTERM, signal.SIGHUP)
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -113,7 +115,7 @@ def run(wanted: Wanted, environ: Mapping[str, str], progress: Callable[[str], No
         for each in layouts:
             progress(f"rfaas: {each.node}: ranks on {_cores(each.ranks) or 'none'}; lent: "
                      f"{','.join(map(str, each.lent)) or 'none'}")
-        return _ranks(wanted, layouts, binds, {**environ, **manager.environment})
+        return _ranks(wanted, layouts, binds, {**environ, **manager.environment}, job.job)
 
 
 def _threads(environ: Mapping[str, str]) -> int:
@@ -327,14 +329,19 @@ def _lines(stream: IO[bytes], patience_s: float) -> Iterator[bytes]:
             yield from whole
 
 
-def _ranks(wanted: Wanted, layouts: Sequence[NodeLayout], binds: bool, environ: Mapping[str, str]) -> int:
+def _ranks(wanted: Wanted, layouts: Sequence[NodeLayout], binds: bool, environ: Mapping[str, str], job: int) -> int:
     """Runs the ranks to their end."""
     used = [each for each in layouts if each.ranks]
     # Slurm ignores lists of CPUs where a job has a part of a node, or nodes differ: the shell binds in any case.
     words = [*(_srun(wanted, used, binds) if wanted.launcher is None else _mpiexec(wanted.launcher, used)),
              *layout.wrapper(used), *wanted.command]
     process = _start(words, env=dict(environ))
-    before = {number: signal.signal(number, lambda number, _frame: process.send_signal(number)) for number in _FORWARDED}
+
+    def forward(number: int, _frame: object) -> None:
+        if number not in _KILLS_STEPS or wanted.launcher is not None or not _signal_step(job, process.pid, number):
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
         status = process.wait()
     finally:
@@ -342,6 +349,17 @@ def _ranks(wanted: Wanted, layouts: Sequence[NodeLayout], binds: bool, environ: 
             signal.signal(number, handler)
         _stop(process)
     return status if status >= 0 else 128 - status
+
+
+def _signal_step(job: int, srun: int, number: int) -> bool:
+    """Has Slurm send the signal to the ranks that this srun started. False where it can't."""
+    try:
+        step = facts.step_of(ask(["scontrol", "show", "step", "-o", str(job)]), srun)
+        if step:
+            ask(["scancel", f"--signal={signal.Signals(number).name.removeprefix('SIG')}", step])
+        return bool(step)
+    except RFaaSError:
+        return False
 
 
 def _srun(wanted: Wanted, used: Sequence[NodeLayout], binds: bool) -> list[str]:

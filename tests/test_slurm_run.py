@@ -126,6 +126,13 @@ def test_ranks_that_are_sent_a_signal_have_the_time_to_end_by_themselves(slurm, 
     assert "ExitCode=5:0" in slurm.run("scontrol", "show", "job", "-o", job), slurm.output(job)
 
 
+def test_a_shell_of_salloc_need_not_be_on_a_node_of_the_job(slurm):
+    said = slurm.run("salloc", "--nodes=1", "--ntasks=1", "--exclusive", RFAAS, "slurm", "run", "--",
+                     "sh", "-c", 'echo "manager at $RFAAS_MANAGER"', PYTHONPATH=str(REPOSITORY))
+    assert "manager at http://127.0.0.1:" in said, said
+    assert left(slurm) == []
+
+
 def test_each_node_removes_its_files_itself_also_where_nothing_is_lent(slurm):
     """The nodes here share one directory: which of them removed it is written down as they do."""
     removed = slurm.directory / "removed"

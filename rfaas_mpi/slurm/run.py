@@ -17,6 +17,7 @@ import selectors
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -99,7 +100,7 @@ def run(wanted: Wanted, environ: Mapping[str, str], progress: Callable[[str], No
         shown = _started(["scontrol", "show", "job", "-d", "-o", str(job.job)])
         settings = _started(["scontrol", "show", "config"])
         where = facts.node_addresses(_answer(addresses))
-        manager = stack.enter_context(_Manager(directory, where.get(job.nodes[0], "") if len(job.nodes) > 1 else ""))
+        manager = stack.enter_context(_Manager(directory, _listen_at(job.nodes, where, environ)))
         ids = facts.core_ids(_answer(shown))
         if missing := [node for node in job.nodes if node not in ids or node not in where]:
             raise ServiceError(f"Slurm doesn't say which cores the job has on {', '.join(missing)}",
@@ -116,6 +117,22 @@ def run(wanted: Wanted, environ: Mapping[str, str], progress: Callable[[str], No
             progress(f"rfaas: {each.node}: ranks on {_cores(each.ranks) or 'none'}; lent: "
                      f"{','.join(map(str, each.lent)) or 'none'}")
         return _ranks(wanted, layouts, binds, {**environ, **manager.environment}, job.job)
+
+
+def _listen_at(nodes: Sequence[str], where: Mapping[str, str], environ: Mapping[str, str]) -> str:
+    """Where the job's nodes reach this one; "" where this is the only one. ServiceError where nothing leads there."""
+    here = environ.get("SLURMD_NODENAME", "")
+    if here in nodes:
+        return where.get(here, "") if len(nodes) > 1 else ""
+    # A shell of salloc is mostly on a node for logins, which is none of the job's.
+    first = where.get(nodes[0], nodes[0])
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+            way.connect((first, 9))         # nothing is sent
+            return str(way.getsockname()[0])
+    except OSError as error:
+        raise ServiceError(f"{nodes[0]} ({first}) can't be reached from here: {error}",
+                           hint="run it in a script given to sbatch, on a node of the job") from None
 
 
 def _threads(environ: Mapping[str, str]) -> int:
@@ -220,8 +237,8 @@ class _Manager:
     def __init__(self, directory: Path, host: str) -> None:
         self._log = directory / "manager.log"
         user = pwd.getpwuid(os.geteuid()).pw_name
-        state, key, socket = directory / "manager", directory / "key", directory / "manager.sock"
-        words = _rfaas("manager", "--json", "--directory", str(state), "--socket", str(socket))
+        state, key, path = directory / "manager", directory / "key", directory / "manager.sock"
+        words = _rfaas("manager", "--json", "--directory", str(state), "--socket", str(path))
         if host:
             words += ["--listen", f"{host}:0", "--key", f"{user}={key}"]
         with self._log.open("wb") as log:
@@ -236,7 +253,7 @@ class _Manager:
             else:
                 raise ServiceError(f"the job's manager didn't start: {_tail(self._log)}", hint="try: rfaas manager")
             listening = msgspec.json.decode(said)["listening"]
-            self.address = next((each for each in listening if each.startswith("http")), f"unix:{socket}")
+            self.address = next((each for each in listening if each.startswith("http")), f"unix:{path}")
             self.key = key.read_bytes() if host else b""
         except BaseException:
             self.close()

@@ -208,8 +208,7 @@ def _section(pairs: Sequence[tuple[dict[str, Any], str]], title: str, over: str)
                  f"≥ {100 * wanted:.0f} %" if wanted else "",
                  judged(report, of_bound, wanted) if wanted and of_bound is not None else "",
                  _spread(ratios, "split_over_mpi", "x") + _unresolved(report, "split_over_mpi"),
-                 _spread(ratios, "predicted_of_split", "%")
-                 + ("" if not wanted else _predicted(report)),
+                 _spread(ratios, "predicted_of_split", "%") + _predicted(report),
                  _spread(ratios, "again", "x")]
         yield f"| {' | '.join(cells)} |"
     yield ""

@@ -98,6 +98,12 @@ def test_what_was_wanted_is_reached_missed_or_not_resolved(tables, of_bound, aga
     assert "--n 5" in page and "![" in page
 
 
+@pytest.mark.parametrize("name", ["matmul", "stencil"])
+def test_a_prediction_that_is_too_far_off_is_said_to_be_of_any_app(tables, name):
+    page = tables.render([report_of(name, 0.98, (0.999, 1.001))], ["one.json"], None)
+    assert "120.0 % (120.0 to 120.0), **missed**" in page
+
+
 def test_only_what_is_between_the_marks_is_replaced(tables):
     page = f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n"
     assert tables.insert(page, f"{tables.BEGIN}\nnew\n{tables.END}") == page.replace("old", "new")

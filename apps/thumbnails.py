@@ -159,8 +159,10 @@ class Thumbnails(common.App):
 
     def __init__(self, args: argparse.Namespace, rank: int, ranks: int, executor: rf.Executor) -> None:
         shipped = photographs()
-        if not shipped or args.repeat < 1 or (args.save and ranks > 1):
-            raise SystemExit("thumbnails: scikit-image's photographs, 1 <= --repeat, and one rank for --save")
+        # More would be the same windows again, which nobody could tell apart.
+        if not shipped or not 1 <= args.repeat <= (MARGIN + 1)**2 or (args.save and ranks > 1):
+            raise SystemExit(f"thumbnails: scikit-image's photographs, 1 <= --repeat <= {(MARGIN + 1)**2}, and one rank "
+                             "for --save")
         self.args = args
         self.names = list(shipped)
         self.middle = args.rounds // 2

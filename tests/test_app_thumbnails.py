@@ -145,6 +145,11 @@ def test_the_windows_are_the_same_for_any_number_of_ranks(thumbnails):
         assert windows(0, 3) + windows(1, 3) + windows(2, 3) == windows(0, 1)
 
 
+def test_more_windows_than_there_are_are_refused(thumbnails):
+    with rf.Executor(transport="inline") as executor, pytest.raises(SystemExit, match="--repeat <= 289"):
+        thumbnails.Thumbnails(arguments(repeat=290), 0, 1, executor)
+
+
 @pytest.mark.parametrize("changed", [
     {"HEIGHT": 400}, {"WIDTH": 1025}, {"CHANNELS": 4}, {"CHANNELS": 0}, {"OFFSET": 1 << 40}, {"OFFSET": -1},
     {"STRIDE": -1}, {"STRIDE": 1 << 60}, {"HEIGHT": 0}, {"HEIGHT": -1}], ids=str)

@@ -80,6 +80,7 @@ def test_the_twin_gives_the_textbook_price(blackscholes):
 def test_one_wrong_price_among_many_is_found(blackscholes):
     with rf.Executor(transport="inline") as executor:
         app = pricing(blackscholes, executor)
+        app.local = lambda *columns, out: np.copyto(out, blackscholes.black_scholes_ref(blackscholes.Options(*columns)))
         app.prepare(0)
         app.prices[...] = blackscholes.black_scholes_ref(app.options)
         assert app.check(0) == ""
@@ -101,6 +102,7 @@ def test_calls_and_puts_are_held_against_parity(blackscholes, monkeypatch):
     monkeypatch.setattr(blackscholes, "black_scholes_ref", wrong)
     with rf.Executor(transport="inline") as executor:
         app = pricing(blackscholes, executor)
+        app.local = lambda *_, out: np.copyto(out, app.prices)
         found = []
         for turn in (0, 1):
             app.prepare(turn)
@@ -286,12 +288,15 @@ def lying(lie: str, honest: rf.Kernel) -> rf.Kernel:
                 out[...] = before
             case "a value off by a millionth":
                 out[np.argmax(out)] *= 1 + 1e-6
+            case "a low value off by a millionth":
+                out[np.argmin(np.abs(out - 1e-6))] *= 1 + 1e-6
     return prices
 
 
 @needs_two_cores
 @pytest.mark.parametrize("lie, first", [("none", None), ("a zeroed cell", 0), ("swapped cells", 0),
-                                        ("an older result", 1), ("a value off by a millionth", 0)])
+                                        ("an older result", 1), ("a value off by a millionth", 0),
+                                        ("a low value off by a millionth", 0)])
 def test_a_worker_that_lies_fails_the_verdict(blackscholes, lie, first):
     with rf.Executor(workers=1) as executor:
         app = pricing(blackscholes, executor, kernel="numpy")

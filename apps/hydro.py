@@ -441,7 +441,7 @@ def native() -> list[rf.Kernel]:
 class Hydro(common.App):
     name = "hydro"
     small = ("--n", "10")
-    figures = ("--n", "32", "--steps", "60")
+    figures = ("--n", "48", "--steps", "24")
 
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:

@@ -78,6 +78,7 @@ def rows_of(n: int, low: int, high: int, key: list[int]) -> np.ndarray:
 class Jacobi(common.App):
     name = "jacobi"
     small = ("--n", "200", "--sweeps", "10")
+    figures = ("--n", "6000", "--sweeps", "20")
 
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:

@@ -148,6 +148,17 @@ def test_each_node_removes_its_files_itself_also_where_nothing_is_lent(slurm):
     assert left(slurm) == []
 
 
+def test_a_second_run_beside_the_first_one_is_refused_and_harms_nothing(slurm):
+    said = slurm.finish(
+        f"#!/bin/bash\nexport PYTHONPATH='{REPOSITORY}' SRUN_CPUS_PER_TASK=1\n"
+        f"'{RFAAS}' slurm run -- sh -c 'touch began; while [ ! -e end ]; do sleep 0.1; done; echo first is done' &\n"
+        "until [ -e began ]; do sleep 0.1; done\n"
+        f"'{RFAAS}' slurm run -- echo second\necho status $?\ntouch end\nwait %1\n", "--nodes=1", "--exclusive")
+    assert "has an `rfaas slurm run` already" in said and "status 1" in said, said
+    assert "first is done" in said and "lent: 1" in said, said
+    assert left(slurm) == []
+
+
 @needs_two_cores
 def test_where_slurm_confines_jobs_ranks_and_workers_stay_in_their_own():
     assert not (reason := no_groups()), reason

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import pwd
 import selectors
@@ -21,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,6 +42,9 @@ _LEAVE_S = 10.0
 _PR_SET_PDEATHSIG = 1
 # What makes srun kill its tasks, where they should have the time to end that Slurm gives them.
 _KILLS_STEPS = (signal.SIGTERM, signal.SIGHUP)
+# With these srun takes fewer CPUs for a step than its job has.
+_NARROWING = frozenset(("SRUN_CPUS_PER_TASK", "SLURM_CPUS_PER_TASK", "SLURM_EXACT", "SLURM_THREADS_PER_CORE",
+                        "SLURM_NTASKS_PER_CORE", "SLURM_NTASKS_PER_SOCKET", "SLURM_HINT"))
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -94,7 +99,7 @@ def run(wanted: Wanted, environ: Mapping[str, str], progress: Callable[[str], No
     threads = _threads(environ)
     if not any(job.tasks):
         raise ConfigError("no ranks are wanted", hint="--ranks 1, or more")
-    with _directory(job.job) as directory, contextlib.ExitStack() as stack:
+    with _told_to_end(), _directory(job.job) as directory, contextlib.ExitStack() as stack:
         # Asked while the manager starts.
         addresses = _started(["scontrol", "show", "node", "-o", ",".join(job.nodes)])
         shown = _started(["scontrol", "show", "job", "-d", "-o", str(job.job)])
@@ -111,12 +116,26 @@ def run(wanted: Wanted, environ: Mapping[str, str], progress: Callable[[str], No
             zip(job.nodes, job.tasks, layout.workers_of(wanted.workers, spare), strict=True)})
         # Without task/affinity Slurm binds nothing, and each such option is worth a warning to it.
         binds = "task/affinity" in facts.config_value(_answer(settings), "TaskPlugin")
-        agents = stack.enter_context(_Agents(plan, directory, binds))
+        agents = stack.enter_context(_Agents(plan, directory, binds, environ))
         layouts = agents.wait()
         for each in layouts:
             progress(f"rfaas: {each.node}: ranks on {_cores(each.ranks) or 'none'}; lent: "
                      f"{','.join(map(str, each.lent)) or 'none'}")
         return _ranks(wanted, layouts, binds, {**environ, **manager.environment}, job.job)
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[None]:
+    """Whoever is told to end before there are ranks to be told ends with all that it has started."""
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _listen_at(nodes: Sequence[str], where: Mapping[str, str], environ: Mapping[str, str]) -> str:
@@ -170,12 +189,21 @@ def cpus_here() -> list[tuple[int, int, int]]:
 
 @contextlib.contextmanager
 def _directory(job: int) -> Iterator[Path]:
-    """Where this job's daemons keep their files on each node; removed in the end."""
+    """Where this job's daemons keep their files on each node; removed in the end. ConfigError where it is in use."""
     path = private(Path(tempfile.gettempdir(), f"rfaas-slurm-{os.geteuid()}-{job}"))
+    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield path
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"job {job} has an `rfaas slurm run` already", hint="one after another, or one in each of "
+                                                                                 "several jobs") from None
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        os.close(held)
 
 
 def _dies_with_us() -> None:
@@ -242,7 +270,9 @@ class _Manager:
         if host:
             words += ["--listen", f"{host}:0", "--key", f"{user}={key}"]
         with self._log.open("wb") as log:
-            self._process = _start(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+            # Not the terminal's: Ctrl-C is for the ranks, and this is needed until they have ended.
+            self._process = _start(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
+                                   start_new_session=True)
         try:
             assert self._process.stdout is not None
             said = b""
@@ -278,18 +308,25 @@ class _Manager:
 class _Agents:
     """The step with an agent on each node."""
 
-    def __init__(self, plan: Plan, directory: Path, binds: bool) -> None:
+    def __init__(self, plan: Plan, directory: Path, binds: bool, environ: Mapping[str, str]) -> None:
         self._plan, self._log = plan, directory / "agents.log"
         count = str(len(plan.nodes))
+        bind = ["--cpu-bind=none"] if binds else []
+        words = ["srun", "--overlap", *bind, "--mem=0", "--mpi=none", f"--nodes={count}", f"--ntasks={count}",
+                 "--ntasks-per-node=1", "--kill-on-bad-exit=0", *_rfaas("slurm", "agent")]
+        environment = {name: value for name, value in environ.items() if name not in _NARROWING}
         with self._log.open("wb") as log:
             # All of the job's CPUs and memory, beside the ranks' step; bound to none.
-            self._process = _start(
-                ["srun", "--overlap", *(["--cpu-bind=none"] if binds else []), "--mem=0", "--mpi=none", f"--nodes={count}", f"--ntasks={count}",
-                 "--ntasks-per-node=1", "--kill-on-bad-exit=0", *_rfaas("slurm", "agent")],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+            self._process = _start(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
+                                   start_new_session=True)
+        # A thread: of many nodes it is more than a pipe holds, and the step may never begin.
+        self._teller = threading.Thread(target=self._tell, name="rfaas-plan", daemon=True)
+        self._teller.start()
+
+    def _tell(self) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(msgspec.json.encode(plan) + b"\n")
+            self._process.stdin.write(msgspec.json.encode(self._plan) + b"\n")
             self._process.stdin.flush()
 
     def wait(self) -> list[NodeLayout]:
@@ -317,6 +354,9 @@ class _Agents:
     def close(self) -> None:
         """Ends them. Safe to call twice."""
         assert self._process.stdin is not None and self._process.stdout is not None
+        if self._process.returncode is None and self._teller.is_alive():
+            _stop(self._process)
+        self._teller.join()
         # They leave at the end of what they are told. A srun that is told to end kills them, and what they keep stays.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -355,6 +395,8 @@ def _ranks(wanted: Wanted, layouts: Sequence[NodeLayout], binds: bool, environ: 
     process = _start(words, env=dict(environ))
 
     def forward(number: int, _frame: object) -> None:
+        if number == signal.SIGINT and sys.stdin.isatty():
+            return      # the terminal has told srun, too
         if number not in _KILLS_STEPS or wanted.launcher is not None or not _signal_step(job, process.pid, number):
             process.send_signal(number)
 

@@ -71,6 +71,12 @@ def test_slurms_numbers_go_package_by_package_and_linux_has_its_own():
     assert facts.physical([6, 8], TWO_THREADS) == (3,)
 
 
+def test_of_each_core_one_thread_is_used_and_none_is_lent_beside_it():
+    assert facts.whole_cores(range(8), TWO_THREADS) == (0, 1, 2, 3)
+    assert facts.whole_cores([4, 5, 2], TWO_THREADS) == (2, 4, 5)
+    assert facts.whole_cores([0, 9], TWO_THREADS) == (0, 9)
+
+
 def test_ranks_have_the_first_cores_and_the_others_are_lent():
     assert layout.lay_out("n1", (6, 2, 4, 0), 1, 2, None) == NodeLayout("n1", ((0, 2),), (4, 6))
     assert layout.lay_out("n1", (0, 1, 2, 3), 2, 1, 1) == NodeLayout("n1", ((0,), (1,)), (2,))

@@ -123,8 +123,10 @@ def agent() -> None:
     try:
         usable = os.sched_getaffinity(0)
         # Where Slurm confines the job, what is left is its part; else its numbers have to be translated.
-        cores = (tuple(usable) if len(usable) == len(mine.ids)
-                 else tuple(core for core in facts.physical(mine.ids, job.cpus_here()) if core in usable))
+        here = job.cpus_here()
+        cpus = (usable if len(usable) == len(mine.ids)
+                else usable.intersection(facts.physical(mine.ids, here)))
+        cores = facts.whole_cores(cpus, here)
         mine_laid_out = layout.lay_out(node, cores, mine.ranks, mine.threads, mine.workers)
         directory = job.private(Path(plan.directory))
         given = {"runtime_dir": str(job.private(directory / node)), "manager_user": str(os.geteuid())}

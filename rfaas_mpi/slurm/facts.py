@@ -10,7 +10,7 @@ import msgspec
 from rfaas_mpi.errors import ConfigError
 
 __all__ = ["Allocation", "allocation", "config_value", "core_ids", "counts", "hosts", "node_addresses", "physical",
-           "step_of"]
+           "step_of", "whole_cores"]
 
 
 class Allocation(msgspec.Struct, frozen=True):
@@ -99,6 +99,18 @@ def physical(ids: Iterable[int], cpus: Iterable[tuple[int, int, int]]) -> tuple[
     """
     ordered = [cpu for _, _, cpu in sorted(cpus)]
     return tuple(sorted(ordered[number] for number in ids if number < len(ordered)))
+
+
+def whole_cores(cpus: Iterable[int], here: Iterable[tuple[int, int, int]]) -> tuple[int, ...]:
+    """Of these CPUs one of each core, the first: its other threads would slow down whoever has it.
+
+    `here` as for `physical`; a CPU that isn't in it is a core of its own.
+    """
+    core_of = {cpu: (package, core) for package, core, cpu in here}
+    first: dict[object, int] = {}
+    for cpu in sorted(cpus):
+        first.setdefault(core_of.get(cpu, cpu), cpu)
+    return tuple(sorted(first.values()))
 
 
 def config_value(shown: str, name: str) -> str:

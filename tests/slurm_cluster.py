@@ -22,7 +22,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 SLOW = float(os.environ.get("RFAAS_TEST_SLOW", "1"))
@@ -50,10 +50,13 @@ def ports(count: int) -> list[int]:
 
 
 class Slurm:
-    """A cluster of `nodes` nodes `n1`, `n2`, …, each with `cpus` CPUs. `settings` are added to slurm.conf."""
+    """A cluster of `nodes` nodes `n1`, `n2`, …, each with `cpus` CPUs, in the partition `batch`.
+
+    `settings` are added to slurm.conf, and lines for other `partitions` (`low PriorityTier=1`), each of all nodes.
+    """
 
     def __init__(self, nodes: int = 2, cpus: int = 2, *, bound: bool = False, confined: bool = False,
-                 settings: Mapping[str, object] | None = None) -> None:
+                 settings: Mapping[str, object] | None = None, partitions: Sequence[str] = ()) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="rfaas-slurm-"))
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self.environment = {**os.environ, "PATH": SEARCH, "SLURM_CONF": str(self.directory / "slurm.conf")}
@@ -70,9 +73,10 @@ class Slurm:
         for name in self.names:
             (self.directory / "spool" / name).mkdir()
             (self.directory / "tmp" / name).mkdir(mode=0o777)
-        self._write(cpus, bound, confined, settings or {})
+        self._write(cpus, bound, confined, settings or {}, partitions)
 
-    def _write(self, cpus: int, bound: bool, confined: bool, settings: Mapping[str, object]) -> None:
+    def _write(self, cpus: int, bound: bool, confined: bool, settings: Mapping[str, object],
+               partitions: Sequence[str]) -> None:
         here, user = socket.gethostname().partition(".")[0], getpass.getuser()
         controller, *daemons = ports(1 + len(self.names))
         lines: dict[str, object] = {
@@ -95,6 +99,7 @@ class Slurm:
                  f"SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=2000"
                  for name, port in zip(self.names, daemons, strict=True)]
         text.append("PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
+        text += [f"PartitionName={partition} Nodes=ALL" for partition in partitions]
         (self.directory / "slurm.conf").write_text("\n".join(text) + "\n")
         (self.directory / "cgroup.conf").write_text(
             "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nConstrainRAMSpace=no\n"
@@ -111,8 +116,8 @@ class Slurm:
             self.wait_until(lambda: "is UP" in self.run("scontrol", "ping", check=False), "slurmctld answers")
             for name in self.names:
                 self._daemon("slurmd", "-D", "-N", name, name=name)
-            self.wait_until(lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(self.names),
-                            "all nodes are idle")
+            look = ("sinfo", "-h", "-N", "-p", "batch", "-o", "%T")
+            self.wait_until(lambda: self.run(*look).split() == ["idle"] * len(self.names), "all nodes are idle")
         except BaseException:
             self.close()
             raise

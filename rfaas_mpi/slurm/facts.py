@@ -9,8 +9,12 @@ import msgspec
 
 from rfaas_mpi.errors import ConfigError
 
-__all__ = ["Allocation", "allocation", "config_value", "core_ids", "counts", "hosts", "node_addresses", "physical",
-           "step_of", "whole_cores"]
+__all__ = ["JOBS", "NODES", "Allocation", "Job", "Nodes", "allocation", "config_value", "core_ids", "counts", "hosts",
+           "jobs", "node_addresses", "nodes", "physical", "records", "seconds", "step_of", "whole_cores"]
+
+# What squeue and sinfo are asked to print of a job, and of nodes of one kind. A name may hold anything: it is last.
+JOBS = "%i|%u|%P|%t|%r|%N|%x|%l|%L|%j"
+NODES = "%P|%T|%N|%l"
 
 
 class Allocation(msgspec.Struct, frozen=True):
@@ -123,3 +127,64 @@ def step_of(shown: str, pid: int) -> str:
     """The step that the srun with this number started, from `scontrol show step -o`; "" if there is none yet."""
     match = re.search(rf"^StepId=(\S+) .*\bSrunHost:Pid=\S+:{pid}\s*$", shown, re.MULTILINE)
     return match[1] if match else ""
+
+
+class Job(msgspec.Struct, frozen=True):
+    """A job in the queue. `limit_s` and `left_s` are None where it has no limit, `excluded` are nodes that it won't have."""
+
+    id: str
+    user: str
+    partitions: tuple[str, ...]
+    state: str
+    reason: str
+    nodes: str
+    excluded: tuple[str, ...]
+    limit_s: int | None
+    left_s: int | None
+    name: str
+
+
+class Nodes(msgspec.Struct, frozen=True):
+    """Nodes of a partition that are in the same state; `limit_s` is how long a job may run in that partition."""
+
+    partition: str
+    state: str
+    nodes: tuple[str, ...]
+    limit_s: int | None
+
+
+def seconds(text: str) -> int | None:
+    """A time as squeue and sinfo print it (1-02:03:04, 30:00, 0:05); None where it is none, like `infinite`."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())
+    if match is None:
+        return None
+    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def jobs(shown: str) -> tuple[Job, ...]:
+    """From `squeue -h -o` with the format JOBS. Lines that aren't like that are left out."""
+    found = []
+    for line in shown.splitlines():
+        parts = line.split("|", 9)
+        if len(parts) == 10:
+            name, user, partitions, state, reason, where, excluded, limit, left, title = parts
+            found.append(Job(name, user, tuple(partitions.split(",")), state, reason, where,
+                             hosts(excluded) if excluded else (), seconds(limit), seconds(left), title))
+    return tuple(found)
+
+
+def nodes(shown: str) -> tuple[Nodes, ...]:
+    """From `sinfo -h -o` with the format NODES. Lines that aren't like that are left out."""
+    found = []
+    for line in shown.splitlines():
+        parts = line.split("|")
+        if len(parts) == 4:
+            partition, state, names, limit = parts
+            found.append(Nodes(partition.removesuffix("*"), state.lower(), hosts(names) if names else (), seconds(limit)))
+    return tuple(found)
+
+
+def records(shown: str) -> tuple[dict[str, str], ...]:
+    """One for each line of `Name=value …`, as scontrol's --oneliner prints it."""
+    return tuple(dict(re.findall(r"(?:^|\s)([A-Za-z:]+)=(\S*)", line)) for line in shown.splitlines() if line.strip())

@@ -35,7 +35,8 @@ from rfaas_mpi.errors import ConfigError, RFaaSError, ServiceError
 from rfaas_mpi.slurm import facts, layout
 from rfaas_mpi.slurm.layout import NodeLayout
 
-__all__ = ["NodePlan", "Plan", "Said", "Wanted", "ask", "cpus_here", "private", "run"]
+__all__ = ["NARROWING", "Manager", "NodePlan", "Plan", "Said", "Wanted", "ask", "cpus_here", "listen_at", "private", "rfaas",
+           "run"]
 
 _COMMAND_S = 30.0
 _LEAVE_S = 10.0
@@ -43,7 +44,7 @@ _PR_SET_PDEATHSIG = 1
 # What makes srun kill its tasks, where they should have the time to end that Slurm gives them.
 _KILLS_STEPS = (signal.SIGTERM, signal.SIGHUP)
 # With these srun takes fewer CPUs for a step than its job has.
-_NARROWING = frozenset(("SRUN_CPUS_PER_TASK", "SLURM_CPUS_PER_TASK", "SLURM_EXACT", "SLURM_THREADS_PER_CORE",
+NARROWING = frozenset(("SRUN_CPUS_PER_TASK", "SLURM_CPUS_PER_TASK", "SLURM_EXACT", "SLURM_THREADS_PER_CORE",
                         "SLURM_NTASKS_PER_CORE", "SLURM_NTASKS_PER_SOCKET", "SLURM_HINT"))
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -105,7 +106,7 @@ def run(wanted: Wanted, environ: Mapping[str, str], progress: Callable[[str], No
         shown = _started(["scontrol", "show", "job", "-d", "-o", str(job.job)])
         settings = _started(["scontrol", "show", "config"])
         where = facts.node_addresses(_answer(addresses))
-        manager = stack.enter_context(_Manager(directory, _listen_at(job.nodes, where, environ)))
+        manager = stack.enter_context(Manager(directory, listen_at(job.nodes, where, environ)))
         ids = facts.core_ids(_answer(shown))
         if missing := [node for node in job.nodes if node not in ids or node not in where]:
             raise ServiceError(f"Slurm doesn't say which cores the job has on {', '.join(missing)}",
@@ -138,7 +139,7 @@ def _told_to_end() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _listen_at(nodes: Sequence[str], where: Mapping[str, str], environ: Mapping[str, str]) -> str:
+def listen_at(nodes: Sequence[str], where: Mapping[str, str], environ: Mapping[str, str]) -> str:
     """Where the job's nodes reach this one; "" where this is the only one. ServiceError where nothing leads there."""
     here = environ.get("SLURMD_NODENAME", "")
     if here in nodes:
@@ -249,7 +250,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def _rfaas(*words: str) -> list[str]:
+def rfaas(*words: str) -> list[str]:
     return [sys.executable, "-m", "rfaas_mpi.cli", *words]
 
 
@@ -259,14 +260,18 @@ def _tail(log: Path) -> str:
     return ""
 
 
-class _Manager:
-    """This job's manager: where it listens, and what a rank has to know of it."""
+class Manager:
+    """A manager for one job, or for one user's pilots: where it listens, and what a rank has to know of it.
 
-    def __init__(self, directory: Path, host: str) -> None:
+    The key lies in its directory, or in the file that is named. ServiceError if it doesn't start.
+    """
+
+    def __init__(self, directory: Path, host: str, key: Path | None = None) -> None:
         self._log = directory / "manager.log"
         user = pwd.getpwuid(os.geteuid()).pw_name
-        state, key, path = directory / "manager", directory / "key", directory / "manager.sock"
-        words = _rfaas("manager", "--json", "--directory", str(state), "--socket", str(path))
+        state, path = directory / "manager", directory / "manager.sock"
+        key = directory / "key" if key is None else key
+        words = rfaas("manager", "--json", "--directory", str(state), "--socket", str(path))
         if host:
             words += ["--listen", f"{host}:0", "--key", f"{user}={key}"]
         with self._log.open("wb") as log:
@@ -281,7 +286,7 @@ class _Manager:
                 if line.startswith(b"}"):
                     break
             else:
-                raise ServiceError(f"the job's manager didn't start: {_tail(self._log)}", hint="try: rfaas manager")
+                raise ServiceError(f"the manager didn't start: {_tail(self._log)}", hint="try: rfaas manager")
             listening = msgspec.json.decode(said)["listening"]
             self.address = next((each for each in listening if each.startswith("http")), f"unix:{path}")
             self.key = key.read_bytes() if host else b""
@@ -298,7 +303,7 @@ class _Manager:
         if self._process.stdout is not None:
             self._process.stdout.close()
 
-    def __enter__(self) -> _Manager:
+    def __enter__(self) -> Manager:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -313,8 +318,8 @@ class _Agents:
         count = str(len(plan.nodes))
         bind = ["--cpu-bind=none"] if binds else []
         words = ["srun", "--overlap", *bind, "--mem=0", "--mpi=none", f"--nodes={count}", f"--ntasks={count}",
-                 "--ntasks-per-node=1", "--kill-on-bad-exit=0", *_rfaas("slurm", "agent")]
-        environment = {name: value for name, value in environ.items() if name not in _NARROWING}
+                 "--ntasks-per-node=1", "--kill-on-bad-exit=0", *rfaas("slurm", "agent")]
+        environment = {name: value for name, value in environ.items() if name not in NARROWING}
         with self._log.open("wb") as log:
             # All of the job's CPUs and memory, beside the ranks' step; bound to none.
             self._process = _start(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,

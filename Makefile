@@ -16,7 +16,7 @@ help:  ## list the targets
 
 # --- set-up ------------------------------------------------------------------
 
-EXTENSION_SOURCES := setup.py $(wildcard csrc/*.[ch] csrc/agent/*.c csrc/verbs/*.[ch] csrc/verbs/null/*.[ch] csrc/verbs/bench/*.[ch]) \
+EXTENSION_SOURCES := setup.py $(wildcard csrc/*.[ch] csrc/agent/*.c csrc/hook/*.c csrc/verbs/*.[ch] csrc/verbs/null/*.[ch] csrc/verbs/bench/*.[ch]) \
     $(wildcard rfaas_mpi/fabric/*.pyx rfaas_mpi/fabric/*.pxi rfaas_mpi/fabric/*.pxd)
 
 setup: $(VENV)/.installed  ## system packages, .venv and the build; quick the second time

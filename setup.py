@@ -58,6 +58,10 @@ class PlainLibrary(Extension):
     """A shared library that is loaded with dlopen and knows nothing of Python."""
 
 
+class PlainProgram(Extension):
+    """A program that knows nothing of Python."""
+
+
 class BuildExt(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -70,7 +74,19 @@ class BuildExt(build_ext):
         extension = self.ext_map.get(fullname)
         if isinstance(extension, PlainLibrary):
             return fullname.replace(".", "/") + ".so"
+        if isinstance(extension, PlainProgram):
+            return fullname.replace(".", "/")
         return super().get_ext_filename(fullname)
+
+    def build_extension(self, ext: Extension) -> None:
+        if not isinstance(ext, PlainProgram):
+            super().build_extension(ext)
+            return
+        objects = self.compiler.compile(ext.sources, output_dir=self.build_temp, depends=ext.depends,
+                                        extra_preargs=ext.extra_compile_args)
+        program = Path(self.get_ext_fullpath(ext.name))
+        program.parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_executable(objects, str(program))
 
 
 class BuildPy(build_py):
@@ -113,6 +129,8 @@ setup(
         plain_library("rfaas_mpi._native_kernels", KERNELS, flags=("-ffast-math",)),
         # What the node agent reads many times a second.
         plain_library("rfaas_mpi.agent._reading", "csrc/agent/reading.c", flags=(HIDDEN,)),
+        # What Slurm's Prolog and Epilog run: it needs no library, and Python would take too long.
+        PlainProgram("rfaas_mpi.agent.rfaas-hook", ["csrc/hook/hook.c"], extra_compile_args=C_FLAGS),
         # What the data plane is compared with shares its wait loop and its kind of memory, nothing else.
         plain_library("rfaas_mpi.bench._bench", *BENCH, "csrc/pages.c", "csrc/poller.c", flags=(HIDDEN,)),
         plain_library(VERBS, *VERBS_SOURCES, flags=(HIDDEN,), libraries=("ibverbs",)),

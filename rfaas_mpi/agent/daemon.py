@@ -33,6 +33,7 @@ from rfaas_mpi.agent import tenure
 from rfaas_mpi.agent.detector import CoreClass, Detector, Policy
 from rfaas_mpi.agent.detector import Report as Found
 from rfaas_mpi.agent.door import Guest
+from rfaas_mpi.agent.hook import HookDoor, Starting, groups_text
 from rfaas_mpi.agent.kernel_files import ranges
 from rfaas_mpi.agent.link import LinkLost, ManagerLink, News, ReportDue
 from rfaas_mpi.agent.metrics import CONTENT_TYPE, Metrics, Standing
@@ -76,7 +77,8 @@ class Options:
     the socket. `grace_s` is left to workers whose cores are wanted back. With
     `low_priority` workers run when nobody else wants their core (None: unless cores
     are named, which says that they are nobody's). `metrics`: where its figures are read,
-    `unix:/PATH` or `HOST:PORT`; "": nowhere.
+    `unix:/PATH` or `HOST:PORT`; "": nowhere. `hook`: the directory in which Slurm's Prolog and
+    Epilog find it; None: they are not heard.
     """
 
     directory: Path
@@ -89,6 +91,7 @@ class Options:
     grace_s: float = 0.0
     low_priority: bool | None = None
     metrics: str = ""
+    hook: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,9 @@ class Agent(AgentServer):
         self._metered_at: float | None = None                # what workers used; None: there are none
         self._told_to_leave = False
         self._leave_at: float | None = None                  # whatever still runs
+        self._starting = Starting()                          # jobs, whose Prolog runs
+        self._hooks: HookDoor | None = None
+        self._waiting: list[int] = []                        # hooks that hear when nothing is lent
 
     # ---- start -----------------------------------------------------------------------------------
 
@@ -176,6 +182,7 @@ class Agent(AgentServer):
         if self.settings.service_user:
             self._serve_users()
         else:
+            self._hear_hooks(os.getpid())
             self._lock_cores()
         self.workers.guard_memory(self.settings.memory_limit, low=by_group, zygote_bytes=self.settings.zygote_memory)
         if self.options.cores is None:
@@ -204,16 +211,24 @@ class Agent(AgentServer):
         """From now on this is the service's user's process, and a spawner starts workers as theirs."""
         who = service_identity(self.settings.service_user)
         if os.geteuid() == who.uid:
+            self._hear_hooks(os.getpid())
             return                    # started as that user: it serves that one alone
         if self._lowering is not None and self.workers.low.means is not Means.AUTOGROUP:
             # Its entrance would let a user in who could take others' processes along; the spawner makes groups.
             self._lowering.close()
             self._lowering, self.workers.low = None, NO_PRIORITY
         self._spawner = Spawner.start(self.settings.uid_min, who.uid)
+        self._hear_hooks(self._spawner.pid)
         self.workers.serve_users(self._spawner)
         leave_root(who, self.options.directory)
         log.info("node=%s runs as uid %d, and workers as any user from %d on", self.node, who.uid,
                  self.settings.uid_min)
+
+    def _hear_hooks(self, maker: int) -> None:
+        """From now on; the process `maker` makes workers' groups. Where hooks find it no user may change."""
+        if self.options.hook is not None:
+            low = None if self._lowering is None else self._lowering.directory
+            self._hooks = HookDoor(self.selector, self.options.hook, groups_text(maker, low))
 
     def _lock_cores(self) -> None:
         """What is lent is locked from now on, against this user's embedded services and other agents on this node.
@@ -242,6 +257,10 @@ class Agent(AgentServer):
             self.socket = self.directory / "socket"          # what lies elsewhere isn't ours
         self._scrapes.close()
         super().close()
+        if self._hooks is not None:
+            # Last: until nothing is left to be taken back.
+            self._hooks.close()
+            self._hooks = None
         if self._link is not None:
             if self._told_to_leave and not self._lost and not self._link.flush(SAY_S):
                 log.warning("node=%s left without the manager's word that it knows", self.node)
@@ -285,6 +304,10 @@ class Agent(AgentServer):
             seen = Lendable(report.spare, min(report.memory_bytes, self._memory()),
                             {core.cpu: core.numa for core in report.cores if core.spare},
                             {core.cpu: core.why for core in report.cores if not core.spare})
+            self._starting.there(self._watch.jobs)
+        if jobs := self._starting.jobs:
+            # Which cores it gets is known once its group is there.
+            seen = Lendable((), 0, {}, {**seen.kept, **dict.fromkeys(seen.cores, f"job {jobs[0]} is about to start")})
         self._seen = seen
         if now >= self._others_at:
             self._see_others(now)
@@ -295,6 +318,18 @@ class Agent(AgentServer):
             self.lendable = seen
             self._changed = True
             self._do(self.tenures.lend(frozenset(seen.cores), self.options.grace_s, now), now)
+
+    def first(self, now: float) -> None:
+        for news in self._hooks.hear() if self._hooks is not None else ():
+            if news.starts:
+                log.info("job=%s is about to start: everything that is lent is taken back", news.job)
+                self._starting.prolog(news.job, now)
+                self._waiting.append(news.caller)
+                self._look(now)
+                # Whatever grace it had.
+                self._do(self.tenures.lend((), 0.0, now), now)
+            elif self._starting.epilog(news.job):
+                self._look(now)
 
     def _see_others(self, now: float) -> bool:
         """Looks which cores another service of this user lends; True if that is news."""
@@ -425,7 +460,7 @@ class Agent(AgentServer):
 
     def deadlines(self, now: float) -> list[float]:
         times = [self.tenures.next_deadline(), self._leave_at, self._others_at, self._scrapes.next_deadline(),
-                 None if self._watch is None else self._watch.next_deadline(),
+                 None if self._watch is None else self._watch.next_deadline(), self._starting.next_deadline(),
                  None if self._metered_at is None else self._metered_at + self.settings.meter_s]
         return [time for time in times if time is not None]
 
@@ -433,6 +468,9 @@ class Agent(AgentServer):
         if self._watch is not None and now >= self._watch.next_deadline():
             self._look(now)
         if now >= self._others_at and self._see_others(now):
+            self._look(now)
+        if self._starting.tick(now):
+            log.warning("node=%s a job that was about to start has no group yet; it is waited for no longer", self.node)
             self._look(now)
         self._scrapes.tick(now)
         self._do(self.tenures.tick(now), now)
@@ -443,6 +481,9 @@ class Agent(AgentServer):
             self._leave_at = now + self.options.grace_s + LEAVE_S
             self._changed = True
             self._do(self.tenures.leave(self.options.grace_s, now), now)
+        if self._waiting and self._hooks is not None and not self.tenures and not self.core.workers:
+            self._hooks.answer(self._waiting)
+            self._waiting.clear()
         self._meter(now)
         if self._locks is not None:
             self._locks.keep_only(self.tenures.in_use)
@@ -746,6 +787,9 @@ def run(options: Options, settings: Settings, ready: Callable[[dict[str, Any]], 
     socket_path = options.socket or options.directory / "socket"
     if len(os.fsencode(socket_path)) > SOCKET_PATH_MAX:
         raise ConfigError(f"{socket_path} is too long for a socket's path", hint="name a shorter one with --socket")
+    if options.hook is not None and options.cores is not None:
+        raise ConfigError("cores that are named are no job's, and a job's Prolog has nothing to take back there",
+                          hint="leave out --cores, or --hook")
     agent = Agent(options, settings)
     try:
         agent.start()

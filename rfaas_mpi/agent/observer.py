@@ -523,6 +523,7 @@ class NodeWatch:
     def __init__(self, detector: Detector, observer: Observer, root: Path = Path("/")) -> None:
         self.detector = detector
         self.observer = observer
+        self.jobs: frozenset[str] = frozenset()      # numbers of those whose groups say what is theirs
         self._load = LoadReader(root)
         self._next_load = -math.inf
 
@@ -537,7 +538,9 @@ class NodeWatch:
 
     def step(self, now: float, ours_s: dict[int, float] | None = None) -> Report:
         """What may be lent now; `ours_s` is the CPU time that our workers used on each CPU so far."""
-        self.detector.observe(self.observer.read(now))
+        observed = self.observer.read(now)
+        self.jobs = frozenset(job.name.rpartition("/")[2] for job in observed.jobs if not job.pending)
+        self.detector.observe(observed)
         if now >= self._next_load and self.detector.wants_load:
             # Missed samples aren't made up for.
             self._next_load = max(self._next_load + SAMPLE_S, now + SAMPLE_S / 2)

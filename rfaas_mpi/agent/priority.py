@@ -215,6 +215,11 @@ class Lowering:
         else:
             self.priority = NO_PRIORITY
 
+    @property
+    def directory(self) -> Path | None:
+        """Where the group is; None: there is none."""
+        return None if self._group is None else self._group.directory
+
     def close(self) -> None:
         """Returns when killed workers have left it. Safe to call twice. OSError if one doesn't."""
         if self._group is None:

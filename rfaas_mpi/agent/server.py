@@ -195,7 +195,9 @@ class AgentServer(ABC):
     def run(self) -> None:
         """Serves until it is told to leave."""
         while not self.leaving:
-            for key, mask in self.selector.select(self._patience()):
+            happened = self.selector.select(self._patience())
+            self.first(time.monotonic())
+            for key, mask in happened:
                 # What was handled just before may have closed it, and its
                 # number may belong to something else already.
                 if not self.leaving and self.selector.get_map().get(key.fd) == key:
@@ -311,6 +313,9 @@ class AgentServer(ABC):
     def deadlines(self, now: float) -> list[float]:
         """When to call on_time() and settled() at the latest."""
         return []
+
+    def first(self, now: float) -> None:
+        """Before anything else that has happened is looked at."""
 
     def on_time(self, now: float) -> None:
         """Once in each turn of the loop, after the workers' time limits."""

@@ -37,6 +37,8 @@ SITE_DIRECTORY = Path("/run/rfaas")
               help="Of workers, beside what else runs on their cores; auto: normal on cores that are named, else low.")
 @click.option("--metrics", metavar="ADDRESS", default="",
               help="Where Prometheus finds /metrics, without proving who it is: HOST:PORT, unix:/PATH.  [default: nowhere]")
+@click.option("--hook", metavar="DIRECTORY", type=click.Path(file_okay=False, path_type=Path), default=None,
+              help="Where Slurm's Prolog and Epilog find it.  [default: they don't]")
 @click.option("--directory", metavar="DIRECTORY", type=click.Path(file_okay=False, path_type=Path), default=None,
               help="Its files.  [default: agent-NODE in /run/rfaas for root, else in the runtime directory]")
 @click.option("--foreground", is_flag=True, hidden=True, expose_value=False, help="The default.")
@@ -66,7 +68,7 @@ def agent(out: Output, **options: Any) -> None:
 
 def serve(ready: Any, *, manager: str | None, listen: tuple[str, ...], socket: str | None, node: str | None,
           cores: str | None, keep: str | None, grace_s: float, priority: str, metrics: str,
-          directory: Path | None, **given: Any) -> None:
+          directory: Path | None, hook: Path | None = None, **given: Any) -> None:
     """Runs the agent until it is told to end; `ready` gets its facts once it listens. `given` are settings."""
     _need_the_extra()
     from rfaas_mpi.agent import daemon
@@ -82,7 +84,8 @@ def serve(ready: Any, *, manager: str | None, listen: tuple[str, ...], socket: s
         directory=place, node=name, socket=Path(socket).absolute() if socket is not None and unix else None, unix=unix,
         listen=tuple(Address.parse(each, port_0=True) for each in listen), cores=_cores("--cores", cores),
         keep=_cores("--keep", keep), grace_s=grace_s,
-        low_priority={"auto": None, "low": True, "normal": False}[priority], metrics=metrics), settings, ready)
+        low_priority={"auto": None, "low": True, "normal": False}[priority], metrics=metrics,
+        hook=None if hook is None else hook.absolute()), settings, ready)
 
 
 def _directory(settings: Any) -> Path:

@@ -1,0 +1,281 @@
+"""A job that starts on a node that lends: everything back before its first task, whatever state the agent is in."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import faults
+import pytest
+import slurm_cluster
+from cluster import tell, wait_until
+from site_of_users import ALICE, Site
+from slurm_cluster import Slurm
+from test_apps import needs_two_cores
+
+import rfaas_mpi
+from rfaas_mpi.agent.groups import Group, Roots
+from rfaas_mpi.agent.hook import HOLD_S, Starting
+from rfaas_mpi.agent.kernel_files import read_text
+
+HOOK = Path(rfaas_mpi.__file__).parent / "agent" / "rfaas-hook"
+GUARD_S = 60
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes control groups: needs root")
+
+
+# --- what is decided ---------------------------------------------------------
+
+def test_nothing_is_lent_until_the_job_s_group_says_what_is_its():
+    starting = Starting()
+    starting.prolog("7", 100.0)
+    assert starting.jobs == ("7",)
+    assert not starting.there({"6"}) and starting.jobs
+    assert starting.there({"6", "7"}) and not starting.jobs
+
+
+def test_a_job_that_ends_or_never_comes_is_waited_for_no_longer():
+    starting = Starting()
+    starting.prolog("7", 100.0)
+    starting.prolog("8", 101.0)
+    assert starting.epilog("7") and not starting.epilog("7")
+    assert not starting.tick(100.5 + HOLD_S) and starting.next_deadline() == 101.0 + HOLD_S
+    assert starting.tick(101.0 + HOLD_S) and not starting.jobs
+
+
+# --- the hook alone ----------------------------------------------------------
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(["sleep", "600"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def run(directory: Path, *words: str, **changes: str) -> None:
+    """As slurmd does; it must end well whatever there is."""
+    environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_UID": "1000", **changes}
+    done = subprocess.run([HOOK, *words, *([directory] if words else [])], env=environment, cwd="/", timeout=GUARD_S,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def name(directory: Path, process: subprocess.Popen[bytes], *groups: object) -> None:
+    """Writes what an agent does."""
+    began = read_text(Path(f"/proc/{process.pid}/stat")).rpartition(")")[2].split()[19]
+    (directory / "groups").write_text("".join(f"group {group}\n" for group in groups)
+                                      + f"agent {process.pid} {began}\n")
+    (directory / "groups").chmod(0o644)
+
+
+class Agent:
+    """Listens, and says `answer` to the first hook that comes; None: it accepts nobody."""
+
+    def __init__(self, directory: Path, answer: bytes | None) -> None:
+        self.heard = b""
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(str(directory / "socket"))
+        self._socket.listen(8)
+        self._socket.settimeout(GUARD_S)
+        self._answer = answer
+        self._thread = threading.Thread(target=self._serve)
+
+    def __enter__(self) -> Agent:
+        if self._answer is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._answer is not None:
+            self._thread.join(GUARD_S)
+        self._socket.close()
+
+    def _serve(self) -> None:
+        connection, _ = self._socket.accept()
+        with connection:
+            connection.settimeout(GUARD_S)
+            self.heard = connection.recv(100)
+            connection.sendall(self._answer or b"")
+
+
+def test_the_hook_ends_well_where_there_is_no_agent_and_never_was_one(tmp_path):
+    run(tmp_path / "nowhere", "prolog")
+    run(tmp_path / "nowhere", "epilog")
+    run(tmp_path / ("x" * 200), "prolog")
+    run(tmp_path)                    # as Slurm itself starts it
+
+
+def test_an_agent_that_answers_is_told_the_job_and_keeps_what_it_has(tmp_path, sleeper):
+    name(tmp_path, sleeper)
+    with Agent(tmp_path, b"free\n") as agent:
+        run(tmp_path, "prolog")
+    assert agent.heard == b"prolog 7 1000\n"
+    assert sleeper.poll() is None
+
+
+def test_a_job_that_ends_is_told_and_nobody_is_waited_for(tmp_path, sleeper):
+    name(tmp_path, sleeper)
+    with Agent(tmp_path, b"") as agent:
+        run(tmp_path, "epilog")
+    assert agent.heard == b"epilog 7 1000\n"
+    assert sleeper.poll() is None
+
+
+@pytest.mark.parametrize("answer", [None, b"", b"fre", b"later"], ids=["hung", "hangs up", "half", "nonsense"])
+def test_what_an_agent_without_an_answer_started_ends_with_it(tmp_path, sleeper, answer):
+    name(tmp_path, sleeper)
+    with Agent(tmp_path, answer):
+        run(tmp_path, "prolog")
+    assert sleeper.wait(GUARD_S) == -signal.SIGKILL
+
+
+def test_words_of_slurm_that_are_no_numbers_go_nowhere(tmp_path):
+    with Agent(tmp_path, b"free\n") as agent:
+        run(tmp_path, "prolog", SLURM_JOB_ID="7\nepilog 8", SLURM_JOB_UID="")
+    assert agent.heard == b"prolog 0 0\n"
+
+
+def test_a_list_that_others_may_write_is_not_believed(tmp_path, sleeper):
+    name(tmp_path, sleeper)
+    (tmp_path / "groups").chmod(0o666)
+    run(tmp_path, "prolog")
+    assert sleeper.poll() is None
+
+
+def test_a_process_that_only_has_the_agent_s_number_lives(tmp_path, sleeper):
+    (tmp_path / "groups").write_text(f"agent {sleeper.pid} 1\n")
+    run(tmp_path, "prolog")
+    assert sleeper.poll() is None
+
+
+@needs_root
+def test_what_is_in_the_agent_s_groups_is_killed_and_nothing_else(tmp_path, sleeper):
+    roots = Roots.find()
+    assert roots.memory is not None, roots.why_not
+    inside, beside = subprocess.Popen(["sleep", "600"]), subprocess.Popen(["sleep", "600"])
+    mine = Group.make(f"rfaas-test.{os.getpid()}.1-w1", roots, 1 << 30)
+    other = Group.make(f"rfaas-test.{os.getpid()}.2-w1", roots, 1 << 30)
+    try:
+        mine.enter(inside.pid)
+        other.enter(beside.pid)
+        name(tmp_path, sleeper, *dict.fromkeys(directory.parent / f"rfaas-test.{os.getpid()}.1-"
+                                               for directory in (mine.memory, mine.pids) if directory is not None))
+        run(tmp_path, "prolog")
+        assert inside.wait(GUARD_S) == -signal.SIGKILL
+        assert beside.poll() is None and sleeper.poll() is None, "others', and the agent, live on"
+    finally:
+        for process in (inside, beside):
+            process.kill()
+            process.wait()
+        mine.close()
+        other.close()
+
+
+# --- with Slurm --------------------------------------------------------------
+
+# Has work for a worker until it is told to end; then says whether all was right.
+BORROWS = """
+    import threading
+    def square(x):
+        time.sleep(0.002)
+        return x * x
+    ends = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.readline(), ends.set()), daemon=True).start()
+    rounds = 0
+    with Executor(workers=1) as ex:
+        while not ends.is_set():
+            assert list(ex.map(square, range(20))) == [x * x for x in range(20)]
+            rounds += 1
+            if rounds == 1:
+                say("began")
+    say("right")
+"""
+
+# How many processes are in workers' groups.
+LOOK = r"""
+count() { sed -n 's/^group //p' "$1/groups" | while read -r prefix; do cat "$prefix"w*/cgroup.procs; done 2>/dev/null |
+          sort -u | wc -l; }
+"""
+
+
+class Node:
+    """A real Slurm of one node, whose cores a site's agent lends while no job has them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory / "hook"
+        hooks = {}
+        for kind in ("prolog", "epilog"):
+            hooks[kind] = directory / kind
+            hooks[kind].write_text(f"#!/bin/sh\nexec '{HOOK}' {kind} '{self.directory}'\n")
+            hooks[kind].chmod(0o755)
+        self.slurm = Slurm(1, 2, confined=True, settings={
+            "Prolog": hooks["prolog"], "Epilog": hooks["epilog"], "PrologFlags": "Alloc,Contain"})
+        self.site = Site("", ["--hook", str(self.directory)])
+
+    def __enter__(self) -> Node:
+        self.slurm.start()
+        try:
+            self.site.start()
+        except BaseException:
+            self.slurm.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.site.close()
+        self.slurm.close()
+
+    def workers(self) -> int:
+        return int(subprocess.run(["bash", "-c", f'{LOOK} count "$1"', "look", self.directory], check=True,
+                                  capture_output=True, text=True, timeout=GUARD_S).stdout)
+
+    def job(self) -> int:
+        """One with both cores, that says how many workers there are when it starts, and then waits to be ended."""
+        return self.slurm.submit(f'#!/bin/bash\n{LOOK}\necho workers $(count "{self.directory}")\n'
+                                 f'until [ -e "{self.slurm.directory}/end" ]; do sleep 0.05; done\n',
+                                 "--ntasks=1", "--cpus-per-task=2")
+
+    def end(self, job: int) -> str:
+        (self.slurm.directory / "end").touch()
+        assert self.slurm.ended(job) == "COMPLETED", self.slurm.said()
+        return self.slurm.output(job)
+
+
+@needs_root
+@needs_two_cores
+def test_no_worker_is_left_when_a_job_s_first_task_starts_and_after_it_they_are_back(tmp_path):
+    tmp_path.chmod(0o755)
+    with Node(tmp_path) as node, node.site.running(ALICE, BORROWS) as rank:
+        assert faults.line(rank) == "began"
+        wait_until(node.workers, "a worker runs")
+        job = node.job()
+        node.slurm.wait_until(lambda: node.slurm.output(job), "the job runs")
+        wait_until(lambda: f"job={job} is about to start" in node.site.agent.said(), "the agent was told")
+        wait_until(lambda: node.site.free() == 0, "nothing is lent to anybody else")
+        assert node.end(job) == "workers 0\n"
+        wait_until(lambda: node.workers() or node.site.free(), "its cores are lent again")
+        tell(rank, "end")
+        assert faults.line(rank) == "right"
+
+        # The same while the agent is stopped: then the hook kills.
+        (node.slurm.directory / "end").unlink()
+        with node.site.running(ALICE, BORROWS) as rank:
+            assert faults.line(rank) == "began"
+            wait_until(node.workers, "a worker runs")
+            node.site.agent.signal(signal.SIGSTOP)
+            try:
+                job = node.job()
+                assert node.end(job) == "workers 0\n"
+                state = node.slurm.run("sinfo", "-h", "-N", "-o", "%T").strip()
+                assert state in ("idle", "completing"), state
+            finally:
+                node.site.agent.signal(signal.SIGCONT)
+            tell(rank, "end")
+            assert faults.line(rank) == "right"
+        wait_until(lambda: node.site.free() == 1, "its cores are lent again")

@@ -59,11 +59,13 @@ def two_nodes() -> Cluster:
 def blackscholes(cluster: Cluster, report: Path, **changes: str) -> None:
     """The main job with a worker of each node; its verdict is checked."""
     launcher = Path(sys.executable).with_name("mpiexec")
+    environment = faults.environment(**cluster.environment, **changes)
+    # What the apps share lies beside them, and isn't looked for there where a path of another version is safe.
+    environment["PYTHONPATH"] = os.pathsep.join((environment["PYTHONPATH"], str(APPS)))
     done = subprocess.run([str(launcher) if launcher.exists() else "mpiexec", "-n", "1", sys.executable,
                            str(APPS / "blackscholes.py"), "--options", "100000", "--workers", "2", "--rounds", "1",
                            "--json", str(report)],
-                          env=faults.environment(**cluster.environment, **changes), capture_output=True, text=True,
-                          timeout=100)
+                          env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(report.read_text())["verdict"]["correct"] is True
 

@@ -404,7 +404,7 @@ def crossover(out: Output, **arguments: Any) -> None:
               help="With tcp: the worker in a network namespace of its own, as on another node. Needs root.")
 @click.pass_obj
 def split(out: Output, **arguments: Any) -> None:
-    """What dividing a kernel costs, and whether its prediction holds.
+    """What a split costs, and if its prediction holds.
 
     Kernels of 1, 4.5 and 20 ms, in C and in numpy: run by the rank alone in a
     split's cells beside one bare call, divided beside halves by hand, set up

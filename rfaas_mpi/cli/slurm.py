@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from rfaas_mpi.cli.output import Output
+from rfaas_mpi.cli.pilots import pilot, pilots
 from rfaas_mpi.cli.shape import Finished, Ordered, common, examples
 
 __all__ = ["slurm"]
@@ -90,6 +91,10 @@ def script(out: Output, command: tuple[str, ...], template: Path | None, **optio
     text = render.script(render.Script(command=command, **options),
                          render.TEMPLATE if named is None else Path(named).read_text())
     out.answer({"script": text}, text.splitlines())
+
+
+slurm.add_command(pilots)
+slurm.add_command(pilot)
 
 
 @slurm.command(hidden=True)

@@ -1,0 +1,242 @@
+"""Keeps pilots in the queue: asks Slurm, and does what pilots.py says, in the foreground until it is told to end.
+
+    rfaas slurm pilots ──┬── rfaas manager                                      unless there is one
+                         └── sbatch … srun … rfaas slurm pilot                  an agent on each node, while it is idle
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import pwd
+import shlex
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from rfaas_mpi.errors import ConfigError, RFaaSError, ServiceError
+from rfaas_mpi.slurm import facts, pilots, run
+from rfaas_mpi.slurm.pilots import Cancel, Filling, Preemption, Submit, Wanted
+
+__all__ = ["Line", "fill", "look_up", "own_directory", "own_manager", "pilot_directory"]
+
+# One squeue and one sinfo in so many seconds, at the most.
+_LOOK_S = 10.0
+# So often the manager is asked which agents are there.
+_AGENTS_S = 0.5
+_LEAVE_S = 5.0
+
+
+class Line(msgspec.Struct, frozen=True):
+    """How ranks and pilots reach the manager: variables for ranks, options for `rfaas slurm pilot`.
+
+    `agents` says on which nodes this user's agents lend something now, None while the manager can't be reached.
+    """
+
+    environment: dict[str, str]
+    options: tuple[str, ...]
+    agents: Callable[[], frozenset[str] | None]
+
+
+def look_up(partition: str, qos: str | None) -> Preemption:
+    """Whether pilots in this partition would be preempted. ServiceError where Slurm doesn't answer."""
+    config = run.ask(["scontrol", "show", "config"])
+    partitions = run.ask(["scontrol", "show", "partition", "--oneliner"])
+    known = ""
+    # Without accounts (slurmdbd) there are no QOSes, and where there are, they may not be everybody's to see.
+    with contextlib.suppress(RFaaSError):
+        known = run.ask(["sacctmgr", "--noheader", "--parsable2", "show", "qos", "format=Name,Preempt,PreemptMode,UsageFactor"])
+    return pilots.preemption(partition, config, partitions, known, qos)
+
+
+@contextlib.contextmanager
+def own_directory(named: Path | None, partition: str) -> Iterator[Path]:
+    """Where the key and the pilots' logs are, on a file system that all nodes see; removed in the end.
+
+    ConfigError where it isn't this user's alone, or another `rfaas slurm pilots` has it.
+    """
+    if named is None:
+        above = Path.home() / ".rfaas"
+        above.mkdir(mode=0o700, exist_ok=True)
+        named = above / f"pilots-{partition}"
+    path = run.private(named.absolute())
+    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another `rfaas slurm pilots` runs with {path}",
+                              hint="end that one, or name another --directory") from None
+        _clear(path)
+        try:
+            yield path
+        finally:
+            _clear(path)
+            # It may be one that was there, with other files in it.
+            with contextlib.suppress(OSError):
+                path.rmdir()
+    finally:
+        os.close(held)
+
+
+def _clear(directory: Path) -> None:
+    for path in (directory / "key", *directory.glob("pilot-*.log")):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def own_manager(directory: Path, partition: str) -> Iterator[run.Manager]:
+    """A manager on this node for this user's pilots; its key is in that directory. ServiceError if it doesn't start."""
+    known = facts.nodes(run.ask(["sinfo", "-h", "-p", partition, "-o", facts.NODES]))
+    first = next((node for each in known for node in each.nodes), None)
+    if first is None:
+        raise ConfigError(f"the partition {partition} has no nodes", hint="what says `sinfo`?")
+    where = facts.node_addresses(run.ask(["scontrol", "show", "node", "-o", first]))
+    # Its ledger may not lie on a file system of several nodes.
+    with tempfile.TemporaryDirectory(prefix=f"rfaas-pilots-{os.geteuid()}-") as state, \
+            run.Manager(Path(state), run.listen_at([first], where, {}), directory / "key") as manager:
+        yield manager
+
+
+@contextlib.contextmanager
+def pilot_directory(job: str) -> Iterator[Path]:
+    """A pilot's files on its node; removed in the end, and what a killed one left with the next one's beginning."""
+    above = run.private(Path(tempfile.gettempdir(), f"rfaas-pilots-{os.geteuid()}"))
+    for left in above.iterdir():
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+    path = above / job
+    path.mkdir(mode=0o700, exist_ok=True)
+    with _locked(path):
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """OSError where somebody else has it."""
+    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(held)
+
+
+def fill(wanted: Wanted, directory: Path, line: Line, ready: Callable[[], None], say: Callable[[str], None]) -> None:
+    """Keeps pilots queued until SIGTERM, SIGHUP or Ctrl-C, then cancels them all.
+
+    ServiceError where Slurm doesn't take the first ones; later it is only said, and tried again.
+    """
+    _Filler(wanted, directory, line, say).run(ready)
+
+
+class _Filler:
+    """Owns the pilots of one directory: those in the queue, and those that run."""
+
+    def __init__(self, wanted: Wanted, directory: Path, line: Line, say: Callable[[str], None]) -> None:
+        self._wanted, self._directory, self._line, self._tell = wanted, directory, line, say
+        self._user = pwd.getpwuid(os.geteuid()).pw_name
+        self._name = f"rfaas-pilot-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:8]}"
+        self._filling = Filling(wanted, self._user, self._name)
+        self._end = threading.Event()
+        self._agents: frozenset[str] = frozenset()
+        self._said = ""
+        binds = "task/affinity" in facts.config_value(run.ask(["scontrol", "show", "config"]), "TaskPlugin")
+        self._step = ["srun", "--overlap", *(["--cpu-bind=none"] if binds else []), "--mem=0", "--mpi=none", "--nodes=1",
+                      "--ntasks=1"]
+
+    def run(self, ready: Callable[[], None]) -> None:
+        before = {number: signal.signal(number, lambda *_: self._end.set())
+                  for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        try:
+            # Of a command that was killed: they know another manager.
+            self._cancel_all()
+            self._look()
+            ready()
+            self._go_on()
+        finally:
+            try:
+                self._cancel_all()
+                self._see_them_leave()
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    def _go_on(self) -> None:
+        looked = time.monotonic()
+        while not self._end.wait(_AGENTS_S):
+            try:
+                for node in self._changes():
+                    self._act(self._filling.left(node, time.monotonic()))
+                if time.monotonic() - looked >= _LOOK_S:
+                    looked = time.monotonic()
+                    self._look()
+                    self._said = ""
+            except ServiceError as error:
+                # Ctrl-C ends a command of Slurm's, too.
+                if not self._end.is_set():
+                    self._say(f"{Exception.__str__(error)}; it is tried again")
+
+    def _look(self) -> None:
+        nodes = facts.nodes(run.ask(["sinfo", "-h", "-a", "-o", facts.NODES]))
+        mine = {node for each in nodes if each.partition == self._wanted.partition for node in each.nodes}
+        beside = sorted({each.partition for each in nodes if not mine.isdisjoint(each.nodes)})
+        jobs = facts.jobs(run.ask(["squeue", "-h", "-a", "-p", ",".join(beside or [self._wanted.partition]), "-t",
+                                   "PENDING,RUNNING,CONFIGURING,SUSPENDED", "-o", facts.JOBS]))
+        self._act(self._filling.look(jobs, nodes, time.monotonic()))
+
+    def _act(self, actions: Sequence[pilots.Action]) -> None:
+        for action in actions:
+            match action:
+                case Cancel(job=job):
+                    run.ask(["scancel", job])
+                case Submit():
+                    run.ask(["sbatch", "--parsable", f"--chdir={self._directory}", f"--wrap={self._script(action)}",
+                             *pilots.batch_options(action, self._wanted, self._name, f"{self._directory}/pilot-%N.log")])
+
+    def _script(self, submit: Submit) -> str:
+        words = [*self._step, *run.rfaas("slurm", "pilot"), *self._line.options]
+        if self._wanted.time_min is None:
+            words.append(f"--minutes={submit.minutes}")
+        return f"unset {' '.join(sorted(run.NARROWING))}; exec {shlex.join(words)}"
+
+    def _changes(self) -> list[str]:
+        """On which nodes the agent has left; both are said."""
+        now = self._line.agents()
+        if now is None:
+            return []
+        for node in sorted(now - self._agents):
+            self._tell(f"rfaas: {node} lends")
+        gone = sorted(self._agents - now)
+        for node in gone:
+            self._tell(f"rfaas: {node} has left")
+        self._agents = now
+        return gone
+
+    def _cancel_all(self) -> None:
+        try:
+            run.ask(["scancel", "--user", self._user, "--name", self._name])
+        except RFaaSError as error:
+            self._say(f"pilots may be left (scancel --name {self._name}): {Exception.__str__(error)}")
+
+    def _see_them_leave(self) -> None:
+        """They tell the manager what was used."""
+        deadline = time.monotonic() + _LEAVE_S
+        while self._line.agents() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def _say(self, what: str) -> None:
+        if what != self._said:
+            self._said = what
+            self._tell(f"rfaas: {what}")

@@ -1,0 +1,156 @@
+"""Pilot jobs on a real Slurm: idle nodes lend, give way to any other job, and lend again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+from slurm_cluster import GUARD_S, Slurm
+from test_apps import needs_two_cores
+from test_slurm_run import processes
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RFAAS = Path(sys.executable).with_name("rfaas")
+
+# Borrows both nodes' cores, says so, and computes until it is told that it's enough.
+PROGRAM = r"""
+import os, sys, time
+import rfaas_mpi as rf
+def square(number):
+    return number * number
+with rf.Executor(workers=(2, 2), lease_timeout_s=30) as executor:
+    print("borrowed", len(executor.workers), flush=True)
+    rounds = 0
+    while not os.path.exists(sys.argv[1]):
+        assert list(executor.map(square, range(64))) == [n * n for n in range(64)]
+        rounds += 1
+    assert list(executor.map(square, range(64))) == [n * n for n in range(64)]
+    print("right", len(executor.workers), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    settings = {"PreemptType": "preempt/partition_prio", "PreemptMode": "CANCEL"}
+    partitions = ("low PriorityTier=1 PreemptMode=CANCEL GraceTime=0 MaxTime=30 TRESBillingWeights=CPU=0.25",
+                  "high PriorityTier=10 PreemptMode=OFF")
+    with slurm_cluster.cluster(2, 2, settings=settings, partitions=partitions) as found:
+        (found.directory / "program.py").write_text(PROGRAM)
+        yield found
+
+
+class Pilots:
+    """`rfaas slurm pilots`, in the foreground of a process of its own."""
+
+    def __init__(self, slurm: Slurm, *options: object) -> None:
+        self.slurm = slurm
+        self.directory = slurm.directory / "pilots"
+        self._out, self._err = slurm.directory / "pilots.out", slurm.directory / "pilots.err"
+        words = [RFAAS, "slurm", "pilots", "--json", "--partition", "low", "--directory", self.directory, *options]
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = subprocess.Popen([*map(str, words)], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                                            env={**slurm.environment, "PYTHONPATH": str(REPOSITORY)}, cwd=slurm.directory)
+
+    @property
+    def said(self) -> str:
+        logs = "\n".join(log.read_text(errors="replace")[-2000:] for log in self.directory.glob("*.log"))
+        return self._err.read_text() + self._out.read_text() + logs
+
+    def until(self, condition: Callable[[], object], what: str) -> object:
+        def still() -> object:
+            assert self.process.poll() is None, self.said
+            return condition()
+        try:
+            return self.slurm.wait_until(still, what)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.said}") from None
+
+    def environment(self) -> dict[str, str]:
+        self.until(lambda: self._out.read_text().endswith("}\n"), "pilots are queued")
+        answer = json.loads(self._out.read_text())
+        assert "environment" in answer, self.said
+        return answer["environment"]
+
+    def lending(self) -> set[str]:
+        """Which nodes lend, by what was said so far."""
+        found: set[str] = set()
+        for node, what in re.findall(r"^rfaas: (\S+) (lends|has left)$", self._err.read_text(), re.MULTILINE):
+            (found.add if what == "lends" else found.discard)(node)
+        return found
+
+    def close(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(GUARD_S) == 0, self.said
+
+    def __enter__(self) -> Pilots:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(GUARD_S)
+
+
+def running(slurm: Slurm) -> list[str]:
+    return slurm.run("squeue", "-h", "-p", "low", "-t", "RUNNING", "-o", "%N").split()
+
+
+@needs_two_cores
+def test_pilots_lend_idle_nodes_and_give_way_and_come_back_and_leave_nothing(slurm):
+    with Pilots(slurm, "--nodes-max", 2, "--lengths", "10,20") as pilots:
+        environment = pilots.environment()
+        pilots.until(lambda: pilots.lending() == {"n1", "n2"}, "both nodes lend")
+        enough = slurm.directory / "enough"
+        borrower = subprocess.Popen(
+            [sys.executable, "program.py", enough], env={**slurm.environment, **environment, "PYTHONPATH": str(REPOSITORY)},
+            cwd=slurm.directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            assert borrower.stdout is not None
+            began = borrower.stdout.readline()
+            assert began == "borrowed 2\n", began + borrower.communicate(timeout=GUARD_S)[0]
+            owner = slurm.submit("#!/bin/bash\nexec sleep 600\n", "--partition=high", "--nodes=2", "--exclusive")
+            slurm.wait_until(lambda: slurm.state(owner) == "RUNNING", "the other job runs")
+            assert running(slurm) == []
+            pilots.until(lambda: not pilots.lending(), "no node lends")
+            enough.touch()
+            said, _ = borrower.communicate(timeout=GUARD_S)
+            assert "right 0\n" in said and borrower.returncode == 0, said
+        finally:
+            borrower.kill()
+            borrower.wait()
+        slurm.run("scancel", owner)
+        pilots.until(lambda: pilots.lending() == {"n1", "n2"}, "both nodes lend again")
+        # The first signal of any kind ends a pilot.
+        jobs = slurm.run("squeue", "-h", "-p", "low", "-t", "RUNNING", "-o", "%i").split()
+        for job, name in zip(jobs, ("USR1", "TSTP"), strict=True):
+            slurm.run("scancel", f"--signal={name}", job)
+            assert slurm.ended(int(job)) == "COMPLETED", pilots.said
+        key = Path(environment["RFAAS_MANAGER_KEY_FILE"])
+        assert key.stat().st_mode & 0o077 == 0
+        secret = key.read_bytes()
+        assert secret not in b"".join(path.read_bytes() for path in pilots.directory.glob("pilot-*.log"))
+        pilots.close()
+    slurm.wait_until(lambda: not slurm.run("squeue", "-h", "-p", "low"), "no pilot is left")
+    assert not pilots.directory.exists()
+    slurm.wait_until(lambda: not list(Path(tempfile.gettempdir()).glob(f"rfaas-pilots-{os.geteuid()}*/*")),
+                     "nodes have no files of pilots")
+    slurm.wait_until(lambda: not processes(re.compile(re.escape(str(pilots.directory)).encode())), "no process is left")
+
+
+def test_what_no_other_job_preempts_is_refused_and_check_says_what_there_is_to_add(slurm):
+    words = (RFAAS, "slurm", "pilots", "--partition")
+    said = slurm.run(*words, "low", "--check", PYTHONPATH=str(REPOSITORY))
+    assert "preempted   yes: jobs of high preempt those of low" in said and "CPU=0.25" in said, said
+    said = slurm.run(*words, "high", "--check", PYTHONPATH=str(REPOSITORY), check=False)
+    assert "preempted   no: the partition high has PreemptMode=OFF" in said and "PriorityTier=1 " in said, said
+    done = subprocess.run([*map(str, words), "high"], env={**slurm.environment, "PYTHONPATH": str(REPOSITORY)}, text=True,
+                          capture_output=True, timeout=GUARD_S)
+    assert done.returncode == 1 and "would keep others waiting" in done.stderr, done

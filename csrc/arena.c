@@ -169,17 +169,22 @@ static int add_constant(struct rfm_heap *heap, const struct rfm_block *b)
     return RFM_OK;
 }
 
-static void remove_constant(struct rfm_heap *heap, const struct rfm_block *b)
+/* its serial in *serial_p, if it was one */
+static bool remove_constant(struct rfm_heap *heap, const struct rfm_block *b,
+                            uint32_t *serial_p)
 {
     uint32_t n = heap->n_constants;
     uint32_t at = constants_before(heap, b->arena_id, b->offset);
 
     if ((at < n) && (heap->constants[at].arena == b->arena_id) &&
         (heap->constants[at].offset == b->offset)) {
+        *serial_p = heap->constants[at].serial;
         memmove(&heap->constants[at], &heap->constants[at + 1],
                 (n - at - 1) * sizeof(heap->constants[0]));
         __atomic_store_n(&heap->n_constants, n - 1, __ATOMIC_RELEASE);
+        return true;
     }
+    return false;
 }
 
 int rfm_heap_constant(struct rfm_block *b)
@@ -459,7 +464,9 @@ void rfm_heap_free(struct rfm_block *b)
 {
     struct rfm_arena *arena = b->arena;
     struct rfm_heap *heap;
+    uint32_t serial;
     bool last = false;
+    bool melted;
 
     if (arena == NULL) {
         return;
@@ -467,10 +474,13 @@ void rfm_heap_free(struct rfm_block *b)
     b->arena = NULL;
     heap = arena->heap;
     rfm_heap_lock(heap);
-    if (heap->n_constants != 0) {
+    if (rfm_heap_constants(heap) != 0) {
         pthread_mutex_lock(&heap->list);
-        remove_constant(heap, b);
+        melted = remove_constant(heap, b, &serial);
         pthread_mutex_unlock(&heap->list);
+        if (melted && (heap->hooks.melted != NULL)) {
+            heap->hooks.melted(heap->hooks.ctx, serial);
+        }
     }
     /* where a redzone is, a block ends: none may be left inside a later one */
     memset((uint8_t *)b->address + b->size, 0, RFM_REDZONE);

@@ -20,6 +20,8 @@ struct rfm_heap_hooks {
     /* false: somebody has no room for it, and something smaller may do */
     bool (*made)(void *ctx, const struct rfm_arena_info *arena);
     void (*dropped)(void *ctx, uint32_t arena);
+    /* a constant is none any more; before its memory is anybody else's */
+    void (*melted)(void *ctx, uint32_t serial);
     void *ctx;
 };
 

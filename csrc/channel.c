@@ -28,7 +28,7 @@
 #define BRIEF_NS     3000u          /* a message costs more                   */
 #define LEAST_BATCHED 8u
 #define MIRROR_NS    10000000000ull /* a worker may take so long for a mirror */
-#define MOST_NEW     8u             /* constants that one request makes known */
+#define MOST_DROPPED 16u            /* constants that one request lets go of */
 #define BULKY        65536u         /* more won't fit a socket's buffer       */
 
 /* --- reasons --------------------------------------------------------------- */
@@ -347,6 +347,9 @@ void rfm_channel_send_number(struct rfm_channel *chan, uint16_t type,
         }
         rfm_store_release(bound, 0);
     }
+    if (type == RFM_CTL_DISCARD) {
+        (void)__atomic_fetch_sub(&chan->n_kept, 1, __ATOMIC_RELEASE);
+    }
     sent(chan, send_frame(chan, type, cookie, &iov, 1, NULL, 0));
     pthread_mutex_unlock(&chan->control);
 }
@@ -496,12 +499,12 @@ int rfm_channel_create(struct rfm_invoker *inv,
     pthread_mutex_init(&chan->control, NULL);
     pthread_mutex_init(&chan->pid_lock, NULL);
     pthread_mutex_init(&chan->lack_lock, NULL);
+    pthread_mutex_init(&chan->known_lock, NULL);
+    /* What a device has pinned does not go by letting go of it, and what it
+     * writes keeps no order with what is said on the way. */
+    chan->may_evict = ops->number == RFM_TRANSPORT_TCP;
     rfm_rx_init(&chan->rx, 4096);
-    if (chan->remote) {
-        /* pages that nobody touches cost nothing */
-        chan->known = calloc(RFM_MAX_SERIAL / 32, sizeof(*chan->known));
-    }
-    if ((chan->bound == NULL) || (chan->remote && (chan->known == NULL))) {
+    if (chan->bound == NULL) {
         if (attr->data_fd >= 0) {
             close(attr->data_fd);
         }
@@ -543,13 +546,14 @@ void rfm_channel_destroy(struct rfm_channel *chan)
     pthread_mutex_destroy(&chan->control);
     pthread_mutex_destroy(&chan->pid_lock);
     pthread_mutex_destroy(&chan->lack_lock);
+    pthread_mutex_destroy(&chan->known_lock);
     free(chan->lacks);
     for (uint32_t i = 0; i < RFM_MAX_SLOTS; i++) {
         free(chan->regions[i]);
     }
     free(chan->bound);
     free(chan->shipped);
-    free(chan->known);
+    rfm_known_fini(&chan->known);
     free(chan);
 }
 
@@ -733,47 +737,79 @@ static struct rfm_region *room_for(struct rfm_channel *chan, uint32_t slot,
     return chan->regions[slot];
 }
 
-/* --- constants: sent whole, once ------------------------------------------ */
+/* --- constants: sent whole, once, until they are let go of ------------------- */
 
-static bool is_known(struct rfm_channel *chan, uint32_t serial)
+void rfm_channel_melted(struct rfm_channel *chan, uint32_t serial)
 {
-    return ((rfm_load_acquire(&chan->known[serial / 32]) >> (serial % 32)) &
-            1u) != 0;
+    if (chan->remote) {
+        pthread_mutex_lock(&chan->known_lock);
+        rfm_known_drop(&chan->known, serial);
+        pthread_mutex_unlock(&chan->known_lock);
+    }
 }
+
+/* What a request says of constants, while it is put together. */
+struct news {
+    uint64_t ticket;
+    bool     any;               /* it brings or drops one */
+    bool     open;              /* there are constants: the lock is held */
+};
 
 /* A piece of a constant that the worker has is not sent; of another one, all of
  * it is. False: nothing is to be sent. */
-static bool still_to_send(struct rfm_channel *chan, struct rfm_region *region)
+static bool still_to_send(struct rfm_channel *chan, struct rfm_region *region,
+                          struct news *news)
 {
     struct rfm_constant found;
 
-    if ((rfm_heap_constants(chan->inv->heap) == 0) ||
+    if (!news->open ||
         !rfm_heap_find_constant(chan->inv->heap, region->arena, region->offset,
                                 region->size, &found)) {
         return true;
     }
-    if (is_known(chan, found.serial)) {
+    if (rfm_known_use(&chan->known, found.serial, news->ticket)) {
         return false;
     }
-    region->flags   = found.serial + 1;
+    (void)rfm_known_add(&chan->known, &found, news->ticket);
+    (void)__atomic_fetch_add(&chan->inv->constants_sent, found.size,
+                             __ATOMIC_RELAXED);
+    news->any       = true;
     region->offset  = found.offset;
     region->size    = found.size;
     region->address = found.address;
     return true;
 }
 
-/* Those that travel with a slot; more than MOST_NEW are sent once more. */
-static uint32_t new_constants(const struct rfm_traffic *traffic,
-                              uint32_t serials[MOST_NEW])
+/* After all that it uses was looked at. There is room for MOST_DROPPED. */
+static void drop_constants(struct rfm_channel *chan, struct rfm_traffic *traffic,
+                           struct news *news)
 {
-    uint32_t n = 0;
+    uint64_t limit = rfm_load_relaxed(&chan->inv->constants_limit);
+    struct rfm_constant what;
+    uint64_t tail;
 
-    for (uint32_t i = 0; (i < traffic->n_push) && (n < MOST_NEW); i++) {
-        if (traffic->push[i].flags != 0) {
-            serials[n++] = traffic->push[i].flags - 1u;
-        }
+    if (!news->open || !chan->may_evict || (chan->known.bytes <= limit)) {
+        return;
     }
-    return n;
+    /* in this order: a result is kept before its ticket is done */
+    tail = rfm_load_acquire(&chan->tail);
+    if (rfm_load_acquire(&chan->n_kept) != 0) {
+        return;                 /* it may be made of them */
+    }
+    for (uint32_t n = 0; (n < MOST_DROPPED) &&
+                         rfm_known_evict(&chan->known, limit, tail, &what);
+         n++) {
+        traffic->push[traffic->n_push++] = (struct rfm_region){
+            .arena   = what.arena,
+            .flags   = RFM_REGION_DROP,
+            .offset  = what.offset,
+            .size    = what.size,
+            .address = what.address,
+        };
+        (void)__atomic_fetch_add(&chan->inv->constants_dropped, what.size,
+                                 __ATOMIC_RELAXED);
+        news->any = true;
+    }
 }
 
 static bool region_at(struct rfm_channel *chan, const struct rfm_desc *desc,
@@ -790,7 +826,7 @@ static bool region_at(struct rfm_channel *chan, const struct rfm_desc *desc,
 
 /* the staged object, and the arrays that it refers to */
 static bool gather_object(struct rfm_channel *chan, const struct rfm_request *req,
-                          uint32_t slot)
+                          uint32_t slot, struct news *news)
 {
     struct rfm_traffic *traffic = &chan->traffic[slot];
     const uint8_t *from = req->payload;
@@ -817,7 +853,7 @@ static bool gather_object(struct rfm_channel *chan, const struct rfm_request *re
     if (at + head.n_refs * sizeof(desc) > n) {
         head.n_refs = 0;
     }
-    regions = room_for(chan, slot, head.n_refs + 1u);
+    regions = room_for(chan, slot, head.n_refs + 1u + MOST_DROPPED);
     if (regions == NULL) {
         return false;
     }
@@ -829,10 +865,11 @@ static bool gather_object(struct rfm_channel *chan, const struct rfm_request *re
         memcpy(&desc, from + at + i * sizeof(desc), sizeof(desc));
         /* what is in none of our arenas is refused by the worker */
         if (region_at(chan, &desc, &regions[traffic->n_push]) &&
-            still_to_send(chan, &regions[traffic->n_push])) {
+            still_to_send(chan, &regions[traffic->n_push], news)) {
             traffic->n_push++;
         }
     }
+    drop_constants(chan, traffic, news);
     return true;
 }
 
@@ -888,7 +925,7 @@ static uint32_t lacked_by(struct rfm_channel *chan, const struct rfm_request *re
 }
 
 static bool gather(struct rfm_channel *chan, const struct rfm_request *req,
-                   uint32_t slot)
+                   uint32_t slot, struct news *news)
 {
     struct rfm_traffic *traffic = &chan->traffic[slot];
     const struct rfm_binding *binding = req->binding;
@@ -907,13 +944,13 @@ static bool gather(struct rfm_channel *chan, const struct rfm_request *req,
         traffic->n_pull = 1;
         pulled          = req->into.size;
     } else if ((req->wire_flags & RFM_REQ_OBJECT) != 0) {
-        if (!gather_object(chan, req, slot)) {
+        if (!gather_object(chan, req, slot, news)) {
             return false;
         }
         pulled = chan->link->slot_bytes;
     } else {
         n       = (uint32_t)binding->n_in + binding->n_out;
-        regions = room_for(chan, slot, n);
+        regions = room_for(chan, slot, n + MOST_DROPPED);
         if (regions == NULL) {
             return false;
         }
@@ -924,6 +961,7 @@ static bool gather(struct rfm_channel *chan, const struct rfm_request *req,
             struct rfm_region *region;
 
             if (i == binding->n_in) {
+                drop_constants(chan, traffic, news);
                 traffic->pull = regions + traffic->n_push;
             }
             if (arg->place == RFM_INLINE) {
@@ -941,9 +979,12 @@ static bool gather(struct rfm_channel *chan, const struct rfm_request *req,
             };
             if (i >= binding->n_in) {
                 pulled += arg->size;
-            } else if (!still_to_send(chan, region)) {
+            } else if (!still_to_send(chan, region, news)) {
                 traffic->n_push--;
             }
+        }
+        if (binding->n_out == 0) {
+            drop_constants(chan, traffic, news);
         }
     }
     if (pulled * rfm_channel_in_flight(chan) > BULKY) {
@@ -969,18 +1010,10 @@ static void watch_if_alone(struct rfm_channel *chan, bool gone)
 static void post_remote(struct rfm_channel *chan, uint32_t slot,
                         const struct rfm_request_line *line)
 {
-    uint32_t serials[MOST_NEW];
-    uint32_t n = new_constants(&chan->traffic[slot], serials);
     bool batched = chan->traffic[slot].batched;
     bool gone = chan->link->ops->rank_post(chan->link, slot, line,
                                            &chan->traffic[slot]);
 
-    /* Whatever is posted from now on comes behind them; who posts at the same
-     * time sends them again. */
-    for (uint32_t i = 0; i < n; i++) {
-        (void)__atomic_fetch_or(&chan->known[serials[i] / 32],
-                                1u << (serials[i] % 32), __ATOMIC_ACQ_REL);
-    }
     if (batched) {
         rfm_store_release(&chan->batch, 1);
     } else if (!gone) {
@@ -1036,6 +1069,7 @@ int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
 {
     uint64_t head = rfm_load_acquire(&chan->head);
     struct rfm_request_line line;
+    struct news news = { 0 };
     bool may_take_back;
     bool known = true;
     uint32_t slot;
@@ -1080,7 +1114,15 @@ int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
     chan->inflight[slot].req = req;
     if (chan->remote && known) {
         chan->link->ops->rank_ready(chan->link, slot);
-        known = gather(chan, req, slot);
+        news.ticket = head;
+        news.open   = rfm_heap_constants(chan->inv->heap) != 0;
+        if (news.open) {
+            pthread_mutex_lock(&chan->known_lock);
+        }
+        known = gather(chan, req, slot, &news);
+        if (news.open && !news.any) {
+            pthread_mutex_unlock(&chan->known_lock);
+        }
     }
     if (known) {
         may_take_back = waits_behind(chan, req, head);
@@ -1101,6 +1143,9 @@ int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
             rfm_channel_sever(chan, "an invocation could not be sent");
         }
         rfm_service_kick(chan->inv);
+    }
+    if (news.any) {
+        pthread_mutex_unlock(&chan->known_lock);
     }
     (void)__atomic_fetch_add(&chan->published, 1, __ATOMIC_RELEASE);
     return RFM_OK;
@@ -1180,12 +1225,14 @@ static enum rfm_outcome take_reply(struct rfm_channel *chan,
     }
     req->out_bytes = line->out_bytes;
     if ((req->wire_flags & RFM_REQ_FETCH) != 0) {
+        (void)__atomic_fetch_sub(&chan->n_kept, 1, __ATOMIC_RELEASE);
         return (line->status == RFM_ST_OK) ? outcomes[req->kept_status]
                                            : RFM_LOST;
     }
     req->exec_ns = line->exec_ns;
     if ((line->flags & RFM_REP_KEPT) != 0) {
         req->kept_status = line->status;
+        (void)__atomic_fetch_add(&chan->n_kept, 1, __ATOMIC_RELEASE);
         return RFM_LARGE;
     }
     if ((line->status == RFM_ST_OK) &&
@@ -1479,10 +1526,11 @@ static void strip(struct rfm_channel *chan)
     free(chan->shipped);
     chan->shipped      = NULL;
     chan->shipped_size = 0;
-    free(chan->known);
-    chan->known = NULL;
     rfm_rx_fini(&chan->rx);
     pthread_mutex_unlock(&chan->control);
+    pthread_mutex_lock(&chan->known_lock);
+    rfm_known_fini(&chan->known);
+    pthread_mutex_unlock(&chan->known_lock);
     pthread_mutex_lock(&chan->pid_lock);
     if (chan->pidfd >= 0) {
         close(chan->pidfd);

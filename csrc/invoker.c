@@ -93,11 +93,34 @@ static void arena_dropped(void *ctx, uint32_t arena)
     }
 }
 
+static void constant_melted(void *ctx, uint32_t serial)
+{
+    struct rfm_invoker *inv = ctx;
+    uint32_t n = rfm_load_acquire(&inv->n_channels);
+
+    for (uint32_t i = 0; i < n; i++) {
+        rfm_channel_melted(rfm_channel_at(inv, i), serial);
+    }
+}
+
+void rfm_invoker_limit_constants(struct rfm_invoker *inv, uint64_t bytes)
+{
+    rfm_store_relaxed(&inv->constants_limit, bytes);
+}
+
+void rfm_invoker_constants(struct rfm_invoker *inv, uint64_t *sent_p,
+                           uint64_t *dropped_p)
+{
+    *sent_p    = rfm_load_relaxed(&inv->constants_sent);
+    *dropped_p = rfm_load_relaxed(&inv->constants_dropped);
+}
+
 int rfm_invoker_create(const struct rfm_invoker_attr *attr,
                        struct rfm_invoker **inv_p)
 {
     struct rfm_heap_hooks hooks = { .made = arena_made,
-                                    .dropped = arena_dropped };
+                                    .dropped = arena_dropped,
+                                    .melted = constant_melted };
     struct rfm_invoker *inv;
     uint8_t *door;
     int rc;

@@ -6,6 +6,7 @@
 
 #include "arena.h"
 #include "frame.h"
+#include "known.h"
 #include "poller.h"
 #include "rfm_transport.h"
 
@@ -83,7 +84,14 @@ struct rfm_channel {
     uint32_t bulky;             /* large outputs were asked for */
     bool     refilling;         /* under the queue lock */
     uint32_t batch;             /* atomic: something waits for rfm_channel_push */
-    uint32_t *known;            /* remote: bits, by serial of constant; atomic */
+    /* Remote: the constants that its worker has. Who sends one, or says which
+     * to let go of, holds the lock until that is queued to be sent: whatever is
+     * decided later, or put where a constant was, is sent later, too. After the
+     * heap's lock, before its list's. */
+    pthread_mutex_t known_lock;
+    struct rfm_known known;
+    bool     may_evict;
+    uint32_t n_kept;            /* atomic: results that the worker keeps for us */
 
     pthread_mutex_t control;    /* sending; what was sent */
     pthread_mutex_t pid_lock;   /* held for one system call */
@@ -121,6 +129,10 @@ struct rfm_invoker {
     /* The one sleeper that waits on the sides themselves; others sleep on the
      * door, which it rings. */
     uint32_t leader;
+
+    uint64_t constants_limit;   /* atomic: bytes at each worker; 0: any amount */
+    uint64_t constants_sent;    /* atomic: bytes */
+    uint64_t constants_dropped; /* atomic: bytes that workers were to let go of */
 
     uint64_t next_id __attribute__((aligned(RFM_CACHE_LINE)));
 
@@ -186,6 +198,8 @@ bool rfm_channel_send_arena(struct rfm_channel *chan,
                             const struct rfm_arena_info *arena);
 /* It is dropped: nobody lacks it any more. */
 void rfm_channel_forget_arena(struct rfm_channel *chan, uint32_t arena);
+/* It is no constant any more; from a hook of the heap. */
+void rfm_channel_melted(struct rfm_channel *chan, uint32_t serial);
 /* For rfm_attach_why(); NULL: nothing is known. */
 void rfm_attach_said(const char *text);
 /* Fences it and has the service thread end it, from any thread (remote). */

@@ -239,6 +239,13 @@ uint32_t rfm_invoker_channels(struct rfm_invoker *inv,
 uint64_t rfm_invoker_queued(struct rfm_invoker *inv);
 uint64_t rfm_invoker_in_flight(struct rfm_invoker *inv);
 uint32_t rfm_invoker_slot_bytes(struct rfm_invoker *inv);
+/* So much of constants stays at a worker on another node (tcp; 0: any amount);
+ * beyond that it lets go of those that were not used for longest, and of none
+ * that is in use. */
+void rfm_invoker_limit_constants(struct rfm_invoker *inv, uint64_t bytes);
+/* Bytes of constants sent to workers so far, and of those that were let go. */
+void rfm_invoker_constants(struct rfm_invoker *inv, uint64_t *sent_p,
+                           uint64_t *dropped_p);
 
 struct rfm_channel_info {
     uint64_t lease;

@@ -35,7 +35,7 @@ struct rfm_parcel {
 /* A piece of an arena that belongs to a slot. */
 struct rfm_region {
     uint32_t arena;
-    uint32_t flags;
+    uint32_t flags;             /* RFM_REGION_DROP: of a request over tcp */
     uint64_t offset;
     uint64_t size;
     uint8_t *address;           /* of it, on this side */

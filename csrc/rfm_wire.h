@@ -310,6 +310,10 @@ struct rfm_verbs_memory {       /* beside ARENA and ARENA_READY */
 };
 _Static_assert(sizeof(struct rfm_verbs_memory) == 24, "verbs memory");
 
+/* In the desc of a region that follows a request on a stream: it has no bytes.
+ * What the mirror holds there is not used any more; its pages may go. */
+#define RFM_REGION_DROP 0x2u
+
 struct rfm_desc {
     uint32_t arena;
     uint32_t flags;

@@ -23,11 +23,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #include "crc32c.h"
+#include "pages.h"
 #include "poller.h"
 #include "rfm_transport.h"
 
@@ -296,16 +298,52 @@ static int take_head(struct tcp_link *tcp)
     return RFM_OK;
 }
 
+/* A request's region that brings nothing: the rank says what it has no use for. */
+static bool is_drop(const struct tcp_link *tcp, uint32_t i)
+{
+    return !tcp->rank && ((tcp->descs[i].flags & RFM_REGION_DROP) != 0);
+}
+
+/* its bytes that follow */
+static uint64_t region_bytes(const struct tcp_link *tcp, uint32_t i)
+{
+    return is_drop(tcp, i) ? 0 : tcp->descs[i].size;
+}
+
+/* The pages that hold nothing else go, before anything that comes later, or with
+ * the same message, is written there. What the rank says wrongly costs it alone:
+ * the mirror is its own. False: that is in no mirror. */
+static bool let_go(struct tcp_link *tcp, uint32_t i)
+{
+    const struct mirror *m = find_mirror(tcp, tcp->descs[i].arena);
+    uint64_t page = RFM_PAGE_SIZE;
+    uint64_t from;
+    uint64_t to;
+
+    if (m == NULL) {
+        return true;            /* all of it went, on the other connection */
+    }
+    if (region_target(tcp, i) == NULL) {
+        return false;
+    }
+    from = (tcp->descs[i].offset + page - 1) & ~(page - 1);
+    to   = (tcp->descs[i].offset + tcp->descs[i].size) & ~(page - 1);
+    if (to > from) {
+        (void)madvise(m->base + from, to - from, MADV_DONTNEED);
+    }
+    return true;
+}
+
 static int check_descs(struct tcp_link *tcp)
 {
     uint64_t sum = 0;
 
     for (uint32_t i = 0; i < tcp->in.head.n_regions; i++) {
-        if (region_target(tcp, i) == NULL) {
+        if (is_drop(tcp, i) ? !let_go(tcp, i) : (region_target(tcp, i) == NULL)) {
             return fail(tcp, RFM_ERR_PROTOCOL,
                         "data for memory that was not granted");
         }
-        sum += tcp->descs[i].size;
+        sum += region_bytes(tcp, i);
     }
     if (sum != tcp->in.head.region_bytes) {
         return fail(tcp, RFM_ERR_PROTOCOL, "a message whose lengths differ");
@@ -401,7 +439,7 @@ static uint64_t due(struct tcp_link *tcp, uint8_t **to_p)
         return in->head.payload_bytes - in->got;
     case AT_DATA:
         while (in->region < in->head.n_regions) {
-            size = tcp->descs[in->region].size;
+            size = region_bytes(tcp, in->region);
             if (in->got < size) {
                 *to_p = region_target(tcp, in->region) + in->got;
                 return size - in->got;
@@ -430,7 +468,9 @@ static uint32_t crc_of_incoming(struct tcp_link *tcp)
     crc = rfm_crc32c(crc, tcp->descs, in->head.n_regions * sizeof(*tcp->descs));
     crc = rfm_crc32c(crc, payload + RFM_CACHE_LINE, in->head.payload_bytes);
     for (uint32_t i = 0; i < in->head.n_regions; i++) {
-        crc = rfm_crc32c(crc, region_target(tcp, i), tcp->descs[i].size);
+        if (region_bytes(tcp, i) != 0) {
+            crc = rfm_crc32c(crc, region_target(tcp, i), tcp->descs[i].size);
+        }
     }
     return crc;
 }
@@ -514,6 +554,11 @@ static int progress_link(struct tcp_link *tcp)
 
 /* --- sending -------------------------------------------------------------- */
 
+static uint64_t bytes_sent(const struct rfm_region *region)
+{
+    return ((region->flags & RFM_REGION_DROP) != 0) ? 0 : region->size;
+}
+
 /* the k-th piece of a message; false when there is none */
 static bool segment_of(struct outgoing *out, uint32_t k, struct iovec *iov)
 {
@@ -533,7 +578,8 @@ static bool segment_of(struct outgoing *out, uint32_t k, struct iovec *iov)
     }
     k -= 3;
     if (k < out->n_descs) {
-        *iov = (struct iovec){ out->regions[k].address, out->regions[k].size };
+        *iov = (struct iovec){ out->regions[k].address,
+                               bytes_sent(&out->regions[k]) };
         return true;
     }
     if ((k == out->n_descs) &&
@@ -564,10 +610,11 @@ static int prepare(struct tcp_link *tcp, uint32_t slot, uint16_t type,
     for (uint32_t i = 0; i < n; i++) {
         out->descs[i] = (struct rfm_desc){
             .arena  = regions[i].arena,
+            .flags  = regions[i].flags & RFM_REGION_DROP,
             .offset = regions[i].offset,
             .size   = regions[i].size,
         };
-        sum += regions[i].size;
+        sum += bytes_sent(&regions[i]);
     }
     out->n_descs    = n;
     out->regions    = regions;
@@ -1183,7 +1230,7 @@ static int worker_arena(struct rfm_link *link, uint32_t arena, uint8_t *base,
         if ((tcp->in.stage == AT_DATA) || (tcp->in.stage == AT_PAYLOAD) ||
             (tcp->in.stage == AT_CRC)) {
             for (uint32_t i = 0; i < tcp->in.head.n_regions; i++) {
-                if (tcp->descs[i].arena == arena) {
+                if (!is_drop(tcp, i) && (tcp->descs[i].arena == arena)) {
                     rc = RFM_ERR_BUSY;
                 }
             }

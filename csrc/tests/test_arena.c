@@ -246,7 +246,8 @@ static void on_dropped(void *ctx, uint32_t arena)
 static void every_arena_is_announced_once_and_large_ones_leave_at_once(void)
 {
     struct seen seen = { .room = UINT64_MAX };
-    struct rfm_heap_hooks hooks = { on_made, on_dropped, &seen };
+    struct rfm_heap_hooks hooks = { .made = on_made, .dropped = on_dropped,
+                                    .ctx = &seen };
     struct rfm_heap *heap;
     struct rfm_block small;
     struct rfm_block b;
@@ -268,7 +269,8 @@ static void every_arena_is_announced_once_and_large_ones_leave_at_once(void)
 static void an_arena_that_somebody_has_no_room_for_gives_way_to_a_smaller_one(void)
 {
     struct seen seen = { .room = 1u << 20 };
-    struct rfm_heap_hooks hooks = { on_made, on_dropped, &seen };
+    struct rfm_heap_hooks hooks = { .made = on_made, .dropped = on_dropped,
+                                    .ctx = &seen };
     struct rfm_heap *heap;
     struct rfm_block blocks[6];
 

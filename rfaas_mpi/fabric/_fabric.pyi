@@ -83,6 +83,7 @@ class Invoker:
     def wake(self) -> None: """Makes waiters look again (after an event known to Python only)."""
     def progress(self) -> int: """One look at all channels; completions moved."""
     def abandon(self) -> None: """Ends all queued invocations with NO_WORKER (nobody will serve them)."""
+    def limit_constants(self, nbytes: int) -> None: """At most so much of them at each worker over tcp; 0: any."""
     def stats(self) -> dict[str, int]: ...
     def close(self) -> None: """Fences every channel, ends everything in flight with LOST. Safe twice."""
 

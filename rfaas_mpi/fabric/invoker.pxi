@@ -346,9 +346,19 @@ cdef class Invoker:
             with nogil:
                 c.rfm_invoker_abandon(self.ptr)
 
-    def stats(self):
+    def limit_constants(self, uint64_t nbytes):
+        """At most so much of constants stays at a worker on another node, over tcp (0: any amount).
+
+        What was not used for longest goes first, never what a call in flight uses; what is used again is sent again.
+        """
         self.live()
-        return {"queued": self.queued, "in_flight": self.in_flight, "channels": len(self.channels),
+        c.rfm_invoker_limit_constants(self.ptr, nbytes)
+
+    def stats(self):
+        cdef uint64_t sent, dropped
+        self.live()
+        c.rfm_invoker_constants(self.ptr, &sent, &dropped)
+        return {"constants_sent": sent, "constants_dropped": dropped, "queued": self.queued, "in_flight": self.in_flight, "channels": len(self.channels),
                 "arena_bytes": c.rfm_heap_bytes(self.heap), "orphans": len(self.orphans),
                 "bindings": len(self.bindings), "kernels": len(self.refs)}
 

@@ -139,6 +139,8 @@ cdef extern from "rfm.h" nogil:
         void *owner
 
     int rfm_invoker_create(const rfm_invoker_attr *attr, rfm_invoker **inv_p)
+    void rfm_invoker_limit_constants(rfm_invoker *inv, uint64_t bytes)
+    void rfm_invoker_constants(rfm_invoker *inv, uint64_t *sent_p, uint64_t *dropped_p)
     void rfm_invoker_close(rfm_invoker *inv, uint64_t timeout_ns)
     void rfm_invoker_destroy(rfm_invoker *inv)
     rfm_heap *rfm_invoker_heap(rfm_invoker *inv)

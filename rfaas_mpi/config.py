@@ -175,6 +175,8 @@ class Settings:
     slots: int = _setting(16, _number(int, 2, 64), "slots of a connection from rank to worker")
     slot_bytes: int = _setting(16384, _number(size_of, 64, 1 << 20), "size of one slot")
     memory_per_worker: int | None = _setting(None, size_of, "memory a worker may use; default: a fair share")
+    constants_bytes: int | None = _setting(None, size_of, "constants that a worker keeps over tcp, before those not used "
+                                           "for longest go; 0: any amount; default: 3/4 of its memory")
     sandbox: str = _setting("default", _choice("off", "default", "strict"),
                             "what a kernel in a worker may do; strict: read modules, write a scratch directory")
     memory_limit: str = _setting("auto", _choice("auto", "cgroup", "watch"),

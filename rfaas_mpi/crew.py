@@ -124,7 +124,13 @@ class Crew:
         except BaseException:
             self.close()
             raise
-        self.memory.limit = lending.memory_limit
+        self._granted(lending.memory_limit)
+
+    def _granted(self, nbytes: int) -> None:
+        """So much memory each worker has (0: not known)."""
+        self.memory.limit = nbytes
+        wanted = self.settings.constants_bytes
+        self.invoker.limit_constants(nbytes // 4 * 3 if wanted is None else wanted)
 
     def open(self) -> Lending | None:
         """The session that workers are had through, opened once; None where kernels run inline."""
@@ -211,7 +217,7 @@ class Crew:
                     given = 0
                     try:
                         given = lending.more(change, cores_per_worker, self.settings.memory_per_worker)
-                        self.memory.limit = lending.memory_limit
+                        self._granted(lending.memory_limit)
                     finally:
                         elastic.answered(given, time.monotonic())
                 elif change < 0:

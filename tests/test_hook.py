@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +25,7 @@ import rfaas_mpi
 from rfaas_mpi.agent.groups import Group, Roots
 from rfaas_mpi.agent.hook import HOLD_S, Starting
 from rfaas_mpi.agent.kernel_files import read_text
+from rfaas_mpi.slurm import hooks
 
 HOOK = Path(rfaas_mpi.__file__).parent / "agent" / "rfaas-hook"
 GUARD_S = 60
@@ -101,7 +105,8 @@ class Agent:
         with connection:
             connection.settimeout(GUARD_S)
             self.heard = connection.recv(100)
-            connection.sendall(self._answer or b"")
+            if self._answer:
+                connection.sendall(self._answer)
 
 
 def test_the_hook_ends_well_where_there_is_no_agent_and_never_was_one(tmp_path):
@@ -208,14 +213,16 @@ class Node:
     """A real Slurm of one node, whose cores a site's agent lends while no job has them."""
 
     def __init__(self, directory: Path) -> None:
+        self.top = directory
         self.directory = directory / "hook"
-        hooks = {}
+        programs = {}
         for kind in ("prolog", "epilog"):
-            hooks[kind] = directory / kind
-            hooks[kind].write_text(f"#!/bin/sh\nexec '{HOOK}' {kind} '{self.directory}'\n")
-            hooks[kind].chmod(0o755)
+            programs[kind] = directory / kind
+            programs[kind].write_text(f"#!/bin/sh\necho {kind} $SLURM_SCRIPT_CONTEXT >>'{directory}/contexts'\n"
+                                   f"exec '{HOOK}' {kind} '{self.directory}'\n")
+            programs[kind].chmod(0o755)
         self.slurm = Slurm(1, 2, confined=True, settings={
-            "Prolog": hooks["prolog"], "Epilog": hooks["epilog"], "PrologFlags": "Alloc,Contain"})
+            "Prolog": programs["prolog"], "Epilog": programs["epilog"], "PrologFlags": "Alloc,Contain"})
         self.site = Site("", ["--hook", str(self.directory)])
 
     def __enter__(self) -> Node:
@@ -247,35 +254,107 @@ class Node:
         return self.slurm.output(job)
 
 
-@needs_root
-@needs_two_cores
-def test_no_worker_is_left_when_a_job_s_first_task_starts_and_after_it_they_are_back(tmp_path):
-    tmp_path.chmod(0o755)
-    with Node(tmp_path) as node, node.site.running(ALICE, BORROWS) as rank:
+@pytest.fixture(scope="module")
+def node(tmp_path_factory) -> Iterator[Node]:
+    assert not (reason := slurm_cluster.why_not()), reason
+    directory = tmp_path_factory.mktemp("hooks")
+    directory.chmod(0o755)
+    with Node(directory) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def borrowing(node: Node) -> Iterator[None]:
+    """A user's rank has a worker on the node; in the end all of its answers have to be right."""
+    (node.slurm.directory / "end").unlink(missing_ok=True)
+    wait_until(lambda: node.site.free() == 1, "a core is lent")
+    with node.site.running(ALICE, BORROWS) as rank:
         assert faults.line(rank) == "began"
         wait_until(node.workers, "a worker runs")
+        yield
+        tell(rank, "end")
+        assert faults.line(rank) == "right"
+    wait_until(lambda: node.site.free() == 1, "its core is lent again")
+
+
+@needs_root
+@needs_two_cores
+def test_no_worker_is_left_when_a_job_s_first_task_starts_and_after_it_cores_are_lent_again(node):
+    with borrowing(node):
         job = node.job()
         node.slurm.wait_until(lambda: node.slurm.output(job), "the job runs")
         wait_until(lambda: f"job={job} is about to start" in node.site.agent.said(), "the agent was told")
         wait_until(lambda: node.site.free() == 0, "nothing is lent to anybody else")
         assert node.end(job) == "workers 0\n"
         wait_until(lambda: node.workers() or node.site.free(), "its cores are lent again")
-        tell(rank, "end")
-        assert faults.line(rank) == "right"
 
-        # The same while the agent is stopped: then the hook kills.
-        (node.slurm.directory / "end").unlink()
-        with node.site.running(ALICE, BORROWS) as rank:
-            assert faults.line(rank) == "began"
-            wait_until(node.workers, "a worker runs")
-            node.site.agent.signal(signal.SIGSTOP)
-            try:
-                job = node.job()
-                assert node.end(job) == "workers 0\n"
-                state = node.slurm.run("sinfo", "-h", "-N", "-o", "%T").strip()
-                assert state in ("idle", "completing"), state
-            finally:
-                node.site.agent.signal(signal.SIGCONT)
-            tell(rank, "end")
-            assert faults.line(rank) == "right"
-        wait_until(lambda: node.site.free() == 1, "its cores are lent again")
+
+@needs_root
+@needs_two_cores
+def test_a_stopped_agent_keeps_no_worker_on_a_job_s_cores_and_no_job_from_its_node(node):
+    with borrowing(node):
+        node.site.agent.signal(signal.SIGSTOP)
+        try:
+            job = node.job()
+            assert node.end(job) == "workers 0\n"
+            state = node.slurm.run("sinfo", "-h", "-N", "-o", "%T").strip()
+            assert state in ("idle", "completing"), state
+        finally:
+            node.site.agent.signal(signal.SIGCONT)
+
+
+@needs_root
+@needs_two_cores
+def test_slurm_tells_the_hook_itself_which_of_the_two_it_is(node):
+    assert node.slurm.finish("#!/bin/bash\n", "--ntasks=1") == ""
+    contexts = node.top / "contexts"
+    node.slurm.wait_until(lambda: len(contexts.read_text().splitlines()) >= 2, "both have run")
+    assert {"prolog prolog_slurmd", "epilog epilog_slurmd"} == set(contexts.read_text().splitlines())
+
+
+@needs_root
+@needs_two_cores
+def test_what_is_to_be_added_to_slurm_is_said_by_what_it_has(node):
+    said = json.loads(node.slurm.run(sys.executable, "-m", "rfaas_mpi.cli", "slurm", "install", "--json",
+                                     PYTHONPATH=str(HOOK.parents[2])))
+    # It has all of it: the agent's part is for who knows where that is.
+    assert said["add"] == {} and said["kills"] == [] and said["hook"] == str(HOOK)
+
+
+# --- what a site has to add --------------------------------------------------
+
+@pytest.mark.parametrize("line", [
+    "pkill -u $SLURM_JOB_USER", "/usr/bin/pkill -9 -U 1000", "killall -u $USER -9", "pkill --signal KILL --euid $U",
+    "kill -9 $(pgrep -u $U)", "pgrep -u $U | xargs kill", "ps -u $U -o pid= | xargs kill -9", "su $U -c 'kill -9 -1'",
+    "loginctl terminate-user $SLURM_JOB_USER", "loginctl --no-pager kill-user $U", "systemctl stop user-$UID.slice"])
+def test_a_line_that_ends_all_that_a_user_runs_is_found(line):
+    assert hooks.killers("epilog", f"#!/bin/sh\n# {line}\nif true; then\n  {line}\nfi\n") == (
+        hooks.Found("epilog", 4, line),)
+
+
+@pytest.mark.parametrize("line", ["kill $pid", "pkill -f stale-daemon", "kill -1 $daemon", "loginctl list-users",
+                                  "rm -rf /tmp/$SLURM_JOB_USER", "systemctl stop nfs", "ps -u $U"])
+def test_what_ends_nobody_s_workers_is_left_alone(line):
+    assert hooks.killers("epilog", f"#!/bin/sh\n{line}\n") == ()
+
+
+def test_a_site_without_hooks_is_told_all_that_it_has_to_set():
+    advice = hooks.advise("Prolog = (null)\nEpilog = (null)\nPrologFlags = X11\nProctrackType = proctrack/linuxproc\n"
+                          "TaskPlugin = task/affinity\n", "/x/rfaas-hook", {"Prolog": {}, "Epilog": {}})
+    assert advice.add == {"slurm.conf, on all nodes alike": (
+        "Prolog=/x/rfaas-hook", "Epilog=/x/rfaas-hook", "PrologFlags=X11,Alloc,Contain",
+        "ProctrackType=proctrack/cgroup", "TaskPlugin=task/cgroup,task/affinity")}
+
+
+def test_a_site_with_hooks_of_its_own_is_told_what_to_add_to_them_and_what_is_wrong_there():
+    shown = ("Epilog                  = /etc/e.sh\nHealthCheckProgram      = /etc/health\nProlog[0] = /etc/p.d/*\n"
+             "PrologFlags = Alloc,Contain\nProctrackType = proctrack/cgroup\nTaskPlugin = task/cgroup\n")
+    assert hooks.paths(shown) == {"Prolog": ("/etc/p.d/*",), "Epilog": ("/etc/e.sh",),
+                                  "HealthCheckProgram": ("/etc/health",)}
+    advice = hooks.advise(shown, "/x/rfaas-hook", {
+        "Prolog": {"/etc/p.d/1": "#!/bin/sh\n"}, "Epilog": {"/etc/e.sh": "#!/bin/sh\npkill -u $U\n"},
+        "HealthCheckProgram": {"/etc/health": None}})
+    assert advice.add == {"at the beginning of /etc/p.d/1 (slurm.conf's Prolog)": ("/x/rfaas-hook prolog",),
+                          "at the end of /etc/e.sh (slurm.conf's Epilog)": ("/x/rfaas-hook epilog",)}
+    assert advice.kills == (hooks.Found("/etc/e.sh", 2, "pkill -u $U"),)
+    assert [note.startswith("/etc/health (HealthCheckProgram)") for note in advice.notes] == [True]

@@ -16,6 +16,7 @@ import click
 from rfaas_mpi.cli.output import Output
 from rfaas_mpi.cli.pilots import pilot, pilots
 from rfaas_mpi.cli.shape import Finished, Ordered, common, examples
+from rfaas_mpi.cli.slurm_install import install
 
 __all__ = ["slurm"]
 
@@ -95,6 +96,7 @@ def script(out: Output, command: tuple[str, ...], template: Path | None, **optio
 
 slurm.add_command(pilots)
 slurm.add_command(pilot)
+slurm.add_command(install)
 
 
 @slurm.command(hidden=True)

@@ -202,6 +202,7 @@ SAYS: dict[str, str | None] = {
     "rfaas undrain NODE": "^node0: lent again",
     "rfaas drain --all": "^All nodes: everything is taken back",
     "rfaas usage --by user": "^USER|^Nothing was used yet",
+    "rfaas slurm install": None,
     "rfaas logs -f": None,
     "rfaas logs --node NODE --since P7D": None,
     "rfaas logs --lease LEASE": None,

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from rfaas_mpi import config, local
 from rfaas_mpi._version import __version__
-from rfaas_mpi.arrays import Constant, as_inputs, as_outputs, check_memory, check_overlap, with_values
+from rfaas_mpi.arrays import Constant, arguments, as_inputs, as_outputs, check_memory, check_overlap, with_values
 from rfaas_mpi.config import Settings
 from rfaas_mpi.crew import Crew
 from rfaas_mpi.elastic import Elastic
@@ -357,7 +357,8 @@ class Executor(concurrent.futures.Executor):
         _, read, written = self._checked(kernel, inputs, out)
         if peers := crew.peers(read, written):
             check_peers(kernel, peers)
-        (self._offloads or self._offloading(crew)).invoke(kernel, read, written, timeout_s)
+        constant = [isinstance(value, Constant) for value in arguments(inputs)]
+        (self._offloads or self._offloading(crew)).invoke(kernel, read, written, timeout_s, constant)
         return out
 
     def Split(self, kernel: Kernel, inputs: Buffers, out: Buffers, *, whole: Sequence[int] = (),

@@ -184,13 +184,17 @@ class Offloads:
     # -- buffers ---------------------------------------------------------------------------------
 
     def invoke(self, kernel: Kernel, inputs: tuple[np.ndarray, ...], outputs: tuple[np.ndarray, ...],
-               timeout_s: float | None) -> None:
-        """Runs the kernel on the inputs, where that is done sooner, and fills the outputs."""
+               timeout_s: float | None, constant: Sequence[bool]) -> None:
+        """Runs the kernel on the inputs, where that is done sooner, and fills the outputs.
+
+        `constant` says which inputs are constants: workers have them, once each was sent them.
+        """
         crew = self._crew
         if not self._look():
             self._run_here(None, kernel, inputs, outputs, 0.0)
             return
-        shape, size, nbytes = self._measure_buffers(inputs, outputs)
+        locate = crew.invoker.locate if crew.transport == "shm" else None
+        shape, size, nbytes = _measure_buffers(crew.transport, locate, inputs, outputs, constant)
         entry = self._entry(("buffers", kernel.digest, shape), kernel.name, size, nbytes)
         load, decision = self._decide(entry, size, nbytes)
         # From behind somebody else's call, however long, it could be taken back on shared memory alone.
@@ -200,7 +204,8 @@ class Offloads:
                 return
         elif decision.probe and entry.probe is None:
             try:
-                copies = tuple([_copied(crew.memory, array) for array in inputs])
+                copies = tuple([array if fixed else _copied(crew.memory, array)
+                                for array, fixed in zip(inputs, constant, strict=True)])
                 outs = tuple([crew.memory.empty(array.shape, array.dtype) for array in outputs])
             except (MemoryError, InvalidBuffer):
                 pass        # no room for them, or more than a worker may have
@@ -256,21 +261,6 @@ class Offloads:
         finally:
             with self._lock:
                 self._there -= 1
-
-    def _measure_buffers(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> tuple[Any, int, int]:
-        """What calls have in common that cost alike; bytes of all arguments, and bytes that travel."""
-        crew = self._crew
-        way = crew.transport
-        locate = crew.invoker.locate if way == "shm" else None
-        size = travel = 0
-        shape: list[Any] = [way]
-        for array in (*inputs, *outputs):
-            nbytes = array.nbytes
-            size += nbytes
-            if locate is None or locate(array.__array_interface__["data"][0], nbytes) is None:
-                travel += nbytes
-            shape.append((array.dtype.num, nbytes.bit_length() if array.ndim else _magnitude(array[()])))
-        return (tuple(shape), travel.bit_length()), max(size, 1), travel
 
     # -- what is shared --------------------------------------------------------------------------
 
@@ -437,6 +427,25 @@ def _measure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, int, i
             # Callables by their names: a bound method travels with its object.
             shape.append(getattr(value, "__qualname__", None) or kind)
     return (tuple(shape), tuple(kwargs)), max(size, 1), travel
+
+
+def _measure_buffers(way: str, locate: Callable[[int, int], Any] | None, inputs: Sequence[np.ndarray],
+                     outputs: Sequence[np.ndarray], constant: Sequence[bool]) -> tuple[Any, int, int]:
+    """What calls have in common that cost alike; bytes of all arguments, and bytes that travel.
+
+    `locate` finds what workers see where it lies. Constants don't travel: that a worker is sent one
+    once is no cost of each call.
+    """
+    size = travel = 0
+    shape: list[Any] = [way]
+    for i, array in enumerate((*inputs, *outputs)):
+        nbytes = array.nbytes
+        size += nbytes
+        fixed = i < len(constant) and constant[i]
+        if not fixed and (locate is None or locate(array.__array_interface__["data"][0], nbytes) is None):
+            travel += nbytes
+        shape.append((array.dtype.num, nbytes.bit_length() if array.ndim else _magnitude(array[()])))
+    return (tuple(shape), travel.bit_length()), max(size, 1), travel
 
 
 def _copied(memory: Any, array: np.ndarray) -> np.ndarray:

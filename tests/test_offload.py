@@ -19,6 +19,7 @@ import rfaas_mpi as rf
 from rfaas_mpi import Executor, KernelError, NestedError
 from rfaas_mpi.choice import Choice, Known, Load
 from rfaas_mpi.kernels import object_kernel
+from rfaas_mpi.offloading import _measure_buffers
 from rfaas_mpi.planner import BUDGET
 
 RANK = os.getpid()
@@ -292,6 +293,39 @@ def test_buffers_go_where_they_are_done_sooner_too(worker):
     assert sum(call() != RANK for _ in range(40)) > 20
     [known] = worker.explain()
     assert known.offload and known.nbytes == 1616
+
+
+@rf.kernel
+def looked_up(table, rank, out):
+    time.sleep(0.02 if os.getpid() == rank else 0.001)
+    out[:] = table[-1], os.getpid()
+
+
+def test_a_constant_is_no_byte_that_travels_with_a_call():
+    table, x, out = np.zeros(1 << 20), np.zeros(1000), np.zeros(10)
+    everything = table.nbytes + x.nbytes + out.nbytes
+    for way in ("tcp", "verbs"):
+        _, size, travel = _measure_buffers(way, None, (table, x), (out,), (True, False))
+        assert (size, travel) == (everything, x.nbytes + out.nbytes)
+        assert _measure_buffers(way, None, (table, x), (out,), (False, False))[1:] == (everything, everything)
+    # Nor is it where workers see some of the rest, or all, where it lies.
+    where = {x.__array_interface__["data"][0]: (1, 0)}
+    assert _measure_buffers("shm", lambda at, _: where.get(at), (table, x), (out,), (True, False))[2] == out.nbytes
+
+
+def test_a_call_with_a_large_constant_goes_where_it_is_done_sooner(executor_over):
+    """Sending it with each call would take longer than the call does here; nor does a probe send a copy of it."""
+    with executor_over("tcp") as worker:
+        constant, out = worker.put(np.arange(5e6)), np.empty(2)
+
+        def call() -> int:
+            worker.Offload(looked_up, (constant, RANK), out)
+            assert out[0] == 5e6 - 1
+            return int(out[1])
+
+        until_there(call)
+        assert sum(call() != RANK for _ in range(40)) > 20
+        assert worker._crew.invoker.stats()["constants_sent"] == constant.nbytes
 
 
 def test_threads_that_would_wait_for_each_other_use_the_worker(worker):

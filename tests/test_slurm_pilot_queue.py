@@ -11,8 +11,9 @@ from rfaas_mpi.slurm.pilots import Cancel, Filling, Submit, Wanted
 NAME = "rfaas-pilot-1"
 
 
-def job(number: int, state: str = "PD", minutes: int = 8, *, user: str = "ada", name: str = NAME, reason: str = "Resources",
-        where: str = "", excluded: tuple[str, ...] = (), left_s: int | None = None, partition: str = "low") -> Job:
+def job(number: int, state: str = "PD", minutes: int = 8, *, user: str = "ada", name: str = NAME,
+        reason: str = "Resources", where: str = "", excluded: tuple[str, ...] = (), left_s: int | None = None,
+        partition: str = "low") -> Job:
     return Job(str(number), user, (partition,), state, reason, where, excluded, minutes * 60, left_s, name)
 
 
@@ -45,7 +46,8 @@ def test_no_more_run_and_wait_together_than_may_run():
 
 
 def test_the_queue_holds_a_mix_of_all_lengths_that_the_partition_allows():
-    assert lengths(filling(20).look([], [nodes()], 0.0)) == [*reversed(pilots.LENGTHS), *reversed(pilots.LENGTHS), 90, 56]
+    downwards = [*reversed(pilots.LENGTHS)]
+    assert lengths(filling(20).look([], [nodes()], 0.0)) == [*downwards, *downwards, 90, 56]
     assert lengths(filling(4).look([], [nodes(limit_s=600)], 0.0)) == [8, 6, 4, 2]
     assert filling(4).look([], [nodes(limit_s=60)], 0.0) == []
 
@@ -61,8 +63,8 @@ def test_while_others_wait_for_resources_no_pilot_waits():
     assert lengths(filling().look([*have, other()], apart, 0.0)) == [90]
 
 
-@pytest.mark.parametrize("state", ["maint", "reserved", "drained", "draining", "drained*", "idle~", "idle#", "idle%", "idle!",
-                                   "idle$", "idle@", "powered_down", "reboot^"])
+@pytest.mark.parametrize("state", ["maint", "reserved", "drained", "draining", "drained*", "idle~", "idle#", "idle%",
+                                   "idle!", "idle$", "idle@", "powered_down", "reboot^"])
 def test_nodes_in_such_a_state_are_left_alone(state):
     found = filling(1).look([], [nodes("idle", "n1"), nodes(state, "n2", "n3")], 0.0)
     assert found == [Submit(90, ("n2", "n3"))]

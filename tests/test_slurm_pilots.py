@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,8 +54,9 @@ class Pilots:
         self._out, self._err = slurm.directory / "pilots.out", slurm.directory / "pilots.err"
         words = [RFAAS, "slurm", "pilots", "--json", "--partition", "low", "--directory", self.directory, *options]
         with self._out.open("wb") as out, self._err.open("wb") as err:
-            self.process = subprocess.Popen([*map(str, words)], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                                            env={**slurm.environment, "PYTHONPATH": str(REPOSITORY)}, cwd=slurm.directory)
+            self.process = subprocess.Popen(
+                [*map(str, words)], stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=slurm.directory,
+                env={**slurm.environment, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(temporary(slurm))})
 
     @property
     def said(self) -> str:
@@ -99,6 +98,13 @@ class Pilots:
             self.process.wait(GUARD_S)
 
 
+def temporary(slurm: Slurm) -> Path:
+    """Where pilots and their manager have what is temporary: all nodes are this machine, and others use /tmp."""
+    path = slurm.directory / "t"
+    path.mkdir(exist_ok=True)
+    return path
+
+
 def running(slurm: Slurm) -> list[str]:
     return slurm.run("squeue", "-h", "-p", "low", "-t", "RUNNING", "-o", "%N").split()
 
@@ -110,8 +116,8 @@ def test_pilots_lend_idle_nodes_and_give_way_and_come_back_and_leave_nothing(slu
         pilots.until(lambda: pilots.lending() == {"n1", "n2"}, "both nodes lend")
         enough = slurm.directory / "enough"
         borrower = subprocess.Popen(
-            [sys.executable, "program.py", enough], env={**slurm.environment, **environment, "PYTHONPATH": str(REPOSITORY)},
-            cwd=slurm.directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            [sys.executable, "program.py", enough], cwd=slurm.directory, stdout=subprocess.PIPE, text=True,
+            stderr=subprocess.STDOUT, env={**slurm.environment, **environment, "PYTHONPATH": str(REPOSITORY)})
         try:
             assert borrower.stdout is not None
             began = borrower.stdout.readline()
@@ -140,8 +146,7 @@ def test_pilots_lend_idle_nodes_and_give_way_and_come_back_and_leave_nothing(slu
         pilots.close()
     slurm.wait_until(lambda: not slurm.run("squeue", "-h", "-p", "low"), "no pilot is left")
     assert not pilots.directory.exists()
-    slurm.wait_until(lambda: not list(Path(tempfile.gettempdir()).glob(f"rfaas-pilots-{os.geteuid()}*/*")),
-                     "nodes have no files of pilots")
+    slurm.wait_until(lambda: not list(temporary(slurm).iterdir()), "nodes have no files of pilots")
     slurm.wait_until(lambda: not processes(re.compile(re.escape(str(pilots.directory)).encode())), "no process is left")
 
 
@@ -151,6 +156,6 @@ def test_what_no_other_job_preempts_is_refused_and_check_says_what_there_is_to_a
     assert "preempted   yes: jobs of high preempt those of low" in said and "CPU=0.25" in said, said
     said = slurm.run(*words, "high", "--check", PYTHONPATH=str(REPOSITORY), check=False)
     assert "preempted   no: the partition high has PreemptMode=OFF" in said and "PriorityTier=1 " in said, said
-    done = subprocess.run([*map(str, words), "high"], env={**slurm.environment, "PYTHONPATH": str(REPOSITORY)}, text=True,
-                          capture_output=True, timeout=GUARD_S)
+    done = subprocess.run([*map(str, words), "high"], text=True, capture_output=True, timeout=GUARD_S,
+                          env={**slurm.environment, "PYTHONPATH": str(REPOSITORY)})
     assert done.returncode == 1 and "would keep others waiting" in done.stderr, done

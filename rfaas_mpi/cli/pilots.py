@@ -41,12 +41,14 @@ def _minutes(_context: click.Context, _parameter: click.Parameter, text: str) ->
 @click.command(epilog=examples("rfaas slurm pilots --partition lowprio --check",
                                "rfaas slurm pilots --partition lowprio --nodes-max 16"))
 @click.option("--partition", metavar="NAME", required=True, help="Where others' jobs preempt those of pilots.")
-@click.option("--nodes-max", type=click.IntRange(min=1), default=1, show_default=True, help="Pilots at a time, each on a node.")
+@click.option("--nodes-max", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Pilots at a time, each on a node.")
 @click.option("--lengths", metavar="MINUTES", callback=_minutes, default="2,4,6,8,14,22,34,56,90", show_default=True,
               help="How long pilots are.")
 @click.option("--time-min", metavar="MINUTES", type=click.IntRange(min=1), default=None,
               help="Slurm may shorten them to this.  [default: fixed lengths]")
-@click.option("--queued-max", type=click.IntRange(min=1), default=20, show_default=True, help="Pilots that wait, at the most.")
+@click.option("--queued-max", type=click.IntRange(min=1), default=20, show_default=True,
+              help="Pilots that wait, at the most.")
 @click.option("--busy-max", type=click.IntRange(min=0), default=0, show_default=True,
               help="None waits while more of others' jobs wait for resources.")
 @click.option("--account", metavar="NAME", default=None, help="Who pays.")
@@ -63,7 +65,7 @@ def pilots(out: Output, check: bool, directory: Path | None, **options: Any) -> 
     what ranks have to set. Ends with SIGTERM or Ctrl-C, and the pilots with it.
     """
     from rfaas_mpi.errors import ConfigError
-    from rfaas_mpi.slurm import filling
+    from rfaas_mpi.slurm import filling, run
     from rfaas_mpi.slurm.pilots import Wanted
     wanted = Wanted(**options)
     found = filling.look_up(wanted.partition, wanted.qos)
@@ -73,11 +75,12 @@ def pilots(out: Output, check: bool, directory: Path | None, **options: Any) -> 
     if found.preemptible is False:
         raise ConfigError(f"pilots would keep others waiting: {found.why}",
                           hint=f"rfaas slurm pilots --partition {wanted.partition} --check")
-    with filling.own_directory(directory, wanted.partition) as own, _line(own, wanted.partition) as line:
+    with run.told_to_end(), filling.own_directory(directory, wanted.partition) as own, \
+            _line(own, wanted.partition) as line:
         def ready() -> None:
             lines = [f"export {name}={shlex.quote(value)}" for name, value in line.environment.items()]
             out.answer({"running": True, "environment": line.environment, "directory": str(own)}, lines)
-            out.progress(f"rfaas: pilots are queued in {wanted.partition}, {wanted.nodes_max} at the most; Ctrl-C ends them")
+            out.progress(f"rfaas: pilots for {wanted.partition}, {wanted.nodes_max} at the most; Ctrl-C ends them")
         filling.fill(wanted, own, line, ready, out.progress)
 
 

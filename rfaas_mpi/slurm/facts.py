@@ -181,7 +181,8 @@ def nodes(shown: str) -> tuple[Nodes, ...]:
         parts = line.split("|")
         if len(parts) == 4:
             partition, state, names, limit = parts
-            found.append(Nodes(partition.removesuffix("*"), state.lower(), hosts(names) if names else (), seconds(limit)))
+            found.append(Nodes(partition.removesuffix("*"), state.lower(), hosts(names) if names else (),
+                               seconds(limit)))
     return tuple(found)
 
 

@@ -33,6 +33,7 @@ _LOOK_S = 10.0
 # So often the manager is asked which agents are there.
 _AGENTS_S = 0.5
 _LEAVE_S = 5.0
+_YOUNG_S = 60.0
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -50,10 +51,10 @@ def look_up(partition: str, qos: str | None) -> Preemption:
     """Whether pilots in this partition would be preempted. ServiceError where Slurm doesn't answer."""
     config = run.ask(["scontrol", "show", "config"])
     partitions = run.ask(["scontrol", "show", "partition", "--oneliner"])
-    known = ""
+    known, fields = "", "format=Name,Preempt,PreemptMode,UsageFactor"
     # Without accounts (slurmdbd) there are no QOSes, and where there are, they may not be everybody's to see.
     with contextlib.suppress(RFaaSError):
-        known = run.ask(["sacctmgr", "--noheader", "--parsable2", "show", "qos", "format=Name,Preempt,PreemptMode,UsageFactor"])
+        known = run.ask(["sacctmgr", "--noheader", "--parsable2", "show", "qos", fields])
     return pilots.preemption(partition, config, partitions, known, qos)
 
 
@@ -100,21 +101,30 @@ def own_manager(directory: Path, partition: str) -> Iterator[run.Manager]:
     if first is None:
         raise ConfigError(f"the partition {partition} has no nodes", hint="what says `sinfo`?")
     where = facts.node_addresses(run.ask(["scontrol", "show", "node", "-o", first]))
-    # Its ledger may not lie on a file system of several nodes.
-    with tempfile.TemporaryDirectory(prefix=f"rfaas-pilots-{os.geteuid()}-") as state, \
-            run.Manager(Path(state), run.listen_at([first], where, {}), directory / "key") as manager:
-        yield manager
+    # Its ledger may not lie on a file system of several nodes. Nobody else uses it, and one that was killed left it.
+    state = Path(tempfile.gettempdir(), f"rfaas-pilots-{os.geteuid()}-{_name_of(directory)}")
+    shutil.rmtree(run.private(state))
+    try:
+        with run.Manager(run.private(state), run.listen_at([first], where, {}), directory / "key") as manager:
+            yield manager
+    finally:
+        shutil.rmtree(state, ignore_errors=True)
+
+
+def _name_of(directory: Path) -> str:
+    return hashlib.sha256(os.fsencode(directory)).hexdigest()[:8]
 
 
 @contextlib.contextmanager
 def pilot_directory(job: str) -> Iterator[Path]:
     """A pilot's files on its node; removed in the end, and what a killed one left with the next one's beginning."""
-    above = run.private(Path(tempfile.gettempdir(), f"rfaas-pilots-{os.geteuid()}"))
-    for left in above.iterdir():
-        with contextlib.suppress(OSError), _locked(left):
-            shutil.rmtree(left, ignore_errors=True)
-    path = above / job
-    path.mkdir(mode=0o700, exist_ok=True)
+    prefix = f"rfaas-pilot-{os.geteuid()}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with contextlib.suppress(OSError, ConfigError), _locked(run.private(left)):
+            # One that has just been made isn't locked yet.
+            if time.time() - left.stat().st_mtime > _YOUNG_S:
+                shutil.rmtree(left, ignore_errors=True)
+    path = run.private(Path(tempfile.gettempdir(), prefix + job))
     with _locked(path):
         try:
             yield path
@@ -147,14 +157,16 @@ class _Filler:
     def __init__(self, wanted: Wanted, directory: Path, line: Line, say: Callable[[str], None]) -> None:
         self._wanted, self._directory, self._line, self._tell = wanted, directory, line, say
         self._user = pwd.getpwuid(os.geteuid()).pw_name
-        self._name = f"rfaas-pilot-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:8]}"
+        self._name = f"rfaas-pilot-{_name_of(directory)}"
         self._filling = Filling(wanted, self._user, self._name)
         self._end = threading.Event()
         self._agents: frozenset[str] = frozenset()
         self._said = ""
+        self._was_busy = False
         binds = "task/affinity" in facts.config_value(run.ask(["scontrol", "show", "config"]), "TaskPlugin")
-        self._step = ["srun", "--overlap", *(["--cpu-bind=none"] if binds else []), "--mem=0", "--mpi=none", "--nodes=1",
-                      "--ntasks=1"]
+        # All of the job's CPUs and memory, bound to none.
+        self._step = ["srun", "--overlap", *(["--cpu-bind=none"] if binds else []), "--mem=0", "--mpi=none",
+                      "--nodes=1", "--ntasks=1"]
 
     def run(self, ready: Callable[[], None]) -> None:
         before = {number: signal.signal(number, lambda *_: self._end.set())
@@ -194,7 +206,12 @@ class _Filler:
         beside = sorted({each.partition for each in nodes if not mine.isdisjoint(each.nodes)})
         jobs = facts.jobs(run.ask(["squeue", "-h", "-a", "-p", ",".join(beside or [self._wanted.partition]), "-t",
                                    "PENDING,RUNNING,CONFIGURING,SUSPENDED", "-o", facts.JOBS]))
-        self._act(self._filling.look(jobs, nodes, time.monotonic()))
+        actions = self._filling.look(jobs, nodes, time.monotonic())
+        if self._filling.busy != self._was_busy:
+            self._was_busy = self._filling.busy
+            self._tell("rfaas: others wait for resources: no pilot waits until they have them" if self._was_busy
+                       else "rfaas: nobody waits for resources any more: pilots are queued again")
+        self._act(actions)
 
     def _act(self, actions: Sequence[pilots.Action]) -> None:
         for action in actions:
@@ -202,8 +219,9 @@ class _Filler:
                 case Cancel(job=job):
                     run.ask(["scancel", job])
                 case Submit():
+                    log = f"{self._directory}/pilot-%N.log"
                     run.ask(["sbatch", "--parsable", f"--chdir={self._directory}", f"--wrap={self._script(action)}",
-                             *pilots.batch_options(action, self._wanted, self._name, f"{self._directory}/pilot-%N.log")])
+                             *pilots.batch_options(action, self._wanted, self._name, log)])
 
     def _script(self, submit: Submit) -> str:
         words = [*self._step, *run.rfaas("slurm", "pilot"), *self._line.options]

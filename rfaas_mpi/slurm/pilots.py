@@ -1,4 +1,4 @@
-"""Which pilot jobs to queue and which to take out of the queue again. Pure: what Slurm says and the time in, actions out.
+"""Which pilot jobs to queue and which to take out again. Pure: what Slurm says and the time in, actions out.
 
     squeue, sinfo ──▶ Filling.look ──▶ Submit, Cancel
     a node's agent has left ──▶ Filling.left ──▶ Submit
@@ -182,7 +182,7 @@ class Filling:
 
     def _lengths(self, ours: Iterable[Nodes]) -> tuple[int, ...]:
         limits = [each.limit_s for each in ours if each.limit_s is not None]
-        return tuple(sorted(length for length in set(self.wanted.lengths) if all(length * 60 <= most for most in limits)))
+        return tuple(sorted(each for each in set(self.wanted.lengths) if all(each * 60 <= most for most in limits)))
 
     def _passed_over(self, queued: Sequence[Job], ours: Iterable[Nodes], exclude: set[str], now: float) -> list[Job]:
         idle = any(each.state.startswith("idle") and set(each.nodes) - exclude for each in ours)
@@ -247,8 +247,8 @@ def preemption(partition: str, config: str, partitions: str, qos: str, own_qos: 
     advice = _advice(partition, known)
     mine = known.get(partition)
     if mine is None:
-        return Preemption(partition, False, f"there is no partition {partition}; there are {', '.join(known) or 'none'}",
-                          (), advice)
+        there_are = ", ".join(known) or "none"
+        return Preemption(partition, False, f"there is no partition {partition}; there are {there_are}", (), advice)
     effective = own_qos or (mine["QoS"] if mine.get("QoS", "N/A") != "N/A" else None)
     charges = _charges(mine, None if effective is None else of_qos.get(effective))
     kind = facts.config_value(config, "PreemptType")

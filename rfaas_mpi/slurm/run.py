@@ -35,8 +35,8 @@ from rfaas_mpi.errors import ConfigError, RFaaSError, ServiceError
 from rfaas_mpi.slurm import facts, layout
 from rfaas_mpi.slurm.layout import NodeLayout
 
-__all__ = ["NARROWING", "Manager", "NodePlan", "Plan", "Said", "Wanted", "ask", "cpus_here", "listen_at", "private", "rfaas",
-           "run"]
+__all__ = ["NARROWING", "Manager", "NodePlan", "Plan", "Said", "Wanted", "ask", "cpus_here", "listen_at", "private",
+           "rfaas", "run", "told_to_end"]
 
 _COMMAND_S = 30.0
 _LEAVE_S = 10.0
@@ -100,7 +100,7 @@ def run(wanted: Wanted, environ: Mapping[str, str], progress: Callable[[str], No
     threads = _threads(environ)
     if not any(job.tasks):
         raise ConfigError("no ranks are wanted", hint="--ranks 1, or more")
-    with _told_to_end(), _directory(job.job) as directory, contextlib.ExitStack() as stack:
+    with told_to_end(), _directory(job.job) as directory, contextlib.ExitStack() as stack:
         # Asked while the manager starts.
         addresses = _started(["scontrol", "show", "node", "-o", ",".join(job.nodes)])
         shown = _started(["scontrol", "show", "job", "-d", "-o", str(job.job)])
@@ -126,7 +126,7 @@ def run(wanted: Wanted, environ: Mapping[str, str], progress: Callable[[str], No
 
 
 @contextlib.contextmanager
-def _told_to_end() -> Iterator[None]:
+def told_to_end() -> Iterator[None]:
     """Whoever is told to end before there are ranks to be told ends with all that it has started."""
     def end(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)

@@ -443,6 +443,81 @@ static void the_end_of_an_arena_can_be_written_and_not_more(void)
     down();
 }
 
+/* A request whose own bytes, if it has any, come with what the rank drops; what
+ * the kernel found at its input. */
+static void rank_drops(struct rfm_desc desc, bool with_data, uint8_t found[64])
+{
+    struct s_message m = a_request();
+    struct s_message answer;
+
+    desc.flags = RFM_REGION_DROP;
+    if (with_data) {
+        m.n_descs  = 2;
+        m.descs[1] = desc;
+    } else {
+        m.descs[0] = desc;
+        m.n_data   = 0;
+    }
+    s_count(&m);
+    m.head.region_bytes = m.n_data;
+    rank_send(&m);
+    rank_reads(&answer);
+    CHECK_EQ(answer.line.reply.status, RFM_ST_OK);
+    memcpy(found, answer.data, 64);
+    if (with_data) {
+        CHECK(memcmp(found, m.data, 64) == 0);
+    }
+}
+
+static void what_a_rank_drops_is_gone_and_what_comes_with_it_or_later_is_not(void)
+{
+    static const struct rfm_desc none[] = {
+        { .arena = 1, .offset = 1, .size = 4095 },      /* no whole page */
+        { .arena = 1, .offset = 0, .size = 4095 },
+        { .arena = 1, .offset = 128, .size = 0 },
+        { .arena = 1, .offset = 64, .size = ARENA - 64 },
+        { .arena = 2, .offset = 0, .size = 4096 },
+        { .arena = UINT32_MAX, .offset = UINT64_MAX, .size = UINT64_MAX },
+    };
+    static const struct rfm_desc outside[] = {
+        { .arena = 1, .offset = ARENA - 63, .size = 64 },
+        { .arena = 1, .offset = UINT64_MAX, .size = 2 },
+        { .arena = 1, .offset = 4096, .size = UINT64_MAX - 4095 },
+    };
+    const struct rfm_desc all = { .arena = 1, .offset = 0, .size = ARENA };
+    uint8_t zeros[64] = { 0 };
+    uint8_t before[64];
+    uint8_t found[64];
+
+    up();
+    for (uint32_t flags = 0; flags <= RFM_STREAM_CRC; flags++) {
+        rank_up(flags);
+        rank_is_served();
+        rank_drops(all, false, found);
+        CHECK(memcmp(found, zeros, 64) == 0);
+        rank_drops(all, true, before);
+        for (size_t i = 0; i < sizeof(none) / sizeof(none[0]); i++) {
+            rank_drops(none[i], false, found);
+            CHECK(memcmp(found, before, 64) == 0);
+        }
+        rank_is_served();
+        rank_down();
+    }
+    for (size_t i = 0; i < sizeof(outside) / sizeof(outside[0]); i++) {
+        struct s_message m;
+
+        rank_up(0);
+        m = a_request();
+        m.descs[0]       = outside[i];
+        m.descs[0].flags = RFM_REGION_DROP;
+        m.n_data         = 0;
+        m.head.region_bytes = 0;
+        rank_send(&m);
+        rank_is_refused("memory that was not granted");
+    }
+    down();
+}
+
 static void a_message_cut_at_any_byte_is_none(void)
 {
     up();
@@ -811,6 +886,13 @@ static void random_requests_never_harm_a_worker(void)
             }
             s_count(&m);
             m.n_data = (uint32_t)m.head.region_bytes;
+            for (uint32_t k = 1; k < m.n_descs; k++) {
+                if (t_below(&r, 8) == 0) {
+                    m.descs[k].flags     = RFM_REGION_DROP;
+                    m.head.region_bytes -= m.descs[k].size;
+                    m.n_data            -= (uint32_t)m.descs[k].size;
+                }
+            }
             switch (t_below(&r, 20)) {
             case 0:
                 m.descs[0].size = value;
@@ -922,6 +1004,7 @@ int main(int argc, char **argv)
     RUN(heads_that_make_no_sense_are_refused);
     RUN(regions_outside_of_mirrors_are_refused);
     RUN(the_end_of_an_arena_can_be_written_and_not_more);
+    RUN(what_a_rank_drops_is_gone_and_what_comes_with_it_or_later_is_not);
     RUN(a_message_cut_at_any_byte_is_none);
     RUN(spliced_and_replayed_messages_are_refused);
     RUN(a_flipped_bit_is_never_served_where_it_is_checked);

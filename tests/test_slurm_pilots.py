@@ -159,3 +159,10 @@ def test_what_no_other_job_preempts_is_refused_and_check_says_what_there_is_to_a
     done = subprocess.run([*map(str, words), "high"], text=True, capture_output=True, timeout=GUARD_S,
                           env={**slurm.environment, "PYTHONPATH": str(REPOSITORY)})
     assert done.returncode == 1 and "would keep others waiting" in done.stderr, done
+
+
+def test_lengths_that_the_partition_does_not_allow_are_refused(slurm):
+    with Pilots(slurm, "--lengths", "31,90") as pilots:
+        assert pilots.process.wait(GUARD_S) == 1
+        assert "no pilot is as short as the jobs of low have to be" in pilots.said
+    assert not pilots.directory.exists() and not list(temporary(slurm).iterdir())

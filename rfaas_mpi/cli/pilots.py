@@ -106,13 +106,14 @@ def _line(directory: Path, partition: str) -> Iterator[Any]:
         if settings.manager.startswith("unix:"):
             raise ConfigError(f"pilots on other nodes can't reach the manager at {settings.manager}",
                               hint="name it by http(s)://HOST:PORT in RFAAS_MANAGER, or unset that")
-        with _asking(settings) as agents:
+        with _asking(settings, {str(os.geteuid())}) as agents:
             yield filling.Line({"RFAAS_MANAGER": settings.manager}, tuple(_options(settings)), agents)
         return
     with filling.own_manager(directory, partition) as manager:
         given = {name.removeprefix("RFAAS_").lower(): value for name, value in manager.environment.items()}
         settings = Settings.load(**given)
-        with _asking(settings) as agents:
+        # The manager's own user's agents bear no uid.
+        with _asking(settings, {"", str(os.geteuid())}) as agents:
             yield filling.Line(manager.environment, tuple(_options(settings)), agents)
 
 
@@ -124,8 +125,8 @@ def _options(settings: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _asking(settings: Any) -> Iterator[Callable[[], frozenset[str] | None]]:
-    """Asks the manager on which nodes agents of this user lend something."""
+def _asking(settings: Any, uids: set[str]) -> Iterator[Callable[[], frozenset[str] | None]]:
+    """Asks the manager on which nodes agents lend something that bear one of these uids."""
     from rfaas_mpi.client import ManagerClient
     from rfaas_mpi.errors import RFaaSError
     with ManagerClient(settings) as client:
@@ -134,10 +135,8 @@ def _asking(settings: Any) -> Iterator[Callable[[], frozenset[str] | None]]:
                 found = client.call("nodes").nodes
             except RFaaSError:
                 return None
-            # A user's agents bear his uid, but those of the manager's own user.
             parts = [(view, *view.node.partition("/")) for view in found]
-            return frozenset(name for view, name, _, uid in parts
-                             if uid in ("", str(os.geteuid())) and view.spare and not view.silent)
+            return frozenset(name for view, name, _, uid in parts if uid in uids and view.spare and not view.silent)
         yield agents
 
 

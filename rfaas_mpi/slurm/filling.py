@@ -64,11 +64,9 @@ def own_directory(named: Path | None, partition: str) -> Iterator[Path]:
 
     ConfigError where it isn't this user's alone, or another `rfaas slurm pilots` has it.
     """
-    if named is None:
-        above = Path.home() / ".rfaas"
-        above.mkdir(mode=0o700, exist_ok=True)
-        named = above / f"pilots-{partition}"
-    path = run.private(named.absolute())
+    path = (named or Path.home() / ".rfaas" / f"pilots-{partition}").absolute()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    run.private(path, hint="remove it, or name another --directory")
     held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
@@ -175,6 +173,9 @@ class _Filler:
             # Of a command that was killed: they know another manager.
             self._cancel_all()
             self._look()
+            if not self._filling.lengths:
+                raise ConfigError(f"no pilot is as short as the jobs of {self._wanted.partition} have to be",
+                                  hint="name shorter --lengths; what says `sinfo`?")
             ready()
             self._go_on()
         finally:
@@ -214,14 +215,14 @@ class _Filler:
         self._act(actions)
 
     def _act(self, actions: Sequence[pilots.Action]) -> None:
+        if out := [action.job for action in actions if isinstance(action, Cancel)]:
+            # Quietly: one may have ended meanwhile.
+            run.ask(["scancel", "--quiet", *out])
         for action in actions:
-            match action:
-                case Cancel(job=job):
-                    run.ask(["scancel", job])
-                case Submit():
-                    log = f"{self._directory}/pilot-%N.log"
-                    run.ask(["sbatch", "--parsable", f"--chdir={self._directory}", f"--wrap={self._script(action)}",
-                             *pilots.batch_options(action, self._wanted, self._name, log)])
+            if isinstance(action, Submit):
+                log = f"{self._directory}/pilot-%N.log"
+                run.ask(["sbatch", "--parsable", f"--chdir={self._directory}", f"--wrap={self._script(action)}",
+                         *pilots.batch_options(action, self._wanted, self._name, log)])
 
     def _script(self, submit: Submit) -> str:
         words = [*self._step, *run.rfaas("slurm", "pilot"), *self._line.options]

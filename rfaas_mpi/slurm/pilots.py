@@ -93,6 +93,7 @@ class Filling:
         self._may_queue = False
         self._exclude: tuple[str, ...] = ()
         self.busy = False                            # others wait for resources
+        self.lengths: tuple[int, ...] = ()           # that the partition allows, from the shortest up
         self.queued = 0
         self.running = 0
 
@@ -116,7 +117,7 @@ class Filling:
                 actions.append(Cancel(job.id, "other nodes are to be left alone"))
             else:
                 stay.append(job)
-        lengths = self._lengths(ours)
+        lengths = self.lengths = self._lengths(ours)
         again: list[int] = []
         for job in self._passed_over(stay, ours, exclude, now):
             if (shorter := _shorter(lengths, _minutes(job))) is not None:

@@ -168,13 +168,13 @@ def _cores(ranks: Sequence[Sequence[int]]) -> str:
     return " ".join(",".join(map(str, cores)) for cores in ranks)
 
 
-def private(path: Path) -> Path:
+def private(path: Path, hint: str = "remove it, or set TMPDIR") -> Path:
     """The directory, made if it isn't there. ConfigError if it isn't this user's alone."""
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     found = path.lstat()
     if path.is_symlink() or not path.is_dir() or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise ConfigError(f"{path} isn't a directory of yours alone", hint="remove it, or set TMPDIR")
+        raise ConfigError(f"{path} isn't a directory of yours alone", hint=hint)
     return path
 
 

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import selectors
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import faults
 import pytest
 import slurm_cluster
 from cluster import tell, wait_until
-from site_of_users import ALICE, Site
+from site_of_users import ALICE, Site, interpreter
 from slurm_cluster import Slurm
 from test_apps import needs_two_cores
 
 import rfaas_mpi
 from rfaas_mpi.agent.groups import Group, Roots
-from rfaas_mpi.agent.hook import HOLD_S, Starting
+from rfaas_mpi.agent.hook import HOLD_S, HookDoor, Starting
 from rfaas_mpi.agent.kernel_files import read_text
+from rfaas_mpi.errors import ConfigError
 from rfaas_mpi.slurm import hooks
 
 HOOK = Path(rfaas_mpi.__file__).parent / "agent" / "rfaas-hook"
+SOURCE = Path(__file__).parents[1] / "csrc" / "hook" / "hook.c"
 GUARD_S = 60
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes control groups: needs root")
@@ -52,6 +56,71 @@ def test_a_job_that_ends_or_never_comes_is_waited_for_no_longer():
     assert starting.tick(101.0 + HOLD_S) and not starting.jobs
 
 
+# --- whom the agent hears ----------------------------------------------------
+
+@pytest.fixture
+def door(tmp_path) -> Iterator[HookDoor]:
+    with selectors.DefaultSelector() as selector:
+        door = HookDoor(selector, tmp_path / "hook", "agent 1 1\n")
+        yield door
+        door.close()
+        door.close()
+    assert not list((tmp_path / "hook").iterdir())
+
+
+def say(door: HookDoor, text: bytes) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(GUARD_S)
+    connection.connect(str(door.path))
+    connection.sendall(text)
+    return connection
+
+
+def test_a_prolog_is_answered_and_what_was_said_while_nobody_listened_is_heard(door):
+    say(door, b"epilog 6 0\n").close()
+    with say(door, b"prolog 7 1000\n") as hook:
+        ends, starts = door.hear()
+        assert (ends.starts, ends.job, starts.starts, starts.job) == (False, "6", True, "7")
+        assert door.hear() == []
+        door.answer([starts.caller])
+        assert hook.recv(100) == b"free\n" and hook.recv(1) == b""
+        door.answer([starts.caller, ends.caller])        # they are gone
+
+
+@pytest.mark.parametrize("text", [b"prolog\n", b"prolog x 1\n", b"lend 7 1\n", b"\xff" * 64, b"prolog 7 1" + b"1" * 60])
+def test_what_makes_no_sense_is_sent_away(door, text):
+    with say(door, text) as hook:
+        assert door.hear() == []
+        with contextlib.suppress(ConnectionResetError):
+            assert hook.recv(1) == b""
+
+
+def test_half_a_line_is_waited_for(door):
+    with say(door, b"prolog 7") as hook:
+        assert door.hear() == []
+        hook.sendall(b" 1000\n")
+        assert [news.job for news in door.hear()] == ["7"]
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+def test_hooks_are_not_heard_where_others_could_change_what_they_kill(tmp_path, mode):
+    tmp_path.chmod(mode)
+    with selectors.DefaultSelector() as selector, pytest.raises(ConfigError, match="only uid"):
+        HookDoor(selector, tmp_path, "")
+
+
+@needs_root
+def test_a_user_who_reaches_the_socket_is_not_heard(door):
+    door.path.chmod(0o666)
+    for directory in door.path.parents[:-1]:
+        if directory.owner() == "root" and directory.stat().st_mode & 0o001 == 0:
+            directory.chmod(0o755)
+    words = [interpreter(), "-c", "import socket, sys\nwith socket.socket(socket.AF_UNIX) as s:\n"
+             "    s.connect(sys.argv[1])\n    s.sendall(b'prolog 7 0\\n')\n", door.path]
+    subprocess.run(words, user=ALICE, group=ALICE, extra_groups=[], cwd="/", check=True, timeout=GUARD_S)
+    assert door.hear() == []
+
+
 # --- the hook alone ----------------------------------------------------------
 
 @pytest.fixture
@@ -62,10 +131,18 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-def run(directory: Path, *words: str, **changes: str) -> None:
-    """As slurmd does; it must end well whatever there is."""
+@pytest.fixture(scope="module", params=["gcc", "clang"])
+def run(request, tmp_path_factory) -> Callable[..., None]:
+    """Runs the hook as slurmd does, built with whatever sees an error; it must end well whatever there is."""
+    program = tmp_path_factory.mktemp("hook") / "rfaas-hook"
+    subprocess.run([request.param, "-std=c11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", SOURCE, "-o", program,
+                    "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], check=True, timeout=GUARD_S)
+    return functools.partial(run_hook, program)
+
+
+def run_hook(program: Path, directory: Path, *words: str, **changes: str) -> None:
     environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_UID": "1000", **changes}
-    done = subprocess.run([HOOK, *words, *([directory] if words else [])], env=environment, cwd="/", timeout=GUARD_S,
+    done = subprocess.run([program, *words, *([directory] if words else [])], env=environment, cwd="/", timeout=GUARD_S,
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -109,14 +186,14 @@ class Agent:
                 connection.sendall(self._answer)
 
 
-def test_the_hook_ends_well_where_there_is_no_agent_and_never_was_one(tmp_path):
+def test_the_hook_ends_well_where_there_is_no_agent_and_never_was_one(run, tmp_path):
     run(tmp_path / "nowhere", "prolog")
     run(tmp_path / "nowhere", "epilog")
     run(tmp_path / ("x" * 200), "prolog")
     run(tmp_path)                    # as Slurm itself starts it
 
 
-def test_an_agent_that_answers_is_told_the_job_and_keeps_what_it_has(tmp_path, sleeper):
+def test_an_agent_that_answers_is_told_the_job_and_keeps_what_it_has(run, tmp_path, sleeper):
     name(tmp_path, sleeper)
     with Agent(tmp_path, b"free\n") as agent:
         run(tmp_path, "prolog")
@@ -124,7 +201,7 @@ def test_an_agent_that_answers_is_told_the_job_and_keeps_what_it_has(tmp_path, s
     assert sleeper.poll() is None
 
 
-def test_a_job_that_ends_is_told_and_nobody_is_waited_for(tmp_path, sleeper):
+def test_a_job_that_ends_is_told_and_nobody_is_waited_for(run, tmp_path, sleeper):
     name(tmp_path, sleeper)
     with Agent(tmp_path, b"") as agent:
         run(tmp_path, "epilog")
@@ -133,34 +210,34 @@ def test_a_job_that_ends_is_told_and_nobody_is_waited_for(tmp_path, sleeper):
 
 
 @pytest.mark.parametrize("answer", [None, b"", b"fre", b"later"], ids=["hung", "hangs up", "half", "nonsense"])
-def test_what_an_agent_without_an_answer_started_ends_with_it(tmp_path, sleeper, answer):
+def test_what_an_agent_without_an_answer_started_ends_with_it(run, tmp_path, sleeper, answer):
     name(tmp_path, sleeper)
     with Agent(tmp_path, answer):
         run(tmp_path, "prolog")
     assert sleeper.wait(GUARD_S) == -signal.SIGKILL
 
 
-def test_words_of_slurm_that_are_no_numbers_go_nowhere(tmp_path):
+def test_words_of_slurm_that_are_no_numbers_go_nowhere(run, tmp_path):
     with Agent(tmp_path, b"free\n") as agent:
         run(tmp_path, "prolog", SLURM_JOB_ID="7\nepilog 8", SLURM_JOB_UID="")
     assert agent.heard == b"prolog 0 0\n"
 
 
-def test_a_list_that_others_may_write_is_not_believed(tmp_path, sleeper):
+def test_a_list_that_others_may_write_is_not_believed(run, tmp_path, sleeper):
     name(tmp_path, sleeper)
     (tmp_path / "groups").chmod(0o666)
     run(tmp_path, "prolog")
     assert sleeper.poll() is None
 
 
-def test_a_process_that_only_has_the_agent_s_number_lives(tmp_path, sleeper):
+def test_a_process_that_only_has_the_agent_s_number_lives(run, tmp_path, sleeper):
     (tmp_path / "groups").write_text(f"agent {sleeper.pid} 1\n")
     run(tmp_path, "prolog")
     assert sleeper.poll() is None
 
 
 @needs_root
-def test_what_is_in_the_agent_s_groups_is_killed_and_nothing_else(tmp_path, sleeper):
+def test_what_is_in_the_agent_s_groups_is_killed_and_nothing_else(run, tmp_path, sleeper):
     roots = Roots.find()
     assert roots.memory is not None, roots.why_not
     inside, beside = subprocess.Popen(["sleep", "600"]), subprocess.Popen(["sleep", "600"])
@@ -301,6 +378,7 @@ def test_a_stopped_agent_keeps_no_worker_on_a_job_s_cores_and_no_job_from_its_no
             assert state in ("idle", "completing"), state
         finally:
             node.site.agent.signal(signal.SIGCONT)
+        wait_until(lambda: f"job={job} is about to start" in node.site.agent.said(), "the agent hears what it missed")
 
 
 @needs_root

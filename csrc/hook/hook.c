@@ -27,7 +27,7 @@
 #include <unistd.h>
 
 #define ANSWER_MS 200
-#define END_MS    1000
+#define END_MS    2000
 #define DIRECTORY "/run/rfaas-hook"
 #define OURS      "rfaas-"
 
@@ -234,6 +234,10 @@ static int kill_group(int parent, const char *name)
     }
 
     write_to(group, "pids.max", "0");
+    /* With low priority it might not come to its end while others run. */
+    write_to(group, "cpu.idle", "0");
+    write_to(group, "cpu.shares", "1024");
+    write_to(group, "cpu.weight", "100");
     write_to(group, "cgroup.kill", "1");
     count = kill_members(group);
     close(group);

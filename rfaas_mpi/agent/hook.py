@@ -189,7 +189,8 @@ class HookDoor:
         if not said.endswith(b"\n") and len(said) < LINE_BYTES_MAX:
             return None
         words = said.decode("ascii", "replace").split()
-        if len(words) != 3 or words[0] not in ("prolog", "epilog") or not words[1].isdecimal():
+        if (not said.endswith(b"\n") or len(words) != 3 or words[0] not in ("prolog", "epilog")
+                or not words[1].isdecimal()):
             log.warning("a hook says nothing that makes sense: %r", said)
             self.drop(caller)
             return None

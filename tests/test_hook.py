@@ -383,6 +383,19 @@ def test_a_stopped_agent_keeps_no_worker_on_a_job_s_cores_and_no_job_from_its_no
 
 @needs_root
 @needs_two_cores
+def test_nothing_is_left_once_the_hook_ends_nor_lent_before_the_job_it_was_for_does(node):
+    with borrowing(node):
+        run_hook(HOOK, node.directory, "prolog", SLURM_JOB_ID="99")
+        assert node.workers() == 0
+        # Other jobs that come and go are not the one that is waited for.
+        assert node.slurm.finish("#!/bin/bash\n", "--ntasks=1") == ""
+        assert node.site.free() == 0 and node.workers() == 0
+        run_hook(HOOK, node.directory, "epilog", SLURM_JOB_ID="99")
+        wait_until(lambda: node.workers() or node.site.free(), "its cores are lent again")
+
+
+@needs_root
+@needs_two_cores
 def test_slurm_tells_the_hook_itself_which_of_the_two_it_is(node):
     assert node.slurm.finish("#!/bin/bash\n", "--ntasks=1") == ""
     contexts = node.top / "contexts"

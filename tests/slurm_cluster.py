@@ -62,6 +62,7 @@ class Slurm:
         self.environment = {**os.environ, "PATH": SEARCH, "SLURM_CONF": str(self.directory / "slurm.conf")}
         for name in [name for name in self.environment if name.startswith(("SLURM_", "RFAAS_")) and name != "SLURM_CONF"]:
             del self.environment[name]
+        self._confined = confined
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         for part in ("munge", "state", "log", "spool", "tmp"):
             (self.directory / part).mkdir()
@@ -195,8 +196,9 @@ class Slurm:
                 daemon.kill()
                 daemon.wait()
         self._daemons.clear()
-        # Slurm leaves those of its nodes.
-        for top in [top for name in self.names for top in Path("/sys/fs/cgroup").glob(f"*/slurm_{name}")]:
+        # Slurm leaves those of its nodes. Another cluster's nodes have the same names.
+        mine = self.names if self._confined else ()
+        for top in [top for name in mine for top in Path("/sys/fs/cgroup").glob(f"*/slurm_{name}")]:
             for group in sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True):
                 group.rmdir()
             top.rmdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -35,11 +36,18 @@ with rf.Executor(workers=(2, 2), lease_timeout_s=30) as executor:
 """
 
 
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    settings = {"PreemptType": "preempt/partition_prio", "PreemptMode": "CANCEL"}
-    partitions = ("low PriorityTier=1 PreemptMode=CANCEL GraceTime=0 MaxTime=30 TRESBillingWeights=CPU=0.25",
-                  "high PriorityTier=10 PreemptMode=OFF")
+# How pilots are preempted: Slurm's word, and for how long they may go on; a soak test tries all.
+MODES = os.environ.get("RFAAS_SOAK_PREEMPTION", "CANCEL:0").split(",")
+
+
+@pytest.fixture(scope="module", params=MODES)
+def slurm(request) -> Iterator[Slurm]:
+    mode, _, grace = request.param.partition(":")
+    suspends = mode == "SUSPEND"
+    shared = "OverSubscribe=FORCE:1 " if suspends else ""
+    settings = {"PreemptType": "preempt/partition_prio", "PreemptMode": "SUSPEND,GANG" if suspends else mode}
+    partitions = (f"low {shared}PriorityTier=1 PreemptMode={mode} GraceTime={grace} MaxTime=30 "
+                  "TRESBillingWeights=CPU=0.25", f"high {shared}PriorityTier=10 PreemptMode=OFF")
     with slurm_cluster.cluster(2, 2, settings=settings, partitions=partitions) as found:
         (found.directory / "program.py").write_text(PROGRAM)
         yield found

@@ -117,6 +117,9 @@ def test_a_pilot_whose_time_was_over_has_a_successor_at_once_and_one_that_gave_w
     assert one.left("n9", 55.0) == []
     assert one.left("n1", 149.0) == [Submit(8)]
     assert one.left("n1", 149.0) == []
+    one = filling(1, time_min=2)
+    one.look([job(1, "R", minutes=3, where="n1", left_s=100)], [nodes()], 50.0)
+    assert one.left("n1", 149.0) == [Submit(90)]
 
 
 def test_a_suspended_pilot_is_taken_out():

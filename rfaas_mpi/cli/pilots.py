@@ -59,7 +59,7 @@ def _minutes(_context: click.Context, _parameter: click.Parameter, text: str) ->
 @common
 @click.pass_obj
 def pilots(out: Output, check: bool, directory: Path | None, **options: Any) -> None:
-    """Have idle nodes lend their cores to your ranks, in the foreground.
+    """Have idle nodes lend to your ranks, in the foreground.
 
     Keeps short jobs queued that anybody's job preempts; each has a node whose cores it lends. Prints
     what ranks have to set. Ends with SIGTERM or Ctrl-C, and the pilots with it.
@@ -106,14 +106,13 @@ def _line(directory: Path, partition: str) -> Iterator[Any]:
         if settings.manager.startswith("unix:"):
             raise ConfigError(f"pilots on other nodes can't reach the manager at {settings.manager}",
                               hint="name it by http(s)://HOST:PORT in RFAAS_MANAGER, or unset that")
-        with _asking(settings, {str(os.geteuid())}) as agents:
+        with _asking(settings) as agents:
             yield filling.Line({"RFAAS_MANAGER": settings.manager}, tuple(_options(settings)), agents)
         return
     with filling.own_manager(directory, partition) as manager:
         given = {name.removeprefix("RFAAS_").lower(): value for name, value in manager.environment.items()}
         settings = Settings.load(**given)
-        # The manager's own user's agents bear no uid.
-        with _asking(settings, {"", str(os.geteuid())}) as agents:
+        with _asking(settings) as agents:
             yield filling.Line(manager.environment, tuple(_options(settings)), agents)
 
 
@@ -125,10 +124,13 @@ def _options(settings: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _asking(settings: Any, uids: set[str]) -> Iterator[Callable[[], frozenset[str] | None]]:
-    """Asks the manager on which nodes agents lend something that bear one of these uids."""
+def _asking(settings: Any) -> Iterator[Callable[[], frozenset[str] | None]]:
+    """Asks the manager on which nodes agents of this user lend something."""
     from rfaas_mpi.client import ManagerClient
+    from rfaas_mpi.config import user_id
     from rfaas_mpi.errors import RFaaSError
+    # Agents bear their user's uid, but those of the manager's own user.
+    uids = {str(os.geteuid())} | ({""} if user_id(settings.manager_user) == os.geteuid() else set())
     with ManagerClient(settings) as client:
         def agents() -> frozenset[str] | None:
             try:

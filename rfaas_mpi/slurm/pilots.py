@@ -153,7 +153,9 @@ class Filling:
                 self.running -= 1
                 if self._may_queue and self.queued + self.running < self.wanted.nodes_max:
                     self.queued += 1
-                    return [Submit(_minutes(job), self._exclude)]
+                    # Slurm may have shortened it.
+                    minutes = _minutes(job) if _minutes(job) in self.lengths else max(self.lengths)
+                    return [Submit(minutes, self._exclude)]
         return []
 
     def _waits_for_ours(self, nodes: Sequence[Nodes]) -> Callable[[Job], bool]:

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import click
-import msgspec
 
 from rfaas_mpi.cli.output import Output
 from rfaas_mpi.cli.shape import common, examples
@@ -25,6 +24,8 @@ def install(out: Output) -> None:
     the node's agent take everything back before the job starts; its Epilog has it lend again.
     Lines of the site's own hooks are named that would end workers with all that a user runs.
     """
+    import msgspec
+
     from rfaas_mpi.agent.spawner import unsafe_places
     from rfaas_mpi.slurm import hooks
     from rfaas_mpi.slurm.run import ask

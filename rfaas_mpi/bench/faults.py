@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,7 @@ QUICK = Plan(rounds=1, least_s=0.0, every_s=0.0, stop_s=0.2, small=True)
 
 # ---- what goes wrong -------------------------------------------------------------------------------
 
-class _Fault:
+class _Fault(ABC):
     """Something that goes wrong while an app runs: once, or until `over()`."""
 
     again = False                    # it can be tried again where it met no round under way
@@ -73,8 +74,9 @@ class _Fault:
         """It is to happen in the round that begins now."""
         return half_way and (self.again or not self.times)
 
+    @abstractmethod
     def strike(self) -> None:
-        raise NotImplementedError
+        """It happens now."""
 
     def after(self) -> None:
         """What follows it."""
@@ -171,11 +173,14 @@ _FAULTS: dict[str, type[_Fault]] = {
 
 @dataclass
 class _Pass:
-    """Rounds that were run: (round, seconds), what was wrong, and how many faults met a round under way."""
+    """Rounds that were run: (round, seconds), what was wrong, and how many faults met a round under way, or came just
+    before one.
+    """
 
     took: list[tuple[int, float]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     mid_run: int = 0
+    just_before: int = 0
 
     def add(self, turn: int, found: tuple[float, str]) -> None:
         self.took.append((turn, found[0]))
@@ -210,7 +215,8 @@ def disturbed(path: Path, cluster: Cluster, plan: Plan, kinds: Sequence[str] = t
             expected = sum(usual[turn] for turn, _ in one.took)
             found[kind] = {
                 "right": not one.wrong, "wrong": one.wrong, "same_bits": (not one.wrong) if app.compared else None,
-                "faults": times, "faults_in_mid_run": one.mid_run, "rounds": len(one.took),
+                "faults": times, "faults_in_mid_run": one.mid_run,
+                "faults_just_before_a_round": one.just_before, "rounds": len(one.took),
                 "undisturbed_s": expected, "disturbed_s": one.seconds, "lost_s": one.seconds - expected,
                 "lost_s_per_fault": (one.seconds - expected) / times, "lost_s_aa": differ_s * len(one.took)}
         return {"verdict": app.told, "where": plan.where, "passes_without_faults": len(calm), "faults": found}
@@ -236,16 +242,16 @@ def _under(fault: _Fault, app: Rounds, undisturbed: dict[int, float]) -> _Pass:
     """Whole passes, until all that is to go wrong has."""
     one = _Pass()
     deadline = time.monotonic() + GUARD_S + fault.plan.least_s
-    while not fault.over() or (fault.again and not one.mid_run):
+    while not fault.over() or (fault.again and not (one.mid_run or one.just_before)):
         if time.monotonic() > deadline:
             raise BenchError(f"{type(fault).__name__}: it has not happened after {GUARD_S:g} s")
         for turn in app.turns:
             if not fault.ready(turn == len(app.turns) // 2):
                 one.add(turn, app.run(turn))
                 continue
-            if fault.times >= MISSES and not one.mid_run:
+            if fault.times >= MISSES and not (one.mid_run or one.just_before):
                 fault.strike()
-                one.mid_run += 1
+                one.just_before += 1
                 one.add(turn, app.run(turn, fault.after))
                 continue
             # When half of it is done, as far as one can say.

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import signal
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -17,25 +15,17 @@ import transports
 from scipy.integrate import solve_ivp
 from scipy.special import ellipk
 from test_apps import mpiexec, needs_two_cores
-from verdicts import first_failed
+from verdicts import first_failed, loaded
 
 import rfaas_mpi as rf
 
-APPS = Path(__file__).resolve().parent.parent / "apps"
 SMALL = ("--members", 101, "--steps", 256, "--period-steps", 32)
 
 
 @pytest.fixture(scope="module")
-def ensemble() -> ModuleType:
-    sys.path.insert(0, str(APPS))
-    try:
-        spec = importlib.util.spec_from_file_location("ensemble", APPS / "ensemble.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+def ensemble() -> Iterator[ModuleType]:
+    with loaded("ensemble") as module:
         yield module
-    finally:
-        sys.path.remove(str(APPS))
-        sys.modules.pop("common", None)
 
 
 def arguments(**changed: object) -> argparse.Namespace:

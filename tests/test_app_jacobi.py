@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import signal
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
 import pytest
 import transports
 from test_apps import mpiexec, needs_two_cores
-from verdicts import first_failed
+from verdicts import first_failed, loaded
 
 import rfaas_mpi as rf
 
-APPS = Path(__file__).resolve().parent.parent / "apps"
 N, SWEEPS = 64, 40
 
 
 @pytest.fixture(scope="module")
-def jacobi() -> ModuleType:
-    sys.path.insert(0, str(APPS))
-    try:
-        spec = importlib.util.spec_from_file_location("jacobi", APPS / "jacobi.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+def jacobi() -> Iterator[ModuleType]:
+    with loaded("jacobi") as module:
         yield module
-    finally:
-        sys.path.remove(str(APPS))
-        sys.modules.pop("common", None)
 
 
 def arguments(kernel: str = "numpy") -> argparse.Namespace:

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
 import pytest
 from test_apps import mpiexec, needs_two_cores
-from verdicts import first_failed
+from verdicts import first_failed, loaded
 
 import rfaas_mpi as rf
 from rfaas_mpi.planner import grid
 
-APPS = Path(__file__).resolve().parent.parent / "apps"
-
 
 @pytest.fixture(scope="module")
-def matmul() -> ModuleType:
-    sys.path.insert(0, str(APPS))
-    try:
-        spec = importlib.util.spec_from_file_location("matmul", APPS / "matmul.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+def matmul() -> Iterator[ModuleType]:
+    with loaded("matmul") as module:
         yield module
-    finally:
-        sys.path.remove(str(APPS))
-        sys.modules.pop("common", None)
 
 
 @needs_two_cores

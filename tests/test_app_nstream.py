@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import signal
-import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
 import pytest
 import transports
 from test_apps import mpiexec, needs_two_cores
-from verdicts import first_failed, settled
+from verdicts import first_failed, loaded, settled
 
 import rfaas_mpi as rf
 from rfaas_mpi.planner import grid
 
-APPS = Path(__file__).resolve().parent.parent / "apps"
 LENGTH, PASSES = 20_000, 4
 CELL = grid(LENGTH, 32).size(0)
 CELLS = len(grid(LENGTH, 32))
 
 
 @pytest.fixture(scope="module")
-def nstream() -> ModuleType:
-    sys.path.insert(0, str(APPS))
-    try:
-        spec = importlib.util.spec_from_file_location("nstream", APPS / "nstream.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+def nstream() -> Iterator[ModuleType]:
+    with loaded("nstream") as module:
         yield module
-    finally:
-        sys.path.remove(str(APPS))
-        sys.modules.pop("common", None)
 
 
 def arguments(**changed: object) -> argparse.Namespace:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import signal
-import sys
 from fractions import Fraction
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +16,7 @@ import pytest
 import transports
 from PIL import Image
 from test_apps import mpiexec, needs_two_cores
-from verdicts import first_failed
+from verdicts import first_failed, loaded
 
 import rfaas_mpi as rf
 
@@ -25,17 +24,10 @@ APPS = Path(__file__).resolve().parent.parent / "apps"
 
 
 @pytest.fixture(scope="module")
-def thumbnails() -> ModuleType:
-    sys.path.insert(0, str(APPS))
-    try:
-        spec = importlib.util.spec_from_file_location("thumbnails", APPS / "thumbnails.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+def thumbnails() -> Iterator[ModuleType]:
+    with loaded("thumbnails") as module:
         module.PHOTOGRAPHS = ("chelsea.png", "coins.png")
         yield module
-    finally:
-        sys.path.remove(str(APPS))
-        sys.modules.pop("common", None)
 
 
 def arguments(**changed: object) -> argparse.Namespace:

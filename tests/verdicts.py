@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+APPS = Path(__file__).resolve().parent.parent / "apps"
+
+
+@contextlib.contextmanager
+def loaded(name: str) -> Iterator[ModuleType]:
+    """An app's module, which imports what lies beside it; by no name, so that its kernels travel by value."""
+    sys.path.insert(0, str(APPS))
+    try:
+        spec = importlib.util.spec_from_file_location(name, APPS / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(APPS))
+        sys.modules.pop("common", None)
 
 
 def first_failed(app: Any, rounds: int = 3) -> tuple[int | None, str]:

@@ -15,24 +15,20 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import faults
 import pytest
 import slurm_cluster
-from cluster import tell, wait_until
-from site_of_users import ALICE, Site, interpreter
-from slurm_cluster import Slurm
+from cluster import wait_until
+from lending_node import GUARD_S, HOOK, LendingNode
+from site_of_users import ALICE, interpreter
 from test_apps import needs_two_cores
 
-import rfaas_mpi
 from rfaas_mpi.agent.groups import Group, Roots
 from rfaas_mpi.agent.hook import HOLD_S, HookDoor, Starting
 from rfaas_mpi.agent.kernel_files import read_text
 from rfaas_mpi.errors import ConfigError
 from rfaas_mpi.slurm import hooks
 
-HOOK = Path(rfaas_mpi.__file__).parent / "agent" / "rfaas-hook"
 SOURCE = Path(__file__).parents[1] / "csrc" / "hook" / "hook.c"
-GUARD_S = 60
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes control groups: needs root")
 
@@ -261,103 +257,19 @@ def test_what_is_in_the_agent_s_groups_is_killed_and_nothing_else(run, tmp_path,
 
 # --- with Slurm --------------------------------------------------------------
 
-# Has work for a worker until it is told to end; then says whether all was right.
-BORROWS = """
-    import threading
-    def square(x):
-        time.sleep(0.002)
-        return x * x
-    ends = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.readline(), ends.set()), daemon=True).start()
-    rounds = 0
-    with Executor(workers=1) as ex:
-        while not ends.is_set():
-            assert list(ex.map(square, range(20))) == [x * x for x in range(20)]
-            rounds += 1
-            if rounds == 1:
-                say("began")
-    say("right")
-"""
-
-# How many processes are in workers' groups.
-LOOK = r"""
-count() { sed -n 's/^group //p' "$1/groups" | while read -r prefix; do cat "$prefix"w*/cgroup.procs; done 2>/dev/null |
-          sort -u | wc -l; }
-"""
-
-
-class Node:
-    """A real Slurm of one node, whose cores a site's agent lends while no job has them."""
-
-    def __init__(self, directory: Path) -> None:
-        self.top = directory
-        self.directory = directory / "hook"
-        programs = {}
-        for kind in ("prolog", "epilog"):
-            programs[kind] = directory / kind
-            programs[kind].write_text(f"#!/bin/sh\necho {kind} $SLURM_SCRIPT_CONTEXT >>'{directory}/contexts'\n"
-                                   f"exec '{HOOK}' {kind} '{self.directory}'\n")
-            programs[kind].chmod(0o755)
-        self.slurm = Slurm(1, 2, confined=True, settings={
-            "Prolog": programs["prolog"], "Epilog": programs["epilog"], "PrologFlags": "Alloc,Contain"})
-        self.site = Site("", ["--hook", str(self.directory)])
-
-    def __enter__(self) -> Node:
-        self.slurm.start()
-        try:
-            self.site.start()
-        except BaseException:
-            self.slurm.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.site.close()
-        self.slurm.close()
-
-    def workers(self) -> int:
-        return int(subprocess.run(["bash", "-c", f'{LOOK} count "$1"', "look", self.directory], check=True,
-                                  capture_output=True, text=True, timeout=GUARD_S).stdout)
-
-    def job(self) -> int:
-        """One with both cores, that says how many workers there are when it starts, and then waits to be ended."""
-        return self.slurm.submit(f'#!/bin/bash\n{LOOK}\necho workers $(count "{self.directory}")\n'
-                                 f'until [ -e "{self.slurm.directory}/end" ]; do sleep 0.05; done\n',
-                                 "--ntasks=1", "--cpus-per-task=2")
-
-    def end(self, job: int) -> str:
-        (self.slurm.directory / "end").touch()
-        assert self.slurm.ended(job) == "COMPLETED", self.slurm.said()
-        return self.slurm.output(job)
-
-
 @pytest.fixture(scope="module")
-def node(tmp_path_factory) -> Iterator[Node]:
+def node(tmp_path_factory) -> Iterator[LendingNode]:
     assert not (reason := slurm_cluster.why_not()), reason
     directory = tmp_path_factory.mktemp("hooks")
     directory.chmod(0o755)
-    with Node(directory) as found:
+    with LendingNode(directory) as found:
         yield found
-
-
-@contextlib.contextmanager
-def borrowing(node: Node) -> Iterator[None]:
-    """A user's rank has a worker on the node; in the end all of its answers have to be right."""
-    (node.slurm.directory / "end").unlink(missing_ok=True)
-    wait_until(lambda: node.site.free() == 1, "a core is lent")
-    with node.site.running(ALICE, BORROWS) as rank:
-        assert faults.line(rank) == "began"
-        wait_until(node.workers, "a worker runs")
-        yield
-        tell(rank, "end")
-        assert faults.line(rank) == "right"
-    wait_until(lambda: node.site.free() == 1, "its core is lent again")
 
 
 @needs_root
 @needs_two_cores
 def test_no_worker_is_left_when_a_job_s_first_task_starts_and_after_it_cores_are_lent_again(node):
-    with borrowing(node):
+    with node.borrowing():
         job = node.job()
         node.slurm.wait_until(lambda: node.slurm.output(job), "the job runs")
         wait_until(lambda: f"job={job} is about to start" in node.site.agent.said(), "the agent was told")
@@ -369,7 +281,7 @@ def test_no_worker_is_left_when_a_job_s_first_task_starts_and_after_it_cores_are
 @needs_root
 @needs_two_cores
 def test_a_stopped_agent_keeps_no_worker_on_a_job_s_cores_and_no_job_from_its_node(node):
-    with borrowing(node):
+    with node.borrowing():
         node.site.agent.signal(signal.SIGSTOP)
         try:
             job = node.job()
@@ -384,7 +296,7 @@ def test_a_stopped_agent_keeps_no_worker_on_a_job_s_cores_and_no_job_from_its_no
 @needs_root
 @needs_two_cores
 def test_nothing_is_left_once_the_hook_ends_nor_lent_before_the_job_it_was_for_does(node):
-    with borrowing(node):
+    with node.borrowing():
         run_hook(HOOK, node.directory, "prolog", SLURM_JOB_ID="99")
         assert node.workers() == 0
         # Other jobs that come and go are not the one that is waited for.

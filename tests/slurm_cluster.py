@@ -7,7 +7,8 @@
 Nodes claim CPUs that they may not have, share the host's processes, and are known to Slurm by name: what is
 tested here is who is started where and what becomes of it, not how fast it is. With `bound`
 Slurm's own binding works, and with `confined` its control groups (v1) do, too; nodes then have no
-more CPUs than the host.
+more CPUs than the host. As root nodes may be virtual ones (`apart`, slurm_nodes.py): each has processes,
+files and a network of its own, and slurmctld and the tests' commands a place of theirs in that network.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+import slurm_nodes
 
 SLOW = float(os.environ.get("RFAAS_TEST_SLOW", "1"))
 GUARD_S = 60.0 * SLOW
@@ -53,12 +56,17 @@ class Slurm:
     """A cluster of `nodes` nodes `n1`, `n2`, …, each with `cpus` CPUs, in the partition `batch`.
 
     `settings` are added to slurm.conf, and lines for other `partitions` (`low PriorityTier=1`), each of all nodes.
+    Nodes that are `apart` are called otherwise (`names`), since control groups are named by them. `each` has more words
+    about one node after the other (`CpuSpecList=1`).
     """
 
     def __init__(self, nodes: int = 2, cpus: int = 2, *, bound: bool = False, confined: bool = False,
-                 settings: Mapping[str, object] | None = None, partitions: Sequence[str] = ()) -> None:
+                 apart: bool = False, settings: Mapping[str, object] | None = None, partitions: Sequence[str] = (),
+                 each: Sequence[str] = ()) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="rfaas-slurm-"))
-        self.names = [f"n{number}" for number in range(1, nodes + 1)]
+        self.names = [f"v{os.getpid()}n{number}" if apart else f"n{number}" for number in range(1, nodes + 1)]
+        self.network: slurm_nodes.Network | None = None
+        self._apart, self._words = apart, dict[str, tuple[str, ...]]()
         self.environment = {**os.environ, "PATH": SEARCH, "SLURM_CONF": str(self.directory / "slurm.conf")}
         for name in [name for name in self.environment if name.startswith(("SLURM_", "RFAAS_")) and name != "SLURM_CONF"]:
             del self.environment[name]
@@ -74,14 +82,15 @@ class Slurm:
         for name in self.names:
             (self.directory / "spool" / name).mkdir()
             (self.directory / "tmp" / name).mkdir(mode=0o777)
-        self._write(cpus, bound, confined, settings or {}, partitions)
+        self._write(cpus, bound, confined, settings or {}, partitions, each)
 
     def _write(self, cpus: int, bound: bool, confined: bool, settings: Mapping[str, object],
-               partitions: Sequence[str]) -> None:
+               partitions: Sequence[str], each: Sequence[str]) -> None:
         here, user = socket.gethostname().partition(".")[0], getpass.getuser()
+        head = f"{slurm_nodes.NETWORK}.254" if self._apart else "127.0.0.1"
         controller, *daemons = ports(1 + len(self.names))
         lines: dict[str, object] = {
-            "ClusterName": "tests", "SlurmctldHost": f"{here}(127.0.0.1)", "SlurmctldPort": controller,
+            "ClusterName": "tests", "SlurmctldHost": f"{here}({head})", "SlurmctldPort": controller,
             "SlurmUser": user, "SlurmdUser": user, "AuthType": "auth/munge", "CredType": "cred/munge",
             "AuthInfo": f"socket={self.directory}/munge/socket", "StateSaveLocation": self.directory / "state",
             "SlurmdSpoolDir": self.directory / "spool" / "%n", "TmpFS": self.directory / "tmp" / "%n",
@@ -96,9 +105,12 @@ class Slurm:
             **settings,
         }
         text = [f"{name}={value}" for name, value in lines.items()]
-        text += [f"NodeName={name} NodeHostname={here} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Boards=1 "
-                 f"SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=2000"
-                 for name, port in zip(self.names, daemons, strict=True)]
+        for number, (name, port, more) in enumerate(zip(self.names, daemons, each or [""] * len(self.names),
+                                                         strict=True), 1):
+            where = (f"NodeHostname={name} NodeAddr={slurm_nodes.NETWORK}.{number}" if self._apart else
+                     f"NodeHostname={here} NodeAddr=127.0.0.1")
+            text.append(f"NodeName={name} {where} Port={port} CPUs={cpus} Boards=1 SocketsPerBoard=1 "
+                        f"CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=2000 {more}".rstrip())
         text.append("PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
         text += [f"PartitionName={partition} Nodes=ALL" for partition in partitions]
         (self.directory / "slurm.conf").write_text("\n".join(text) + "\n")
@@ -110,6 +122,11 @@ class Slurm:
         """Returns when every node is idle."""
         munge = self.directory / "munge"
         try:
+            if self._apart:
+                for name in self.names if self._confined else ():
+                    for group in slurm_nodes.VirtualNode.groups(name):
+                        group.mkdir(exist_ok=True)     # each node is to see its own only
+                self.network = slurm_nodes.Network(self.names, self.directory)
             self._daemon("munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/socket",
                          f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed")
             self.wait_until((munge / "socket").is_socket, "munged listens")
@@ -125,11 +142,34 @@ class Slurm:
         return self
 
     def _daemon(self, *words: str, name: str = "") -> None:
-        log = self.directory / "log" / f"{name or words[0]}.out"
-        with log.open("ab") as out:
-            self._daemons[name or words[0]] = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "TERM", "--", *words], env=self.environment, stdin=subprocess.DEVNULL,
-                stdout=out, stderr=out, cwd="/", start_new_session=True)
+        name = name or words[0]
+        self._words[name] = words
+        with (self.directory / "log" / f"{name}.out").open("ab") as out:
+            ends_with_us = ["setpriv", "--pdeathsig", "TERM", "--"]
+            self._daemons[name] = subprocess.Popen(
+                [*ends_with_us, *self.at(name, [*ends_with_us, *words])], env=self.environment,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd="/", start_new_session=True)
+
+    def at(self, name: str, words: Sequence[object]) -> list[str]:
+        """The same command where this node is; of any other name, where users' commands run."""
+        if self.network is None:
+            return [*map(str, words)]
+        return self.network.nodes.get(name, self.network.head).command(words)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL to a node's slurmd, or to slurmctld; gone when it returns."""
+        daemon = self._daemons.pop(name)
+        pid = daemon.pid
+        while not Path(f"/proc/{pid}/comm").read_text().startswith("slurm"):
+            pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        os.kill(pid, signal.SIGKILL)
+        daemon.wait()
+
+    def restart(self, name: str) -> None:
+        """Starts what was killed; slurmctld answers when it returns."""
+        self._daemon(*self._words[name], name=name)
+        if name == "slurmctld":
+            self.wait_until(lambda: "is UP" in self.run("scontrol", "ping", check=False), "slurmctld answers")
 
     def wait_until(self, condition: Callable[[], object], what: str) -> object:
         """The condition's first true value."""
@@ -148,7 +188,7 @@ class Slurm:
 
     def run(self, *words: object, check: bool = True, **changes: str) -> str:
         """What a command says."""
-        done = subprocess.run([*map(str, words)], env={**self.environment, **changes}, text=True, capture_output=True,
+        done = subprocess.run(self.at("", words), env={**self.environment, **changes}, text=True, capture_output=True,
                               timeout=GUARD_S, stdin=subprocess.DEVNULL, cwd=self.directory)
         assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}\n{self.said()}"
         return done.stdout
@@ -196,6 +236,8 @@ class Slurm:
                 daemon.kill()
                 daemon.wait()
         self._daemons.clear()
+        if self.network is not None:
+            self.network.close()
         # Slurm leaves those of its nodes. Another cluster's nodes have the same names.
         mine = self.names if self._confined else ()
         for top in [top for name in mine for top in Path("/sys/fs/cgroup").glob(f"*/slurm_{name}")]:

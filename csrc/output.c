@@ -18,6 +18,10 @@
 /* To read what is there takes the agent less, unless it is kept from it. */
 #define WAIT_NS  50000ull
 
+/* Who fills the pipe has waited for the agent to read. For so long its mark
+ * does, too; without it nobody knows whose what the next call prints is. */
+#define ROOM_MS  50
+
 /* Who prints prints again. */
 #define EAGER    1024u
 
@@ -53,6 +57,7 @@ void rfm_output_open(struct rfm_output *out, struct rfm_page_output *page,
     out->long_ticks = rfm_ns_to_ticks(LONG_NS);
     out->idle_ticks = rfm_ns_to_ticks(IDLE_NS);
     out->wait_ticks = rfm_ns_to_ticks(WAIT_NS);
+    out->room_ms    = ROOM_MS;
     rfm_store_release(&page->marks, 1);
 }
 
@@ -91,8 +96,8 @@ static void flush_stdio(void)
     }
 }
 
-/* False: there is no room, and it waits for nobody to read. */
-static bool put_mark(const struct rfm_output *out, uint64_t id)
+/* False: there is no room, which is waited for once, until a mark gets in. */
+static bool put_mark(struct rfm_output *out, uint64_t id)
 {
     struct pollfd p = { .fd = out->fd, .events = POLLOUT };
     struct rfm_mark mark = { .magic = RFM_MARK_MAGIC };
@@ -102,8 +107,10 @@ static bool put_mark(const struct rfm_output *out, uint64_t id)
              (id != 0) ? out->last_conn : 0);
     memcpy(mark.id, digits, sizeof(mark.id));
     memcpy(mark.conn, digits + sizeof(mark.id), sizeof(mark.conn));
-    return (poll(&p, 1, 0) == 1) && (p.revents == POLLOUT) &&
-           (write(out->fd, &mark, sizeof(mark)) == (ssize_t)sizeof(mark));
+    out->stuck = (poll(&p, 1, out->stuck ? 0 : out->room_ms) != 1) ||
+                 (p.revents != POLLOUT) ||
+                 (write(out->fd, &mark, sizeof(mark)) != (ssize_t)sizeof(mark));
+    return !out->stuck;
 }
 
 /* What the page's `heard` is when the agent reads no more; odd if it still does
@@ -176,7 +183,7 @@ static void look(struct rfm_output *out, uint64_t id, uint64_t calls)
         }
         out->eager = EAGER;
         if (!put_mark(out, id)) {
-            /* later, and then nobody knows whose it was */
+            /* later, and then nobody may know whose it was */
             out->written = UINT64_MAX;
             return;
         }

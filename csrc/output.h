@@ -36,6 +36,8 @@ struct rfm_output {
     uint64_t last;              /* the invocation that ended last, … */
     uint32_t last_conn;         /* … and whose it was */
     uint32_t eager;             /* look at so many calls, however short */
+    int      room_ms;           /* for a mark, where the pipe is full, … */
+    bool     stuck;             /* … once: there was none */
     bool     told;              /* the one that ends has printed */
 };
 

@@ -130,6 +130,19 @@ def test_a_mark_may_come_in_pieces():
         assert written(said) == [(17, "one"), (0, "two"), (0, "three")], cut
 
 
+@pytest.mark.parametrize("end", [b"\n", b""])
+def test_a_flood_may_end_in_the_midst_of_a_mark(end):
+    whole = SPAM.rstrip(b"\n").replace(b"\n", b"\n" if end else b" ") + end + mark(17)
+    for cut in range(1, len(mark(17))):
+        lines = Lines(0.0)
+        for _ in range(100):
+            lines.feed(SPAM, 0.0)
+        lines.feed(whole[:-cut], 0.0, None)
+        said = [*lines.feed(whole[-cut:] + b"two\n" + mark(18), 0.0, None), *lines.flush()]
+        assert written(said)[-1] == (18, "two"), cut
+        assert not any("rfaas" in line.text or "0001" in line.text for line in said), cut
+
+
 def test_whose_it_is_may_be_known_later():
     lines = Lines(0.0)
     assert lines.feed(b"one\n", 0.0, None) == [] and lines.since == 0.0
@@ -155,7 +168,8 @@ def test_a_worker_can_tell_how_much_of_its_output_was_read():
         words.release()
 
 
-@pytest.mark.parametrize("text", [b"\0\x1erfaas\x1ez", b"\0\x1erfaas\x1e" + b"-" * 24, b"\0\x1e", b"\0", mark(3)[:-1] + b"?"])
+@pytest.mark.parametrize("text", [b"\0\x1erfaas\x1ez", b"\0\x1erfaas\x1e" + b"-" * 24, b"\0\x1e", b"\0",
+                                  mark(3)[:-1] + b"?"])
 def test_what_is_no_mark_is_the_kernels(text):
     lines = Lines(0.0)
     said = [*lines.feed(b"a" + text + b"b" * 30 + b"\n", 0.0, Writer(7)), *lines.flush()]

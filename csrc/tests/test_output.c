@@ -2,6 +2,7 @@
  * one, and what isn't known is not said. */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <pthread.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -205,31 +206,79 @@ static void what_nobody_called_for_is_nobodys(void)
     printer_close(&p);
 }
 
-static void a_full_pipe_is_waited_for_by_nobody(void)
+/* how much went into it */
+static int fill(struct printer *p)
 {
-    struct printer p;
     char block[4096];
     int bytes = 0;
-    int taken;
 
-    printer_open(&p);
     memset(block, 'x', sizeof(block));
-    while (write(p.ends[1], block, sizeof(block)) > 0) {
+    while (write(p->ends[1], block, sizeof(block)) > 0) {
         bytes += (int)sizeof(block);
     }
-    taken = bytes;
+    return bytes;
+}
+
+/* so many bytes, as the agent does */
+static void drain(struct printer *p, int bytes)
+{
+    char block[4096];
+
+    rfm_store_release(&p->page.heard, p->page.heard + 1);
+    for (int left = bytes; left > 0; left -= (int)sizeof(block)) {
+        CHECK_EQ(read(p->ends[0], block, sizeof(block)), sizeof(block));
+    }
+    rfm_store_release(&p->page.taken, p->page.taken + (uint64_t)bytes);
+    rfm_store_release(&p->page.heard, p->page.heard + 1);
+}
+
+static void a_full_pipe_is_waited_for_once(void)
+{
+    struct printer p;
+    int bytes;
+
+    printer_open(&p);
+    bytes = fill(&p);
+    p.out.room_ms = 1;
     call(&p, 7, NULL, LONG);
+    p.out.room_ms = -1;             /* for ever */
     call(&p, 8, NULL, LONG);
     CHECK_EQ(p.page.clean, 0);
-    for (; bytes > 0; bytes -= (int)sizeof(block)) {
-        CHECK_EQ(read(p.ends[0], block, sizeof(block)), sizeof(block));
-    }
-    p.page.taken = (uint64_t)taken;
-    rfm_store_release(&p.page.heard, 2);
+    drain(&p, bytes);
     call(&p, 9, "nine\n", LONG);
     CHECK_HEARD(&p, "nine\n<0>");
     call(&p, 10, "ten\n", LONG);
     CHECK_HEARD(&p, "ten\n<10>");
+    printer_close(&p);
+}
+
+struct reader {
+    struct printer *p;
+    int bytes;
+};
+
+static void *read_it(void *arg)
+{
+    struct reader *reader = arg;
+
+    drain(reader->p, reader->bytes);
+    return NULL;
+}
+
+static void what_comes_after_a_flood_is_known_too(void)
+{
+    struct printer p;
+    struct reader reader = { &p, 0 };
+    pthread_t thread;
+
+    printer_open(&p);
+    reader.bytes = fill(&p);
+    p.out.room_ms = 30000;
+    CHECK(pthread_create(&thread, NULL, read_it, &reader) == 0);
+    call(&p, 7, NULL, LONG);
+    CHECK(pthread_join(thread, NULL) == 0);
+    call(&p, 8, "eight\n", LONG);
+    CHECK_HEARD(&p, "<7>eight\n<8>");
     printer_close(&p);
 }
 
@@ -277,7 +326,8 @@ int main(int argc, char **argv)
     RUN(what_was_read_before_the_end_has_its_mark_too);
     RUN(a_mark_that_was_read_makes_no_other_one);
     RUN(what_nobody_called_for_is_nobodys);
-    RUN(a_full_pipe_is_waited_for_by_nobody);
+    RUN(a_full_pipe_is_waited_for_once);
+    RUN(what_comes_after_a_flood_is_known_too);
     RUN(no_mark_gets_into_anything_else);
     return t_finish();
 }

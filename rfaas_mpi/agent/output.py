@@ -103,9 +103,10 @@ class Lines:
         self._filled_at = now
         if len(data) > self._allowance:
             # Its last lines are still worth keeping: they say how it ended. More is not even looked at.
-            kept = data if len(data) <= _LINE_BYTES else data[-_LINE_BYTES:].partition(b"\n")[2]
+            data, self._cut = self._cut + data, b""
+            kept = data if len(data) <= _LINE_BYTES else data[-_LINE_BYTES:].partition(b"\n")[2] or _half_mark(data)
             self._dropped += len(self._held) + len(data) - len(kept) + sum(len(line.text) + 1 for line in self._last)
-            self._held = self._cut = b""
+            self._held = b""
             self._last = list(self._whole(kept, owner))
             lines = []
         else:
@@ -176,6 +177,12 @@ class Lines:
                 self._cut = written[-length:]
                 return segments, written[:-length]
         return segments, written
+
+
+def _half_mark(data: bytes) -> bytes:
+    """What may be the begin of a mark, at the end of `data`."""
+    _, begin, rest = data[1 - len(_MAGIC) - _DIGITS:].rpartition(_MAGIC[:1])
+    return begin + rest if begin else b""
 
 
 def _lines(written: bytes, writer: Writer) -> Iterator[Line]:

@@ -99,6 +99,32 @@ def test_a_hard_end_comes_by_our_own_clock_and_bounds_every_grace():
     assert table.tick(21.0) == []
 
 
+def test_no_lease_outlives_the_node_s_window_whatever_its_grant_says(tenures):
+    tenures.begin(8, 80, 1000, 2, workers((4,)), 0, 50.0)
+    tenures.begin(9, 90, 1000, 3, workers((5,)), 0, 10.0)
+    tenures.window_ends(20.0)
+    assert [tenures.end_of(lease) for lease in (7, 8, 9, 10)] == [20.0, 20.0, 10.0, None]
+    assert tenures.order(StopOrder(8, (0,), Cause.REVOKED, 60.0), 15.0)[-1] == Stop(8, (0,), Cause.REVOKED, 5.0)
+    assert tenures.tick(19.9) == [Ended(3, 9, Cause.EXPIRED), Stop(9, (0,), Cause.EXPIRED, 0.0)]
+    # It was told otherwise meanwhile: leases that run go on until the new end.
+    tenures.window_ends(30.0)
+    assert tenures.tick(20.0) == [] and tenures.next_deadline() == 30.0
+    assert tenures.tick(30.0) == [Ended(1, 7, Cause.EXPIRED), Stop(7, (0, 1), Cause.EXPIRED, 0.0)]
+    tenures.window_ends(None)
+    assert tenures.next_end is None and tenures.end_of(8) == 50.0
+
+
+def test_a_lease_takes_no_call_that_would_not_be_done_by_its_end_and_what_runs_may_go_on_until_then():
+    table = Tenures()
+    table.begin(7, 70, 1000, 1, workers((2,), (3,)), 0, 20.0)
+    table.calls_take({7: 4.0, 8: 1.0})
+    due = table.next_deadline()
+    assert due is not None and 12.0 < due < 16.0 and table.next_end == 20.0
+    assert table.tick(due - 0.1) == []
+    assert table.tick(due) == [Ended(1, 7, Cause.EXPIRED), Stop(7, (0, 1), Cause.EXPIRED, 20.0 - due)]
+    assert table.next_deadline() is None and table.next_end is None
+
+
 def test_nothing_is_due_without_hard_ends(tenures):
     assert tenures.next_deadline() is None
 

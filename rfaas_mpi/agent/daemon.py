@@ -45,6 +45,7 @@ from rfaas_mpi.agent.server import REASONS, AgentServer, Offer, SessionHandle
 from rfaas_mpi.agent.spawner import Spawner, leave_root, service_identity
 from rfaas_mpi.agent.tenure import Tenures
 from rfaas_mpi.agent.traits import cpu_type, owners_of, traits_of
+from rfaas_mpi.agent.window import Window
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import ConfigError, LeaseDenied, NodeTaken, ServiceError
 from rfaas_mpi.leases import Cause
@@ -65,6 +66,8 @@ OTHERS_AGAIN_S = 0.05                # one of them was just looking
 SOCKET_PATH_MAX = 107
 COUNT_MAX = (1 << 60) - 1
 SESSIONS_MAX = 1024                  # of one lease: each process of its user on a large node has one
+CALLS_PART = 8                       # what calls take is looked at after this part of the time that a lease has left,
+CALLS_S = 0.25                       # and no sooner than after this
 _WILDCARDS = frozenset(("0.0.0.0", "::"))
 
 
@@ -118,7 +121,7 @@ class Agent(AgentServer):
 
     grants = True
 
-    def __init__(self, options: Options, settings: Settings) -> None:
+    def __init__(self, options: Options, settings: Settings, window: Window | None = None) -> None:
         super().__init__(options.directory, zygote_idle_s=settings.zygote_idle_s)
         self.options = options
         self.settings = settings
@@ -154,6 +157,10 @@ class Agent(AgentServer):
         self._listens = False
         self._changed = False                                # since the last report
         self._metered_at: float | None = None                # what workers used; None: there are none
+        self._window = window or Window()
+        self._open = True                                    # it has not ended
+        self._calls_at = math.inf                            # when to look at what calls take
+        self._heard_ends: float | None = None
         self._told_to_leave = False
         self._leave_at: float | None = None                  # whatever still runs
         self._starting = Starting()                          # jobs, whose Prolog runs
@@ -200,6 +207,8 @@ class Agent(AgentServer):
         if self.options.metrics:
             self.metrics_at = self._scrapes.listen(self.options.metrics)
         self.watch_signals()
+        self._window.listen(self.wake)
+        self._hear_window(time.monotonic())
         self._link = ManagerLink(self.settings, start=api.StartAgent(
             node=self.node, agent=f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:12]}", boot_id=self._boot_id,
             key=self._agent_key.public, addresses=self.addresses, host=socket.gethostname()), tell=self._tell)
@@ -305,6 +314,9 @@ class Agent(AgentServer):
                             {core.cpu: core.numa for core in report.cores if core.spare},
                             {core.cpu: core.why for core in report.cores if not core.spare})
             self._starting.there(self._watch.jobs)
+        self._open = self._window.ends is None or now < self._window.ends
+        if not self._open:
+            seen = Lendable((), 0, {}, {**seen.kept, **dict.fromkeys(seen.cores, "its window has ended")})
         if jobs := self._starting.jobs:
             # Which cores it gets is known once its group is there.
             seen = Lendable((), 0, {}, {**seen.kept, **dict.fromkeys(seen.cores, f"job {jobs[0]} is about to start")})
@@ -318,6 +330,29 @@ class Agent(AgentServer):
             self.lendable = seen
             self._changed = True
             self._do(self.tenures.lend(frozenset(seen.cores), self.options.grace_s, now), now)
+
+    def _hear_window(self, now: float) -> None:
+        """Until when the node may be lent, as it was said last."""
+        ends = self._window.ends
+        if ends == self._heard_ends:
+            return
+        self._heard_ends = ends
+        log.info("node=%s may be lent %s", self.node, "without an end that is known" if ends is None
+                 else f"for {max(0.0, ends - now):.1f} s")
+        self._changed = True
+        self.tenures.window_ends(ends)
+        self._expire(now)
+        self._look(now)
+        self._pace(now)
+
+    def _expire(self, now: float) -> None:
+        """Ends leases whose time has come, or in which no call would be done in time."""
+        self._do(self.tenures.tick(now), now)
+
+    def _pace(self, now: float) -> None:
+        """Says when to look next at what the calls of leases with an end take."""
+        end = self.tenures.next_end
+        self._calls_at = math.inf if end is None else now + max(CALLS_S, (end - now) / CALLS_PART)
 
     def first(self, now: float) -> None:
         for news in self._hooks.hear() if self._hooks is not None else ():
@@ -387,6 +422,7 @@ class Agent(AgentServer):
             except ConfigError as error:
                 # Keys that are none. What runs here doesn't end for a manager that is out of order.
                 log.error("node=%s what the manager says makes no sense: %s", self.node, error)
+        self._hear_window(time.monotonic())
 
     def _hear(self, news: News, now: float) -> None:
         match news:
@@ -427,10 +463,11 @@ class Agent(AgentServer):
             return
         leaving, clock_ns = self._told_to_leave, time.monotonic_ns()
         memory_bytes = max(0, self.lendable.memory_bytes - self.workers.zygotes_bytes())
+        ends = self._window.ends
         self._link.report(api.Report(
             incarnation=self._admission.incarnation, clock_ns=clock_ns,
             spare=() if leaving else self.lendable.cores, memory_bytes=0 if leaving else memory_bytes,
-            live=self.tenures.live, over=self._admission.over(clock_ns, self.tenures),
+            ends_in_s=None if ends is None else max(0.0, ends - clock_ns / 1e9), live=self.tenures.live, over=self._admission.over(clock_ns, self.tenures),
             numa={} if leaving else self.lendable.numa, grace_s=self.options.grace_s,
             traits=traits_of(self._found, time.monotonic(), self._site), owners=owners_of(self._found)))
 
@@ -461,7 +498,8 @@ class Agent(AgentServer):
     def deadlines(self, now: float) -> list[float]:
         times = [self.tenures.next_deadline(), self._leave_at, self._others_at, self._scrapes.next_deadline(),
                  None if self._watch is None else self._watch.next_deadline(), self._starting.next_deadline(),
-                 None if self._metered_at is None else self._metered_at + self.settings.meter_s]
+                 None if self._metered_at is None else self._metered_at + self.settings.meter_s, self._calls_at,
+                 self._window.ends if self._open else None]
         return [time for time in times if time is not None]
 
     def on_time(self, now: float) -> None:
@@ -473,7 +511,13 @@ class Agent(AgentServer):
             log.warning("node=%s a job that was about to start has no group yet; it is waited for no longer", self.node)
             self._look(now)
         self._scrapes.tick(now)
-        self._do(self.tenures.tick(now), now)
+        if now >= self._calls_at:
+            self.tenures.calls_take(self.workers.calls_take())
+            self._pace(now)
+        self._expire(now)
+        if self._open and self._window.ends is not None and now >= self._window.ends:
+            log.info("node=%s may be lent no longer", self.node)
+            self._look(now)
 
     def settled(self, now: float) -> None:
         if self._told_to_leave and self._leave_at is None:
@@ -584,12 +628,16 @@ class Agent(AgentServer):
         self._lock(visit.lease, self._usable(visit).cores, now)
         body = self._usable(visit, admit=True)
         hard_end = None if body.hard_end_ns is None else body.hard_end_ns / 1e9
+        if (ends := self._window.ends) is not None:
+            # The manager may have heard of it later.
+            hard_end = ends if hard_end is None else min(hard_end, ends)
         self._terms[body.lease] = body.memory_per_worker, body.seen.incarnation
         self.tenures.begin(body.lease, body.epoch, body.uid, session.number, body.workers, body.memory_per_worker,
                            hard_end)
         told, actions = self.start_lease(body.lease, body.epoch, session,
                                          self._agent_key.open(body.sealed, body.lease, body.epoch), body.workers,
                                          body.memory_per_worker, hard_end, now)
+        self._pace(now)
         log.info("lease=%d session=%d uid=%d cores=%s begins", body.lease, session.number, body.uid, body.cores)
         self._changed = True
         # Forked first: the answer's way to the rank costs no time then.
@@ -645,9 +693,8 @@ class Agent(AgentServer):
                         for worker in self.core.workers.values() if worker.lease == lease)
         return msg.GrantLease(id=lease, epoch=found.epoch, secret=b"",
                               memory_bytes=found.memory_per_worker * len(workers), workers=workers,
-                              hard_end=found.hard_end,
-                              ends_in_s=None if found.hard_end is None else
-                              max(0.0, found.hard_end - time.monotonic()))
+                              hard_end=(end := self.tenures.end_of(lease)),
+                              ends_in_s=None if end is None else max(0.0, end - time.monotonic()))
 
     # ---- what the agent's half asks --------------------------------------------------------------
 
@@ -722,7 +769,7 @@ class Agent(AgentServer):
             "memory": {"lendable_bytes": self.lendable.memory_bytes},
             "leases": [{"id": each.lease, "epoch": each.epoch, "uid": each.uid, "session": each.session,
                         "cores": list(each.cores), "state": "revoking" if each.stops else "active",
-                        "hard_end": each.hard_end}
+                        "hard_end": self.tenures.end_of(each.lease)}
                        for each in self.tenures.all],
             "unwritten": self._link.unwritten if self._link is not None else 0,
             "report_age_s": self._report_age_s(), "metrics": self.metrics_at,
@@ -775,8 +822,9 @@ def _check_place(path: Path) -> None:
     raise ServiceError(f"somebody listens on {path} already", hint="name another place with --socket")
 
 
-def run(options: Options, settings: Settings, ready: Callable[[dict[str, Any]], None]) -> None:
-    """Serves until SIGTERM or SIGINT; calls `ready` once it listens, with where.
+def run(options: Options, settings: Settings, ready: Callable[[dict[str, Any]], None],
+        window: Window | None = None) -> None:
+    """Serves until SIGTERM or SIGINT; calls `ready` once it listens, with where. No lease outlives the `window`.
 
     Raises ConfigError, ServiceError or OSError, each naming the file or address,
     where it can't start, and NodeTaken if another agent took the node over.
@@ -790,7 +838,7 @@ def run(options: Options, settings: Settings, ready: Callable[[dict[str, Any]], 
     if options.hook is not None and options.cores is not None:
         raise ConfigError("cores that are named are no job's, and a job's Prolog has nothing to take back there",
                           hint="leave out --cores, or --hook")
-    agent = Agent(options, settings)
+    agent = Agent(options, settings, window)
     try:
         agent.start()
         ready({"pid": os.getpid(), "node": agent.node, "directory": str(options.directory),

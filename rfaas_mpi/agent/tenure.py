@@ -9,13 +9,18 @@ a core that is wanted back and the end of a rank need nobody's leave.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from rfaas_mpi.api import StopOrder
 from rfaas_mpi.leases import Cause, GrantedWorker, LiveLease
 
 __all__ = ["Action", "Ended", "Forbid", "Stop", "Tenure", "Tenures"]
+
+# So many times as long as its calls take on average a lease takes none any more before its end,
+_DRAIN = 1.25
+# and a little longer, in which its rank hears of it.
+_DRAIN_MORE_S = 0.05
 
 # What a rank has to be told; the other ends are its own.
 _NEWS = frozenset((Cause.REVOKED, Cause.EXPIRED, Cause.NODE_LOST))
@@ -57,7 +62,7 @@ Action = Stop | Ended | Forbid
 
 @dataclass
 class Tenure:
-    """One lease that has begun here; `hard_end` is a moment of our own clock."""
+    """One lease that has begun here; `hard_end` is a moment of our own clock, `call_s` what its longest calls take."""
 
     lease: int
     epoch: int
@@ -68,6 +73,7 @@ class Tenure:
     seats: dict[int, tuple[int, ...]]                # whose cores are not free yet
     stops: dict[int, float] = field(default_factory=dict)        # seat → when it has to be gone
     told: bool = False               # its rank was told that all of it ends
+    call_s: float = 0.0
 
     @property
     def cores(self) -> tuple[int, ...]:
@@ -84,6 +90,7 @@ class Tenures:
 
     def __init__(self) -> None:
         self._live: dict[int, Tenure] = {}
+        self._window_end: float | None = None
 
     def __len__(self) -> int:
         return len(self._live)
@@ -111,7 +118,22 @@ class Tenures:
                                tuple(GrantedWorker(seat, cores) for seat, cores in tenure.seats.items()))
                      for tenure in self._live.values())
 
+    def end_of(self, lease: int) -> float | None:
+        """When the lease ends at the latest: with the node's window, whatever its grant says. None: not known."""
+        tenure = self._live.get(lease)
+        return None if tenure is None else self._end(tenure)
+
     # ---- what happens ----------------------------------------------------------------------------
+
+    def window_ends(self, at: float | None) -> None:
+        """The node's window ends then, for leases that run, too; None: no end is known (any more)."""
+        self._window_end = at
+
+    def calls_take(self, seconds: Mapping[int, float]) -> None:
+        """Lease → what its longest calls take, by what its workers have run so far."""
+        for lease, call_s in seconds.items():
+            if lease in self._live:
+                self._live[lease].call_s = call_s
 
     def begin(self, lease: int, epoch: int, uid: int, session: int, workers: Iterable[GrantedWorker],
               memory_per_worker: int, hard_end: float | None) -> Tenure:
@@ -158,15 +180,24 @@ class Tenures:
                 for action in self._stop(tenure, tenure.seats, Cause.REVOKED, grace_s, now)]
 
     def tick(self, now: float) -> list[Action]:
-        """Hard ends that have come."""
-        return [action for tenure in self.all if tenure.hard_end is not None and now >= tenure.hard_end
-                for action in self._stop(tenure, tenure.seats, Cause.EXPIRED, 0.0, now)]
+        """Hard ends that have come, or are so near that a call which begins now would not be done by then.
+
+        What runs there may go on until the end; nothing is begun any more.
+        """
+        return [action for tenure in self.all if now >= self._drained_at(tenure)
+                for action in self._stop(tenure, tenure.seats, Cause.EXPIRED, max(0.0, self._end_s(tenure) - now), now)]
 
     def next_deadline(self) -> float | None:
         """When to call tick() at the latest."""
         # What was told to stop has to be gone by then anyway.
-        return min((tenure.hard_end for tenure in self._live.values()
-                    if tenure.hard_end is not None and not tenure.ending), default=None)
+        return min((at for tenure in self._live.values()
+                    if not tenure.ending and (at := self._drained_at(tenure)) != math.inf), default=None)
+
+    @property
+    def next_end(self) -> float | None:
+        """The first end of a lease that still takes calls."""
+        return min((end for tenure in self._live.values() if not tenure.ending and (end := self._end(tenure)) is not None),
+                   default=None)
 
     def freed(self, lease: int, seat: int) -> bool:
         """Nothing of this seat may run on its cores any more. True if that is news."""
@@ -180,6 +211,16 @@ class Tenures:
 
     # ---- inside ----------------------------------------------------------------------------------
 
+    def _end(self, tenure: Tenure) -> float | None:
+        return min((end for end in (tenure.hard_end, self._window_end) if end is not None), default=None)
+
+    def _end_s(self, tenure: Tenure) -> float:
+        end = self._end(tenure)
+        return math.inf if end is None else end
+
+    def _drained_at(self, tenure: Tenure) -> float:
+        return self._end_s(tenure) - (_DRAIN * tenure.call_s + _DRAIN_MORE_S if tenure.call_s else 0.0)
+
     def _stop_lease(self, lease: int, cause: Cause, grace_s: float, now: float) -> list[Action]:
         tenure = self._live.get(lease)
         return [] if tenure is None else self._stop(tenure, tenure.seats, cause, grace_s, now)
@@ -188,8 +229,7 @@ class Tenures:
               owned: bool = False) -> list[Action]:
         """Stops those that were not told to stop as soon already; its rank hears it first."""
         until = now + max(0.0, grace_s)
-        if tenure.hard_end is not None:
-            until = min(until, max(now, tenure.hard_end))
+        until = min(until, max(now, self._end_s(tenure)))
         stop = tuple(seat for seat in seats
                      if seat in tenure.seats and until < tenure.stops.get(seat, math.inf))
         if not stop:

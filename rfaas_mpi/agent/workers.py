@@ -341,6 +341,14 @@ class Workers:
         return self.core.meters({number: (handle.cpu_s(), _whole(handle)) for number, handle in self._handles.items()
                                  if handle.pidfd >= 0}, now)
 
+    def calls_take(self) -> dict[int, float]:
+        """Lease → seconds that calls of the longest of its kernels have taken on average."""
+        found: dict[int, float] = {}
+        for handle in self._handles.values():
+            times = [each.exec_ns / each.count / 1e9 for each in handle.read_kernels() if each.count]
+            found[handle.lease] = max([found.get(handle.lease, 0.0), *times])
+        return found
+
     def zygotes_status(self) -> list[dict[str, Any]]:
         """And about each zygote."""
         return [{"key": key, "pid": zygote.pid, "ready": zygote.ready, "workers": len(zygote.workers),

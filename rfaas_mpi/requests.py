@@ -32,7 +32,7 @@ class Request:
     """
 
     __slots__ = ("__weakref__", "_active", "_crew", "_entry", "_error", "_history", "_inputs", "_kernel",
-                 "_outputs", "_peers", "_raw", "_run", "_settling", "_wait", "out")
+                 "_outputs", "_over", "_peers", "_raw", "_run", "_settling", "_wait", "out")
 
     if TYPE_CHECKING:
         Waitall: Callable[..., bool]
@@ -51,7 +51,9 @@ class Request:
         self._inputs = inputs
         self._outputs = outputs
         self._error: BaseException | None = None
+        # None unless an attempt has ended otherwise than with a result: then, until its end is told.
         self._history: History | None = None
+        self._over = False               # has ended for good, which is not told yet
         self._settling = False
         self._peers: list[Any] = []
         # `raw` was made and started by Invoke, which needs no more than that as
@@ -182,10 +184,11 @@ class Request:
             return False
         return self._settle(deadline)
 
-    def _settle(self, deadline: float | None) -> bool:
-        """Waits until the end of the last attempt and acts on it. A deadline that has passed: as Test."""
+    def _settle(self, deadline: float | None, *, tell: bool = True) -> bool:
+        """Waits for the last attempt's end and acts on it. A deadline that has passed: as Test. Without `tell` it
+        stays active once it has ended, and raises nothing."""
         changed = self._crew.changed
-        while self._active:
+        while self._active and (tell or not self._over):
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if self._settling:
                 # Another thread is at it: it tells us the end, or starts the next attempt.
@@ -193,31 +196,34 @@ class Request:
                     if not changed.wait_for(lambda: not self._settling, left):
                         return False
                 continue
-            if not (self._wait() if left is None else self._wait(left)):
+            if not self._over and not (self._wait() if left is None else self._wait(left)):
                 return False
             with changed:
-                if self._settling or not self._active or self._raw.outcome == Outcome.PENDING:
+                if self._settling or not self._active or (not self._over and self._raw.outcome == Outcome.PENDING):
                     continue
                 self._settling = True
             try:
-                self._advance()
+                if not self._over:
+                    self._advance()
+                if self._over and tell:
+                    self._over, self._history = False, None
+                    self._ended()
             finally:
                 with changed:
                     self._settling = False
                     changed.notify_all()
-        return self._told()
+        return self._told() if tell else True
 
     def _advance(self) -> None:
         if self._raw.outcome == _OK and self._history is None:
-            self._ended()
+            self._over = True
             return
         if self._history is None:
             self._history = History()
         end = self._crew.ended(self._raw, self._history, objects=False)
         match end.action:
             case Action.DELIVER:
-                self._history = None
-                self._ended()
+                self._over = True
             case Action.FETCH:
                 # An error text that was too long for the slot.
                 self._raw.fetch(0.0)
@@ -225,12 +231,10 @@ class Request:
                 self._raw.restart()
             case Action.RUN_ON_RANK:
                 self._error = self._crew.run_buffers(self._kernel, self._inputs, self._outputs)
-                self._history = None
-                self._ended()
+                self._over = True
             case _:
                 self._error = end.error
-                self._history = None
-                self._ended()
+                self._over = True
 
 
 def check_peers(kernel: Kernel, peers: Sequence[Any]) -> None:
@@ -383,6 +387,11 @@ def Testall(requests: Sequence[Any]) -> bool:
             if not _checked(request).Get_status():
                 return False
         elif request._active and not request._raw.test():
+            return False
+    for request in requests:
+        # Whose worker was lost may begin again.
+        if (isinstance(request, Request) and (request._raw.outcome != _OK or request._history is not None)
+                and not request._settle(0.0, tell=False)):
             return False
     return Waitall(requests, 0.0)
 

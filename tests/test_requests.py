@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 
+import faults
 import kernels_for_tests as k
 import numpy as np
 import pytest
@@ -313,6 +316,28 @@ def test_testany_and_testall_never_wait(worker, tmp_path):
     assert Waitany(requests) in (0, 1)
     assert Waitany(requests) in (0, 1)
     assert Testany(requests) == (UNDEFINED, True)
+
+
+def test_testall_tells_of_none_as_long_as_one_begins_again(worker, tmp_path, wait_until):
+    begun, flag = tmp_path / "begun", tmp_path / "flag"
+    requests = [*started(worker, 2), worker.Iinvoke(faults.fills_when, (text(begun), text(flag)), np.zeros(1))]
+    wait_until(begun.exists, "the last one has begun")
+    os.kill(int(begun.read_text()), signal.SIGKILL)
+    wait_until(requests[2]._raw.test, "the worker's end is seen")
+    assert not Testall(requests)
+    assert all(request.active for request in requests)
+    assert Testsome(requests) == [0, 1]
+    flag.touch()
+    assert Waitsome(requests) == [2]
+
+
+def test_testall_tells_a_failure_like_the_others_and_again(worker, wait_until):
+    requests = [*started(worker, 1), worker.Iinvoke(k.fails, np.full(1, 5.0), np.empty(1))]
+    wait_until(lambda: all(request._raw.test() for request in requests), "both have ended")
+    for _ in range(2):
+        with pytest.raises(KernelError, match="no good: 5"):
+            Testall(requests)
+        assert not any(request.active for request in requests)
 
 
 def test_the_functions_are_methods_too_as_in_mpi4py(ex):

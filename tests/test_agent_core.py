@@ -23,6 +23,7 @@ from rfaas_mpi.agent.core import (
     Quit,
     Stopped,
     Tell,
+    Withdraw,
     classify,
 )
 
@@ -212,11 +213,15 @@ def test_stopping_without_grace_kills_at_once_and_only_once():
     assert core.stop(LEASE, [0], "released", 0.0, now=10.1) == []
 
 
-def test_a_worker_that_has_no_process_yet_is_killed_once_it_has_one():
+def test_a_worker_that_has_no_process_yet_is_withdrawn_or_killed_once_it_has_one():
     core = AgentCore()
     numbers, _ = core.start(LEASE, OWNER, {0: (0,)}, 0, 0.0)
-    assert core.stop(LEASE, [0], "released", 0.0, 0.0) == []
+    assert core.stop(LEASE, [0], "released", 0.0, 0.0) == [Withdraw(numbers[0])]
     assert core.forked(numbers[0], 55) == [Kill(numbers[0])]
+    core = AgentCore()
+    numbers, _ = core.start(LEASE, OWNER, {0: (0,)}, 0, 0.0)
+    core.stop(LEASE, [0], "released", 0.0, 0.0)
+    assert Stopped(LEASE, 0) in core.ended(numbers[0], Exit(lost=True), Page(), 0.0)
 
 
 def test_cores_of_each_seat_are_freed_when_its_own_worker_is_gone():

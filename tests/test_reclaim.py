@@ -133,7 +133,7 @@ def test_a_worker_that_has_no_process_yet_leaves_as_soon_as_it_has_one():
     core = AgentCore()
     core.own_cores = (0,)
     numbers, _ = core.start(LEASE, OWNER, {0: (1,)}, 0, 0.0)
-    assert rungs(core.stop(LEASE, [0], "revoked", 0.0, 0.0)) == ["Tell"]
+    assert rungs(core.stop(LEASE, [0], "revoked", 0.0, 0.0)) == ["Tell", "Withdraw"]
     assert set(rungs(core.forked(numbers[0], 55))) == {"Kill", "Move"}
 
 

@@ -36,6 +36,19 @@ with rf.Executor(workers=(2, 2), lease_timeout_s=30) as executor:
 """
 
 
+# Has endless kernels run on both, and says why each one ended.
+ENDLESS = r"""
+import rfaas_mpi as rf
+def endless(number):
+    while True:
+        pass
+with rf.Executor(workers=(3, 3), fallback=False, lease_timeout_s=30) as executor:
+    calls = [executor.submit(endless, number) for number in range(3)]
+    print("borrowed", len(executor.workers), flush=True)
+    print(*sorted(type(call.exception()).__name__ for call in calls), flush=True)
+"""
+
+
 # How pilots are preempted: Slurm's word, and for how long they may go on; a soak test tries all.
 MODES = os.environ.get("RFAAS_SOAK_PREEMPTION", "CANCEL:0").split(",")
 
@@ -48,8 +61,9 @@ def slurm(request) -> Iterator[Slurm]:
     settings = {"PreemptType": "preempt/partition_prio", "PreemptMode": "SUSPEND,GANG" if suspends else mode}
     partitions = (f"low {shared}PriorityTier=1 PreemptMode={mode} GraceTime={grace} MaxTime=30 "
                   "TRESBillingWeights=CPU=0.25", f"high {shared}PriorityTier=10 PreemptMode=OFF")
-    with slurm_cluster.cluster(2, 2, settings=settings, partitions=partitions) as found:
+    with slurm_cluster.cluster(3, 2, settings=settings, partitions=partitions) as found:
         (found.directory / "program.py").write_text(PROGRAM)
+        (found.directory / "endless.py").write_text(ENDLESS)
         yield found
 
 
@@ -117,20 +131,48 @@ def running(slurm: Slurm) -> list[str]:
     return slurm.run("squeue", "-h", "-p", "low", "-t", "RUNNING", "-o", "%N").split()
 
 
+def borrow(slurm: Slurm, environment: dict[str, str], *words: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)], cwd=slurm.directory, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.STDOUT, env={**slurm.environment, **environment, "PYTHONPATH": str(REPOSITORY)})
+
+
+@needs_two_cores
+def test_the_first_signal_of_any_kind_ends_a_pilot_whatever_its_workers_run(slurm):
+    with Pilots(slurm, "--nodes-max", 3, "--lengths", "10,20") as pilots:
+        environment = pilots.environment()
+        pilots.until(lambda: pilots.lending() == {"n1", "n2", "n3"}, "all nodes lend")
+        borrower = borrow(slurm, environment, "endless.py")
+        try:
+            assert borrower.stdout is not None
+            assert (began := borrower.stdout.readline()) == "borrowed 3\n", began + borrower.communicate()[0]
+            jobs = slurm.run("squeue", "-h", "-p", "low", "-t", "RUNNING", "-o", "%i").split()
+            for job, name in zip(jobs, ("TERM", "TSTP", "USR1"), strict=True):
+                slurm.run("scancel", f"--signal={name}", job)
+            # Slurm sends them to the workers, too: that is no fault of what they run.
+            said, _ = borrower.communicate(timeout=GUARD_S)
+            assert said.split() == ["LeaseRevoked"] * 3, said
+        finally:
+            borrower.kill()
+            borrower.wait()
+        for job in jobs:
+            assert slurm.ended(int(job)) == "COMPLETED", pilots.said
+            assert not list(temporary(slurm).glob(f"rfaas-pilot-*-{job}")), pilots.said
+        pilots.close()
+
+
 @needs_two_cores
 def test_pilots_lend_idle_nodes_and_give_way_and_come_back_and_leave_nothing(slurm):
     with Pilots(slurm, "--nodes-max", 2, "--lengths", "10,20") as pilots:
         environment = pilots.environment()
-        pilots.until(lambda: pilots.lending() == {"n1", "n2"}, "both nodes lend")
+        pilots.until(lambda: len(pilots.lending()) == 2, "two nodes lend")
         enough = slurm.directory / "enough"
-        borrower = subprocess.Popen(
-            [sys.executable, "program.py", enough], cwd=slurm.directory, stdout=subprocess.PIPE, text=True,
-            stderr=subprocess.STDOUT, env={**slurm.environment, **environment, "PYTHONPATH": str(REPOSITORY)})
+        borrower = borrow(slurm, environment, "program.py", enough)
         try:
             assert borrower.stdout is not None
             began = borrower.stdout.readline()
             assert began == "borrowed 2\n", began + borrower.communicate(timeout=GUARD_S)[0]
-            owner = slurm.submit("#!/bin/bash\nexec sleep 600\n", "--partition=high", "--nodes=2", "--exclusive")
+            owner = slurm.submit("#!/bin/bash\nexec sleep 600\n", "--partition=high", "--nodes=3", "--exclusive")
             slurm.wait_until(lambda: slurm.state(owner) == "RUNNING", "the other job runs")
             assert running(slurm) == []
             pilots.until(lambda: not pilots.lending(), "no node lends")
@@ -141,12 +183,7 @@ def test_pilots_lend_idle_nodes_and_give_way_and_come_back_and_leave_nothing(slu
             borrower.kill()
             borrower.wait()
         slurm.run("scancel", owner)
-        pilots.until(lambda: pilots.lending() == {"n1", "n2"}, "both nodes lend again")
-        # The first signal of any kind ends a pilot.
-        jobs = slurm.run("squeue", "-h", "-p", "low", "-t", "RUNNING", "-o", "%i").split()
-        for job, name in zip(jobs, ("USR1", "TSTP"), strict=True):
-            slurm.run("scancel", f"--signal={name}", job)
-            assert slurm.ended(int(job)) == "COMPLETED", pilots.said
+        pilots.until(lambda: len(pilots.lending()) == 2, "two nodes lend again")
         key = Path(environment["RFAAS_MANAGER_KEY_FILE"])
         assert key.stat().st_mode & 0o077 == 0
         secret = key.read_bytes()

@@ -196,6 +196,30 @@ def test_workers_ordered_before_the_zygote_is_ready_are_forked_when_it_is(view):
         handle.forked(fds[0], said.pid)
 
 
+def test_an_order_that_is_withdrawn_before_the_zygote_is_ready_makes_no_worker(view):
+    with contextlib.closing(Fork(kind(view))) as forker:
+        forker.workers[5] = WorkerHandle.fork(forker.zygote, 5, 1, (0,), 0, time.monotonic())
+        assert forker.zygote.withdraw(5) and not forker.zygote.withdraw(5)
+        forker.start()
+        assert forker.fork(6).pid
+
+
+def test_signals_that_are_the_agent_s_alone_end_neither_worker_nor_zygote(view):
+    numbers = (signal.SIGTERM, signal.SIGTSTP, signal.SIGUSR1)
+    with contextlib.closing(Fork(kind(view), deaf=numbers)) as forker:
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()).isdisjoint(numbers)
+        for number in numbers:
+            os.kill(forker.zygote.pid, number)       # while it loads what it needs, too
+        forker.start()
+        handle = forker.fork(1)
+        for pid in (forker.zygote.pid, handle.pid):
+            for number in numbers:
+                os.kill(pid, number)
+        handle.send(msg.pack_frame(msg.FRAME_QUIT))
+        said, _ = forker.hear()
+        assert (said.worker, said.signal, said.exit_code) == (1, 0, 0)
+
+
 def test_ranks_of_one_launch_share_a_zygote(view):
     first = kind(view, PMI_RANK="0", OMPI_COMM_WORLD_RANK="0", SLURM_PROCID="0", PMIX_SERVER_URI41="a;b")
     second = kind(view, PMI_RANK="1", OMPI_COMM_WORLD_RANK="1", SLURM_PROCID="1", PMIX_SERVER_URI41="c;d")

@@ -24,6 +24,9 @@ from rfaas_mpi.errors import NestedError
 __all__ = ["Embryo", "adopt_orphans", "close_all_but", "die_with_parent", "forbid_mpi", "gain_no_privileges",
            "name_process"]
 
+# What an agent may keep from its workers; see zygote.main.
+MAY_BE_DEAF_TO = frozenset((signal.SIGTERM, signal.SIGTSTP, signal.SIGUSR1))
+
 AGENT_FD = 3
 PAGE_FD = 4
 
@@ -161,7 +164,8 @@ class Embryo:
         # Before anything of a user's runs, and never left. The agent looks whether it worked.
         low.take()
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP, signal.SIGQUIT):
+        deaf = [number for number in MAY_BE_DEAF_TO if signal.getsignal(number) is signal.SIG_IGN]
+        for number in {signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP, signal.SIGQUIT}.difference(deaf):
             signal.signal(number, signal.SIG_DFL)
         # Ctrl-C in the terminal is for the rank.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -114,6 +114,13 @@ class Kill:
 
 
 @dataclass(frozen=True)
+class Withdraw:
+    """It is to end, and has no process yet: take its order back, and say so to ended(), if nobody has begun with it."""
+
+    worker: int
+
+
+@dataclass(frozen=True)
 class Move:
     """It was killed: take every thread of it, and of what it started, off its cores. Then say so to cleared()."""
 
@@ -169,7 +176,7 @@ class Close:
     worker: int
 
 
-Action = Fork | Quit | Halt | Kill | Move | Tell | Freed | Stopped | Meter | Close
+Action = Fork | Quit | Halt | Kill | Withdraw | Move | Tell | Freed | Stopped | Meter | Close
 
 
 # ---- state ---------------------------------------------------------------------------------------
@@ -554,12 +561,15 @@ class AgentCore:
         """
         kills: list[Action] = []
         moved: list[int] = []
+        withdrawn: list[int] = []
         for worker in workers:
             kills += self._kill(worker, reason, 0)
+            if not worker.pid:
+                withdrawn.append(worker.number)
             if worker.pid and not worker.moved and self._moves(worker.seat):
                 worker.moved = True
                 moved.append(worker.number)
-        return [*kills, *map(Move, moved)]
+        return [*kills, *map(Move, moved), *map(Withdraw, withdrawn)]
 
     def _moves(self, seat: Seat) -> bool:
         return seat.wanted and bool(self.own_cores) and not set(self.own_cores) & set(seat.cores)

@@ -81,7 +81,8 @@ class Options:
     `low_priority` workers run when nobody else wants their core (None: unless cores
     are named, which says that they are nobody's). `metrics`: where its figures are read,
     `unix:/PATH` or `HOST:PORT`; "": nowhere. `hook`: the directory in which Slurm's Prolog and
-    Epilog find it; None: they are not heard.
+    Epilog find it; None: they are not heard. Workers are `deaf` to these signals, of SIGTERM,
+    SIGTSTP and SIGUSR1.
     """
 
     directory: Path
@@ -95,6 +96,7 @@ class Options:
     low_priority: bool | None = None
     metrics: str = ""
     hook: Path | None = None
+    deaf: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Agent(AgentServer):
         self.socket = options.socket or options.directory / "socket"
         self.device = settings.device
         self.spin_us_max = settings.spin_us_max
+        self.workers.deaf = options.deaf
         self.tenures = Tenures()
         self.metrics = Metrics(self._figures)
         self.metrics_at = ""                                 # where they are read

@@ -148,8 +148,10 @@ class ZygoteHandle:
     """
 
     def __init__(self, kind: ZygoteKind, now: float, spawner: Spawner | None = None,
-                 low: LowPriority = NO_PRIORITY, *, tell_spares: bool = False, memory_bytes: int = 0) -> None:
+                 low: LowPriority = NO_PRIORITY, *, tell_spares: bool = False, memory_bytes: int = 0,
+                 deaf: Iterable[int] = ()) -> None:
         self.kind = kind
+        self._deaf = deaf
         self._memory_bytes = memory_bytes
         self.low = low
         self.spawner = spawner
@@ -165,7 +167,7 @@ class ZygoteHandle:
         self._logged_at = now
         self._closed = False
         self.gone = False                    # with all that it started
-        self._orders: list[tuple[bytes, list[int]]] = []
+        self._orders: list[tuple[int, bytes, list[int]]] = []
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         errors_r, errors_w = os.pipe2(os.O_CLOEXEC)
         setup = os.memfd_create("rfaas-setup", os.MFD_CLOEXEC)
@@ -202,9 +204,14 @@ class ZygoteHandle:
 
     def _run(self, environment: dict[bytes, bytes], channel: int, output: int, setup: int) -> Program:
         directory = self.kind.directory if os.path.isdir(self.kind.directory) else b"/"
-        return subprocess.Popen(
-            self._argv(channel, setup, os.getpid()), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            cwd=directory, env=environment, pass_fds=(channel, setup))
+        # It begins with what this thread blocks now.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, self._deaf)
+        try:
+            return subprocess.Popen(
+                self._argv(channel, setup, os.getpid()), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                cwd=directory, env=environment, pass_fds=(channel, setup))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _have_run(self, spawner: Spawner, environment: dict[bytes, bytes], channel: int, output: int, setup: int,
                   ) -> Program:
@@ -239,7 +246,7 @@ class ZygoteHandle:
         if self.ready:
             socket.send_fds(self.channel, [data], fds)
         else:
-            self._orders.append((data, [os.dup(fd) for fd in fds]))
+            self._orders.append((order.worker, data, [os.dup(fd) for fd in fds]))
 
     def became_ready(self) -> None:
         """Sends the orders that waited. OSError if it doesn't take them."""
@@ -248,12 +255,21 @@ class ZygoteHandle:
             self.ready_at = time.monotonic()
         orders, self._orders = self._orders, []
         try:
-            for data, fds in orders:
+            for _, data, fds in orders:
                 socket.send_fds(self.channel, [data], fds)
         finally:
-            for _, fds in orders:
+            for _, _, fds in orders:
                 for fd in fds:
                     os.close(fd)
+
+    def withdraw(self, worker: int) -> bool:
+        """Takes an order back that it has not been sent yet; False if there is none."""
+        kept = [order for order in self._orders if order[0] != worker]
+        taken, self._orders = [order for order in self._orders if order[0] == worker], kept
+        for _, _, fds in taken:
+            for fd in fds:
+                os.close(fd)
+        return bool(taken)
 
     def read_errors(self) -> bytes:
         """What it wrote to stderr, 64 KiB of it at most; its end is remembered for messages, too."""
@@ -299,7 +315,7 @@ class ZygoteHandle:
             return
         self._closed = True
         self.channel.close()
-        for _, fds in self._orders:
+        for _, _, fds in self._orders:
             for fd in fds:
                 os.close(fd)
         self._orders.clear()
@@ -348,6 +364,7 @@ class WorkerHandle:
     frames: msg.FrameReader = field(default_factory=msg.FrameReader)
     ordered_at: float = 0.0
     serves: bool = False             # it said so, or has been given up
+    withdrawn: bool = False          # its zygote was never told of it
     closed: bool = False
     seen_cpu_s: float = 0.0
     held: list[tuple[bytes, list[int]]] | None = field(default_factory=list)     # for one that isn't admitted yet
@@ -502,7 +519,7 @@ class WorkerHandle:
         Of what another user's zygote has not shown the zygote's own end is all that counts.
         """
         if self.foreign or self.pidfd < 0:
-            return self.zygote.gone or (not self.foreign and self.zygote.spawner is None)
+            return self.withdrawn or self.zygote.gone or (not self.foreign and self.zygote.spawner is None)
         poller = select.poll()
         poller.register(self.pidfd, select.POLLIN)
         return bool(poller.poll(max(0.0, wait_s) * 1000))

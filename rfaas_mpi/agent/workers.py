@@ -97,6 +97,7 @@ class Workers:
         self.refused = 0                     # what ranks sent to workers and made no sense
         self.forks = 0
         self.low = NO_PRIORITY               # that workers of zygotes take that begin from now on
+        self.deaf: tuple[int, ...] = ()      # signals that are the agent's alone, whoever sends them to all
         self._selector = selector
         self._employer = employer
         self._zygote_idle_s = zygote_idle_s
@@ -373,6 +374,8 @@ class Workers:
                 case agent_core.Halt(worker=number):
                     if number in self._handles:
                         self._handles[number].halt()
+                case agent_core.Withdraw(worker=number):
+                    self._withdraw(number)
                 case agent_core.Move(worker=number):
                     self._clear(number)
                 case agent_core.Quit(worker=number):
@@ -414,6 +417,13 @@ class Workers:
         self._handles[order.worker] = handle
         self._selector.register(handle.agent, READ, lambda _m: self._on_agent_socket(handle))
         self._selector.register(handle.output, READ, lambda _m: self._on_output(handle))
+
+    def _withdraw(self, number: int) -> None:
+        """Whose cores are wanted doesn't wait until the zygote has loaded what its workers need."""
+        handle = self._handles.get(number)
+        if handle is not None and handle.zygote.withdraw(number):
+            handle.withdrawn = True
+            self._worker_ended(number, Exit(lost=True))
 
     def _clear(self, number: int) -> None:
         """Takes a killed worker off its cores; where that can't be done they are free once it is gone."""
@@ -573,7 +583,7 @@ class Workers:
             try:
                 zygote = ZygoteHandle(kind, now, spawner, self.low if spawner is None else NO_PRIORITY,
                                       tell_spares=self._guard.moves,
-                                      memory_bytes=self._zygote_bytes)
+                                      memory_bytes=self._zygote_bytes, deaf=self.deaf)
             except OSError as error:
                 what = kind.prefix[0] if kind.prefix else os.fsdecode(kind.executable)
                 raise ServiceError(f"{socket.gethostname()} can't start {what} for workers: "

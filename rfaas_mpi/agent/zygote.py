@@ -38,6 +38,9 @@ def main(fd: int, setup_fd: int, parent: int) -> None:
     child.die_with_parent(parent)
     child.adopt_orphans()
     child.name_process("rfaas-zygote")
+    # Signals that are the agent's alone, for the workers, too: it ends us as it was told to.
+    for number in signal.pthread_sigmask(signal.SIG_BLOCK, ()) & child.MAY_BE_DEAF_TO:
+        signal.signal(number, signal.SIG_IGN)
     os.set_inheritable(fd, False)
     channel = socket.socket(fileno=fd)
     status = 1

@@ -68,7 +68,7 @@ def agent(out: Output, **options: Any) -> None:
 
 def serve(ready: Any, *, manager: str | None, listen: tuple[str, ...], socket: str | None, node: str | None,
           cores: str | None, keep: str | None, grace_s: float, priority: str, metrics: str,
-          directory: Path | None, hook: Path | None = None, **given: Any) -> None:
+          directory: Path | None, hook: Path | None = None, deaf: tuple[int, ...] = (), **given: Any) -> None:
     """Runs the agent until it is told to end; `ready` gets its facts once it listens. `given` are settings."""
     _need_the_extra()
     from rfaas_mpi.agent import daemon
@@ -85,7 +85,7 @@ def serve(ready: Any, *, manager: str | None, listen: tuple[str, ...], socket: s
         listen=tuple(Address.parse(each, port_0=True) for each in listen), cores=_cores("--cores", cores),
         keep=_cores("--keep", keep), grace_s=grace_s,
         low_priority={"auto": None, "low": True, "normal": False}[priority], metrics=metrics,
-        hook=None if hook is None else hook.absolute()), settings, ready)
+        hook=None if hook is None else hook.absolute(), deaf=deaf), settings, ready)
 
 
 def _directory(settings: Any) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shlex
 import signal
@@ -164,7 +165,8 @@ def pilot(minutes: int | None, manager: str, **given: Any) -> None:
     def leave(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    # The first of them ends it, whatever is behind it: preemption, suspension, a warning.
+    # The first of them ends it, whatever is behind it: preemption, suspension, a warning. Slurm sends them to all that
+    # runs in the job: a worker that one ended would have failed, one that is stopped would be waited for.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     for number in (signal.SIGUSR1, signal.SIGTSTP):
         signal.signal(number, leave)
@@ -176,7 +178,11 @@ def pilot(minutes: int | None, manager: str, **given: Any) -> None:
         lent = _lent(environ)
         serve(lambda _facts: None, manager=manager, listen=(f"{_own_address(manager)}:0",), socket=None,
               node=environ["SLURMD_NODENAME"], cores=",".join(map(str, lent)), keep=None, grace_s=0.0, priority="auto",
-              metrics="", directory=directory, runtime_dir=str(directory), **given)
+              metrics="", directory=directory, runtime_dir=str(directory),
+              deaf=(signal.SIGTERM, signal.SIGTSTP, signal.SIGUSR1), **given)
+    # What the interpreter does at its end takes longer than all of the above, and nothing is left to be done.
+    logging.shutdown()
+    os._exit(0)
 
 
 def _lent(environ: Any) -> tuple[int, ...]:

@@ -228,7 +228,8 @@ class _Filler:
         words = [*self._step, *run.rfaas("slurm", "pilot"), *self._line.options]
         if self._wanted.time_min is None:
             words.append(f"--minutes={submit.minutes}")
-        return f"unset {' '.join(sorted(run.NARROWING))}; exec {shlex.join(words)}"
+        # A srun that is stopped would not see its step end; tasks hear the signal all the same.
+        return f"unset {' '.join(sorted(run.NARROWING))}; trap '' TSTP; exec {shlex.join(words)}"
 
     def _changes(self) -> list[str]:
         """On which nodes the agent has left; both are said."""

@@ -17,7 +17,8 @@ import rfaas_mpi
 HOOK = Path(rfaas_mpi.__file__).parent / "agent" / "rfaas-hook"
 GUARD_S = 60
 
-# Has work for a worker until it is told to end; then says whether all was right.
+# Has work for a worker until it is told to end, and asks for another one where it is taken back; then says whether all
+# was right.
 BORROWS = """
     import threading
     def square(x):
@@ -26,7 +27,7 @@ BORROWS = """
     ends = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.readline(), ends.set()), daemon=True).start()
     rounds = 0
-    with Executor(workers=1) as ex:
+    with Executor(workers=(1, 1), idle_s=60) as ex:
         while not ends.is_set():
             assert list(ex.map(square, range(20))) == [x * x for x in range(20)]
             rounds += 1

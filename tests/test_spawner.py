@@ -505,6 +505,9 @@ def test_a_worker_of_low_priority_is_in_a_group_that_has_it(roots, spawner, star
     assert str(started.pid) in (group / "cgroup.procs").read_text().split()
     low = {"cpu.idle": "1", "cpu.weight": "1", "cpu.shares": "2"}
     assert any((group / name).exists() and (group / name).read_text().strip() == value for name, value in low.items())
+    # On a busy core it would need long to end.
+    spawner.clear(started.number, started.pidfd, [], os.sched_getaffinity(0))
+    assert not any((group / name).exists() and (group / name).read_text().strip() == value for name, value in low.items())
     assert spawner.remove_group(started.number, 4) == 0
     assert started.ended()
     wait_until(lambda: not group.exists(), "the group is removed")

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rfaas_mpi.agent.kernel_files import CgroupMount, cgroup_mounts, read_text
-from rfaas_mpi.agent.priority import is_root, lower
+from rfaas_mpi.agent.priority import is_root, lift, lower
 
 __all__ = ["Group", "Roots", "maker", "remove_stale"]
 
@@ -284,6 +284,12 @@ class Group:
         names = ("anon", "shmem") if self.unified else ("rss", "shmem")
         return sum(int(line.split()[1]) for line in read_text(self.memory / "memory.stat").splitlines()
                    if line.split()[0] in names)
+
+    def hurry(self) -> None:
+        """What was killed there ends as soon as anything would: on a busy core low priority would keep it for long."""
+        if self.cpu is not None:
+            with contextlib.suppress(FileNotFoundError):         # it is removed
+                lift(self.cpu)
 
     def kill(self) -> None:
         """SIGKILL for all that is in it; nothing new can begin there."""

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from rfaas_mpi.agent.kernel_files import cgroup_mounts, read_text
 
-__all__ = ["NO_PRIORITY", "LowGroup", "LowPriority", "Lowering", "Means", "can_be_had", "is_root", "lower_session",
-           "make_group", "remove_stale_groups", "session_can_be_lowered"]
+__all__ = ["NO_PRIORITY", "LowGroup", "LowPriority", "Lowering", "Means", "can_be_had", "is_root", "lift",
+           "lower_session", "make_group", "remove_stale_groups", "session_can_be_lowered"]
 
 AUTOGROUP_NICE = 19
 _LEAVE_S = 2.0
@@ -91,6 +91,14 @@ def lower(directory: Path) -> Means | None:
         if read_text(directory / means).strip() == value:
             return means
     return None
+
+
+def lift(directory: Path) -> None:
+    """Takes low priority from a group: for what was killed there, and has yet to end. OSError if it is gone."""
+    for means, value in ((Means.IDLE, "0"), (Means.WEIGHT, "100"), (Means.SHARES, "1024")):
+        if (directory / means).exists():
+            (directory / means).write_text(value)
+            return
 
 
 def _cpu_root(root: Path) -> Path | None:

@@ -544,8 +544,13 @@ class _Server:
         zygote, off, to = self._zygote(request), _cpus(request.cpus), _cpus(request.others)
         cleared = True
         try:
-            with contextlib.closing(Clearing(self._own(zygote, pidfd), off, to, parent=zygote.pid)) as clearing:
+            pid = self._own(zygote, pidfd)
+            with contextlib.closing(Clearing(pid, off, to, parent=zygote.pid)) as clearing:
                 cleared = clearing.cleared()
+            for group in [self.groups[number] for number in zygote.groups]:
+                if pid in group.members():
+                    # It runs nothing more of its user's, and the memory that it holds is wanted.
+                    group.hurry()
         except ProcessLookupError:
             log.debug("zygote=%d it is gone", zygote.number)
         # What it left behind may have come to us while we looked.

@@ -56,15 +56,15 @@ where() { echo job $(sed -n 's/^Cpus_allowed_list://p' /proc/self/status)
 class LendingNode:
     """The node, its agent and a manager; close() ends everything.
 
-    `words` and `changes` are the agent's, `epilog` lines of the site's own that run before the hook's.
+    `words` and `changes` are the agent's, `prolog` and `epilog` lines of the site's own that run before the hook's.
     """
 
-    def __init__(self, directory: Path, *, words: Sequence[str] = (), epilog: str = "",
+    def __init__(self, directory: Path, *, words: Sequence[str] = (), prolog: str = "", epilog: str = "",
                  settings: Mapping[str, object] | None = None, **changes: str) -> None:
         self.top = directory
         self.directory = directory / "hook"
         programs = {}
-        for kind, own in (("prolog", ""), ("epilog", epilog)):
+        for kind, own in (("prolog", prolog), ("epilog", epilog)):
             programs[kind] = directory / kind
             programs[kind].write_text(f"#!/bin/sh\necho {kind} $SLURM_SCRIPT_CONTEXT >>'{directory}/contexts'\n{own}\n"
                                       f"exec '{HOOK}' {kind} '{self.directory}'\n")

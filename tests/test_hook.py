@@ -213,6 +213,25 @@ def test_what_an_agent_without_an_answer_started_ends_with_it(run, tmp_path, sle
     assert sleeper.wait(GUARD_S) == -signal.SIGKILL
 
 
+def test_a_job_that_has_begun_is_noted_until_its_epilog_for_an_agent_that_begins_later(run, tmp_path):
+    run(tmp_path, "prolog")
+    run(tmp_path, "prolog", SLURM_JOB_ID="8")
+    run(tmp_path, "epilog", SLURM_JOB_ID="8")
+    run(tmp_path, "epilog", SLURM_JOB_ID="9")
+    with selectors.DefaultSelector() as selector, contextlib.closing(HookDoor(selector, tmp_path, "")) as door:
+        assert door.missed() == ("7",)
+
+
+def test_nothing_is_noted_where_others_may_write(run, tmp_path):
+    (tmp_path / "victim").write_text("")
+    (tmp_path / "starting-8").symlink_to(tmp_path / "victim")
+    run(tmp_path, "prolog", SLURM_JOB_ID="8")
+    tmp_path.chmod(0o777)
+    run(tmp_path, "prolog")
+    run(tmp_path, "epilog", SLURM_JOB_ID="8")
+    assert {path.name for path in tmp_path.iterdir()} == {"victim", "starting-8"}
+
+
 def test_words_of_slurm_that_are_no_numbers_go_nowhere(run, tmp_path):
     with Agent(tmp_path, b"free\n") as agent:
         run(tmp_path, "prolog", SLURM_JOB_ID="7\nepilog 8", SLURM_JOB_UID="")

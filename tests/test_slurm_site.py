@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import os
 import random
-import signal
+import subprocess
 import time
 from collections.abc import Iterator
 
 import pytest
 import slurm_cluster
 from cluster import wait_until
-from lending_node import WHERE, LendingNode
+from lending_node import GUARD_S, HOOK, WHERE, LendingNode
 from site_of_users import ALICE
 from test_apps import needs_two_cores
 
 from rfaas_mpi.config import core_list
 
-SECONDS = float(os.environ.get("RFAAS_SOAK_SITE_SECONDS", "5"))
+SECONDS = float(os.environ.get("RFAAS_SOAK_SITE_SECONDS", "4"))
 SEED = int(os.environ.get("RFAAS_SOAK_SITE_SEED", "1"))
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="makes control groups: needs root"), needs_two_cores]
@@ -39,8 +39,14 @@ def node(tmp_path_factory) -> Iterator[LendingNode]:
     assert not (reason := slurm_cluster.why_not()), reason
     directory = tmp_path_factory.mktemp("site")
     directory.chmod(0o755)
-    with LendingNode(directory, epilog=EPILOG.format(top=directory, uid=ALICE)) as found:
+    with LendingNode(directory, prolog=f"if [ -p '{directory}/gate' ]; then read -r line <'{directory}/gate'; fi",
+                     epilog=EPILOG.format(top=directory, uid=ALICE)) as found:
         yield found
+
+
+def run_hook(node: LendingNode, which: str, job: int) -> None:
+    subprocess.run([HOOK, which, node.directory], env={"SLURM_JOB_ID": str(job), "SLURM_JOB_UID": "0"}, check=True,
+                   timeout=GUARD_S)
 
 
 def seen_by(said: str) -> tuple[set[int], set[int]]:
@@ -95,3 +101,49 @@ def test_an_epilog_that_kills_all_that_a_user_runs_costs_him_no_answer(node):
             (node.top / "rank").unlink()
         check(node, jobs)
         assert met and ends.read_text().count("ended") >= len(jobs) - 1
+
+
+def drained(node: LendingNode) -> bool:
+    return node.slurm.run("sinfo", "-h", "-N", "-o", "%T").strip() not in ("idle", "completing", "mixed", "allocated")
+
+
+def test_a_job_that_starts_when_the_agent_is_killed_finds_no_worker(node):
+    with node.borrowing():
+        node.site.agent.kill()
+        try:
+            job = node.job()
+            assert node.end(job) == "workers 0\n" and not drained(node)
+        finally:
+            node.site.agent.start()
+        wait_until(node.workers, "its cores are lent again")
+
+
+def test_an_agent_that_was_not_there_for_a_job_s_prolog_lends_nothing_before_the_job_has_its_group(node):
+    with node.borrowing():
+        admitted = node.site.agent.said().count("is admitted as")
+        node.site.agent.kill()
+        run_hook(node, "prolog", 98)
+        assert node.workers() == 0
+        node.site.agent.start()
+        wait_until(lambda: node.site.agent.said().count("is admitted as") > admitted, "it has registered")
+        assert " lends nothing, " in node.site.agent.said().rpartition("job=98 has begun before this agent")[2]
+        assert node.site.free() == 0 and node.workers() == 0
+        run_hook(node, "epilog", 98)
+        wait_until(node.workers, "its cores are lent again")
+
+
+def test_an_agent_that_is_killed_and_begins_anew_during_a_prolog_leaves_the_job_its_cores(node):
+    gate = node.top / "gate"
+    os.mkfifo(gate)
+    with node.borrowing():
+        try:
+            job = node.job()
+            # The Prolog opens it once it runs, and goes on when it is closed.
+            fd = os.open(gate, os.O_WRONLY)
+            node.site.agent.kill()
+            node.site.agent.start()
+            wait_until(node.workers, "it knows of no job, and lends")
+            os.close(fd)
+        finally:
+            gate.unlink()
+        assert node.end(job) == "workers 0\n" and not drained(node)

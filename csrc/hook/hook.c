@@ -7,6 +7,9 @@
  *     "epilog JOB UID\n" -> DIRECTORY/socket
  *     no answer within 200 ms: what DIRECTORY/groups names is killed here
  *
+ * From its Prolog to its Epilog there is a file DIRECTORY/starting-JOB: an agent
+ * that begins meanwhile knows by it what it was not told.
+ *
  * A job waits for this, and Slurm drains a node whose Prolog fails: it calls
  * nothing, bounds its time, and always exits 0.
  */
@@ -334,6 +337,34 @@ static int take_back(void)
     return count;
 }
 
+/* For an agent that begins while the job does. Where others may write there
+ * nothing is said: they could have made the file another one's. */
+static void note(const char *directory, int starts)
+{
+    struct stat facts;
+    const char *job = number("SLURM_JOB_ID");
+    char        name[64];
+    int         dir, fd;
+
+    dir = open(directory, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (dir < 0) {
+        return;
+    }
+
+    if ((fstat(dir, &facts) == 0) && (facts.st_uid == geteuid()) &&
+        ((facts.st_mode & (S_IWGRP | S_IWOTH)) == 0) &&
+        (strcmp(job, "0") != 0)) {
+        snprintf(name, sizeof(name), "starting-%s", job);
+        if (!starts) {
+            unlinkat(dir, name, 0);
+        } else if ((fd = openat(dir, name, O_WRONLY | O_CREAT | O_NOFOLLOW |
+                                O_NONBLOCK | O_CLOEXEC, 0644)) >= 0) {
+            close(fd);
+        }
+    }
+    close(dir);
+}
+
 /* By its words; without them as Slurm says, else by the program's name. */
 static int is_epilog(int argc, char **argv)
 {
@@ -355,10 +386,12 @@ int main(int argc, char **argv)
     long        begun     = now_ms();
 
     if (is_epilog(argc, argv)) {
+        note(directory, 0);
         told(directory, "epilog", 0, begun);
         return 0;
     }
 
+    note(directory, 1);
     if (told(directory, "prolog", 1, begun + ANSWER_MS) ||
         (read_groups(directory) != 0)) {
         return 0;

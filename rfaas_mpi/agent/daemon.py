@@ -241,6 +241,9 @@ class Agent(AgentServer):
         if self.options.hook is not None:
             low = None if self._lowering is None else self._lowering.directory
             self._hooks = HookDoor(self.selector, self.options.hook, groups_text(maker, low))
+            for job in self._hooks.missed():
+                log.info("job=%s has begun before this agent: its group is waited for", job)
+                self._starting.prolog(job, time.monotonic())
 
     def _lock_cores(self) -> None:
         """What is lent is locked from now on, against this user's embedded services and other agents on this node.

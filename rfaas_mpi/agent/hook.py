@@ -5,7 +5,8 @@
 
 At a Prolog's time the job has no control group, so that nothing here can tell which cores it will get: all of them
 are taken back. What is on the other end is csrc/hook/hook.c, which kills in the groups that are named in a file
-beside the socket if it has no answer in time.
+beside the socket if it has no answer in time, and leaves a file there for each job that has begun: an agent that
+begins after its Prolog waits for its group, too.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ ANSWER = b"free\n"
 LINE_BYTES_MAX = 64
 CALLERS_MAX = 64
 BACKLOG = 64
+NOTE = "starting-"                   # a file of a hook's, and then the job's number
 
 
 # --- what is decided ---------------------------------------------------------
@@ -143,6 +145,10 @@ class HookDoor:
             raise
         # What they say is heard in hear(), before anything else.
         selector.register(self._listener, selectors.EVENT_READ, lambda _m: None)
+
+    def missed(self) -> tuple[str, ...]:
+        """Jobs whose Prolog was here and whose Epilog wasn't yet, as hooks have noted."""
+        return tuple(sorted(name.removeprefix(NOTE) for name in os.listdir(self.path.parent) if name.startswith(NOTE)))
 
     def hear(self) -> list[News]:
         """What hooks have said since; asks nobody to wait."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 import socket as sockets
@@ -37,6 +38,8 @@ SITE_DIRECTORY = Path("/run/rfaas")
               help="Of workers, beside what else runs on their cores; auto: normal on cores that are named, else low.")
 @click.option("--metrics", metavar="ADDRESS", default="",
               help="Where Prometheus finds /metrics, without proving who it is: HOST:PORT, unix:/PATH.  [default: nowhere]")
+@click.option("--until", metavar="TIME", type=click.DateTime(["%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M"]), default=None,
+              help="Lend until then (2026-11-23T16:30, local time): no lease goes on beyond it.  [default: without end]")
 @click.option("--hook", metavar="DIRECTORY", type=click.Path(file_okay=False, path_type=Path), default=None,
               help="Where Slurm's Prolog and Epilog find it.  [default: they don't]")
 @click.option("--directory", metavar="DIRECTORY", type=click.Path(file_okay=False, path_type=Path), default=None,
@@ -68,8 +71,12 @@ def agent(out: Output, **options: Any) -> None:
 
 def serve(ready: Any, *, manager: str | None, listen: tuple[str, ...], socket: str | None, node: str | None,
           cores: str | None, keep: str | None, grace_s: float, priority: str, metrics: str,
-          directory: Path | None, hook: Path | None = None, deaf: tuple[int, ...] = (), **given: Any) -> None:
-    """Runs the agent until it is told to end; `ready` gets its facts once it listens. `given` are settings."""
+          directory: Path | None, hook: Path | None = None, deaf: tuple[int, ...] = (),
+          until: datetime.datetime | None = None, window: Any = None, **given: Any) -> None:
+    """Runs the agent until it is told to end; `ready` gets its facts once it listens. `given` are settings.
+
+    No lease outlives the `window`, or the moment in `until`.
+    """
     _need_the_extra()
     from rfaas_mpi.agent import daemon
     from rfaas_mpi.config import Settings
@@ -85,7 +92,15 @@ def serve(ready: Any, *, manager: str | None, listen: tuple[str, ...], socket: s
         listen=tuple(Address.parse(each, port_0=True) for each in listen), cores=_cores("--cores", cores),
         keep=_cores("--keep", keep), grace_s=grace_s,
         low_priority={"auto": None, "low": True, "normal": False}[priority], metrics=metrics,
-        hook=None if hook is None else hook.absolute(), deaf=deaf), settings, ready)
+        hook=None if hook is None else hook.absolute(), deaf=deaf), settings, ready, _window(until, window))
+
+
+def _window(until: datetime.datetime | None, window: Any) -> Any:
+    from rfaas_mpi.agent.window import Window
+    if until is not None:
+        window = Window()
+        window.tell_wall(until.timestamp())
+    return window
 
 
 def _directory(settings: Any) -> Path:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ def agent() -> None:
     import msgspec
 
     from rfaas_mpi import config
+    from rfaas_mpi.agent.window import Window
     from rfaas_mpi.cli.agent import serve
     from rfaas_mpi.errors import RFaaSError
     from rfaas_mpi.slurm import facts, layout, run as job
@@ -114,17 +116,31 @@ def agent() -> None:
         # One write each: srun mixes what nodes say.
         os.write(sys.stdout.fileno(), msgspec.json.encode(said) + b"\n")
 
+    def told() -> Iterator[bytes]:
+        left = b""
+        while data := os.read(0, 65536):
+            *whole, left = (left + data).split(b"\n")
+            yield from whole
+
     def leave_with_the_job() -> None:
-        while os.read(0, 4096):
-            pass
+        for line in lines:
+            until(msgspec.json.decode(line, type=facts.Until))
         os.kill(os.getpid(), signal.SIGTERM)
+
+    def until(said: facts.Until) -> None:
+        window.tell_wall(None if said.ends is None else said.ends - facts.LEAD_S, said.sent)
 
     def until_told() -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         while True:
             signal.pause()
 
-    plan = msgspec.json.decode(sys.stdin.buffer.readline(), type=job.Plan)
+    # Slurm sends what a job is to be warned by (--signal) to all of its steps: it is meant for the ranks.
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    lines, window = told(), Window()
+    plan = msgspec.json.decode(next(lines), type=job.Plan)
+    until(plan.until)
     node = config.environment()["SLURMD_NODENAME"]
     mine = plan.nodes[node]
     try:
@@ -163,7 +179,7 @@ def agent() -> None:
             until_told()
         serve(ready, manager=plan.manager, listen=(f"{mine.address}:0",), socket=None,
               node=node, cores=",".join(map(str, mine_laid_out.lent)), keep=None, grace_s=0.0, priority="auto",
-              metrics="", directory=directory / node, **given)
+              metrics="", directory=directory / node, deaf=(signal.SIGTERM, signal.SIGUSR1), window=window, **given)
     except Exception:
         if serving:
             # The node's ranks still need the key that is there.

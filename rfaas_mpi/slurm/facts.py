@@ -9,12 +9,18 @@ import msgspec
 
 from rfaas_mpi.errors import ConfigError
 
-__all__ = ["JOBS", "NODES", "Allocation", "Job", "Nodes", "allocation", "config_value", "core_ids", "counts", "hosts",
-           "jobs", "node_addresses", "nodes", "physical", "records", "seconds", "step_of", "whole_cores"]
+__all__ = ["ENDS", "JOBS", "LEAD_S", "NODES", "PLANNED", "Allocation", "Job", "Nodes", "Until", "allocation",
+           "config_value", "core_ids", "counts", "end_of", "hosts", "jobs", "node_addresses", "nodes", "physical", "planned", "records",
+           "reserved", "seconds", "step_of", "whole_cores"]
 
 # What squeue and sinfo are asked to print of a job, and of nodes of one kind. A name may hold anything: it is last.
 JOBS = "%i|%u|%P|%t|%r|%N|%x|%l|%L|%j"
 NODES = "%P|%T|%N|%l"
+# Leases end so long before what ends their node's window: nothing of them is left then.
+LEAD_S = 5.0
+# When a job ends; where a job that waits is to start, and when. Times are seconds since the epoch (run.read has them so).
+ENDS = "%A|%e"
+PLANNED = "%i|%S|%Y"
 
 
 class Allocation(msgspec.Struct, frozen=True):
@@ -153,6 +159,46 @@ class Nodes(msgspec.Struct, frozen=True):
     limit_s: int | None
 
 
+class Until(msgspec.Struct, frozen=True):
+    """A job ends then (None: no end is known); read by somebody whose clock said `sent`. Seconds since the epoch."""
+
+    ends: float | None
+    sent: float
+
+
+def end_of(shown: str, job: int) -> float | None:
+    """When a job ends, from `squeue -h -o` with the format ENDS, for one task of an array, too; None: it has no limit."""
+    for line in shown.splitlines():
+        number, _, text = line.partition("|")
+        if number == str(job) and text.strip().isdigit():
+            return float(text)
+    return None
+
+
+def planned(shown: str) -> dict[str, float]:
+    """Of each node that a job waits for the first start that is planned, from `squeue -h -t PENDING -o` with PLANNED."""
+    found: dict[str, float] = {}
+    for line in shown.splitlines():
+        parts = line.split("|")
+        if len(parts) == 3 and parts[1].isdigit() and parts[2] not in ("", "(null)", "N/A"):
+            _first(found, parts[2], float(parts[1]))
+    return found
+
+
+def reserved(shown: str) -> dict[str, float]:
+    """Of each node the first begin of a reservation that hasn't begun, from `scontrol show reservation -o`."""
+    found: dict[str, float] = {}
+    for each in records(shown):
+        if each.get("State") == "INACTIVE" and each.get("StartTime", "").isdigit() and each.get("Nodes", "(null)") != "(null)":
+            _first(found, each["Nodes"], float(each["StartTime"]))
+    return found
+
+
+def _first(found: dict[str, float], names: str, at: float) -> None:
+    for node in hosts(names):
+        found[node] = min(at, found.get(node, at))
+
+
 def seconds(text: str) -> int | None:
     """A time as squeue and sinfo print it (1-02:03:04, 30:00, 0:05); None where it is none, like `infinite`."""
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())
@@ -162,12 +208,15 @@ def seconds(text: str) -> int | None:
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
 
-def jobs(shown: str) -> tuple[Job, ...]:
-    """From `squeue -h -o` with the format JOBS. Lines that aren't like that are left out."""
+def jobs(shown: str, mark: str = "") -> tuple[Job, ...]:
+    """From `squeue -h -o` with the format JOBS. Lines that aren't like that are left out.
+
+    A name may hold what looks like another job's line: with a `mark` that its owner couldn't know each true one begins.
+    """
     found = []
-    for line in shown.splitlines():
-        parts = line.split("|", 9)
-        if len(parts) == 10:
+    for line in shown.split("\n"):
+        parts = line.removeprefix(mark).split("|", 9)
+        if len(parts) == 10 and line.startswith(mark):
             name, user, partitions, state, reason, where, excluded, limit, left, title = parts
             found.append(Job(name, user, tuple(partitions.split(",")), state, reason, where,
                              hosts(excluded) if excluded else (), seconds(limit), seconds(left), title))

@@ -30,14 +30,18 @@ from typing import IO
 
 import msgspec
 
-from rfaas_mpi.config import Settings
+from rfaas_mpi.config import Settings, environment
 from rfaas_mpi.errors import ConfigError, RFaaSError, ServiceError
 from rfaas_mpi.slurm import facts, layout
+from rfaas_mpi.slurm.facts import Until
 from rfaas_mpi.slurm.layout import NodeLayout
+from rfaas_mpi.slurm.reader import EVERY_S, Reader
 
 __all__ = ["NARROWING", "Manager", "NodePlan", "Plan", "Said", "Wanted", "ask", "cpus_here", "listen_at", "private",
            "rfaas", "run", "told_to_end"]
 
+# When a job ends is looked at after a sixth of the time that it has left, and at least once a minute.
+_LOOK_PART, _LOOK_MAX_S = 6, 60.0
 _COMMAND_S = 30.0
 _LEAVE_S = 10.0
 _PR_SET_PDEATHSIG = 1
@@ -73,11 +77,15 @@ class NodePlan(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What agents are told, over their stdin. `key` is what proves to the manager whose they are; empty for none."""
+    """What agents are told first, over their stdin; a line with an Until for each change of their job's end follows.
+
+    `key` is what proves to the manager whose they are; empty for none.
+    """
 
     manager: str
     directory: str
     key: bytes
+    until: Until
     nodes: dict[str, NodePlan]
 
 
@@ -105,6 +113,7 @@ def run(wanted: Wanted, environ: Mapping[str, str], progress: Callable[[str], No
         addresses = _started(["scontrol", "show", "node", "-o", ",".join(job.nodes)])
         shown = _started(["scontrol", "show", "job", "-d", "-o", str(job.job)])
         settings = _started(["scontrol", "show", "config"])
+        ends = Reader(lambda: _until(job.job), EVERY_S)
         where = facts.node_addresses(_answer(addresses))
         manager = stack.enter_context(Manager(directory, listen_at(job.nodes, where, environ)))
         ids = facts.core_ids(_answer(shown))
@@ -112,7 +121,10 @@ def run(wanted: Wanted, environ: Mapping[str, str], progress: Callable[[str], No
             raise ServiceError(f"Slurm doesn't say which cores the job has on {', '.join(missing)}",
                                hint="what says `scontrol show job -d $SLURM_JOB_ID`?")
         spare = [max(0, len(ids[node]) - tasks * threads) for node, tasks in zip(job.nodes, job.tasks, strict=True)]
-        plan = Plan(manager.address, str(directory), manager.key, {
+        until = ends.look()
+        if until is None:
+            raise ServiceError(f"Slurm doesn't say when job {job.job} ends: {ends.error}", hint="does slurmctld answer?")
+        plan = Plan(manager.address, str(directory), manager.key, until, {
             node: NodePlan(ids[node], where[node], tasks, threads, workers) for node, tasks, workers in
             zip(job.nodes, job.tasks, layout.workers_of(wanted.workers, spare), strict=True)})
         # Without task/affinity Slurm binds nothing, and each such option is worth a warning to it.
@@ -122,7 +134,41 @@ def run(wanted: Wanted, environ: Mapping[str, str], progress: Callable[[str], No
         for each in layouts:
             progress(f"rfaas: {each.node}: ranks on {_cores(each.ranks) or 'none'}; lent: "
                      f"{','.join(map(str, each.lent)) or 'none'}")
+        stack.enter_context(_following(ends, until, agents))
         return _ranks(wanted, layouts, binds, {**environ, **manager.environment}, job.job)
+
+
+def _until(job: int) -> Until:
+    """When the job ends. ServiceError where Slurm doesn't say so."""
+    shown = read(["squeue", "-h", "-j", str(job), "-o", facts.ENDS])
+    return Until(facts.end_of(shown, job), time.time())
+
+
+@contextlib.contextmanager
+def _following(ends: Reader[Until], told: Until, agents: _Agents) -> Iterator[None]:
+    """Meanwhile agents are told when their job's end changes, which an administrator may do."""
+    over = threading.Event()
+
+    def follow(last: Until) -> None:
+        while not over.wait(max(ends.next_in_s, _look_in_s(last, time.time()))):
+            now = ends.look()
+            if now is not None and now.ends != last.ends:
+                agents.tell(now)
+            last = now or last
+
+    follower = threading.Thread(target=follow, args=(told,), name="rfaas-job-end", daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        # Not waited for: it may just be asking Slurm.
+        over.set()
+
+
+def _look_in_s(until: Until, now: float) -> float:
+    """When to look again whether a job's end is still the same."""
+    left_s = _LOOK_MAX_S if until.ends is None else (until.ends - now) / _LOOK_PART
+    return max(EVERY_S, min(_LOOK_MAX_S, left_s))
 
 
 @contextlib.contextmanager
@@ -218,13 +264,19 @@ def _start(words: Sequence[str], **options: object) -> subprocess.Popen[bytes]:
         raise ConfigError(f"there is no {words[0]} here", hint="this has to run where Slurm's commands are") from None
 
 
-def _started(words: Sequence[str]) -> subprocess.Popen[bytes]:
-    return _start(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def _started(words: Sequence[str], **options: object) -> subprocess.Popen[bytes]:
+    return _start(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def ask(words: Sequence[str]) -> str:
     """What one of Slurm's commands says. ServiceError where it fails, ConfigError where it isn't there."""
     return _answer(_started(words))
+
+
+def read(words: Sequence[str]) -> str:
+    """`ask`, for facts: times are seconds since the epoch, and what users have set for their own eyes is no filter."""
+    environ = {name: value for name, value in environment().items() if not name.startswith(("SQUEUE_", "SINFO_"))}
+    return _answer(_started(words, env={**environ, "SLURM_TIME_FORMAT": "%s"}))
 
 
 def _answer(process: subprocess.Popen[bytes]) -> str:
@@ -332,6 +384,15 @@ class _Agents:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(msgspec.json.encode(self._plan) + b"\n")
+            self._process.stdin.flush()
+
+    def tell(self, until: Until) -> None:
+        """The job ends at another time than they were told."""
+        assert self._process.stdin is not None
+        self._teller.join()
+        # They may have ended, and a closed step is no news here.
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            self._process.stdin.write(msgspec.json.encode(until) + b"\n")
             self._process.stdin.flush()
 
     def wait(self) -> list[NodeLayout]:

@@ -22,8 +22,8 @@ from rfaas_mpi.cli.shape import Finished, common, examples
 
 __all__ = ["pilot", "pilots"]
 
-# A pilot leaves so long before its job's end,
-_LEAD_S = 5.0
+# A pilot leaves a moment after its leases have ended,
+_LEAVES_S = 0.5
 # and when its manager was away for so long: nobody would know what it lends.
 _ALONE_S = 60.0
 _ASK_S = 20.0
@@ -156,6 +156,7 @@ def _asking(settings: Any) -> Iterator[Callable[[], frozenset[str] | None]]:
 @common
 def pilot(minutes: int | None, manager: str, **given: Any) -> None:
     """A pilot's agent; `rfaas slurm pilots` has jobs run it."""
+    from rfaas_mpi.agent.window import Window
     from rfaas_mpi.cli.agent import serve
     from rfaas_mpi.config import Settings, environment
     from rfaas_mpi.slurm import filling
@@ -173,13 +174,15 @@ def pilot(minutes: int | None, manager: str, **given: Any) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     settings = Settings.load(manager=manager, **given)
     with filling.pilot_directory(environ["SLURM_JOB_ID"]) as directory:
-        for watch in (lambda: _leave_in_time(environ, began, minutes, leave), lambda: _leave_alone(settings, leave)):
+        window = Window()
+        for watch in (lambda: _leave_in_time(environ, began, minutes, window, leave),
+                      lambda: _leave_alone(settings, leave)):
             threading.Thread(target=watch, daemon=True).start()
         lent = _lent(environ)
         serve(lambda _facts: None, manager=manager, listen=(f"{_own_address(manager)}:0",), socket=None,
               node=environ["SLURMD_NODENAME"], cores=",".join(map(str, lent)), keep=None, grace_s=0.0, priority="auto",
               metrics="", directory=directory, runtime_dir=str(directory),
-              deaf=(signal.SIGTERM, signal.SIGTSTP, signal.SIGUSR1), **given)
+              deaf=(signal.SIGTERM, signal.SIGTSTP, signal.SIGUSR1), window=window, **given)
     # What the interpreter does at its end takes longer than all of the above, and nothing is left to be done.
     logging.shutdown()
     os._exit(0)
@@ -208,23 +211,25 @@ def _own_address(manager: str) -> str:
         return str(way.getsockname()[0])
 
 
-def _leave_in_time(environ: Any, began: float, minutes: int | None, leave: Callable[[], None]) -> None:
-    """Leaves before the job's time is over."""
+def _leave_in_time(environ: Any, began: float, minutes: int | None, window: Any, leave: Callable[[], None]) -> None:
+    """Has leases end before the job's time is over, and then leaves."""
     from rfaas_mpi.errors import RFaaSError
     from rfaas_mpi.slurm import facts, run
+    end: float | None
     if (said := environ.get("SLURM_JOB_END_TIME", "")).isdigit():
         end = float(said)
     elif minutes is not None:
         end = began + 60.0 * minutes
     else:
         try:
-            left = facts.seconds(run.ask(["squeue", "-h", "-j", environ["SLURM_JOB_ID"], "-o", "%L"]).strip())
+            end = facts.end_of(run.read(["squeue", "-h", "-j", environ["SLURM_JOB_ID"], "-o", facts.ENDS]),
+                               int(environ["SLURM_JOB_ID"]))
         except RFaaSError:
             return      # its warning comes from Slurm
-        if left is None:
+        if end is None:
             return
-        end = time.time() + left
-    time.sleep(max(0.0, end - _LEAD_S - time.time()))
+    window.tell_wall(end - facts.LEAD_S)
+    time.sleep(max(0.0, end - facts.LEAD_S + _LEAVES_S - time.time()))
     leave()
 
 

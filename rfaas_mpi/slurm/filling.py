@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import pwd
+import secrets
 import shlex
 import shutil
 import signal
@@ -25,11 +26,10 @@ import msgspec
 from rfaas_mpi.errors import ConfigError, RFaaSError, ServiceError
 from rfaas_mpi.slurm import facts, pilots, run
 from rfaas_mpi.slurm.pilots import Cancel, Filling, Preemption, Submit, Wanted
+from rfaas_mpi.slurm.reader import Reader
 
 __all__ = ["Line", "fill", "look_up", "own_directory", "own_manager", "pilot_directory"]
 
-# One squeue and one sinfo in so many seconds, at the most.
-_LOOK_S = 10.0
 # So often the manager is asked which agents are there.
 _AGENTS_S = 0.5
 _LEAVE_S = 5.0
@@ -94,11 +94,11 @@ def _clear(directory: Path) -> None:
 @contextlib.contextmanager
 def own_manager(directory: Path, partition: str) -> Iterator[run.Manager]:
     """A manager on this node for this user's pilots; its key is in that directory. ServiceError if it doesn't start."""
-    known = facts.nodes(run.ask(["sinfo", "-h", "-p", partition, "-o", facts.NODES]))
+    known = facts.nodes(run.read(["sinfo", "-h", "-p", partition, "-o", facts.NODES]))
     first = next((node for each in known for node in each.nodes), None)
     if first is None:
         raise ConfigError(f"the partition {partition} has no nodes", hint="what says `sinfo`?")
-    where = facts.node_addresses(run.ask(["scontrol", "show", "node", "-o", first]))
+    where = facts.node_addresses(run.read(["scontrol", "show", "node", "-o", first]))
     # Its ledger may not lie on a file system of several nodes. Nobody else uses it, and one that was killed left it.
     state = Path(tempfile.gettempdir(), f"rfaas-pilots-{os.geteuid()}-{_name_of(directory)}")
     shutil.rmtree(run.private(state))
@@ -157,6 +157,7 @@ class _Filler:
         self._user = pwd.getpwuid(os.geteuid()).pw_name
         self._name = f"rfaas-pilot-{_name_of(directory)}"
         self._filling = Filling(wanted, self._user, self._name)
+        self._slurm = Reader(self._read)
         self._end = threading.Event()
         self._agents: frozenset[str] = frozenset()
         self._said = ""
@@ -187,13 +188,11 @@ class _Filler:
                     signal.signal(number, handler)
 
     def _go_on(self) -> None:
-        looked = time.monotonic()
         while not self._end.wait(_AGENTS_S):
             try:
                 for node in self._changes():
                     self._act(self._filling.left(node, time.monotonic()))
-                if time.monotonic() - looked >= _LOOK_S:
-                    looked = time.monotonic()
+                if not self._slurm.next_in_s:
                     self._look()
                     self._said = ""
             except ServiceError as error:
@@ -201,12 +200,23 @@ class _Filler:
                 if not self._end.is_set():
                     self._say(f"{Exception.__str__(error)}; it is tried again")
 
-    def _look(self) -> None:
-        nodes = facts.nodes(run.ask(["sinfo", "-h", "-a", "-o", facts.NODES]))
+    def _read(self) -> tuple[tuple[facts.Job, ...], tuple[facts.Nodes, ...]]:
+        nodes = facts.nodes(run.read(["sinfo", "-h", "-a", "-o", facts.NODES]))
         mine = {node for each in nodes if each.partition == self._wanted.partition for node in each.nodes}
         beside = sorted({each.partition for each in nodes if not mine.isdisjoint(each.nodes)})
-        jobs = facts.jobs(run.ask(["squeue", "-h", "-a", "-p", ",".join(beside or [self._wanted.partition]), "-t",
-                                   "PENDING,RUNNING,CONFIGURING,SUSPENDED", "-o", facts.JOBS]))
+        mark = f"{secrets.token_hex(8)}|"
+        jobs = facts.jobs(run.read(["squeue", "-h", "-a", "-p", ",".join(beside or [self._wanted.partition]), "-t",
+                                    "PENDING,RUNNING,CONFIGURING,SUSPENDED", "-o", mark + facts.JOBS]), mark)
+        return jobs, nodes
+
+    def _look(self) -> None:
+        found = self._slurm.look()
+        if found is None or self._slurm.error:
+            # By what was so a while ago nothing is begun and nothing is ended.
+            age_s = self._slurm.age_s
+            raise ServiceError(self._slurm.error + ("" if age_s is None else f" (last read {age_s:.0f} s ago)"),
+                               hint="does slurmctld answer?")
+        jobs, nodes = found
         actions = self._filling.look(jobs, nodes, time.monotonic())
         if self._filling.busy != self._was_busy:
             self._was_busy = self._filling.busy

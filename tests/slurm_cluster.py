@@ -159,9 +159,12 @@ class Slurm:
     def kill(self, name: str) -> None:
         """SIGKILL to a node's slurmd, or to slurmctld; gone when it returns."""
         daemon = self._daemons.pop(name)
-        pid = daemon.pid
+        deadline, pid = time.monotonic() + GUARD_S, daemon.pid
         while not Path(f"/proc/{pid}/comm").read_text().startswith("slurm"):
-            pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+            # What leads to its node is there first, and then starts it.
+            assert time.monotonic() < deadline and daemon.poll() is None, f"{name} can't be found\n{self.said()}"
+            started = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            pid = int(started[0]) if started else pid
         os.kill(pid, signal.SIGKILL)
         daemon.wait()
 

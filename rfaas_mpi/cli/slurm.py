@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -101,6 +102,20 @@ slurm.add_command(install)
 
 
 @slurm.command(hidden=True)
+@click.argument("directory", type=click.Path(path_type=Path))
+@common
+def clear(directory: Path) -> None:
+    """Removes what a job's agent left on this node when it was killed; `rfaas slurm run` has it done."""
+    from rfaas_mpi.agent.groups import Roots, remove_stale
+    from rfaas_mpi.agent.priority import remove_stale_groups
+    remove_stale(Roots.find())
+    remove_stale_groups()
+    # One that somebody else made there stays.
+    if directory.exists() and directory.lstat().st_uid == os.geteuid():
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@slurm.command(hidden=True)
 @common
 def agent() -> None:
     """A node's agent in a job; `rfaas slurm run` starts it and tells it the rest."""
@@ -143,6 +158,7 @@ def agent() -> None:
     until(plan.until)
     node = config.environment()["SLURMD_NODENAME"]
     mine = plan.nodes[node]
+    stack = contextlib.ExitStack()
     try:
         usable = os.sched_getaffinity(0)
         # Where Slurm confines the job, what is left is its part; else its numbers have to be translated.
@@ -151,8 +167,10 @@ def agent() -> None:
                 else usable.intersection(facts.physical(mine.ids, here)))
         cores = facts.whole_cores(cpus, here)
         mine_laid_out = layout.lay_out(node, cores, mine.ranks, mine.threads, mine.workers)
+        job.clear_killed()
         directory = job.private(Path(plan.directory))
-        given = {"runtime_dir": str(job.private(directory / node)), "manager_user": str(os.geteuid())}
+        stack.enter_context(job.held(job.private(directory / node)))
+        given = {"runtime_dir": str(directory / node), "manager_user": str(os.geteuid())}
         if plan.key:
             key = directory / "key"
             spare = directory / f".key-{node}"
@@ -189,3 +207,4 @@ def agent() -> None:
     finally:
         # It ends with its job, whose first process may have been killed before it could.
         shutil.rmtree(directory, ignore_errors=True)
+        stack.close()

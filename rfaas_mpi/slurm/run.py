@@ -37,13 +37,14 @@ from rfaas_mpi.slurm.facts import Until
 from rfaas_mpi.slurm.layout import NodeLayout
 from rfaas_mpi.slurm.reader import EVERY_S, Reader
 
-__all__ = ["NARROWING", "Manager", "NodePlan", "Plan", "Said", "Wanted", "ask", "cpus_here", "listen_at", "private",
-           "rfaas", "run", "told_to_end"]
+__all__ = ["NARROWING", "Manager", "NodePlan", "Plan", "Said", "Wanted", "ask", "clear_killed", "cpus_here", "held",
+           "listen_at", "private", "rfaas", "run", "told_to_end"]
 
 # When a job ends is looked at after a sixth of the time that it has left, and at least once a minute.
 _LOOK_PART, _LOOK_MAX_S = 6, 60.0
 _COMMAND_S = 30.0
 _LEAVE_S = 10.0
+_YOUNG_S = 60.0
 _PR_SET_PDEATHSIG = 1
 # What makes srun kill its tasks, where they should have the time to end that Slurm gives them.
 _KILLS_STEPS = (signal.SIGTERM, signal.SIGHUP)
@@ -234,14 +235,35 @@ def cpus_here() -> list[tuple[int, int, int]]:
     return found
 
 
+def clear_killed() -> None:
+    """Removes what jobs of this user have left on this node that were killed."""
+    for left in Path(tempfile.gettempdir()).glob(f"rfaas-slurm-{os.geteuid()}-[0-9]*"):
+        with contextlib.suppress(OSError, ConfigError), contextlib.ExitStack() as stack:
+            # Whoever still uses it holds one of them; one that has just been made may not be held yet.
+            for each in (private(left), *(path for path in left.iterdir() if path.is_dir())):
+                stack.enter_context(held(each))
+            if time.time() - left.stat().st_mtime > _YOUNG_S:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """A directory that nobody else holds meanwhile; BlockingIOError where somebody does."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def _directory(job: int) -> Iterator[Path]:
     """Where this job's daemons keep their files on each node; removed in the end. ConfigError where it is in use."""
     path = private(Path(tempfile.gettempdir(), f"rfaas-slurm-{os.geteuid()}-{job}"))
-    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(held(path))
         except BlockingIOError:
             raise ConfigError(f"job {job} has an `rfaas slurm run` already", hint="one after another, or one in each of "
                                                                                  "several jobs") from None
@@ -249,8 +271,6 @@ def _directory(job: int) -> Iterator[Path]:
             yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
-    finally:
-        os.close(held)
 
 
 def _dies_with_us() -> None:
@@ -366,19 +386,21 @@ class _Agents:
     """The step with an agent on each node."""
 
     def __init__(self, plan: Plan, directory: Path, binds: bool, environ: Mapping[str, str]) -> None:
-        self._plan, self._log = plan, directory / "agents.log"
+        self._plan, self._directory, self._log = plan, directory, directory / "agents.log"
         count = str(len(plan.nodes))
         bind = ["--cpu-bind=none"] if binds else []
-        words = ["srun", "--overlap", *bind, "--mem=0", "--mpi=none", f"--nodes={count}", f"--ntasks={count}",
-                 "--ntasks-per-node=1", "--kill-on-bad-exit=0", *rfaas("slurm", "agent")]
-        environment = {name: value for name, value in environ.items() if name not in NARROWING}
+        self._step = ["srun", "--overlap", *bind, "--mem=0", "--mpi=none", f"--nodes={count}", f"--ntasks={count}",
+                      "--ntasks-per-node=1", "--kill-on-bad-exit=0"]
+        self._environment = {name: value for name, value in environ.items() if name not in NARROWING}
         with self._log.open("wb") as log:
             # All of the job's CPUs and memory, beside the ranks' step; bound to none.
-            self._process = _start(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
-                                   start_new_session=True)
+            self._process = _start([*self._step, *rfaas("slurm", "agent")], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, stderr=log, env=self._environment, start_new_session=True)
         # A thread: of many nodes it is more than a pipe holds, and the step may never begin.
         self._teller = threading.Thread(target=self._tell, name="rfaas-plan", daemon=True)
         self._teller.start()
+        self._closing = False
+        self._watcher = threading.Thread(target=self._watch, name="rfaas-agents", daemon=True)
 
     def _tell(self) -> None:
         assert self._process.stdin is not None
@@ -412,6 +434,7 @@ class _Agents:
             if said.ready:
                 ready.add(said.ready)
             if len(ready) == len(self._plan.nodes):
+                self._watcher.start()
                 return [layouts[node] for node in self._plan.nodes]
         silent = ", ".join(node for node in self._plan.nodes if node not in ready)
         raise ServiceError(f"the agents of {silent} didn't start: {_tail(self._log)}",
@@ -420,6 +443,7 @@ class _Agents:
     def close(self) -> None:
         """Ends them. Safe to call twice."""
         assert self._process.stdin is not None and self._process.stdout is not None
+        self._closing = True
         if self._process.returncode is None and self._teller.is_alive():
             _stop(self._process)
         self._teller.join()
@@ -429,7 +453,21 @@ class _Agents:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_LEAVE_S)
         _stop(self._process)
+        if self._watcher.is_alive():
+            self._watcher.join()
         self._process.stdout.close()
+
+    def _watch(self) -> None:
+        """Removes what agents left whose step was cancelled beside the ranks: Slurm kills those without a word before."""
+        if self._process.wait() == 0 or self._closing:
+            return
+        with self._log.open("ab") as log:
+            process = _start([*self._step, "--immediate", *rfaas("slurm", "clear", str(self._directory))],
+                             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment,
+                             start_new_session=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_LEAVE_S)
+        _stop(process)
 
     def __enter__(self) -> _Agents:
         return self

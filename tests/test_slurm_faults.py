@@ -1,0 +1,245 @@
+"""What becomes of a program with borrowed cores when Slurm, its nodes or their links fail: right, and nothing is left.
+
+On nodes that are apart (root), so that a link can be cut and all that a node has left can be seen.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+import slurm_nodes
+from slurm_cluster import Slurm
+from test_apps import needs_two_cores
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RFAAS = Path(sys.executable).with_name("rfaas")
+# How many faults a soak test does to each way of getting workers, and which ones.
+FAULTS = int(os.environ.get("RFAAS_SOAK_SLURM_FAULTS", "0"))
+SEED = int(os.environ.get("RFAAS_SOAK_SLURM_SEED", "1"))
+
+pytestmark = [needs_two_cores,
+              pytest.mark.skipif(bool(slurm_nodes.why_not()), reason=f"no virtual nodes: {slurm_nodes.why_not()}")]
+
+# Calls kernels in rounds until it is told that it's enough; each call has to have its own result.
+PROGRAM = r"""
+import os, sys, time
+import rfaas_mpi as rf
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+def square(number):
+    time.sleep(0.005)
+    return number * number
+with rf.Executor(workers=(0, 8), lease_timeout_s=10) as executor:
+    rounds = 0
+    while not os.path.exists(sys.argv[1]):
+        assert list(executor.map(square, range(rounds, rounds + 32))) == [n * n for n in range(rounds, rounds + 32)]
+        rounds += 1
+        say("round", rounds, "workers", len(executor.workers))
+    say("right")
+"""
+# A dead network is noticed soon, so that nobody waits for it here.
+IMPATIENT = {"RFAAS_TCP_IDLE_S": "1", "RFAAS_TCP_PROBE_S": "1", "RFAAS_TCP_PROBES": "2", "RFAAS_TCP_TIMEOUT_S": "2"}
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    with slurm_cluster.cluster(3, 2, apart=True, confined=True, settings={"SlurmdTimeout": 30}) as found:
+        (found.directory / "program.py").write_text(PROGRAM)
+        yield found
+
+
+def nothing_left(slurm: Slurm) -> None:
+    """No node has anything but Slurm's daemon, once what was told to end has."""
+    assert slurm.network is not None
+    for node in slurm.network.nodes.values():
+        slurm.wait_until(lambda node=node: not node.left() or "", f"{node.name} is clean, where there is {node.left()}")
+
+
+# --- in the user's own job ----------------------------------------------------------------------------
+
+class Job:
+    """`rfaas slurm run` on all nodes: one rank, workers on all other cores."""
+
+    def __init__(self, slurm: Slurm) -> None:
+        self.slurm = slurm
+        self._enough = slurm.directory / f"enough-{random.getrandbits(32):x}"
+        exports = "".join(f"export {name}={value}\n" for name, value in {"PYTHONPATH": REPOSITORY, **IMPATIENT}.items())
+        self.number = slurm.submit(
+            f"#!/bin/bash\n{exports}exec '{RFAAS}' slurm run --ranks 1 -- '{sys.executable}' program.py '{self._enough}'\n",
+            f"--nodes={len(slurm.names)}", "--exclusive")
+        self.goes_on(1)
+
+    def rounds(self) -> int:
+        return self.slurm.output(self.number).count("round ")
+
+    def goes_on(self, rounds: int = 5) -> None:
+        """The program gets that much further. (Slurm may be unable to say how the job is.)"""
+        had = self.rounds()
+
+        def further() -> bool:
+            output = self.slurm.output(self.number)
+            assert "Traceback" not in output and "right" not in output, output
+            return self.rounds() >= had + rounds
+        self.slurm.wait_until(further, f"the program goes on:\n{self.slurm.output(self.number)}")
+
+    def workers(self) -> int:
+        """As it said last."""
+        return int(self.slurm.output(self.number).rpartition("workers ")[2].split()[0])
+
+    def end(self) -> None:
+        """It has had enough, was right, and Slurm says so."""
+        self._enough.touch()
+        assert self.slurm.ended(self.number) == "COMPLETED", self.slurm.output(self.number)
+        assert self.slurm.output(self.number).splitlines()[-1] == "right"
+
+
+def killed_slurmd(slurm: Slurm, node: str, goes_on: Callable[[], None]) -> None:
+    slurm.kill(node)
+    goes_on()
+    slurm.restart(node)
+
+
+def killed_slurmctld(slurm: Slurm, _node: str, goes_on: Callable[[], None]) -> None:
+    slurm.kill("slurmctld")
+    goes_on()
+    slurm.restart("slurmctld")
+
+
+def drained(slurm: Slurm, node: str, goes_on: Callable[[], None]) -> None:
+    slurm.run("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=fault")
+    goes_on()
+
+    def resumed() -> bool:
+        # Refused where slurmctld, just started, has not heard of the node.
+        slurm.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+        return "drain" not in slurm.run("sinfo", "-h", "-n", node, "-o", "%T")
+    slurm.wait_until(resumed, f"{node} is no longer drained")
+
+
+def cut(slurm: Slurm, node: str, goes_on: Callable[[], None]) -> None:
+    assert slurm.network is not None
+    slurm.network.cut(node)
+    goes_on()
+    slurm.network.heal()
+
+
+def lossy(slurm: Slurm, node: str, goes_on: Callable[[], None]) -> None:
+    assert slurm.network is not None
+    slurm.network.lose(node)
+    goes_on()
+    slurm.network.heal()
+
+
+ON_ANY_NODE = (killed_slurmd, killed_slurmctld, drained)
+ON_OTHERS = (cut, lossy)             # and not on that of the program
+
+
+# --- ends of a job, after each of which nothing is left -------------------------------------------------
+
+def enough(job: Job) -> None:
+    job.end()
+
+
+def cancelled(job: Job) -> None:
+    job.slurm.run("scancel", job.number)
+    assert job.slurm.ended(job.number) == "CANCELLED"
+
+
+def killed(job: Job) -> None:
+    job.slurm.run("scancel", "--signal=KILL", job.number)
+    assert job.slurm.ended(job.number) == "CANCELLED"
+
+
+def script_killed(job: Job) -> None:
+    job.slurm.run("scancel", "--batch", "--signal=KILL", job.number)
+    assert job.slurm.ended(job.number) == "FAILED"
+
+
+def ranks_cancelled(job: Job) -> None:
+    job.slurm.run("scancel", f"{job.number}.1")
+    assert job.slurm.ended(job.number) == "FAILED"
+
+
+def out_of_time(job: Job) -> None:
+    job.slurm.run("scontrol", "update", f"JobId={job.number}", "EndTime=now+2")
+    assert job.slurm.ended(job.number) == "TIMEOUT"
+
+
+def requeued(job: Job) -> None:
+    """Runs again from its beginning, on nodes that have nothing of its first time."""
+    slurm = job.slurm
+    slurm.run("scontrol", "requeue", job.number)
+    slurm.wait_until(lambda: slurm.state(job.number) == "PENDING", "it is queued")
+    slurm.wait_until(lambda: not slurm.run("squeue", "-h", "-t", "RUNNING,COMPLETING"), "its first time is over")
+    nothing_left(slurm)
+    had = job.rounds()
+    slurm.run("scontrol", "update", f"JobId={job.number}", "StartTime=now")
+    slurm.wait_until(lambda: job.rounds() != had and slurm.state(job.number) == "RUNNING", "it runs again")
+    job.goes_on()
+
+
+ENDS = (enough, cancelled, killed, script_killed, ranks_cancelled, out_of_time)
+
+
+def without_agents(job: Job) -> None:
+    """Their step is cancelled; the program goes on alone, and what they had is removed at once, not at the job's end."""
+    slurm = job.slurm
+    assert slurm.network is not None
+    slurm.run("scancel", f"{job.number}.0")
+    for name in slurm.names[1:]:
+        node = slurm.network.nodes[name]
+        slurm.wait_until(lambda node=node: not node.left(), f"{name} is clean")
+    job.goes_on()
+
+
+def test_a_job_that_lends_to_itself_outlives_slurms_daemons_links_and_its_agents_and_leaves_nothing(slurm):
+    first, second, third = slurm.names
+    assert slurm.network is not None
+    # As one that was killed long ago would have left it.
+    old = slurm.network.nodes[second].path(f"/tmp/rfaas-slurm-{os.geteuid()}-1000/{second}")
+    old.mkdir(parents=True)
+    for path in (old, old.parent):
+        path.chmod(0o700)
+        os.utime(path, (0, 0))
+    job = Job(slurm)
+    assert job.workers() == 5 and not old.exists()
+    killed_slurmd(slurm, second, job.goes_on)
+    drained(slurm, third, job.goes_on)
+    cut(slurm, third, job.goes_on)
+    assert job.workers() == 3
+    killed_slurmctld(slurm, first, job.goes_on)
+    without_agents(job)
+    requeued(job)
+    ranks_cancelled(job)
+    nothing_left(slurm)
+
+
+if FAULTS:
+    def test_faults_at_random_in_jobs_that_lend_to_themselves(slurm):
+        dice, done = random.Random(SEED), 0
+        while done < FAULTS:
+            job = Job(slurm)
+            for _ in range(dice.randrange(4)):
+                fault, nodes = dice.choice([*((each, slurm.names) for each in ON_ANY_NODE),
+                                            *((each, slurm.names[1:]) for each in ON_OTHERS)])
+                node = dice.choice(nodes)
+                print(f"job {job.number}: {fault.__name__} {node}", flush=True)
+                fault(slurm, node, job.goes_on)
+                done += 1
+            for fault in (without_agents, requeued):
+                if dice.random() < 0.3:
+                    print(f"job {job.number}: {fault.__name__}", flush=True)
+                    fault(job)
+                    done += 1
+            end = dice.choice(ENDS)
+            print(f"job {job.number}: {end.__name__}", flush=True)
+            end(job)
+            done += 1
+            slurm.wait_until(lambda: not slurm.run("squeue", "-h"), "Slurm is done with it")
+            nothing_left(slurm)

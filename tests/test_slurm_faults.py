@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import slurm_cluster
@@ -61,6 +63,15 @@ def nothing_left(slurm: Slurm) -> None:
         slurm.wait_until(lambda node=node: not node.left() or "", f"{node.name} is clean, where there is {node.left()}")
 
 
+class Program(Protocol):
+    """What has workers, and goes on whatever becomes of them."""
+
+    slurm: Slurm
+
+    def goes_on(self) -> None:
+        """It gets further. AssertionError if it doesn't, or was wrong."""
+
+
 # --- in the user's own job ----------------------------------------------------------------------------
 
 class Job:
@@ -99,21 +110,30 @@ class Job:
         assert self.slurm.output(self.number).splitlines()[-1] == "right"
 
 
-def killed_slurmd(slurm: Slurm, node: str, goes_on: Callable[[], None]) -> None:
-    slurm.kill(node)
-    goes_on()
-    slurm.restart(node)
+# --- faults, through which a program goes on ------------------------------------------------------------
+
+def killed_slurmd(program: Program, node: str) -> None:
+    program.slurm.kill(node)
+    program.goes_on()
+    program.slurm.restart(node)
 
 
-def killed_slurmctld(slurm: Slurm, _node: str, goes_on: Callable[[], None]) -> None:
+def killed_slurmctld(program: Program, _node: str) -> None:
+    slurm = program.slurm
+    # A step that it has not saved is none to the next one, which gives its number, and control groups, to another.
+    saved, now = slurm.directory / "state" / "job_state", time.time()
+    for job in slurm.run("squeue", "-h", "-t", "RUNNING", "-o", "%i").split():
+        slurm.run("scontrol", "update", f"JobId={job}", f"AdminComment={now}")
+        slurm.wait_until(lambda: saved.exists() and saved.stat().st_mtime > now, "slurmctld has saved its state")
     slurm.kill("slurmctld")
-    goes_on()
+    program.goes_on()
     slurm.restart("slurmctld")
 
 
-def drained(slurm: Slurm, node: str, goes_on: Callable[[], None]) -> None:
+def drained(program: Program, node: str) -> None:
+    slurm = program.slurm
     slurm.run("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=fault")
-    goes_on()
+    program.goes_on()
 
     def resumed() -> bool:
         # Refused where slurmctld, just started, has not heard of the node.
@@ -122,18 +142,18 @@ def drained(slurm: Slurm, node: str, goes_on: Callable[[], None]) -> None:
     slurm.wait_until(resumed, f"{node} is no longer drained")
 
 
-def cut(slurm: Slurm, node: str, goes_on: Callable[[], None]) -> None:
-    assert slurm.network is not None
-    slurm.network.cut(node)
-    goes_on()
-    slurm.network.heal()
+def cut(program: Program, node: str) -> None:
+    assert program.slurm.network is not None
+    program.slurm.network.cut(node)
+    program.goes_on()
+    program.slurm.network.heal()
 
 
-def lossy(slurm: Slurm, node: str, goes_on: Callable[[], None]) -> None:
-    assert slurm.network is not None
-    slurm.network.lose(node)
-    goes_on()
-    slurm.network.heal()
+def lossy(program: Program, node: str) -> None:
+    assert program.slurm.network is not None
+    program.slurm.network.lose(node)
+    program.goes_on()
+    program.slurm.network.heal()
 
 
 ON_ANY_NODE = (killed_slurmd, killed_slurmctld, drained)
@@ -209,11 +229,11 @@ def test_a_job_that_lends_to_itself_outlives_slurms_daemons_links_and_its_agents
         os.utime(path, (0, 0))
     job = Job(slurm)
     assert job.workers() == 5 and not old.exists()
-    killed_slurmd(slurm, second, job.goes_on)
-    drained(slurm, third, job.goes_on)
-    cut(slurm, third, job.goes_on)
+    killed_slurmd(job, second)
+    drained(job, third)
+    cut(job, third)
     assert job.workers() == 3
-    killed_slurmctld(slurm, first, job.goes_on)
+    killed_slurmctld(job, first)
     without_agents(job)
     requeued(job)
     ranks_cancelled(job)
@@ -230,7 +250,7 @@ if FAULTS:
                                             *((each, slurm.names[1:]) for each in ON_OTHERS)])
                 node = dice.choice(nodes)
                 print(f"job {job.number}: {fault.__name__} {node}", flush=True)
-                fault(slurm, node, job.goes_on)
+                fault(job, node)
                 done += 1
             for fault in (without_agents, requeued):
                 if dice.random() < 0.3:

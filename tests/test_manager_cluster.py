@@ -58,6 +58,32 @@ def lease_in(actions: list):
     return lease
 
 
+# --- windows whose end is known ----------------------------------------------
+
+def test_a_lease_ends_before_the_job_that_is_planned_for_its_node_and_sooner_where_its_agent_says_so(site):
+    site.cluster.windows_end({"nid1": 100.0})
+    assert lease_in(site.ask(ANNA)).hard_end is None, "what the node's last report says"
+    for number, (said, ends) in enumerate(((None, 100.0), (200.0, 100.0), (50.0, 50.0)), 1):
+        site.report(ROOT, "nid1", float(number), hard_end=said)
+        assert lease_in(site.ask(ANNA, now=float(number))).hard_end == ends
+    site.cluster.windows_end({})
+    site.report(ROOT, "nid1", 10.0, cores=8)
+    assert lease_in(site.ask(ANNA, now=10.0)).hard_end is None, "that job was cancelled"
+
+
+def test_nothing_is_lent_on_a_node_whose_job_should_have_begun(site):
+    site.cluster.windows_end({"nid1": 5.0})
+    site.report(ROOT, "nid1", 6.0)
+    assert isinstance(site.ask(ANNA, now=6.0)[0], Refused)
+
+
+def test_what_is_planned_for_the_site_s_nodes_is_nothing_to_a_user_s_own_agent(site):
+    site.cluster.windows_end({"nid2": 5.0})
+    site.start(BERT, "nid2")
+    site.report(BERT, "nid2", 6.0)
+    assert lease_in(site.ask(BERT, 4, now=6.0)).hard_end is None
+
+
 # --- who lends to whom ------------------------------------------------------
 
 def test_a_user_s_own_agent_never_gets_another_user_s_work(site):

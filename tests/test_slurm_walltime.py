@@ -108,6 +108,35 @@ def test_leases_end_before_the_pilot_that_they_are_of(slurm):
         pilots.close()
 
 
+@needs_two_cores
+def test_a_manager_that_reads_slurm_ends_leases_before_the_job_that_is_planned_for_their_node(slurm):
+    sleep = "#!/bin/bash\nexec sleep 600\n"
+    first = slurm.submit(sleep, "--partition=batch", "--nodelist=n1", "--exclusive", "--time=2")
+    slurm.wait_until(lambda: slurm.state(first) == "RUNNING", "a job has the node")
+    planned = slurm.submit(sleep, "--partition=batch", "--nodelist=n1", "--exclusive", "--time=1")
+
+    def start() -> int:
+        said = slurm.run("squeue", "-h", "-j", planned, "-o", "%S|%Y", SLURM_TIME_FORMAT="%s").strip()
+        return int(said.removesuffix("|n1")) if said.endswith("|n1") else 0
+
+    slurm.wait_until(start, "the next one is planned for it")
+    # As a site's agent would, where the first job leaves cores.
+    cluster = Cluster(["0-1"], SLURM_CONF=slurm.environment["SLURM_CONF"], PATH=slurm.environment["PATH"])
+    cluster.manager.command.append("--slurm")
+    words = cluster.agents[0].command
+    words[words.index("node0")] = "n1"
+    try:
+        with cluster:
+            def planned_end() -> bool:
+                end = end_of_a_lease(cluster)
+                return end is not None and time.time() + end < start()
+
+            wait_until(planned_end, "leases end before it begins")
+    finally:
+        cluster.close()
+        slurm.run("scancel", first, planned)
+
+
 def test_a_job_s_agent_lends_until_its_end_and_again_where_that_comes_later():
     """What `rfaas slurm run` tells its agents, told to one."""
     def until(left_s: float | None) -> Until:

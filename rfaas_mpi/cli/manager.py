@@ -37,7 +37,7 @@ def _need_psycopg() -> None:
 
 def serve(*, directory: Path | None, socket: Path | None, listen: tuple[str, ...], keys: tuple[str, ...], munge: bool,
           names: tuple[str, ...], tls_cert: Path | None, tls_key: Path | None, metrics: str | None, policy: Path | None,
-          store: str | None, ready: Callable[[dict[str, Any], list[str]], None]) -> None:
+          store: str | None, slurm: bool, ready: Callable[[dict[str, Any], list[str]], None]) -> None:
     """Runs the manager until it is told to end; `ready` gets its facts once it listens."""
     _need_the_extra()
     if store is not None:
@@ -51,7 +51,7 @@ def serve(*, directory: Path | None, socket: Path | None, listen: tuple[str, ...
         listen=tuple(Address.parse(each, port_0=True) for each in listen), tls_cert=tls_cert, tls_key=tls_key,
         keys=dict(map(_key, keys)), munge=(settings.munge_socket or "") if munge else None, names=names,
         metrics=None if metrics is None else Address.parse(metrics, port_0=True), policy=policy,
-        store=store, usage_days=settings.usage_days)
+        store=store, slurm=slurm, usage_days=settings.usage_days)
 
     def listening(facts: daemon.Facts) -> None:
         data = {"running": True, "directory": str(facts.directory), "listening": list(facts.listening),

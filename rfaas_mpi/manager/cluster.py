@@ -87,6 +87,7 @@ class Cluster:
         self._jobs: dict[str, Mapping[int, int]] = {}       # node → core → whose job it is of
         self._placer = placer                 # who chooses the book's nodes, if that is one
         self._since: dict[str, float] = {}
+        self._ends: dict[str, float] = {}     # node of the site → when its window ends
         self._now = now
         if placer is not None:
             placer.debt_s = self._debt_s
@@ -127,8 +128,9 @@ class Cluster:
         self._at(now)
         traits = msgspec.structs.replace(report.traits, host=report.traits.host or report.node,
                                          since=self._window(node, report.traits.since))
+        ends = [end for end in (report.hard_end, self._ends.get(node)) if end is not None]
         actions = self.manager.report(msgspec.structs.replace(
-            report, node=node, lends_to_uid=None if trusted else uid, traits=traits), now)
+            report, node=node, lends_to_uid=None if trusted else uid, traits=traits, hard_end=min(ends, default=None)), now)
         if self.book.heard(node) != before:
             self.agents.heard(node, now)
             self._runs[node], self._jobs[node] = uid, jobs
@@ -141,6 +143,11 @@ class Cluster:
                     self._placer.lost(node)
                 self._placer.observe(node, traits.since, report.spare, now)
         return actions
+
+    def windows_end(self, at: Mapping[str, float]) -> None:
+        """When the windows of the site's nodes are known to end: somebody plans with them. For leases from each node's
+        next report on; what is left out has no end but the one that its agent knows."""
+        self._ends = dict(at)
 
     # ---- lenders ---------------------------------------------------------------------------------
 

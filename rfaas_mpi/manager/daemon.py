@@ -33,6 +33,8 @@ from rfaas_mpi.manager.ledger import USAGE_DAYS, Ledger
 from rfaas_mpi.manager.policy import Policy, load_policy
 from rfaas_mpi.manager.server import ManagerServer
 from rfaas_mpi.remote import Address
+from rfaas_mpi.slurm.reader import Reader
+from rfaas_mpi.slurm.run import planned_starts
 
 __all__ = ["Facts", "Options", "run", "state_directory"]
 
@@ -52,7 +54,8 @@ class Options:
     `listen`: addresses on a network, behind TLS where there is a certificate. Callers prove
     there who they are by `keys` (uid → file) and `munge` (munged's socket, "" the usual
     one, None: not so), and may name the manager by `names`. `store`: the URL of a PostgreSQL
-    database that managers share, instead of a file of its own.
+    database that managers share, instead of a file of its own. `slurm`: what Slurm plans for
+    nodes is read, and ends their windows.
     """
 
     directory: Path
@@ -66,6 +69,7 @@ class Options:
     metrics: Address | None = None
     policy: Path | None = None
     store: str | None = None
+    slurm: bool = False
     usage_days: int = USAGE_DAYS
 
 
@@ -125,7 +129,8 @@ async def _serve(options: Options, keys: Keys, tls: ssl.SSLContext | None, ready
     ledger = await _ledger(options, keys, ended)
     if ledger is None:
         return
-    server = ManagerServer(ledger, keys=keys, policy=policy, callers=callers)
+    planned = Reader(planned_starts) if options.slurm else None
+    server = ManagerServer(ledger, keys=keys, policy=policy, callers=callers, planned=planned)
     async with server:
         with collecting(), _socket_place(options.socket):
             await server.listen_unix(options.socket)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import Counter as Count
 from collections.abc import Iterator
+from math import nan
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from rfaas_mpi.leases import LeaseState
 from rfaas_mpi.manager.cluster import Cluster
+from rfaas_mpi.slurm.reader import Reader
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
@@ -45,7 +47,7 @@ class _AsItStands(Collector):
 class Metrics:
     """Owns its registry; `text` may be called at any time by the thread that the cluster belongs to."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, planned: Reader[dict[str, float]] | None = None) -> None:
         # When a counter began is nothing that anybody asks for.
         prometheus_client.disable_created_metrics()
         self._registry = CollectorRegistry()
@@ -59,6 +61,10 @@ class Metrics:
                                  buckets=_WRITE_S, registry=self._registry)
         self.write_failures = Counter("rfaas_manager_ledger_write_failures", "Groups that could not be written.",
                                       registry=self._registry)
+
+        if planned is not None:
+            Gauge("rfaas_manager_slurm_age_seconds", "Since when it was not heard what Slurm plans (NaN: never yet).",
+                  registry=self._registry).set_function(lambda: nan if planned.age_s is None else planned.age_s)
 
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""

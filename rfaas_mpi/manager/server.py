@@ -51,6 +51,8 @@ from rfaas_mpi.manager.registry import Group, Registry
 from rfaas_mpi.messages import LeaseRequest, RankAt
 from rfaas_mpi.placement import Placer
 from rfaas_mpi.remote import Address, listen, tune
+from rfaas_mpi.slurm.facts import LEAD_S
+from rfaas_mpi.slurm.reader import Reader
 from rfaas_mpi.types import TcpOptions
 
 __all__ = ["ManagerServer"]
@@ -173,8 +175,11 @@ class ManagerServer:
     """
 
     def __init__(self, ledger: Ledger, *, keys: Keys | None = None, policy: Policy = Policy(),
-                 callers: Callers | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+                 callers: Callers | None = None, clock: Callable[[], float] = time.monotonic,
+                 planned: Reader[dict[str, float]] | None = None) -> None:
+        """`planned`: node → when a job is to start there, in seconds since the epoch."""
         self._clock = clock
+        self._planned = planned
         self.callers = callers or Callers()
         self._ledger = ledger
         self._policy_is = policy
@@ -189,7 +194,7 @@ class ManagerServer:
         # Users' own that aren't heard of are forgotten some day.
         self.cluster.expected(self.directory.nodes, clock())
         self.keys = keys or Keys.fresh()
-        self.metrics = Metrics(self.cluster)
+        self.metrics = Metrics(self.cluster, planned)
         self.callers.when_refused = self.metrics.unproved.inc
         self._closing = False
         self._asking: dict[tuple[int, int], _Asked] = {}
@@ -247,6 +252,8 @@ class ManagerServer:
                        asyncio.create_task(self.callers.watch(self._runner.server))]
         if self._ledger.keep_s is not None:
             self._tasks.append(asyncio.create_task(self._keep_leading(self._ledger.keep_s)))
+        if self._planned is not None:
+            self._tasks.append(asyncio.create_task(self._keep_planned(self._planned)))
         return self
 
     async def wait(self) -> None:
@@ -434,6 +441,21 @@ class ManagerServer:
             self.directory.forget(node)
             self.registry.agents(node, ())
             self._do([])
+
+    async def _keep_planned(self, planned: Reader[dict[str, float]]) -> None:
+        """Reads again and again what is planned for nodes; it ends their windows from their next report on."""
+        away = ""
+        while True:
+            # In a thread of its own: a slurmctld that is busy may take half a minute.
+            starts = await asyncio.to_thread(planned.look)
+            if planned.error and planned.error != away:
+                log.warning("what is planned for nodes can't be read, what is known stays: %s", planned.error)
+            elif away and not planned.error:
+                log.info("what is planned for nodes can be read again")
+            away = planned.error
+            later = self._clock() - time.time()
+            self.cluster.windows_end({node: at - LEAD_S + later for node, at in (starts or {}).items()})
+            await asyncio.sleep(planned.next_in_s)
 
     async def _keep_leading(self, every_s: float) -> None:
         since: float | None = None       # it fails

@@ -38,7 +38,7 @@ from rfaas_mpi.slurm.layout import NodeLayout
 from rfaas_mpi.slurm.reader import EVERY_S, Reader
 
 __all__ = ["NARROWING", "Manager", "NodePlan", "Plan", "Said", "Wanted", "ask", "clear_killed", "cpus_here", "held",
-           "listen_at", "private", "rfaas", "run", "told_to_end"]
+           "listen_at", "planned_starts", "private", "read", "rfaas", "run", "told_to_end"]
 
 # When a job ends is looked at after a sixth of the time that it has left, and at least once a minute.
 _LOOK_PART, _LOOK_MAX_S = 6, 60.0
@@ -297,6 +297,17 @@ def read(words: Sequence[str]) -> str:
     """`ask`, for facts: times are seconds since the epoch, and what users have set for their own eyes is no filter."""
     environ = {name: value for name, value in environment().items() if not name.startswith(("SQUEUE_", "SINFO_"))}
     return _answer(_started(words, env={**environ, "SLURM_TIME_FORMAT": "%s"}))
+
+
+def planned_starts() -> dict[str, float]:
+    """Node → when it is needed next, by Slurm's plan for jobs that wait, or by a reservation. ServiceError.
+
+    Seconds since the epoch. Whoever is on a node already has no part in this.
+    """
+    starts = facts.planned(read(["squeue", "-h", "-a", "-t", "PENDING", "-o", facts.PLANNED]))
+    for node, at in facts.reserved(read(["scontrol", "show", "reservation", "-o"])).items():
+        starts[node] = min(at, starts.get(node, at))
+    return starts
 
 
 def _answer(process: subprocess.Popen[bytes]) -> str:

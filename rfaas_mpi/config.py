@@ -23,7 +23,8 @@ from rfaas_mpi.types import TcpOptions
 
 __all__ = [
     "Given", "Places", "Settings", "core_list", "describe", "environment", "files", "inside_worker",
-    "packed_environment", "password_in_environment", "places", "scrubbed", "site_users", "slurm_job", "user_id",
+    "packed_environment", "password_in_environment", "places", "scrubbed", "site_users", "slurm_job", "uid_range",
+    "user_id",
 ]
 
 PREFIX = "RFAAS_"
@@ -135,6 +136,21 @@ def _command(text: str) -> str:
     return shlex.join(words)
 
 
+def uid_range(text: str) -> range:
+    """The uids of `70000-70063`, none of `""`; ValueError if it is something else."""
+    if not text:
+        return range(0)
+    match = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", text)
+    if match is None or not 0 < int(match[1]) <= int(match[2]) < 0x7FFFFFFF:
+        raise ValueError("a range of uids looks like 70000-70063")
+    return range(int(match[1]), int(match[2]) + 1)
+
+
+def _uids(text: str) -> str:
+    uids = uid_range(text)
+    return f"{uids[0]}-{uids[-1]}" if uids else ""
+
+
 def _setting(default: Any, parse: Callable[[str], Any], what: str) -> Any:
     return field(default=default, metadata={"parse": parse, "what": what})
 
@@ -190,6 +206,9 @@ class Settings:
     uid_min: int = _setting(1000, _number(int, 1, 0x7FFFFFFF), "the lowest uid that such an agent serves")
     zygote_memory: int = _setting(2 << 30, size_of, "what another user's zygote may hold; 0: any amount")
     memory_reserve: int = _setting(512 << 20, size_of, "memory of the node that is never lent")
+    worker_identity: str = _setting("user", _choice("user", "pool"),
+                                    "as whom workers run there: as who leased them, or as a user of the pool")
+    worker_pool: str = _setting("", _uids, "the pool: uids that are nobody's, like 70000-70063")
     low_priority: str = _setting("auto", _choice("auto", "yes", "no"),
                                  "workers leave their cores to whoever else wants them; auto: where owners may be")
     fallback: bool = _setting(True, _flag, "run on the rank what no worker could run")

@@ -42,11 +42,12 @@ from rfaas_mpi.agent.pool import CoreLocks, Taking, full_cpuset
 from rfaas_mpi.agent.priority import NO_PRIORITY, Lowering, Means, remove_stale_groups
 from rfaas_mpi.agent.scrape import ScrapeDoor
 from rfaas_mpi.agent.server import REASONS, AgentServer, Offer, SessionHandle
-from rfaas_mpi.agent.spawner import Spawner, leave_root, service_identity
+from rfaas_mpi.agent.spawner import NOBODY, Spawner, leave_root, service_identity
 from rfaas_mpi.agent.tenure import Tenures
 from rfaas_mpi.agent.traits import cpu_type, owners_of, traits_of
 from rfaas_mpi.agent.window import Window
-from rfaas_mpi.config import Settings
+from rfaas_mpi.config import Settings, uid_range
+from rfaas_mpi.agent.users import Pool
 from rfaas_mpi.errors import ConfigError, LeaseDenied, NodeTaken, ServiceError
 from rfaas_mpi.leases import Cause
 from rfaas_mpi.leases.grants import Admission, AgentKey, GrantBody, GrantRefused
@@ -159,6 +160,7 @@ class Agent(AgentServer):
         self._terms: dict[int, tuple[int, int]] = {}         # lease → memory of each worker, our incarnation then
         self._listens = False
         self._changed = False                                # since the last report
+        self._pool = range(0)                                # uids as which workers run; none: as their users
         self._metered_at: float | None = None                # what workers used; None: there are none
         self._window = window or Window()
         self._open = True                                    # it has not ended
@@ -192,6 +194,9 @@ class Agent(AgentServer):
         if self.settings.service_user:
             self._serve_users()
         else:
+        if self.settings.worker_identity == "pool" and (not self.settings.service_user or os.geteuid() != 0):
+            raise ConfigError("worker_identity=pool needs an agent that root starts, to become the service's user",
+                              hint="start it as root, with RFAAS_SERVICE_USER")
             self._hear_hooks(os.getpid())
             self._lock_cores()
         self.workers.guard_memory(self.settings.memory_limit, low=by_group, zygote_bytes=self.settings.zygote_memory)
@@ -229,12 +234,27 @@ class Agent(AgentServer):
             # Its entrance would let a user in who could take others' processes along; the spawner makes groups.
             self._lowering.close()
             self._lowering, self.workers.low = None, NO_PRIORITY
-        self._spawner = Spawner.start(self.settings.uid_min, who.uid)
+        self._pool = pool = self._pool_beside(who.uid)
+        self._spawner = Spawner.start(self.settings.uid_min, who.uid, pool)
         self._hear_hooks(self._spawner.pid)
-        self.workers.serve_users(self._spawner)
+        self.workers.serve_users(self._spawner, Pool(pool) if pool else None)
         leave_root(who, self.options.directory)
-        log.info("node=%s runs as uid %d, and workers as any user from %d on", self.node, who.uid,
-                 self.settings.uid_min)
+        log.info("node=%s runs as uid %d, and workers as %s", self.node, who.uid,
+                 f"the users {self.settings.worker_pool}" if pool else f"any user from {self.settings.uid_min} on")
+
+    def _pool_beside(self, own: int) -> range:
+        """The uids as which workers run, none: those of their users. ConfigError where they can't be these."""
+        if self.settings.worker_identity != "pool":
+            return range(0)
+        pool = uid_range(self.settings.worker_pool)
+        if not pool or own in pool or NOBODY in pool:
+            raise ConfigError("worker_identity=pool needs uids that are nobody's" if not pool else
+                              f"worker_pool={self.settings.worker_pool} has uids that are somebody's",
+                              hint="name a range of its own: RFAAS_WORKER_POOL=70000-70063")
+        if not self.options.listen:
+            raise ConfigError("ranks reach workers of a pool over tcp, and this agent listens nowhere",
+                              hint="have it listen: --listen 0.0.0.0:4711")
+        return pool
 
     def _hear_hooks(self, maker: int) -> None:
         """From now on; the process `maker` makes workers' groups. Where hooks find it no user may change."""
@@ -262,7 +282,8 @@ class Agent(AgentServer):
     @property
     def addresses(self) -> tuple[str, ...]:
         """Where ranks dial it."""
-        unix = (f"unix:{self.socket}",) if self.options.unix else ()
+        # Over shared memory a rank has to be able to kill its worker, who is somebody else with a pool.
+        unix = (f"unix:{self.socket}",) if self.options.unix and not self._pool else ()
         return (*unix, *(str(address._replace(host=socket.gethostname()) if address.host in _WILDCARDS else address)
                          for address in self.door.addresses))
 
@@ -685,6 +706,9 @@ class Agent(AgentServer):
         if self._admission is None:
             raise ServiceError(f"the agent of {self.node} is leaving")
         return self._admission.peek(visit.grant).uid
+        if body.uid in self._pool:
+            raise GrantRefused(f"lease {body.lease} is uid {body.uid}'s, as whom the agent of {self.node} runs others' "
+                               "workers", reason="user", hint="let nobody be a user of worker_pool")
 
     def prefix(self, environment: Mapping[str, str]) -> tuple[str, ...]:
         # The site's container, or none: what a user wants to be in he starts from his kernel.
@@ -784,6 +808,7 @@ class Agent(AgentServer):
     def _report_age_s(self) -> float | None:
         """Since when the manager's picture of this node may be out of date; None: it has none."""
         taken_ns = self._link.taken_ns if self._link is not None else 0
+            "worker_pool": f"{self._pool[0]}-{self._pool[-1]}" if self._pool else None,
         return (time.monotonic_ns() - taken_ns) / 1e9 if taken_ns else None
 
     def _figures(self) -> Standing:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rfaas_mpi import config
 from rfaas_mpi import messages as msg
@@ -31,7 +31,7 @@ from rfaas_mpi.agent.spawner import CHANNEL_FD, SETUP_FD, Command, Spawner, Spaw
 from rfaas_mpi.errors import ServiceError
 from rfaas_mpi.session import FileLock
 
-__all__ = ["CoreLocks", "Taking", "WorkerHandle", "ZygoteHandle", "ZygoteKind", "page_of"]
+__all__ = ["CoreLocks", "StandIn", "Taking", "WorkerHandle", "ZygoteHandle", "ZygoteKind", "page_of"]
 
 log = logging.getLogger("rfaas_mpi.agent")
 
@@ -102,6 +102,14 @@ class ZygoteKind:
 _kind = functools.lru_cache(maxsize=32)(ZygoteKind._of)
 
 
+class StandIn(NamedTuple):
+    """Who stands for a zygote's user: what it is taken for (users.Pool), its uid, whether it is to be alone."""
+
+    what: str
+    uid: int
+    alone: bool
+
+
 class Program(Protocol):
     """A zygote's process, whoever is its parent."""
 
@@ -144,13 +152,14 @@ class SpawnedProgram:
 class ZygoteHandle:
     """A zygote process and the channel to it. close() ends it with all of its workers.
 
-    With a spawner it runs as the kind's user, and only the spawner may signal it.
+    With a spawner it runs as the kind's user, or as the one that stands for him, and only the spawner may signal it.
     """
 
     def __init__(self, kind: ZygoteKind, now: float, spawner: Spawner | None = None,
                  low: LowPriority = NO_PRIORITY, *, tell_spares: bool = False, memory_bytes: int = 0,
-                 deaf: Iterable[int] = ()) -> None:
+                 deaf: Iterable[int] = (), stands_for: StandIn | None = None) -> None:
         self.kind = kind
+        self.stands_for = stands_for
         self._deaf = deaf
         self._memory_bytes = memory_bytes
         self.low = low
@@ -221,8 +230,9 @@ class ZygoteHandle:
             with open(command, "wb", closefd=False) as file:
                 file.write(pack_command(Command(tuple(self._argv(CHANNEL_FD, SETUP_FD, spawner.pid)),
                                                 self.kind.directory, tuple(environment.items()))))
-            self.number, pid, pidfd = spawner.zygote(self.kind.uid, channel, output, setup, command,
-                                                    self._memory_bytes)
+            uid, alone = (self.kind.uid, False) if self.stands_for is None else self.stands_for[1:]
+            self.number, pid, pidfd = spawner.zygote(uid, channel, output, setup, command, self._memory_bytes,
+                                                     alone=alone)
         finally:
             os.close(command)
         return SpawnedProgram(spawner, self.number, pid, pidfd)
@@ -294,7 +304,8 @@ class ZygoteHandle:
     def why(self) -> str:
         """One line about its end, from what it said last."""
         lines = [line for line in self.stderr.decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1].strip() if lines else f"exit status {self.process.returncode}"
+        said = lines[-1].strip() if lines else f"exit status {self.process.returncode}"
+        return said if self.stands_for is None else f"{said} (it runs as uid {self.stands_for.uid}, of this node's pool)"
 
     @property
     def ended(self) -> bool:

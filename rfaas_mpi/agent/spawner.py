@@ -45,7 +45,7 @@ from rfaas_mpi.agent.kernel_files import pid_of
 from rfaas_mpi.agent.reclaim import Clearing
 from rfaas_mpi.errors import ConfigError, ServiceError
 
-__all__ = ["Answer", "Command", "Ended", "Identity", "Op", "Request", "Spawner", "SpawnerLost", "become_user",
+__all__ = ["NOBODY", "Answer", "Command", "Ended", "Identity", "Op", "Request", "Spawner", "SpawnerLost", "become_user",
            "identity", "leave_root", "main", "pack_command", "service_identity", "unsafe_places"]
 
 log = logging.getLogger("rfaas_mpi.spawner")
@@ -78,6 +78,7 @@ class Op(IntEnum):
     """All that a spawner can be asked."""
 
     ZYGOTE = 1                       # uid; channel, output, setup, command → pid, pidfd; size_bytes: its limit
+                                     # argument 1: of a pool, all else that runs as it ends before
     SIGNAL = 2                       # argument: the signal; a process' pidfd, none: the zygote
     GROUP = 3                        # a worker's control group; size_bytes: its limit; argument 1: low priority
                                      # → descriptors by which processes of its user may enter it
@@ -340,9 +341,10 @@ class _Zygote:
 class _Server:
     """Does what the agent asks, one request after another; knows nothing but what it started."""
 
-    def __init__(self, channel: socket.socket, uid_min: int, never: int) -> None:
+    def __init__(self, channel: socket.socket, uid_min: int, never: int, pool: range = range(0)) -> None:
         self.channel = channel
         self.uid_min = uid_min
+        self.pool = pool
         self.never = never
         self.pid = os.getpid()
         # The agent is in the same group, and may not stay there either.
@@ -477,7 +479,11 @@ class _Server:
     def _start(self, request: Request, fds: list[int]) -> int:
         if request.zygote in self.zygotes or not request.zygote:
             raise FileExistsError(errno.EEXIST, f"zygote {request.zygote} exists already")
-        _check_served(request.uid, self.uid_min)
+        if self.pool and request.uid not in self.pool:
+            raise PermissionError(errno.EPERM, f"uid {request.uid} is not served: workers run as the users "
+                                               f"{self.pool[0]}-{self.pool[-1]}")
+        lowest = self.pool[0] if self.pool else self.uid_min
+        _check_served(request.uid, lowest)
         if request.uid == self.never:
             raise PermissionError(errno.EPERM, f"uid {request.uid} is not served: it is the agent's own")
         group = None
@@ -485,7 +491,7 @@ class _Server:
             group = Group.make(f"{self.maker}-z{request.zygote}", self.roots, request.size_bytes)
         pid = os.fork()
         if pid == 0:
-            _become_zygote(request.uid, self.uid_min, fds, self.pid, group)
+            _become_zygote(request.uid, lowest, fds, self.pid, group, alone=bool(self.pool) and request.argument == 1)
         self.zygotes[request.zygote] = _Zygote(request.zygote, request.uid, pid)
         if group is not None:
             self.groups[-request.zygote] = group
@@ -664,8 +670,11 @@ def _leave_keyring() -> None:
             ctypes.c_long(number), ctypes.c_ulong(_JOIN_SESSION_KEYRING), ctypes.c_void_p(None))
 
 
-def _become_zygote(uid: int, uid_min: int, fds: list[int], parent: int, group: Group | None) -> None:
-    """In the fork: becomes the user, then the program. Never returns; what goes wrong is said on the output."""
+def _become_zygote(uid: int, uid_min: int, fds: list[int], parent: int, group: Group | None, *, alone: bool) -> None:
+    """In the fork: becomes the user, then the program. Never returns; what goes wrong is said on the output.
+
+    `alone`: nothing else of that user's runs on, who stood for somebody else before.
+    """
     status = 127
     try:
         os.setsid()
@@ -689,6 +698,9 @@ def _become_zygote(uid: int, uid_min: int, fds: list[int], parent: int, group: G
         # The node's database may ask other nodes: only this child waits for them.
         become_user(identity(uid, uid_min))
         child.gain_no_privileges()
+        if alone:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(-1, signal.SIGKILL)      # all that we may signal: of a user of the pool, and not this process
         # Becoming another user has undone it, if it was set.
         child.die_with_parent(parent)
         with open(START_FD, "rb") as file:
@@ -710,7 +722,7 @@ def _above(fd: int) -> int:
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 64)
 
 
-def main(fd: int, uid_min: int, never: int) -> None:
+def main(fd: int, uid_min: int, never: int, pool: range = range(0)) -> None:
     """Entry of the exec'ed root process: never returns. `fd` is the socket to the agent, which is to run as `never`."""
     os.set_inheritable(fd, False)
     channel = socket.socket(fileno=fd)
@@ -727,7 +739,7 @@ def main(fd: int, uid_min: int, never: int) -> None:
             Path("/proc/self/oom_score_adj").write_text("-900")
         child.name_process("rfaas-spawner")
         child.adopt_orphans()
-        server = _Server(channel, uid_min, never)
+        server = _Server(channel, uid_min, never, pool)
         for name in remove_stale(server.roots):
             log.warning("ended what was left in %s, by one before", name)
         server._tell(Answer(0, 0, text=server.roots.why_not), [])
@@ -757,10 +769,11 @@ class Spawner:
         self._next_zygote = 1
 
     @classmethod
-    def start(cls, uid_min: int = UID_MIN, never: int = 0) -> Spawner:
+    def start(cls, uid_min: int = UID_MIN, never: int = 0, pool: range = range(0)) -> Spawner:
         """Started by root, before it becomes the service's user `never`. ServiceError where that can't be done safely.
 
-        No program is started as a user below `uid_min`, or as `never`, who could end the agent.
+        No program is started as a user below `uid_min`, or as `never`, who could end the agent; with a pool, as none
+        but its users.
         """
         if os.geteuid() != 0:
             raise ServiceError("only root can start programs as other users",
@@ -768,12 +781,12 @@ class Spawner:
         package = str(Path(__file__).parents[2])
         path = [package, *(entry for entry in sys.path if entry and os.path.isabs(entry) and entry != package)]
         ours = (str(Path(__file__).parent), str(Path(msgspec.__file__).parent))
-        if unsafe := unsafe_places((sys.executable, *path, *ours), uid_min):
+        if unsafe := unsafe_places((sys.executable, *path, *ours), min((uid_min, *pool[:1]))):
             raise ServiceError(f"an agent for several users would run as root what one of them can change: {unsafe[0]}",
                                hint="install rfaas_mpi and its Python where only root writes, or raise RFAAS_UID_MIN")
         here, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         code = (f"import sys; sys.path[:] = {path!r}; from rfaas_mpi.agent.spawner import main; "
-                f"main({theirs.fileno()}, {uid_min}, {never})")
+                f"main({theirs.fileno()}, {uid_min}, {never}, {pool!r})")
         try:
             with theirs:
                 process = subprocess.Popen([sys.executable, "-I", "-S", "-B", "-c", code], stdin=subprocess.DEVNULL,
@@ -807,13 +820,14 @@ class Spawner:
         return ended
 
     def zygote(self, uid: int, channel: int, output: int, setup: int, command: int,
-               memory_bytes: int = 0) -> tuple[int, int, int]:
+               memory_bytes: int = 0, *, alone: bool = False) -> tuple[int, int, int]:
         """Starts one as that user: its number, pid and pidfd. `command` is a file with a Command.
 
-        It may hold so much memory, less what its workers do; 0: any amount.
+        It may hold so much memory, less what its workers do; 0: any amount. `alone`: all else that runs as that user,
+        who is one of a pool, is killed before.
         """
         number, self._next_zygote = self._next_zygote, self._next_zygote + 1
-        answer, fds = self._ask(Request(Op.ZYGOTE, 0, number, uid=uid, size_bytes=memory_bytes),
+        answer, fds = self._ask(Request(Op.ZYGOTE, 0, number, uid=uid, argument=int(alone), size_bytes=memory_bytes),
                                 [channel, output, setup, command])
         return number, answer.pid, fds[0]
 

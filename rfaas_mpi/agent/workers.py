@@ -11,6 +11,7 @@ import logging
 import os
 import select
 import selectors
+import signal
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -25,10 +26,11 @@ from rfaas_mpi.agent import sandbox
 from rfaas_mpi.agent.core import AgentCore, Exit, Meter, Page
 from rfaas_mpi.agent.memory import WATCH_S, MemoryGuard
 from rfaas_mpi.agent.output import Line
-from rfaas_mpi.agent.pool import WorkerHandle, ZygoteHandle, ZygoteKind, oom_kills
+from rfaas_mpi.agent.pool import StandIn, WorkerHandle, ZygoteHandle, ZygoteKind, oom_kills
 from rfaas_mpi.agent.priority import NO_PRIORITY
 from rfaas_mpi.agent.reclaim import runs_only_on, started_by
 from rfaas_mpi.agent.spawner import Spawner, SpawnerLost
+from rfaas_mpi.agent.users import Pool
 from rfaas_mpi.errors import ServiceError
 
 __all__ = ["Employer", "Workers"]
@@ -104,6 +106,8 @@ class Workers:
         self._handles: dict[int, WorkerHandle] = {}
         self._oom_kills = oom_kills()
         self._spawner: Spawner | None = None
+        self._pool: Pool | None = None
+        self._begun = 0                      # zygotes, ever
         self._guard = MemoryGuard("watch")
         self._zygote_bytes = 0
         self._masks_at = 0.0                 # when to look where other users' processes may run
@@ -111,9 +115,12 @@ class Workers:
         self._leaving: list[tuple[float, ZygoteHandle]] = []     # when to kill them
         self._look_at = float("inf")         # when to look at the workers' memory
 
-    def serve_users(self, spawner: Spawner) -> None:
-        """From now on zygotes of a kind with a uid are that user's. The spawner is closed with us."""
-        self._spawner = spawner
+    def serve_users(self, spawner: Spawner, pool: Pool | None = None) -> None:
+        """From now on zygotes of a kind with a uid are that user's, or, with a pool, of the one that stands for him.
+
+        The spawner is closed with us.
+        """
+        self._spawner, self._pool = spawner, pool
         self._selector.register(spawner, READ, lambda _m: self._on_spawner())
 
     def guard_memory(self, wanted: str, *, low: bool = False, zygote_bytes: int = 0) -> None:
@@ -270,7 +277,7 @@ class Workers:
         leaving, self._leaving = self._leaving, []
         for due, zygote in leaving:
             if now >= due or zygote.ended:
-                zygote.close(0.0)
+                self._close_zygote(zygote, 0.0)
             else:
                 self._leaving.append((due, zygote))
 
@@ -583,18 +590,20 @@ class Workers:
             try:
                 zygote = ZygoteHandle(kind, now, spawner, self.low if spawner is None else NO_PRIORITY,
                                       tell_spares=self._guard.moves,
-                                      memory_bytes=self._zygote_bytes, deaf=self.deaf)
+                                      memory_bytes=self._zygote_bytes, deaf=self.deaf, stands_for=stands_for)
             except OSError as error:
                 what = kind.prefix[0] if kind.prefix else os.fsdecode(kind.executable)
                 raise ServiceError(f"{socket.gethostname()} can't start {what} for workers: "
                                    f"{error.strerror or error}") from None
             self.zygotes[key] = zygote
             self._selector.register(zygote.channel, READ, lambda _m: self._on_zygote(key, zygote))
+            stands_for = self._stand_for(kind)
             self._selector.register(zygote.errors, READ, lambda _m: self._on_zygote_errors(zygote))
             log.info("zygote=%s pid=%d started for %s", key, zygote.pid, os.fsdecode(kind.executable))
             self._end_idle(kind.uid, but=key)
         return zygote
 
+                self._stand_no_more(kind, stands_for)
     def _end_idle(self, uid: int | None, but: str) -> None:
         """No user fills the node with zygotes that nobody needs."""
         idle = sorted((zygote.idle_since, key) for key, zygote in self.zygotes.items()
@@ -605,6 +614,22 @@ class Workers:
 
     def _on_zygote(self, key: str, zygote: ZygoteHandle) -> None:
         try:
+    def _stand_for(self, kind: ZygoteKind) -> StandIn | None:
+        if kind.uid is None or self._pool is None:
+            return None
+        self._begun += 1
+        what = f"{kind.key}/{self._begun}"
+        return StandIn(what, *self._pool.take(kind.uid, what))
+
+    def _stand_no_more(self, kind: ZygoteKind, stands_for: StandIn | None) -> None:
+        if stands_for is not None and kind.uid is not None and self._pool is not None:
+            self._pool.give_back(kind.uid, stands_for.what)
+
+    def _close_zygote(self, zygote: ZygoteHandle, wait_s: float) -> None:
+        zygote.close(wait_s)
+        if zygote.gone:
+            self._stand_no_more(zygote.kind, zygote.stands_for)
+
             data, fds, _, _ = socket.recv_fds(zygote.channel, 1 << 16, 1)
         except BlockingIOError:
             return
@@ -665,7 +690,7 @@ class Workers:
                 kills = oom_kills()
                 oom, self._oom_kills = kills > self._oom_kills, kills
                 self._worker_ended(number, Exit(exited.signal, exited.exit_code, exited.cpu_s, exited.max_rss_bytes,
-                                                oom=oom))
+                                                oom=oom, lost=lost))
             case msg.ZygoteProblem(worker=number, message=text):
                 text = text[-_PROBLEM_CHARS:]
                 log.error("zygote=%s %s", key, text)
@@ -674,6 +699,8 @@ class Workers:
                     lines = text.strip().splitlines() or ["it doesn't say why"]
                     self._employer.lease_failed(self._handles[number].lease, lines[-1])
                     self._worker_ended(number, Exit(lost=True))
+                # Who ended its zygote, too, ended all that its user runs here: that is no doing of the kernel's.
+                lost = exited.signal in (signal.SIGKILL, signal.SIGTERM) and zygote.ended
 
     def _of_another_version(self, key: str, zygote: ZygoteHandle, version: str) -> None:
         """What rank and worker say to each other is of one version; the zygote can't be of use to its rank."""
@@ -722,7 +749,7 @@ class Workers:
         was_ready = zygote.ready
         self._forget_zygote(key)
         # Another user's may have closed its channel and go on: the others don't wait for it.
-        zygote.close(2.0 if zygote.spawner is None else _HUNG_UP_S)
+        self._close_zygote(zygote, 2.0 if zygote.spawner is None else _HUNG_UP_S)
         why = zygote.why()
         log.error("zygote=%s pid=%d ended: %s", key, zygote.pid, why)
         for number in list(zygote.workers):

@@ -995,7 +995,14 @@ class Session:
             with self._send_lock:
                 self._connection.sendall(b"".join(map(self._sealer.seal, packed) if self._sealer else packed))
         except OSError as error:
-            self._lose(str(error))
+            if self._reader is None:
+                self._lose(str(error))
+            else:
+                # What it said before it went is still to be read, with the reason; then comes its end.
+                try:
+                    self._connection.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    log.debug("session %d: the connection was down already", self.number)
         return pending
 
     def _answer(self, request: msg.RankRequest, pending: _Pending, kind: type[_A],

@@ -561,12 +561,14 @@ class Agent(AgentServer):
         if self._changed:
             self._changed = False
             self._report()
-        if self._leave_at is not None and (not self.tenures or now >= self._leave_at):
+        # Cores are free before workers have ended: of these ranks have yet to be told, and what they used is not known.
+        if self._leave_at is not None and (not (self.tenures or self.core.workers) or now >= self._leave_at):
             self.leaving = True
 
     def told_to_leave(self) -> None:
-        # A second signal waits for nobody.
-        self.leaving = self._told_to_leave
+        # A second signal waits for nobody, but where they are sent to all: Slurm repeats itself at once, and ranks would
+        # not hear why they lose what they have.
+        self.leaving = self._told_to_leave and not self.options.deaf
         self._told_to_leave = True
 
     # ---- sessions --------------------------------------------------------------------------------

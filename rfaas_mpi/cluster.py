@@ -29,6 +29,7 @@ from rfaas_mpi.errors import (
     RFaaSError,
     ServiceError,
     ServiceLost,
+    TransportError,
 )
 from rfaas_mpi.messages import Grant, GrantLease, WorkerEnded
 from rfaas_mpi.session import Lent, Session, check_workers
@@ -46,6 +47,10 @@ _AGAIN_S = 0.1
 _NOT_NOW = 503
 # A manager takes a while to notice that an agent is gone: so often it is asked for another one's cores.
 _ATTEMPTS = 3
+# So many leases that have ended may still be asked about.
+_OVER_KEPT = 256
+# What was granted to an executor that closed meanwhile is given back within this, or held until it is late.
+_TAKE_BACK_S = 5.0
 
 
 class _Line:
@@ -58,7 +63,7 @@ class _Line:
         self.workers: set[int] = set()       # that were granted, or took another one's place
         self.ended: set[int] = set()
         self.over = False                    # its end was told
-
+        self.why = f"lease {lease} has ended"
 
 class ClusterSession:
     """What an executor has of a cluster: looks like a Session, with one Session for each lease behind it.
@@ -185,6 +190,9 @@ class ClusterSession:
             begun = time.monotonic()
             try:
                 return self._client.call("ask", ask)
+            except ClosedError:
+                self._take_back(ask)
+                raise
             except (ServiceLost, ManagerRefused) as error:
                 patience = _TAKEOVER_S if "," in (self.settings.manager or "") else _RESTART_S
                 if isinstance(error, ManagerRefused):
@@ -201,6 +209,17 @@ class ClusterSession:
                     raise
                 time.sleep(_AGAIN_S)
 
+    def _take_back(self, ask: api.AskLease) -> None:
+        """Gives back what the manager may have granted just when this session was closed."""
+        try:
+            with ManagerClient(self.settings) as client:
+                # The same request has the same answer.
+                again = msgspec.structs.replace(ask, timeout_s=0.0)
+                for lease in client.call("ask", again, wait_s=_TAKE_BACK_S).leases:
+                    client.call("release", lease=lease.id, wait_s=_TAKE_BACK_S)
+        except RFaaSError as error:
+            log.debug("nothing is given back: %s", error)
+
     def _begin(self, lent: api.LentLease) -> GrantLease:
         """Has the agent begin a lease."""
         return self._open(self._add(lent.id, lent.node), lent)
@@ -208,7 +227,7 @@ class ClusterSession:
     def at(self, lease: GrantLease) -> Session:
         """The session with the agent of a lease; joins a lease that another process of this user began.
 
-        Raises as `Session.open_lease`.
+        Raises as `Session.open_lease`, TransportError for a lease that has ended.
         """
         line = self._line(lease.id)
         if line is None:
@@ -216,6 +235,8 @@ class ClusterSession:
             self._open(line, _Held(lease))
         if line.session is None:
             raise ServiceLost(f"lease {lease.id} has not begun", hint=self.way_out)
+        if line.session.closed and not self.closed:
+            raise TransportError(line.why, hint=self.way_out)
         return line.session
 
     def _add(self, lease: int, node: str) -> _Line:
@@ -223,6 +244,9 @@ class ClusterSession:
         with self._lock:
             if self.closed:
                 raise ClosedError("the executor was closed", hint="make a new Executor")
+            ended = [known for known, line in self._lines.items() if line.session is not None and line.session.closed]
+            for known in ended[:-_OVER_KEPT]:
+                del self._lines[known]
             self._lines[lease] = line
         return line
 
@@ -250,12 +274,15 @@ class ClusterSession:
         if session.lost:
             # While nobody knew yet what ends with it.
             self._cut(line, f"{session.name} is gone")
+        self._leave_ended(line)
         return lease
 
     def _give_up(self, lent: api.LentLease) -> None:
         """Lets a lease go that can't be used, so that others need not wait for the end of its grant."""
         try:
-            self._client.call("release", lease=lent.id)
+            # A client of its own: the session's may be closed already.
+            with ManagerClient(self.settings) as client:
+                client.call("release", lease=lent.id, wait_s=_TAKE_BACK_S)
         except RFaaSError as error:
             log.debug("lease=%d not given back: %s", lent.id, error)
 
@@ -279,7 +306,10 @@ class ClusterSession:
 
     def hold(self, lease: GrantLease) -> None:
         """This process keeps the lease, too, as `Session.hold`."""
-        self.at(lease).hold(lease)
+        try:
+            self.at(lease).hold(lease)
+        except TransportError as error:
+            raise ServiceError(f"there is no lease {lease.id} that this process could keep: {error}") from None
 
     def kill(self, lease: GrantLease | int, worker: int, reason: str = "cancel", invocation: int = 0) -> bool:
         """Has a worker killed, as `Session.kill`; False where its agent is gone, or its lease was given back."""
@@ -298,7 +328,15 @@ class ClusterSession:
 
     def verdict(self, lease: GrantLease | int, worker: int, timeout_s: float = 5.0) -> WorkerEnded:
         """How a worker ended, as `Session.verdict`."""
-        return self._session(_number(lease)).verdict(lease, worker, timeout_s)
+        line = self._line(_number(lease))
+        if line is None or line.session is None:
+            raise ServiceLost(f"there is no lease {_number(lease)}", hint=self.way_out)
+        try:
+            return line.session.verdict(lease, worker, timeout_s)
+        except ClosedError:
+            if self.closed:
+                raise
+            raise ServiceLost(line.why, hint=self.way_out) from None
 
     # ---- what agents tell ----------------------------------------------------------------------------
 
@@ -316,6 +354,14 @@ class ClusterSession:
             case msg.LeaseEnded():
                 line.over = True
         self._tell(event)
+        self._leave_ended(line)
+
+    def _leave_ended(self, line: _Line) -> None:
+        """Ends the session of a lease of which nothing is left: its agent leaves that to the rank."""
+        with self._lock:
+            session = line.session if line.over and line.workers <= line.ended else None
+        if session is not None:
+            session.close()
 
     def _cut(self, line: _Line, why: str) -> None:
         """An agent's connection ended: so has its lease, and every worker that had not before."""
@@ -325,11 +371,12 @@ class ClusterSession:
             left = sorted(line.workers - line.ended)
             line.ended.update(left)
             over, line.over = line.over, True
-        message = f"lease {line.lease} on {line.node} ended: {why}" if line.node else f"lease {line.lease} ended: {why}"
+            message = line.why = f"lease {line.lease}" + (f" on {line.node}" if line.node else "") + f" ended: {why}"
         if not over:
             self._tell(msg.LeaseEnded(line.lease, "service", message))
         for worker in left:
             self._tell(WorkerEnded(line.lease, worker, "infrastructure", "service", message=message))
+        self._leave_ended(line)
 
     def _tell(self, event: msg.AnyEvent) -> None:
         if self.on_event is not None and not self.closed:

@@ -60,6 +60,10 @@ _WHY_S = 1.0                         # a lease whose workers can't be started en
 # So long after its hard end a lease has ended, whether its agent says so or not.
 _OVER_S = 2.0
 
+# So many leases and workers that have ended may still be asked about; up to twice as many are known.
+_LEASES_KEPT = 256
+_WORKERS_KEPT = 4096
+
 # As many workers as an executor can have.
 _WORKERS_MAX = 256
 
@@ -82,6 +86,7 @@ class Lending:
         self._events: queue.SimpleQueue[msg.AnyEvent | tuple[()] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._leases: dict[int, GrantLease] = {}
+        self._had: dict[int, None] = {}                  # these, and those that ended not long ago
         # By lease and the number that its agent gave the worker, as all of these.
         self._channels: dict[tuple[int, int], Channel] = {}
         self._numbers: dict[tuple[int, int], int] = {}
@@ -237,12 +242,14 @@ class Lending:
         with self._lock:
             several = len(grant.leases) > 1 or bool(self._leases)
             for lease in grant.leases:
+                self._had[lease.id] = None
                 if lease.id not in self._early_leases:
                     self._leases[lease.id] = lease
                     if lease.ends_in_s is not None:
                         self._ends[lease.id] = time.monotonic() + lease.ends_in_s
                 if several:
                     self._errands[lease.id] = Errands(f"rfaas-lease-{lease.id}")
+            self._forget()
         self._events.put(())
         for lease, failure in zip(grant.leases, each(self._connect, grant.leases), strict=True):
             if failure is None:
@@ -252,6 +259,25 @@ class Lending:
                 raise cause from (None if cause is failure else failure)
             log.warning("lease=%d not every worker was reached: %s", lease.id, failure)
         self._look()
+
+    def _forget(self) -> None:
+        """Drops what is known of leases and workers that ended long ago. The caller holds the lock."""
+        if len(self._had) > 2 * _LEASES_KEPT:
+            live = {*self._leases, *self._only, *(lease for lease, _ in self._channels)}
+            for lease in [lease for lease in self._had if lease not in live][:-_LEASES_KEPT]:
+                self._way = self._ways.pop(lease, self._way)
+                for by_lease in (self._had, self._ends, self._awaited, self._errands):
+                    by_lease.pop(lease, None)
+                self._over.discard(lease)
+                self._early_leases.discard(lease)
+        if len(self._numbers) > 2 * _WORKERS_KEPT:
+            there = {*self._channels, *self._unreached}
+            for key in [key for key in self._numbers if key not in there][:-_WORKERS_KEPT]:
+                del self._homes[self._numbers.pop(key)]
+                for by_worker in (self._whys, self._mine):
+                    by_worker.pop(key, None)
+                self._early.discard(key)
+                self._leaving.discard(key)
 
     def _cause(self, lease: GrantLease, failure: RFaaSError) -> RFaaSError:
         """Why a lease's workers can't be reached: they could not be started, if that is told within a moment."""
@@ -606,8 +632,15 @@ class Lending:
             self._bury(WorkerEnded(lease, worker, "infrastructure", "link"))
         else:
             with self._lock:
-                self._awaited.pop(lease, None)
+                self._come(lease)
         self._look()
+
+    def _come(self, lease: int) -> None:
+        """A worker of the lease is there: no other one is awaited if all are. The caller holds the lock."""
+        found = self._leases.get(lease)
+        there = sum(key[0] == lease and key not in self._leaving for key in self._channels)
+        if found is None or there >= len(found.workers):
+            self._awaited.pop(lease, None)
 
     def _handle(self, event: msg.AnyEvent) -> None:
         if isinstance(event, (msg.Log, msg.WorkerReady, msg.WorkerEnded)) and not self._concerns(event):
@@ -687,7 +720,7 @@ class Lending:
                     "lease=%d worker=%d can't be reached: %s", lease.id, worker, error)
             return
         with self._lock:
-            self._awaited.pop(lease.id, None)
+            self._come(lease.id)
         self._look()
 
     def _bury(self, event: WorkerEnded) -> None:
@@ -703,6 +736,7 @@ class Lending:
                 self._drop(event.lease)
             if event.lease in self._leases:
                 self._awaited[event.lease] = time.monotonic() + REPLACEMENT_S
+            self._forget()
             # A lease that has ended already said why, for all of its workers.
             if self.why is None or (isinstance(self.why, WorkerLost) and event.lease in self._leases):
                 self.why = lost_error(told)
@@ -756,7 +790,7 @@ class Lending:
         """Ends the session. Safe to call twice."""
         self.release()
         self.session.close()
-        for errands in self._errands.values():
+        for errands in list(self._errands.values()):
             errands.close()
         self._events.put(None)
         if self._thread is not threading.current_thread():

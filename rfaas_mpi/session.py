@@ -782,7 +782,7 @@ class Session:
             return
         try:
             self._ask(msg.ReleaseRequest(next(self._ids), _lease_id(lease)), msg.Done, timeout_s=_REPLY_S)
-        except (TimeoutError, ServiceLost):
+        except (TimeoutError, ServiceLost, ClosedError):
             log.debug("lease=%d released without an answer", _lease_id(lease))
 
     def verdict(self, lease: GrantLease | int, worker: int, timeout_s: float = 5.0) -> WorkerEnded:

@@ -23,7 +23,11 @@ from rfaas_mpi import Executor, api
 from rfaas_mpi import cluster as cluster_module
 from rfaas_mpi import lending as lending_module
 from rfaas_mpi import messages as msg
-from rfaas_mpi.errors import ConfigError, LeaseDenied, LeaseRevoked, ServiceError, ServiceLost
+from rfaas_mpi.client import ManagerClient
+from rfaas_mpi.cluster import ClusterSession
+from rfaas_mpi.config import Settings
+from rfaas_mpi.errors import ClosedError, ConfigError, LeaseDenied, LeaseRevoked, ServiceError, ServiceLost
+from rfaas_mpi.leases import Cause
 from rfaas_mpi.lending import Lending
 from rfaas_mpi.session import Session
 
@@ -206,6 +210,69 @@ def test_more_workers_than_an_executor_can_have_are_refused_and_so_many_at_most_
     all_free(pair)
 
 
+def test_what_is_known_of_ended_leases_does_not_grow_for_good(pair, monkeypatch):
+    """Whether they were given back, or revoked: neither facts nor connections of theirs stay."""
+    monkeypatch.setattr(lending_module, "_LEASES_KEPT", 2)
+    monkeypatch.setattr(lending_module, "_WORKERS_KEPT", 2)
+    monkeypatch.setattr(cluster_module, "_OVER_KEPT", 2)
+    with executor(pair, 1, fallback=False) as ex:
+        lending = ex._crew.lending
+        threads = threading.active_count()
+        for n in range(12):
+            assert lending.more(1, 1, None) == 1
+            lease = lending.grant.leases[-1].id
+            if n % 2:
+                pair.call("revoke", api.RevokeLease(grace_s=0.0), lease=lease)
+                wait_until(lambda: lending.session._line(lease).session.closed, "its session has ended")
+            else:
+                assert lending.give_back(1) == 1
+            wait_until(lambda: pair.free() == 3, "its core is free")
+            assert ex.submit(faults.plus_one, n).result() == n + 1
+        sizes = {name: len(known) for name, known in vars(lending).items() if isinstance(known, (dict, set))}
+        assert max(sizes.values()) < 7, sizes
+        assert len(lending.session._lines) < 5
+        wait_until(lambda: threading.active_count() <= threads, "no thread stays")
+    all_free(pair)
+
+
+def test_what_is_granted_to_who_has_closed_meanwhile_is_given_back(pair, monkeypatch):
+    granted: list[int] = []
+    ask = ClusterSession._ask
+
+    def ask_late(self, body):
+        answer = ask(self, body)
+        granted.extend(lease.id for lease in answer.leases)
+        self.close()
+        return answer
+
+    monkeypatch.setattr(ClusterSession, "_ask", ask_late)
+    with pytest.raises(ClosedError):
+        executor(pair, 1)
+    assert [pair.call("lease", lease=lease).cause for lease in granted] == [Cause.RELEASED]
+    all_free(pair)
+
+
+def test_what_is_granted_while_who_asks_closes_is_given_back(pair, monkeypatch):
+    """The answer is on its way, and is never read."""
+    granted: list[int] = []
+    call = ManagerClient.call
+
+    def close_first(self, name, *arguments, **parameters):
+        answer = call(self, name, *arguments, **parameters)
+        if name == "ask" and self is session._client:
+            granted.extend(lease.id for lease in answer.leases)
+            session.close()
+            raise ClosedError("this client of the manager was closed during the call")
+        return answer
+
+    monkeypatch.setattr(ManagerClient, "call", close_first)
+    session = ClusterSession.open(Settings.load(pair.environment))
+    with pytest.raises(ClosedError):
+        session.request(1, 1)
+    assert [pair.call("lease", lease=lease).cause for lease in granted] == [Cause.RELEASED]
+    all_free(pair)
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 def test_a_manager_and_a_service_are_not_both_used(pair):
@@ -331,9 +398,9 @@ def test_a_revoked_lease_ends_with_the_reason_where_nothing_may_run_on_the_rank(
         with in_flight(broken, ex) as futures:
             for lease in broken.leases():
                 broken.call("revoke", api.RevokeLease(), lease=lease.id)
-            wait_until(lambda: not ex.workers, "its workers are gone")
-        for future in futures:
-            assert "revoked" in str(future.exception())
+            # They are told before their workers are killed: what these run must not end by itself meanwhile.
+            for future in futures:
+                assert "revoked" in str(future.exception(60))
     all_free(broken)
 
 

@@ -346,6 +346,8 @@ class Service(AgentServer):
 
     def stopped(self, lease: int, seat: int, now: float) -> None:
         self._manage(self.manager.stopped(lease, seat, now))
+        if lease not in self.leases:
+            self._outlived = {owner for owner in self._outlived if self.manager.book.session_leases(owner)}
 
     def used(self, meter: agent_core.Meter, pid: int) -> None:
         self._store.used(lease=meter.lease, worker=meter.worker, pid=pid, cores=meter.cores, held_s=meter.held_s,
@@ -367,6 +369,7 @@ class Service(AgentServer):
             "leases": [_lease_status(lease) for lease in self.manager.book.leases],
             "key_file": str(self._key_file) if self.key else "",
             "waiting": self.manager.waiting,
+            "outlived": len(self._outlived),
             "usage": self._store.usage(),
         }
 

@@ -408,6 +408,23 @@ def test_who_gives_back_what_others_keep_goes_on_and_the_last_release_is_waited_
         assert owner.request(1, 1).leases[0].id > lease.id
 
 
+def test_a_service_forgets_who_asked_for_leases_that_others_keep_with_the_last_of_them(shared, wait_until):
+    with Session.open(shared) as watcher, Session.open(shared) as second:
+        def owners() -> int:
+            return watcher.status()["outlived"]
+
+        for revoked in (False, True):
+            with Session.open(shared) as owner:
+                lease = owner.request(1, 1).leases[0]
+                second.hold(lease)
+            wait_until(lambda: owners() == 1, "its owner has gone")
+            if revoked:
+                watcher.reclaim()
+            else:
+                second.release(lease)
+            wait_until(lambda: not owners(), "and is forgotten")
+
+
 @pytest.mark.parametrize("changes", [{"secret": bytes(16)}, {"id": 4711}])
 def test_who_does_not_know_a_lease_s_secret_can_t_keep_it(shared, changes):
     with Session.open(shared) as owner, Session.open(shared) as second:

@@ -126,6 +126,17 @@ def test_nothing_is_earned_on_a_node_that_was_not_heard_of_any_more():
     assert lent.core_s(310.0)[ANNA] == pytest.approx(4 * (math.exp(-rate * 300) - math.exp(-rate * 310)) / rate)
 
 
+def test_when_agents_were_last_heard_of_is_known_of_those_that_lend_or_still_report():
+    lent = Lent(HALF_LIFE_S, 0.0)
+    one = lease()
+    lent.changed(one, lent_by(ANNA, one), 10.0)
+    for node in (one.node, *(f"gone-{number}" for number in range(1000))):
+        lent.heard(node, 10.0)
+    assert lent.due(KEPT_EVERY_S) and len(lent._heard) == 1001
+    lent.heard("other", 2 * KEPT_EVERY_S - 1)
+    assert lent.due(2 * KEPT_EVERY_S) and set(lent._heard) == {one.node, "other"}
+
+
 # --- who ---------------------------------------------------------------------------------------------
 
 def test_nobody_earns_by_lending_to_himself_nor_the_site_nor_who_is_not_known():

@@ -161,6 +161,8 @@ class Lent:
         """All loans as they stand, each few minutes; a line takes the place of the one before."""
         if now < self._kept_at + KEPT_EVERY_S:
             return []
+        lending = {loan.node for loans in self._loans.values() for loan in loans}
+        self._heard = {node: at for node, at in self._heard.items() if node in lending or at > self._kept_at}
         self._kept_at = now
         self._sums.forget(now)
         return [loan.line(now) for loans in self._loans.values() for loan in loans]

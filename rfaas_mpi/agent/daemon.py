@@ -191,12 +191,12 @@ class Agent(AgentServer):
             # Zygotes start here too, and not on a core that is lent or an owner's.
             os.sched_setaffinity(0, keep)
         by_group = self.workers.low.means not in (None, Means.AUTOGROUP)
-        if self.settings.service_user:
-            self._serve_users()
-        else:
         if self.settings.worker_identity == "pool" and (not self.settings.service_user or os.geteuid() != 0):
             raise ConfigError("worker_identity=pool needs an agent that root starts, to become the service's user",
                               hint="start it as root, with RFAAS_SERVICE_USER")
+        if self.settings.service_user:
+            self._serve_users()
+        else:
             self._hear_hooks(os.getpid())
             self._lock_cores()
         self.workers.guard_memory(self.settings.memory_limit, low=by_group, zygote_bytes=self.settings.zygote_memory)
@@ -691,6 +691,9 @@ class Agent(AgentServer):
             raise GrantRefused(f"the agent of {self.node} starts workers as users from uid {self.settings.uid_min} on, "
                                f"and lease {body.lease} is uid {body.uid}'s", reason="user",
                                hint="call as an ordinary user, or set RFAAS_UID_MIN at the agent")
+        if body.uid in self._pool:
+            raise GrantRefused(f"lease {body.lease} is uid {body.uid}'s, as whom the agent of {self.node} runs others' "
+                               "workers", reason="user", hint="let nobody be a user of worker_pool")
         if self._spawner is None and body.uid != os.geteuid():
             raise GrantRefused(f"the agent of {self.node} runs as uid {os.geteuid()} and can't start workers as uid "
                                f"{body.uid}, whose lease this is", reason="user",
@@ -708,9 +711,6 @@ class Agent(AgentServer):
         if self._admission is None:
             raise ServiceError(f"the agent of {self.node} is leaving")
         return self._admission.peek(visit.grant).uid
-        if body.uid in self._pool:
-            raise GrantRefused(f"lease {body.lease} is uid {body.uid}'s, as whom the agent of {self.node} runs others' "
-                               "workers", reason="user", hint="let nobody be a user of worker_pool")
 
     def prefix(self, environment: Mapping[str, str]) -> tuple[str, ...]:
         # The site's container, or none: what a user wants to be in he starts from his kernel.
@@ -793,6 +793,7 @@ class Agent(AgentServer):
         return {
             **super().status(),
             "node": self.node, "serves_users_from": self.settings.uid_min if self._spawner is not None else None,
+            "worker_pool": f"{self._pool[0]}-{self._pool[-1]}" if self._pool else None,
             "manager": self.settings.manager, "manager_lost": self._lost,
             "incarnation": self._admission.incarnation if self._admission is not None else 0,
             "cores": {"spare": list(self.lendable.cores), "lent": sorted(in_use),
@@ -810,7 +811,6 @@ class Agent(AgentServer):
     def _report_age_s(self) -> float | None:
         """Since when the manager's picture of this node may be out of date; None: it has none."""
         taken_ns = self._link.taken_ns if self._link is not None else 0
-            "worker_pool": f"{self._pool[0]}-{self._pool[-1]}" if self._pool else None,
         return (time.monotonic_ns() - taken_ns) / 1e9 if taken_ns else None
 
     def _figures(self) -> Standing:

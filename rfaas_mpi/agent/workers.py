@@ -587,33 +587,23 @@ class Workers:
                 if spawner is None:
                     raise ServiceError(f"this agent can't start a worker of uid {kind.uid}",
                                        hint="only an agent that root starts, with RFAAS_SERVICE_USER, serves others")
+            stands_for = self._stand_for(kind)
             try:
                 zygote = ZygoteHandle(kind, now, spawner, self.low if spawner is None else NO_PRIORITY,
                                       tell_spares=self._guard.moves,
                                       memory_bytes=self._zygote_bytes, deaf=self.deaf, stands_for=stands_for)
             except OSError as error:
+                self._stand_no_more(kind, stands_for)
                 what = kind.prefix[0] if kind.prefix else os.fsdecode(kind.executable)
                 raise ServiceError(f"{socket.gethostname()} can't start {what} for workers: "
                                    f"{error.strerror or error}") from None
             self.zygotes[key] = zygote
             self._selector.register(zygote.channel, READ, lambda _m: self._on_zygote(key, zygote))
-            stands_for = self._stand_for(kind)
             self._selector.register(zygote.errors, READ, lambda _m: self._on_zygote_errors(zygote))
             log.info("zygote=%s pid=%d started for %s", key, zygote.pid, os.fsdecode(kind.executable))
             self._end_idle(kind.uid, but=key)
         return zygote
 
-                self._stand_no_more(kind, stands_for)
-    def _end_idle(self, uid: int | None, but: str) -> None:
-        """No user fills the node with zygotes that nobody needs."""
-        idle = sorted((zygote.idle_since, key) for key, zygote in self.zygotes.items()
-                      if zygote.kind.uid == uid and not zygote.workers and key != but)
-        for _, key in idle[:max(0, len(idle) - IDLE_ZYGOTES)]:
-            log.info("zygote=%s pid=%d ends: its user has enough others", key, self.zygotes[key].pid)
-            self._leave_zygote(key)
-
-    def _on_zygote(self, key: str, zygote: ZygoteHandle) -> None:
-        try:
     def _stand_for(self, kind: ZygoteKind) -> StandIn | None:
         if kind.uid is None or self._pool is None:
             return None
@@ -630,6 +620,16 @@ class Workers:
         if zygote.gone:
             self._stand_no_more(zygote.kind, zygote.stands_for)
 
+    def _end_idle(self, uid: int | None, but: str) -> None:
+        """No user fills the node with zygotes that nobody needs."""
+        idle = sorted((zygote.idle_since, key) for key, zygote in self.zygotes.items()
+                      if zygote.kind.uid == uid and not zygote.workers and key != but)
+        for _, key in idle[:max(0, len(idle) - IDLE_ZYGOTES)]:
+            log.info("zygote=%s pid=%d ends: its user has enough others", key, self.zygotes[key].pid)
+            self._leave_zygote(key)
+
+    def _on_zygote(self, key: str, zygote: ZygoteHandle) -> None:
+        try:
             data, fds, _, _ = socket.recv_fds(zygote.channel, 1 << 16, 1)
         except BlockingIOError:
             return
@@ -689,6 +689,8 @@ class Workers:
             case msg.WorkerExited(worker=number) as exited:
                 kills = oom_kills()
                 oom, self._oom_kills = kills > self._oom_kills, kills
+                # Who ended its zygote, too, ended all that its user runs here: that is no doing of the kernel's.
+                lost = exited.signal in (signal.SIGKILL, signal.SIGTERM) and zygote.ended
                 self._worker_ended(number, Exit(exited.signal, exited.exit_code, exited.cpu_s, exited.max_rss_bytes,
                                                 oom=oom, lost=lost))
             case msg.ZygoteProblem(worker=number, message=text):
@@ -699,8 +701,6 @@ class Workers:
                     lines = text.strip().splitlines() or ["it doesn't say why"]
                     self._employer.lease_failed(self._handles[number].lease, lines[-1])
                     self._worker_ended(number, Exit(lost=True))
-                # Who ended its zygote, too, ended all that its user runs here: that is no doing of the kernel's.
-                lost = exited.signal in (signal.SIGKILL, signal.SIGTERM) and zygote.ended
 
     def _of_another_version(self, key: str, zygote: ZygoteHandle, version: str) -> None:
         """What rank and worker say to each other is of one version; the zygote can't be of use to its rank."""

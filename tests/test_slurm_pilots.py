@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import slurm_cluster
+from site_of_users import interpreter
 from slurm_cluster import GUARD_S, Slurm
 from test_apps import needs_two_cores
 from test_slurm_run import processes
@@ -70,15 +73,16 @@ def slurm(request) -> Iterator[Slurm]:
 class Pilots:
     """`rfaas slurm pilots`, in the foreground of a process of its own."""
 
-    def __init__(self, slurm: Slurm, *options: object) -> None:
-        self.slurm = slurm
-        self.directory = slurm.directory / "pilots"
+    def __init__(self, slurm: Slurm, *options: object, user: str | None = None) -> None:
+        self.slurm, self.user = slurm, user
+        self.directory = place_of(slurm, user) / "pilots"
         self._out, self._err = slurm.directory / "pilots.out", slurm.directory / "pilots.err"
-        words = [RFAAS, "slurm", "pilots", "--json", "--partition", "low", "--directory", self.directory, *options]
+        words = [*python(user), "-m", "rfaas_mpi.cli", "slurm", "pilots", "--json", "--partition", "low", "--directory",
+                 self.directory, *options]
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
                 [*map(str, words)], stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=slurm.directory,
-                env={**slurm.environment, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(temporary(slurm))})
+                env=environment_of(slurm, user))
 
     @property
     def said(self) -> str:
@@ -120,21 +124,44 @@ class Pilots:
             self.process.wait(GUARD_S)
 
 
-def temporary(slurm: Slurm) -> Path:
-    """Where pilots and their manager have what is temporary: all nodes are this machine, and others use /tmp."""
-    path = slurm.directory / "t"
+def place_of(slurm: Slurm, user: str | None) -> Path:
+    """A directory of that user's; None: of whoever runs this."""
+    path = slurm.directory / (user or "own")
     path.mkdir(exist_ok=True)
+    if user is not None:
+        shutil.chown(path, user)
     return path
+
+
+def temporary(slurm: Slurm, user: str | None = None) -> Path:
+    """Where pilots and their manager have what is temporary: all nodes are this machine, and others use /tmp."""
+    path = place_of(slurm, user) / "t"
+    path.mkdir(exist_ok=True)
+    if user is not None:
+        shutil.chown(path, user)
+    return path
+
+
+def python(user: str | None) -> list[str]:
+    """How that user has Python run something."""
+    return [sys.executable] if user is None else ["setpriv", f"--reuid={user}", "--clear-groups", "--", interpreter()]
+
+
+def environment_of(slurm: Slurm, user: str | None) -> dict[str, str]:
+    kept = {**slurm.environment, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(temporary(slurm, user))}
+    return kept if user is None else {**kept, "PYTHONPATH": f"{REPOSITORY}:{sysconfig.get_path('purelib')}",
+                                      "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(place_of(slurm, user))}
 
 
 def running(slurm: Slurm) -> list[str]:
     return slurm.run("squeue", "-h", "-p", "low", "-t", "RUNNING", "-o", "%N").split()
 
 
-def borrow(slurm: Slurm, environment: dict[str, str], *words: object) -> subprocess.Popen[str]:
+def borrow(slurm: Slurm, environment: dict[str, str], *words: object, user: str | None = None,
+           ) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, *map(str, words)], cwd=slurm.directory, stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.STDOUT, env={**slurm.environment, **environment, "PYTHONPATH": str(REPOSITORY)})
+        [*python(user), *map(str, words)], cwd=slurm.directory, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.STDOUT, env={**environment_of(slurm, user), **environment})
 
 
 @needs_two_cores
@@ -159,6 +186,27 @@ def test_the_first_signal_of_any_kind_ends_a_pilot_whatever_its_workers_run(slur
             assert slurm.ended(int(job)) == "COMPLETED", pilots.said
             assert not list(temporary(slurm).glob(f"rfaas-pilot-*-{job}")), pilots.said
         pilots.close()
+
+
+@needs_two_cores
+@pytest.mark.skipif(os.geteuid() != 0, reason="acts as another user: needs root")
+def test_a_user_without_rights_has_pilots_that_leave_nothing(slurm):
+    user = "games"      # which every Debian has
+    with Pilots(slurm, "--nodes-max", 2, "--lengths", "10,20", user=user) as pilots:
+        environment = pilots.environment()
+        pilots.until(lambda: len(pilots.lending()) == 2, "two nodes lend")
+        assert slurm.run("squeue", "-h", "-p", "low", "-o", "%u").split() == [user] * 2
+        enough = place_of(slurm, user) / "enough"
+        enough.touch()
+        said, _ = borrow(slurm, environment, "program.py", enough, user=user).communicate(timeout=GUARD_S)
+        assert said == "borrowed 2\nright 2\n", said + pilots.said
+        owner = slurm.submit("#!/bin/bash\nexec sleep 600\n", "--partition=high", "--nodes=3", "--exclusive")
+        slurm.wait_until(lambda: slurm.state(owner) == "RUNNING", "the other job runs")
+        pilots.until(lambda: not pilots.lending(), "no node lends")
+        slurm.run("scancel", owner)
+        pilots.close()
+    slurm.wait_until(lambda: not slurm.run("squeue", "-h"), "no job is left")
+    assert not pilots.directory.exists() and not list(temporary(slurm, user).iterdir())
 
 
 @needs_two_cores

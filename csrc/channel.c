@@ -714,7 +714,7 @@ static bool waits_behind(struct rfm_channel *chan, struct rfm_request *req,
     if (((req->wire_flags & RFM_REQ_FETCH) != 0) || !chan->may_claim) {
         return false;
     }
-    return ((req->wire_flags & RFM_REQ_OBJECT) != 0) ||
+    return ((req->wire_flags & (RFM_REQ_OBJECT | RFM_REQ_CLAIM)) != 0) ||
            ((ticket != rfm_load_relaxed(&chan->tail)) &&
             ((mean == 0) || (mean > CLAIM_NS)));
 }

@@ -496,11 +496,25 @@ class Argument(msgspec.Struct, frozen=True, array_like=True):
     shape: tuple[int, ...]
 
 
+class Division(msgspec.Struct, frozen=True, array_like=True):
+    """How one call's arrays are cut into cells that are taken from a board, its last output (see `rfaas_mpi.cells`)."""
+
+    edges: tuple[int, ...]
+    whole: tuple[bool, ...]
+    moves: tuple[bool, ...]
+    """Of each input: whether it lies elsewhere at each call. No large one does."""
+    index: bool
+    by_cell: bool
+    who: int
+    """Of those who take from the board; the rank is 0."""
+
+
 class Binding(msgspec.Struct, frozen=True, array_like=True):
     """What does not change between the calls of a binding: the `meta` of a request."""
 
     inputs: tuple[Argument, ...]
     outputs: tuple[Argument, ...]
+    division: Division | None = None
 
 
 def dtype_text(dtype: np.dtype) -> str:
@@ -523,11 +537,12 @@ def dtype_of(text: str) -> np.dtype:
     return np.dtype(text)
 
 
-def encode_binding(inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> bytes:
+def encode_binding(inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray],
+                   division: Division | None = None) -> bytes:
     """`meta` for a request on such arrays. Raises InvalidBuffer for arrays of Python objects."""
     return msgspec.json.encode(Binding(
         tuple(Argument(dtype_text(array.dtype), array.shape) for array in inputs),
-        tuple(Argument(dtype_text(array.dtype), array.shape) for array in outputs)))
+        tuple(Argument(dtype_text(array.dtype), array.shape) for array in outputs), division))
 
 
 def decode_binding(meta: Any) -> Binding:

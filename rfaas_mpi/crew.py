@@ -268,6 +268,14 @@ class Crew:
         return self.invoker.request(self.reference(kernel), inputs, outputs,
                                     kernel.meta(inputs, outputs), persistent=persistent)
 
+    def divided_request(self, kernel: Kernel, inputs: tuple[np.ndarray, ...], outputs: tuple[np.ndarray, ...],
+                        division: codec.Division) -> Any:
+        """A persistent fabric request that runs cells of these arrays; the last output is their board."""
+        self.check()
+        return self.invoker.request(self.reference(kernel), inputs, outputs,
+                                    codec.encode_binding(inputs, outputs, division), persistent=True,
+                                    reclaimable=True)
+
     def reference(self, kernel: Kernel) -> Any:
         """The fabric's number for a kernel."""
         digest = kernel.digest

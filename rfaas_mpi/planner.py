@@ -156,6 +156,10 @@ class Line:
         self.fixed = 0.0 if sxx else sy / n
         self.slope = sxy / sxx if sxx else 0.0
 
+    def forget(self) -> None:
+        """Nothing was seen."""
+        Line.__init__(self)
+
     def at(self, x: float) -> float:
         return self.fixed + self.slope * x
 
@@ -223,6 +227,11 @@ class _Course:
         self.runs = 0
         self.last_s = 0.0
 
+    def forget(self) -> None:
+        """What was predicted so far says nothing of what will be."""
+        self._ratios = deque([1.0], 5)
+        self.ratio = 1.0
+
     def ran(self, predicted_s: float, took_s: float) -> None:
         self.last_s = took_s
         self.runs += 1
@@ -246,6 +255,8 @@ class Costs:
     cell_bytes: float = 0.0
     hand_s: float = 2e-6
     """What the rank is expected to spend on a cell to hand it over, before that was seen."""
+    board: bool = False
+    """Cells are taken from a board by rank and workers, and none is handed over."""
     alone: Line = field(default_factory=Line)
     beside: Line = field(default_factory=Line)
     there: Line = field(default_factory=Line)
@@ -258,6 +269,8 @@ class Costs:
     here: _Course = field(default_factory=_Course)
     split: _Course = field(default_factory=_Course)
     _budget_s: float = 0.0
+    # Lines whose last sample of a whole run was much later than expected.
+    _late: set[Line] = field(default_factory=set)
     # Of the line `beside`, when `alone` was last seen or followed it.
     _level: float = 0.0
     _said: tuple[str, Forecast | None, int] = ("nothing is known of it yet", None, 0)
@@ -287,6 +300,11 @@ class Costs:
         """What a cell takes on the rank while workers are busy."""
         return self.beside if self.beside.known else self.alone
 
+    @property
+    def begin_s(self) -> float:
+        """Seconds of the rank's until its workers are told of a run."""
+        return self.waking.at(0.0) if self.waking.known else self.hand_s
+
     def hand(self, nbytes: float) -> float:
         """Seconds of the rank's to hand a cell over and take its end."""
         return self.handing.at(nbytes) if self.handing.known else self.hand_s
@@ -310,6 +328,22 @@ class Costs:
             self.pace[worker] = pace + (now - pace) * 0.3
         self.there.add(rows, exec_s)
 
+    def ran_some(self, rows: int, cells: int, seconds: float, *, worker: int | None, beside: bool = True) -> None:
+        """So many cells of so many rows took this in all: at a worker, or on the rank, `beside` workers or alone."""
+        x, y, weight = rows / cells, seconds / cells, max(1.0, cells / 2)
+        line = self.there if worker is not None else self.beside if beside else self.alone
+        if worker is not None and (expected := self.there.at(x)) > 0.0:
+            pace = self.pace.get(worker, 1.0)
+            self.pace[worker] = pace + (min(max(y / expected, 0.1), 10.0) - pace) * 0.3
+        # What is late once was disturbed; twice, it is how things are now.
+        late = line.known and y > _OTHER_DATA * line.at(x)
+        if late and line in self._late:
+            line.forget()
+            self.split.forget()
+            late = False
+        (self._late.add if late else self._late.discard)(line)
+        line.add(x, y, weight)
+
     def slowest(self) -> float:
         """How much longer than expected the slowest worker takes."""
         return max(1.0, *list(self.pace.values())) if self.pace else 1.0
@@ -330,6 +364,13 @@ class Costs:
         if not self.there.known or not workers:
             return Forecast(here * self.here.ratio, here * self.here.ratio, 0.0)
         mine = count * self.local.fixed + self.local.slope * rows
+        if self.board:
+            begin = self.begin_s
+            theirs = (count * self.there.fixed + self.there.slope * rows) / workers
+            split = (1 + begin / max(mine, 1e-9) + (begin + self.link.t0_s) / max(theirs, 1e-9)) / (
+                1 / max(mine, 1e-9) + 1 / max(theirs, 1e-9))
+            share = min(max(1 - (split - begin) / max(mine, 1e-9), 0.0), 1.0)
+            return Forecast(here * self.here.ratio, (split if share else here) * self.split.ratio, share)
         # It is the large cells that are handed over.
         large = cells.edges[1]
         handed = rows / large
@@ -362,8 +403,11 @@ class Costs:
             self._said = "", found, workers
             return True
         text = "too little gained" if found.share > 0.0 else "to hand a cell over takes as long as to run it"
-        large = self.bytes_of(cells.edges[1])
-        if self._budget_s > max(found.split_s - found.here_s, 0.0) + len(cells) * self.hand(large):
+        if self.board:
+            costs = self.begin_s + self.link.t0_s
+        else:
+            costs = len(cells) * self.hand(self.bytes_of(cells.edges[1]))
+        if self._budget_s > max(found.split_s - found.here_s, 0.0) + costs:
             self._budget_s = 0.0
             self._said = f"{text}, but tried again", found, workers
             return True
@@ -388,9 +432,12 @@ class Costs:
 
     def _follow(self, rows: float) -> None:
         """What the rank takes alone changes with what it takes beside workers, where that changes by much."""
-        level, self._level = self._level, self.beside.at(rows)
-        if level > 0.0 and not 1 / _OTHER_DATA < self._level / level < _OTHER_DATA:
-            self.alone.scale(self._level / level)
+        level = self.beside.at(rows)
+        if self._level == 0.0:
+            self._level = level
+        elif not 1 / _OTHER_DATA < level / self._level < _OTHER_DATA:
+            self.alone.scale(level / self._level)
+            self._level = level
 
     def ran(self, cells: Grid, workers: int, took_s: float, *, offloaded: bool, stalled: bool = False) -> None:
         """A run is over: `offloaded` if workers ran some of it."""

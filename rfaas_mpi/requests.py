@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rfaas_mpi.kernels import Kernel
 
 __all__ = ["PersistentRequest", "Request", "Startall", "Testall", "Testany", "Testsome", "Waitall",
-           "Waitany", "Waitsome"]
+           "Waitany", "Waitsome", "dismiss"]
 
 _OK = int(Outcome.OK)
 
@@ -230,11 +230,15 @@ class Request:
             case Action.REISSUE:
                 self._raw.restart()
             case Action.RUN_ON_RANK:
-                self._error = self._crew.run_buffers(self._kernel, self._inputs, self._outputs)
+                self._error = self._run_on_rank()
                 self._over = True
             case _:
                 self._error = end.error
                 self._over = True
+
+    def _run_on_rank(self) -> BaseException | None:
+        """Runs the kernel here, since nobody is left to do it; the error it failed with."""
+        return self._crew.run_buffers(self._kernel, self._inputs, self._outputs)
 
 
 def check_peers(kernel: Kernel, peers: Sequence[Any]) -> None:
@@ -245,6 +249,15 @@ def check_peers(kernel: Kernel, peers: Sequence[Any]) -> None:
             raise InvalidBuffer(
                 f"an array of this {kernel!r} invocation is written or read by another one that is "
                 f"still in flight ({other!r})", hint="Wait for that one first, or give this one its own array")
+
+
+def dismiss(crew: Crew, request: Request) -> None:
+    """Ends what was given to a worker that does not answer, at the price of that worker."""
+    if request._history is None:
+        request._history = History()
+    request._history.forced = True
+    if crew.lending is not None and not request._raw.test():
+        crew.lending.give_up(request._raw)
 
 
 class PersistentRequest(Request):

@@ -12,33 +12,39 @@ import operator
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from rfaas_mpi import codec, local, planner
 from rfaas_mpi.arrays import Constant, arguments, as_input, as_outputs, check_overlap
-from rfaas_mpi.crew import Crew, History
-from rfaas_mpi.errors import BadKernel, ClosedError, InvalidBuffer, LeaseExpired, LeaseRevoked, ServiceLost, WorkerLost
+from rfaas_mpi.boards import LOST, Shared, can_share
+from rfaas_mpi.cells import Cells
+from rfaas_mpi.crew import Crew
+from rfaas_mpi.errors import BadKernel, ClosedError, InvalidBuffer
 from rfaas_mpi.kernels import Kernel
 from rfaas_mpi.planner import Costs, Link, Race, What
-from rfaas_mpi.requests import PersistentRequest, Request, check_peers
+from rfaas_mpi.requests import PersistentRequest, Request, check_peers, dismiss
 from rfaas_mpi.types import Outcome
 
 
 __all__ = ["Explained", "Split", "Splits", "Where"]
 
+_T = TypeVar("_T")
+
 Where = Literal["both", "here", "workers"]
 """Who runs a split's cells: whoever the planner says, the rank, or the workers."""
-
-# What happened to a worker. Its cells are run on the rank, which takes part anyway.
-_LOST = (CancelledError, WorkerLost, LeaseRevoked, LeaseExpired, ServiceLost)
 
 # What a probe costs the rank: two requests' worth of Python, and a copy of what it reads.
 _PROBE_S = 200e-6
 _COPY_BYTE_S = 0.5e-9
 # How often the rank asks who its workers are.
 _LOOK_S = 1e-3
+# Runs on a board that take less than this are learned from now and then, once there were so many of them.
+_SHORT_S = 10e-3
+_SETTLED = 8
+_AGAIN = 3
+_OTHER = 1.3
 # How many kernels and sizes are remembered.
 _KNOWN = 1024
 
@@ -103,14 +109,14 @@ class Splits:
         return found
 
     def costs(self, kind: Any, name: str, cells: planner.Grid, row_bytes: float, cell_bytes: float,
-              hand_s: float) -> Costs:
+              hand_s: float, board: bool) -> Costs:
         """What is known of a kernel on so many rows of this kind, within a factor of two."""
         key = (kind, self.crew.transport, cells.rows.bit_length())
         found = self._costs.get(key)
         if found is None:
             if len(self._costs) >= _KNOWN:
                 del self._costs[next(iter(self._costs))]
-            made = Costs(self.link(), row_bytes, cell_bytes, hand_s)
+            made = Costs(self.link(), row_bytes, cell_bytes, hand_s, board)
             similar = [(abs(other[2] - key[2]), known[2]) for other, known in list(self._costs.items())
                        if other[:2] == key[:2]]
             if similar:
@@ -236,14 +242,20 @@ class Split:
         # What a probe copies: its inputs are the caller's again before it has ended.
         self._constant = [isinstance(value, Constant) for value in given]
         self._probe_s = _PROBE_S + _COPY_BYTE_S * sum(array.nbytes for array in changing)
+        # Who is asked first takes part of each cell: nothing that has a time limit of its own.
+        self._shares = (shared and crew.transport == "shm" and where == "both" and timeout_s is None
+                        and self._cells is not None and can_share(crew, self._read, self._partials or self._written))
         kind = (kernel.digest, tuple((a.dtype.str, a.shape[1:]) for a in (*divided, *outs)),
-               tuple((a.dtype.str, a.shape) for a in changing), grain, shared, persistent)
+               tuple((a.dtype.str, a.shape) for a in changing), grain, shared, persistent, self._shares)
         self._costs = splits.costs(kind, kernel.name, self._cells or planner.Grid((0,)), part, whole_bytes,
-                                   _HAND_S if persistent else _HAND_ANEW_S)
+                                   _HAND_S if persistent else _HAND_ANEW_S, self._shares)
         self._warm = splits.warm(kernel.digest)
-        self._thunks: list[Callable[[], Any] | None] = [None] * (len(self._cells) if self._cells else 0)
-        # Of a native kernel; False for others, whose cells have a thunk each.
-        self._calls: Any = None
+        # Both are made when they are needed first.
+        self._parts: Cells | None = None
+        self._shared: Shared | None = None
+        # So many more runs as the last one, with the same workers.
+        self._again = 0
+        self._lately: list[int] = []
         self._requests: dict[int, Request] = {}
         self._flying: dict[int, Request] = {}
         self._anew: set[int] = set()
@@ -297,6 +309,16 @@ class Split:
         if splits.probes:
             splits.harvest()
         workers = crew.workers
+        if self._again and workers == self._lately:
+            # Short runs one after the other: decided and learned once for a few of them.
+            assert self._shared is not None
+            shared, begin = self._shared, time.perf_counter()
+            self._guarded(lambda: shared.run(self._here, costs, self._warm, workers, learn=False))
+            usual = 1 / _OTHER < (time.perf_counter() - begin) / costs.split.last_s < _OTHER
+            self._again = self._again - 1 if usual else 0
+            if self._partials:
+                self._combine()
+            return self.out
         begin = self._begun = time.perf_counter()
         use = costs.decide(cells, len(workers)) if self._where == "both" else False
         if self._where == "workers" and not crew.inline:
@@ -306,6 +328,13 @@ class Split:
             took = time.perf_counter() - begin
             costs.ran_alone(cells.rows / len(cells), took, len(cells))
             costs.ran(cells, len(workers), took, offloaded=False)
+        elif self._shares and workers and crew.transport == "shm":
+            shared = self._shared or self._share()
+            taken = self._guarded(lambda: shared.run(self._here, costs, self._warm, workers))
+            took = time.perf_counter() - begin
+            costs.ran(cells, len(workers), took, offloaded=taken.away or use is True, stalled=taken.stalled)
+            if use and taken.away and not taken.stalled and costs.split.runs > _SETTLED and took < _SHORT_S:
+                self._again, self._lately = _AGAIN, workers
         else:
             # What a worker on this node has not begun can be taken back.
             race = Race(cells, costs, len(workers), use=use, cold=not self._warm.issuperset(workers),
@@ -327,8 +356,10 @@ class Split:
         for request in self._requests.values():
             request.Free()
         self._requests.clear()
-        self._thunks = []
-        self._calls = None
+        if self._shared is not None:
+            self._shared.free()
+        self._shared = self._parts = None
+        self._again = 0
 
     def __repr__(self) -> str:
         count = len(self._cells) if self._cells else 0
@@ -336,66 +367,40 @@ class Split:
 
     # -- cells -----------------------------------------------------------------------------------
 
-    def _arguments(self, cell: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-        """Inputs and outputs of a cell: views, never copies."""
+    @property
+    def _laid_out(self) -> Cells:
+        """The cells' arrays, as the rank runs them."""
+        if self._parts is None:
+            assert self._cells is not None
+            self._parts = Cells(self._kernel.native() or self._kernel.bind, self._cells.edges, self._read, self._whole,
+                                self._partials or self._written, index=self._index, by_cell=bool(self._partials))
+        return self._parts
+
+    def _share(self) -> Shared:
         assert self._cells is not None
-        part = self._cells.cell(cell)
-        read = [array if is_whole else array[part] for array, is_whole in zip(self._read, self._whole, strict=True)]
-        if self._index:
-            read.append(np.array(part.start, np.int64))
-        if self._partials:
-            # One row of results; a cell of shape () is still an array to write to.
-            return tuple(read), tuple([array[cell:cell + 1].reshape(array.shape[1:] or (1,))
-                                       for array in self._partials])
-        return tuple(read), tuple([array[part] for array in self._written])
+        self._shared = Shared(self._crew, self._kernel, self._laid_out, self._cells, self._read, self._whole,
+                              self._partials or self._written, index=self._index, by_cell=bool(self._partials))
+        return self._shared
 
     def _run_here(self, first: int, stop: int) -> None:
+        self._here(self._laid_out.run, first, stop)
+
+    def _here(self, run: Callable[..., Any], *args: Any) -> Any:
+        """Calls it as a kernel. Raises as if a worker had run it."""
         try:
             with local.as_kernel():
-                calls = self._calls
-                if calls is None:
-                    calls = self._calls = self._laid_out()
-                if calls is not False:
-                    calls.run(first, stop)
-                    return
-                thunks = self._thunks
-                for cell in range(first, stop):
-                    thunk = thunks[cell]
-                    if thunk is None:
-                        read, written = self._arguments(cell)
-                        thunk = thunks[cell] = self._kernel.bind([_read_only(array) for array in read], written)
-                    thunk()
+                return run(*args)
         except KeyboardInterrupt:
             raise
-        # As it would be raised had a worker run it.
         except BadKernel as error:
             raise codec.error_for_bind(codec.dumps_error(error)) from error
         except BaseException as error:
             raise codec.error_for_invoke(codec.dumps_error(error)) from error
 
-    def _laid_out(self) -> Any:
-        """All cells' calls of a native kernel on the rank, which run without a step of Python's between them."""
-        function = self._kernel.native()
-        if function is None:
-            return False
-        from rfaas_mpi.fabric import Calls
-        assert self._cells is not None
-        given = [(*_span(array), 0 if is_whole else _row_bytes(array), 0)
-                 for array, is_whole in zip(self._read, self._whole, strict=True)]
-        keep = [function, *self._read, *self._written, *self._partials]
-        if self._index:
-            starts = np.array(self._cells.edges[:-1], np.int64)
-            given.append((*_span(starts), 0, 8))
-            keep.append(starts)
-        outs = [(*_span(array), 0, _row_bytes(array)) for array in self._partials] or [
-            (*_span(array), _row_bytes(array), 0) for array in self._written]
-        return Calls(function.address, function.abi == "plain", function.name, self._cells.edges, [*given, *outs],
-                     len(outs), keep)
-
     def _request(self, cell: int) -> Request:
         found = self._requests.get(cell)
         if found is None:
-            read, written = self._arguments(cell)
+            read, written = self._laid_out.arguments(cell)
             if self._persistent:
                 found = PersistentRequest(self._crew, self._kernel, read, written, None, self._timeout_s)
                 self._requests[cell] = found
@@ -403,10 +408,10 @@ class Split:
                 found = Request(self._crew, self._kernel, read, written, None, self._timeout_s)
         return found
 
-    def _guarded(self, run: Callable[[], None]) -> None:
+    def _guarded(self, run: Callable[[], _T]) -> _T:
         """Whatever happens, nothing is in flight afterwards."""
         try:
-            run()
+            return run()
         except BaseException as error:
             # Ctrl-C waits for no kernel.
             self._stop(force=not isinstance(error, Exception))
@@ -502,7 +507,7 @@ class Split:
         for cell, request in flying.items():
             try:
                 request.Wait()
-            except _LOST:
+            except LOST:
                 self._run_here(cell, cell + 1)
         flying.clear()
 
@@ -512,7 +517,7 @@ class Split:
         try:
             if not request.Test():
                 return
-        except _LOST:
+        except LOST:
             race.taken(cell, now, True)
             del self._flying[cell]
             self._run_here(cell, cell + 1)
@@ -529,7 +534,7 @@ class Split:
             return False
         try:
             request.Wait()
-        except _LOST:
+        except LOST:
             return True
         return False
 
@@ -543,7 +548,7 @@ class Split:
         for cell, request in list(flying.items()):
             try:
                 request.Wait()
-            except _LOST:
+            except LOST:
                 race.taken(cell, time.perf_counter(), True)
                 del flying[cell]
                 self._run_here(cell, cell + 1)
@@ -554,6 +559,9 @@ class Split:
 
     def _stop(self, *, force: bool) -> None:
         """Nothing of ours is in flight any more when this returns."""
+        if self._shared is not None:
+            for request in self._shared.stop(self._costs, force=force):
+                _settled(request)
         flying, self._flying = self._flying, {}
         left = [request for request in flying.values() if request._active and not request._raw.cancel()]
         if not force and left:
@@ -589,7 +597,7 @@ class Split:
         for worker in workers:
             if worker in self._warm and (self._costs.there.known or worker != workers[0]):
                 continue
-            read, written = self._arguments(cell)
+            read, written = self._laid_out.arguments(cell)
             try:
                 if copies is None:
                     # Of all that may be changed, or be gone, while a worker still loads the kernel.
@@ -605,15 +613,6 @@ class Split:
             self._splits.probe(_Probe(request, self._cells.size(cell), self._costs, self._warm, (copies, outs)))
 
 
-def dismiss(crew: Crew, request: Request) -> None:
-    """Ends what was given to a worker that does not answer, at the price of that worker."""
-    if request._history is None:
-        request._history = History()
-    request._history.forced = True
-    if crew.lending is not None and not request._raw.test():
-        crew.lending.give_up(request._raw)
-
-
 def _settled(request: Request, *, wait: bool = True) -> bool:
     """True once the request has ended, however; what it ended with is nobody's concern."""
     try:
@@ -627,16 +626,6 @@ def _copied(memory: Any, array: np.ndarray) -> np.ndarray:
     made = memory.empty(array.shape, array.dtype)
     made[...] = array
     return made
-
-
-def _read_only(array: np.ndarray) -> np.ndarray:
-    view = array.view()
-    view.flags.writeable = False
-    return view
-
-
-def _row_bytes(array: np.ndarray) -> int:
-    return array.nbytes // len(array)
 
 
 def _span(array: np.ndarray) -> tuple[int, int]:

@@ -330,8 +330,9 @@ def test_a_worker_that_is_stopped_all_along_is_not_waited_for(worker):
     os.kill(next(pid for pid in who if pid != os.getpid()), signal.SIGSTOP)
     result.fill(np.nan)
     split.Run()
-    assert np.array_equal(result, x * 3)
-    assert split.predict().stalls >= 1
+    assert np.array_equal(result, x * 3) and set(who) == {os.getpid()}
+    # On this node what it has not begun was taken back; over a network it had to be given up.
+    assert split.predict().stalls >= ("transport=shm" not in repr(worker))
 
 
 def test_a_kernel_that_fails_here_raises_though_a_worker_has_stopped(worker):
@@ -341,7 +342,7 @@ def test_a_kernel_that_fails_here_raises_though_a_worker_has_stopped(worker):
         if len(set(who)) > 1:
             break
     os.kill(next(pid for pid in who if pid != os.getpid()), signal.SIGSTOP)
-    split._run_here = fails
+    split._here = fails
     caught = []
     end = threading.Thread(target=lambda: caught.append(pytest.raises(KernelError, split.Run)))
     end.start()
@@ -349,7 +350,7 @@ def test_a_kernel_that_fails_here_raises_though_a_worker_has_stopped(worker):
     assert caught and "here alone" in str(caught[0].value)
 
 
-def fails(first, stop):
+def fails(*_call):
     raise KernelError("here alone")
 
 

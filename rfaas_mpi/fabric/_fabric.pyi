@@ -70,10 +70,11 @@ class Invoker:
     def kernel(self, kind: int, digest: bytes, blob: bytes) -> KernelRef:
         """The same digest gives the same ref."""
     def request(self, kernel: KernelRef, inputs: Sequence[Any], outputs: Sequence[Any],
-                meta: bytes, *, persistent: bool = False) -> Request:
+                meta: bytes, *, persistent: bool = False, reclaimable: bool = False) -> Request:
         """A buffers request: contiguous buffers (numpy arrays, Blocks); outputs writable. The caller
         has checked dtype, shape and overlap. Chooses each argument's place; persistent ones
-        keep their binding and staging memory until close()."""
+        keep their binding and staging memory until close(). `reclaimable`: on this node it can
+        always be cancelled until a worker begins it, not only where it waits behind another one."""
     def object_request(self, kernel: KernelRef, parts: Sequence[Any],
                        refs: Sequence[tuple[int, int, int]] = ()) -> Request:
         """An object request: payload = parts (bytes-like), and refs = (arena, offset, nbytes) of arrays that
@@ -129,6 +130,38 @@ def wait_all(requests: Sequence[Request], timeout_s: float | None = None) -> boo
 def wait_any(requests: Sequence[Request], timeout_s: float | None = None) -> int:
     """Index of one request that ended; -1 after the time-out."""
 
+class Board:
+    """Cells that a rank and its workers take from, as one of them sees it. Not for several threads at once.
+
+    `words`: a writable buffer of `Board.words(cells)` uint64 that all of them share; `edges`: cell k is rows
+    edges[k] to edges[k + 1]; `who`: 0 is the rank; `margin`: it leaves a cell to the others if it would need so
+    many times what they need for all that is left."""
+    def __init__(self, words: object, edges: Sequence[int], who: int, margin: float) -> None: ...
+    @staticmethod
+    def words(cells: int) -> int:
+        """How many uint64 a board of so many cells has."""
+    def open(self) -> None:
+        """A new piece of work. Nobody may be taking from the board."""
+    def join(self) -> None:
+        """Begins to take cells: what was run before counts no more."""
+    def close(self) -> None:
+        """Nobody takes another cell. Safe to call twice."""
+    def take(self) -> int:
+        """The cell that is to be run now; -1: none."""
+    def done(self, k: int, ns: int) -> None:
+        """Cell k was run, in so many ns."""
+    @property
+    def left(self) -> list[int]:
+        """The cells that nobody has run to their end."""
+    @property
+    def empty(self) -> bool:
+        """Each cell was taken."""
+    @property
+    def ran(self) -> tuple[int, int, int]:
+        """Cells, their rows and ns that this one has run since `join`."""
+    def ran_by(self, who: int) -> tuple[int, int, int]:
+        """Cells, their rows and ns that somebody has run."""
+
 class Calls:
     """A native kernel's calls on memory of this process, one for each cell of a grid, laid out before.
 
@@ -138,6 +171,10 @@ class Calls:
                  arguments: Sequence[tuple[int, int, int, int]], n_out: int, keep: object) -> None: ...
     def run(self, first: int, stop: int) -> None:
         """Runs cells first to stop without the GIL; KernelError as a worker would raise it."""
+    def share(self, board: Board, until_ns: int) -> bool:
+        """Runs cells that it takes from the board, until there is none for it (True) or that moment has come (False).
+
+        KernelError as a worker would raise it; nobody takes another cell then."""
 
 class WorkerHandlers(Protocol):
     """What the Python side of a worker supplies."""

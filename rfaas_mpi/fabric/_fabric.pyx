@@ -26,7 +26,7 @@ import os
 from rfaas_mpi import errors
 
 __all__ = [
-    "BAD_KERNEL", "BUSY", "Block", "CANCELLED", "Calls", "Channel", "Invoker", "KERNEL_ERROR",
+    "BAD_KERNEL", "BUSY", "Block", "Board", "CANCELLED", "Calls", "Channel", "Invoker", "KERNEL_ERROR",
     "KIND_NATIVE", "KIND_NUMBA", "KIND_OBJECT", "KIND_PLAIN", "KIND_PYTHON", "KernelRef",
     "LARGE", "LOST", "NO_ROOM", "NO_WORKER", "OK", "PENDING", "Request", "TIMEOUT", "Worker",
     "bench_roundtrips", "bench_throughput", "load_verbs", "monotonic_ns", "start_all", "transports",
@@ -57,5 +57,6 @@ include "memory.pxi"
 include "invoker.pxi"
 include "request.pxi"
 include "wait.pxi"
+include "board.pxi"
 include "calls.pxi"
 include "worker.pxi"

@@ -91,6 +91,38 @@ cdef class Calls:
                 self.failed(at - 1, status)
             PyErr_CheckSignals()
 
+    def share(self, Board board not None, uint64_t until_ns):
+        """Runs cells that it takes from the board, until there is none for it (True) or that moment has come (False).
+
+        KernelError as a worker would raise it; nobody takes another cell then.
+        """
+        cdef uint64_t n = board.share.n
+        cdef uint64_t now, end, until, at = n
+        cdef int32_t status = 0
+        if <Py_ssize_t>n != self.n_cells:
+            raise ValueError(f"a board of {n} cells, and calls of {self.n_cells}")
+        now = c.rfm_now_ns()
+        while now < until_ns:
+            with nogil:
+                until = min(until_ns, now + CALLS_NS)
+                while now < until:
+                    at = c.rfm_share_take(&board.share, now)
+                    if at >= n:
+                        break
+                    status = self.one(&self.calls[at])
+                    if status < 0:
+                        break
+                    end = c.rfm_now_ns()
+                    c.rfm_share_done(&board.share, at, end - now)
+                    now = end
+            if status < 0:
+                board.close()
+                self.failed(at, status)
+            PyErr_CheckSignals()
+            if at >= n:
+                return True
+        return False
+
     cdef inline int32_t one(self, c.rfm_call *call) noexcept nogil:
         """What the kernel returned; OVERRUN if it says that it wrote more than there was room for."""
         cdef int32_t status

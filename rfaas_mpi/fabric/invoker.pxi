@@ -265,11 +265,19 @@ cdef class Invoker:
         return binding
 
     def request(self, KernelRef kernel not None, inputs, outputs, bytes meta not None, *,
-                bint persistent=False):
-        """A request on contiguous buffers; see Request."""
+                bint persistent=False, bint reclaimable=False):
+        """A request on contiguous buffers; see Request.
+
+        `reclaimable`: on this node it can always be cancelled until a worker begins it, at the price of a cache
+        line; else only where it waits behind another one.
+        """
+        cdef Request request
         self.live()
         self.sweep()
-        return buffers_request(self, kernel, tuple(inputs), tuple(outputs), meta, persistent)
+        request = buffers_request(self, kernel, tuple(inputs), tuple(outputs), meta, persistent)
+        if reclaimable:
+            request.req.wire_flags |= c.RFM_REQ_CLAIM
+        return request
 
     def object_request(self, KernelRef kernel not None, parts, refs=()):
         """A request whose payload is an object: parts (bytes-like) and refs (arena, offset, nbytes)."""

@@ -26,6 +26,7 @@ cdef extern from "rfm.h" nogil:
         RFM_BIND_OBJECT
         RFM_REQ_OBJECT
         RFM_REQ_STAGED
+        RFM_REQ_CLAIM
         RFM_REP_KEPT
         RFM_ST_OK
         RFM_ST_KERNEL
@@ -295,3 +296,28 @@ cdef extern from "copy.h" nogil:
 cdef extern from "poller.h" nogil:
     uint64_t rfm_now_ns()
     void rfm_ticks_init()
+
+
+cdef extern from "board.h" nogil:
+    enum:
+        RFM_BOARD_WHO_SHIFT
+
+    struct rfm_board:
+        uint64_t next
+        uint64_t begun_ns
+
+    struct rfm_share:
+        rfm_board *board
+        const uint64_t *edges
+        uint64_t n
+        uint64_t who
+        double margin
+        uint64_t cells
+        uint64_t rows
+        uint64_t ns
+
+    uint64_t rfm_share_take(rfm_share *share, uint64_t now_ns)
+    void rfm_share_done(rfm_share *share, uint64_t k, uint64_t ns)
+    uint64_t rfm_share_look(const rfm_share *share, uint64_t k)
+    void rfm_share_close(rfm_share *share)
+    void rfm_share_open(rfm_share *share, uint64_t now_ns)

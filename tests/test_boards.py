@@ -1,0 +1,299 @@
+"""Boards: each cell is run, wherever, and what nobody has run to its end is known."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import rfaas_mpi as rf
+from rfaas_mpi import Executor, codec
+from rfaas_mpi.errors import KernelError
+from rfaas_mpi.fabric import Board, Calls
+from rfaas_mpi.planner import Costs, Link, grid
+from rfaas_mpi.worker.handlers import Handlers
+
+EDGES = grid(10_000).edges
+N = len(EDGES) - 1
+US = 1_000
+
+
+def board(words: np.ndarray | None = None, who: int = 0, margin: float = 1.0, edges=EDGES) -> Board:
+    return Board(np.zeros(Board.words(len(edges) - 1), np.uint64) if words is None else words, edges, who, margin)
+
+
+# --- a board ---------------------------------------------------------------------------------
+
+def test_each_cell_is_taken_once_and_in_order():
+    one = board()
+    one.open()
+    assert [one.take() for _ in range(N)] == list(range(N)) and one.empty
+    assert one.take() == -1 and one.left == list(range(N)) and one.ran == (0, 0, 0)
+
+
+def test_what_was_run_and_by_whom_is_told_and_forgotten_with_the_next_piece_of_work():
+    words = np.zeros(Board.words(N), np.uint64)
+    rank, worker = board(words), board(words, 7)
+    rank.open()
+    rank.done(rank.take(), 5 * US)
+    worker.done(worker.take(), 3 * US)
+    assert rank.left == list(range(2, N))
+    assert rank.ran == rank.ran_by(0) == (1, EDGES[1], 5 * US)
+    assert rank.ran_by(7) == worker.ran == (1, EDGES[2] - EDGES[1], 3 * US)
+    rank.open()
+    worker.join()
+    assert rank.left == list(range(N)) and worker.ran == (0, 0, 0)
+
+
+def test_nobody_takes_from_a_board_that_was_closed():
+    words = np.zeros(Board.words(N), np.uint64)
+    one, other = board(words), board(words, 1)
+    one.open()
+    other.close()
+    other.close()
+    assert one.take() == other.take() == -1 and one.empty and len(one.left) == N
+    one.open()
+    assert other.take() == 0
+
+
+def test_who_is_slow_leaves_a_cell_to_the_others_and_who_is_alone_takes_it():
+    edges = (0, 100, 200, 300, 400)
+    words = np.zeros(Board.words(4), np.uint64)
+    slow, quick = board(words, 1, edges=edges), board(words, 2, edges=edges)
+    slow.open()
+    # Hours for a hundred rows: nothing that is measured here takes so long.
+    slow.done(slow.take(), 10**13)
+    assert slow.take() == 1, "nobody else has run anything"
+    slow.done(1, 10**13)
+    quick.done(quick.take(), 10)
+    assert slow.take() == -1 and not slow.empty
+    assert quick.take() == 3
+
+
+TAKES = """
+import sys
+import numpy as np
+from rfaas_mpi.fabric import Board
+path, who, n = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+words = np.memmap(path, np.uint64, "r+")
+mine = Board(words[:Board.words(n)], range(n + 1), who, 1e9)
+count = words[Board.words(n):]
+while (cell := mine.take()) >= 0:
+    count[cell] += 1        # lost, or twice, if anybody else had it
+    mine.done(cell, 1)
+"""
+
+
+def test_processes_that_take_at_the_same_time_never_have_the_same_cell(tmp_path):
+    n = 100_000
+    words = np.memmap(tmp_path / "words", np.uint64, "w+", shape=(Board.words(n) + n,))
+    head = Board(words[:Board.words(n)], range(n + 1), 0, 1.0)
+    head.open()
+    there = [subprocess.Popen([sys.executable, "-c", TAKES, str(tmp_path / "words"), str(who), str(n)])
+             for who in (1, 2, 3)]
+    assert [one.wait(120) for one in there] == [0, 0, 0]
+    assert head.left == [] and (words[Board.words(n):] == 1).all()
+    assert sum(head.ran_by(who)[0] for who in (1, 2, 3)) == n
+
+
+@pytest.mark.parametrize("words, edges", [
+    (np.zeros(3, np.uint64), EDGES), (np.zeros(500, np.uint64), (0, 5, 3)),
+    (np.zeros(8 * 500 + 1, np.uint8)[1:], EDGES)])
+def test_what_is_no_board_is_refused(words, edges):
+    with pytest.raises(ValueError, match=r"board|before the one"):
+        Board(words, edges, 0, 1.0)
+
+
+def test_a_read_only_buffer_is_refused():
+    with pytest.raises((BufferError, ValueError)):
+        Board(bytes(8 * Board.words(N)), EDGES, 0, 1.0)
+
+
+def test_a_board_of_other_cells_is_refused():
+    array = np.zeros(10)
+    there = Calls(1, False, "none", (0, 5, 10), [(array.ctypes.data, 80, 8, 0)], 0, array)
+    with pytest.raises(ValueError, match="and calls of 2"):
+        there.share(board(), 10**18)
+    with pytest.raises(IndexError):
+        board().done(N, 1)
+
+
+# --- what a worker is told ----------------------------------------------------------------------
+
+def _meta(read: np.ndarray, out: np.ndarray, words: np.ndarray, **changes: object) -> bytes:
+    how = {"edges": (0, 8, 16), "whole": (False,), "moves": (False,), "index": False, "by_cell": False, "who": 1}
+    return codec.encode_binding((read,), (out, words), codec.Division(**{**how, **changes}))
+
+
+@pytest.mark.parametrize("changes", [{"edges": (0, 8, 17)}, {"edges": (8, 0)}, {"whole": ()}, {"moves": (True, True)},
+                                     {"by_cell": True, "edges": tuple(range(18))}])
+def test_a_division_of_more_than_there_is_is_refused_before_anything_is_run(changes):
+    from rfaas_mpi.kernels import Kernel
+    library = str(os.path.join(os.path.dirname(rf.__file__), "_native_kernels.so"))
+    function = Kernel.from_library(library, "rfm_scale2").native()
+    read, out, words = np.ones(16), np.zeros(16), np.zeros(Board.words(20), np.uint64)
+    with pytest.raises((ValueError, rf.BadKernel)):
+        target = Handlers(lambda: False).bind(function, _meta(read, out, words, **changes), 1, 2)
+        target.views((memoryview(read),), (memoryview(out), memoryview(words)))()
+    assert not out.any()
+
+
+# --- splits on boards ------------------------------------------------------------------------------
+
+@rf.kernel
+def whose(x, out):
+    """Each row needs a while on any core."""
+    result, who = out
+    for row in range(len(x)):
+        total = x[row]
+        for _ in range(300):
+            total = total * 1.0
+        result[row] = total * 2
+    who[...] = os.getpid()
+
+
+@pytest.fixture
+def ex():
+    with Executor(workers=1, transport="shm", fallback=False) as executor:
+        yield executor
+
+
+def _both(ex, rows: int = 4096):
+    x = ex.array(np.arange(rows, dtype=float))
+    result, who = ex.zeros(rows), ex.zeros(rows, np.int64)
+    split = ex.Split_init(whose, (x,), (result, who), grain=1)
+    for _ in range(200):
+        split.Run()
+        if len(set(who)) == 2:
+            return split, x, result, who
+    raise AssertionError("the worker never ran a cell")
+
+
+def test_workers_take_cells_without_one_being_handed_to_them(ex):
+    split, x, result, who = _both(ex)
+    assert np.array_equal(result, 2 * x) and os.getpid() in who
+    assert split._shared is not None and split._requests == {}
+    assert split._shared._board.left == []
+
+
+def test_the_cells_of_a_worker_that_was_killed_in_mid_run_are_run_here(ex):
+    split, x, result, who = _both(ex)
+    pid = next(pid for pid in who if pid != os.getpid())
+    shared = split._shared
+    land, struck = shared._land, []
+
+    def strike(warm):
+        if not struck and shared._board.ran_by(1)[0]:
+            struck.append(os.kill(pid, signal.SIGKILL))
+        land(warm)
+    shared._land = strike
+    for turn in range(200):
+        x[...] = np.arange(len(x)) + turn
+        result.fill(np.nan)
+        split.Run()
+        assert np.array_equal(result, 2 * x)
+        if struck:
+            break
+    assert struck
+    result.fill(np.nan)
+    split.Run()
+    assert np.array_equal(result, 2 * x)
+
+
+def test_a_split_goes_on_from_turn_to_turn_where_it_takes_longer(ex):
+    split, x, result, who = _both(ex, 10_000)
+    sent = []
+    send = split._shared._send
+    split._shared._send = lambda count: (sent.append(count), send(count))
+    for _ in range(50):
+        result.fill(np.nan)
+        split.Run()
+        assert np.array_equal(result, 2 * x)
+        if 2 in sent:
+            break
+    assert 2 in sent, "the next turn lies behind the one that runs"
+
+
+def test_small_inputs_that_lie_in_the_rank_s_own_memory_are_those_of_each_run(ex):
+    x, out = ex.array(np.ones(50_000)), ex.empty(50_000)
+    factor, table = np.array(0.0), np.zeros(8)
+    split = ex.Split_init(_scaled, (x, factor, table), out, whole=(1, 2))
+    for turn in range(80):      # more than there are slots
+        factor[...], table[:] = turn, turn + 1
+        split.Run()
+        assert (out == turn + turn + 1).all()
+    assert split._shared is not None
+
+
+@rf.kernel
+def _scaled(x, factor, table, out):
+    np.multiply(x, factor, out=out)
+    out += table[3]
+
+
+def test_a_time_limit_is_each_call_s_own_so_that_cells_are_handed_over(ex):
+    x, out = ex.array(np.ones(50_000)), ex.empty(50_000)
+    split = ex.Split_init(_scaled, (x, np.array(2.0), np.zeros(8)), out, whole=(1, 2), timeout_s=60.0)
+    split.Run()
+    assert (out == 2.0).all() and split._shared is None
+
+
+def test_an_error_of_the_rank_s_own_ends_the_workers_turns(ex):
+    split, x, result, who = _both(ex)
+    here = split._here
+
+    def fails(run, *args):
+        if len(split._shared._flying):
+            raise KernelError("here alone")
+        return here(run, *args)
+    split._here = fails
+    with pytest.raises(KernelError, match="here alone"):
+        split.Run()
+    assert not split._shared._flying and not any(turn.active for turn in split._shared._turns)
+    split._here = here
+    result.fill(np.nan)
+    split.Run()
+    assert np.array_equal(result, 2 * x)
+
+
+# --- what is expected of it -----------------------------------------------------------------------
+
+def _known(here_s: float, there_s: float) -> tuple[Costs, object]:
+    cells = grid(10_000)
+    costs = Costs(Link(3e-6), board=True)
+    for worker, seconds in ((None, here_s), (1, there_s)):
+        costs.ran_some(cells.rows, len(cells), seconds, worker=worker, beside=worker is None)
+    costs.ran_some(cells.rows, len(cells), here_s, worker=None, beside=False)
+    costs.ran(cells, 1, costs.forecast(cells, 1).split_s, offloaded=True)
+    return costs, cells
+
+
+def test_two_that_are_alike_are_expected_to_take_half_as_long_and_one_that_is_slow_helps_as_it_can():
+    costs, cells = _known(10e-3, 10e-3)
+    found = costs.forecast(cells, 1)
+    assert found.split_s == pytest.approx(5e-3, rel=0.01) and found.share == pytest.approx(0.5, rel=0.01)
+    assert costs.decide(cells, 1) is True
+    costs, cells = _known(10e-3, 40e-3)
+    assert costs.forecast(cells, 1).split_s == pytest.approx(8e-3, rel=0.01)
+    assert costs.forecast(cells, 4).split_s == pytest.approx(5e-3, rel=0.01)
+
+
+def test_what_takes_less_than_to_ask_for_help_is_run_here():
+    costs, cells = _known(4e-6, 4e-6)
+    assert costs.decide(cells, 1) is False
+
+
+def test_what_takes_longer_for_its_data_is_noticed_on_both_sides_at_once():
+    costs, cells = _known(1e-3, 1e-3)
+    for _ in range(8):
+        costs.decide(cells, 1)
+        for worker in (None, 1):
+            costs.ran_some(cells.rows // 2, len(cells) // 2, 10e-3, worker=worker)
+        costs.ran(cells, 1, 10e-3, offloaded=True)
+    found = costs.forecast(cells, 1)
+    assert costs.decide(cells, 1) is True
+    assert found.split_s == pytest.approx(10e-3, rel=0.1) and found.here_s > 12e-3

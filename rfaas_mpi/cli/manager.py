@@ -11,6 +11,7 @@ from rfaas_mpi.config import user_id
 from rfaas_mpi.config import Settings
 from rfaas_mpi.errors import ConfigError
 from rfaas_mpi.remote import Address
+from rfaas_mpi.slurm.facts import hosts
 
 __all__ = ["key", "retire", "rotate", "serve"]
 
@@ -42,6 +43,9 @@ def serve(*, directory: Path | None, socket: Path | None, listen: tuple[str, ...
     _need_the_extra()
     if store is not None:
         _need_psycopg()
+    if slurm:
+        # Said now, and not when the first job is planned.
+        hosts("n1")
     from rfaas_mpi.manager import daemon
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     state = daemon.state_directory(directory)

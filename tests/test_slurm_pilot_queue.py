@@ -122,6 +122,17 @@ def test_a_pilot_whose_time_was_over_has_a_successor_at_once_and_one_that_gave_w
     assert one.left("n1", 149.0) == [Submit(90)]
 
 
+@pytest.mark.parametrize("state", ["draining", "drained*", "maint", "mixed@", "failing"])
+def test_a_pilot_leaves_a_node_that_is_to_be_empty(state):
+    have = [job(1, "R", where="n1"), job(2, "R", where="n2")]
+    assert cancelled(filling(2).look(have, [nodes(state, "n1"), nodes("allocated", "n2")], 0.0)) == ["1"]
+
+
+@pytest.mark.parametrize("state", ["allocated", "mixed", "completing", "allocated#", "planned"])
+def test_a_pilot_stays_on_a_node_in_any_other_state(state):
+    assert cancelled(filling(1).look([job(1, "R", where="n1")], [nodes(state, "n1")], 0.0)) == []
+
+
 def test_a_suspended_pilot_is_taken_out():
     assert cancelled(filling(1).look([job(1, "S")], [nodes()], 0.0)) == ["1"]
 

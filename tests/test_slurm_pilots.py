@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import re
@@ -54,6 +55,7 @@ with rf.Executor(workers=(3, 3), fallback=False, lease_timeout_s=30) as executor
 
 # How pilots are preempted: Slurm's word, and for how long they may go on; a soak test tries all.
 MODES = os.environ.get("RFAAS_SOAK_PREEMPTION", "CANCEL:0").split(",")
+LONG = "RFAAS_SOAK_PREEMPTION" in os.environ
 
 
 @pytest.fixture(scope="module", params=MODES)
@@ -166,10 +168,13 @@ def borrow(slurm: Slurm, environment: dict[str, str], *words: object, user: str 
 
 @needs_two_cores
 def test_the_first_signal_of_any_kind_ends_a_pilot_whatever_its_workers_run(slurm):
-    with Pilots(slurm, "--nodes-max", 3, "--lengths", "10,20") as pilots:
+    # A user without rights, which every Debian has.
+    user = "games" if os.geteuid() == 0 else None
+    with Pilots(slurm, "--nodes-max", 3, "--lengths", "10,20", user=user) as pilots:
         environment = pilots.environment()
         pilots.until(lambda: pilots.lending() == {"n1", "n2", "n3"}, "all nodes lend")
-        borrower = borrow(slurm, environment, "endless.py")
+        assert slurm.run("squeue", "-h", "-p", "low", "-o", "%u").split() == [user or getpass.getuser()] * 3
+        borrower = borrow(slurm, environment, "endless.py", user=user)
         try:
             assert borrower.stdout is not None
             assert (began := borrower.stdout.readline()) == "borrowed 3\n", began + borrower.communicate()[0]
@@ -184,26 +189,7 @@ def test_the_first_signal_of_any_kind_ends_a_pilot_whatever_its_workers_run(slur
             borrower.wait()
         for job in jobs:
             assert slurm.ended(int(job)) == "COMPLETED", pilots.said
-            assert not list(temporary(slurm).glob(f"rfaas-pilot-*-{job}")), pilots.said
-        pilots.close()
-
-
-@needs_two_cores
-@pytest.mark.skipif(os.geteuid() != 0, reason="acts as another user: needs root")
-def test_a_user_without_rights_has_pilots_that_leave_nothing(slurm):
-    user = "games"      # which every Debian has
-    with Pilots(slurm, "--nodes-max", 2, "--lengths", "10,20", user=user) as pilots:
-        environment = pilots.environment()
-        pilots.until(lambda: len(pilots.lending()) == 2, "two nodes lend")
-        assert slurm.run("squeue", "-h", "-p", "low", "-o", "%u").split() == [user] * 2
-        enough = place_of(slurm, user) / "enough"
-        enough.touch()
-        said, _ = borrow(slurm, environment, "program.py", enough, user=user).communicate(timeout=GUARD_S)
-        assert said == "borrowed 2\nright 2\n", said + pilots.said
-        owner = slurm.submit("#!/bin/bash\nexec sleep 600\n", "--partition=high", "--nodes=3", "--exclusive")
-        slurm.wait_until(lambda: slurm.state(owner) == "RUNNING", "the other job runs")
-        pilots.until(lambda: not pilots.lending(), "no node lends")
-        slurm.run("scancel", owner)
+            assert not list(temporary(slurm, user).glob(f"rfaas-pilot-*-{job}")), pilots.said
         pilots.close()
     slurm.wait_until(lambda: not slurm.run("squeue", "-h"), "no job is left")
     assert not pilots.directory.exists() and not list(temporary(slurm, user).iterdir())
@@ -241,6 +227,41 @@ def test_pilots_lend_idle_nodes_and_give_way_and_come_back_and_leave_nothing(slu
     assert not pilots.directory.exists()
     slurm.wait_until(lambda: not list(temporary(slurm).iterdir()), "nodes have no files of pilots")
     slurm.wait_until(lambda: not processes(re.compile(re.escape(str(pilots.directory)).encode())), "no process is left")
+
+
+@needs_two_cores
+def test_nodes_that_are_to_be_left_alone_are_and_what_is_to_be_emptied_is_left():
+    settings = {"PreemptType": "preempt/partition_prio", "PreemptMode": "CANCEL", "SuspendProgram": "/bin/true",
+                "ResumeProgram": "/bin/true", "SuspendTime": 3600, "SuspendTimeout": 600}
+    partitions = ("low PriorityTier=1 PreemptMode=CANCEL", "high PriorityTier=10 PreemptMode=OFF")
+    with slurm_cluster.cluster(6, 2, settings=settings, partitions=partitions) as slurm:
+        user = getpass.getuser()
+        for number, flags in ((2, ["flags=maint,ignore_jobs"]), (3, [])):
+            slurm.run("scontrol", "create", "reservation", "starttime=now", "duration=60", f"nodes=n{number}",
+                      f"users={user}", *flags)
+        slurm.run("scontrol", "update", "nodename=n4", "state=power_down")
+        slurm.run("scontrol", "update", "nodename=n1", "state=drain", "reason=test")
+        slurm.wait_until(lambda: {state.rstrip("%") for state in states(slurm)} == {
+            "drained", "maint", "reserved", "idle"}, "nodes are in all these states")
+        with Pilots(slurm, "--nodes-max", 6, "--lengths", "10") as pilots:
+            pilots.until(lambda: pilots.lending() == {"n5", "n6"}, "the two that are left lend")
+            waiting = slurm.run("squeue", "-h", "-p", "low", "-t", "PENDING", "-o", "%x").split()
+            assert waiting == ["n[1-4]"] * 4, pilots.said
+            if LONG:
+                # An administrator wants one of them, and of another one two jobs want to have the whole.
+                slurm.run("scontrol", "update", "nodename=n5", "state=drain", "reason=test")
+                others = [slurm.submit("#!/bin/bash\nexec sleep 600\n", "--partition=high", "--nodelist=n6",
+                                       "--exclusive") for _ in range(2)]
+                slurm.wait_until(lambda: [slurm.state(job) for job in others] == ["RUNNING", "PENDING"], "one runs")
+                pilots.until(lambda: not pilots.lending(), "none lends")
+                pilots.until(lambda: not slurm.run("squeue", "-h", "-p", "low"), "no pilot waits while others do")
+                slurm.run("scancel", *others)
+                pilots.until(lambda: pilots.lending() == {"n6"}, "one lends again")
+            pilots.close()
+
+
+def states(slurm: Slurm) -> list[str]:
+    return slurm.run("sinfo", "-h", "-N", "-p", "low", "-o", "%T").split()
 
 
 def test_what_no_other_job_preempts_is_refused_and_check_says_what_there_is_to_add(slurm):

@@ -37,6 +37,8 @@ _RUNNING = frozenset(("R", "CF"))
 # Switched off or being switched, about to restart, or in a reservation for maintenance.
 _FLAGS = "~#!%@^$"
 _STATES = ("maint", "reserved", "resv", "drain", "drng", "fail", "power", "pow_", "reboot")
+# An administrator waits until nothing runs there. (About to restart as soon as that is so: @.)
+_WANTED = ("maint", "drain", "drng", "fail")
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -106,6 +108,8 @@ class Filling:
         queued = [job for job in mine if job.state == "PD"]
         # Its agent has left, and it waits only to be resumed.
         actions: list[Action] = [Cancel(job.id, "it is suspended") for job in mine if job.state == "S"]
+        emptied = {node for each in ours if each.state.startswith(_WANTED) or "@" in each.state for node in each.nodes}
+        actions += [Cancel(job.id, "its node is to be empty") for job in running if job.nodes in emptied]
         self.busy = sum(map(self._waits_for_ours(nodes), jobs)) > wanted.busy_max
         exclude = self._avoided(ours, queued)
         all_nodes = {node for each in ours for node in each.nodes}

@@ -59,7 +59,7 @@ class LendingNode:
     `words` and `changes` are the agent's, `prolog` and `epilog` lines of the site's own that run before the hook's.
     """
 
-    def __init__(self, directory: Path, *, words: Sequence[str] = (), prolog: str = "", epilog: str = "",
+    def __init__(self, directory: Path, *, cpus: int = 2, words: Sequence[str] = (), prolog: str = "", epilog: str = "",
                  settings: Mapping[str, object] | None = None, **changes: str) -> None:
         self.top = directory
         self.directory = directory / "hook"
@@ -69,7 +69,8 @@ class LendingNode:
             programs[kind].write_text(f"#!/bin/sh\necho {kind} $SLURM_SCRIPT_CONTEXT >>'{directory}/contexts'\n{own}\n"
                                       f"exec '{HOOK}' {kind} '{self.directory}'\n")
             programs[kind].chmod(0o755)
-        self.slurm = Slurm(1, 2, confined=True, settings={
+        self.cpus = cpus
+        self.slurm = Slurm(1, cpus, confined=True, settings={
             "Prolog": programs["prolog"], "Epilog": programs["epilog"], "PrologFlags": "Alloc,Contain",
             **(settings or {})})
         self.site = Site("", ["--hook", str(self.directory), *words], **changes)
@@ -100,10 +101,10 @@ class LendingNode:
                               capture_output=True, text=True, timeout=GUARD_S).stdout
 
     def job(self) -> int:
-        """One with both cores, that says how many workers there are when it starts, and then waits to be ended."""
+        """One with all cores, that says how many workers there are when it starts, and then waits to be ended."""
         return self.slurm.submit(f'#!/bin/bash\n{LOOK}\necho workers $(count "{self.directory}")\n'
                                  f'until [ -e "{self.slurm.directory}/end" ]; do sleep 0.05; done\n',
-                                 "--ntasks=1", "--cpus-per-task=2")
+                                 "--ntasks=1", f"--cpus-per-task={self.cpus}")
 
     def end(self, job: int) -> str:
         """Ends that job; what it said."""

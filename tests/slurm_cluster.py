@@ -6,7 +6,7 @@
 
 Nodes claim CPUs that they may not have, share the host's processes, and are known to Slurm by name: what is
 tested here is who is started where and what becomes of it, not how fast it is. With `bound`
-Slurm's own binding works, and with `confined` its control groups (v1) do, too; nodes then have no
+Slurm's own binding works, and with `confined` its control groups do, too; nodes then have no
 more CPUs than the host. As root nodes may be virtual ones (`apart`, slurm_nodes.py): each has processes,
 files and a network of its own, and slurmctld and the tests' commands a place of theirs in that network.
 """
@@ -31,6 +31,7 @@ import slurm_nodes
 SLOW = float(os.environ.get("RFAAS_TEST_SLOW", "1"))
 GUARD_S = 60.0 * SLOW
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "sinfo", "squeue", "scancel")
+CGROUPS = Path("/sys/fs/cgroup")
 SEARCH = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
 
 
@@ -52,6 +53,11 @@ def ports(count: int) -> list[int]:
         return found
 
 
+def version_2() -> bool:
+    """There are control groups of version 2 only."""
+    return (CGROUPS / "cgroup.controllers").exists()
+
+
 class Slurm:
     """A cluster of `nodes` nodes `n1`, `n2`, …, each with `cpus` CPUs, in the partition `batch`.
 
@@ -64,7 +70,7 @@ class Slurm:
                  apart: bool = False, settings: Mapping[str, object] | None = None, partitions: Sequence[str] = (),
                  each: Sequence[str] = ()) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="rfaas-slurm-"))
-        self.names = [f"v{os.getpid()}n{number}" if apart else f"n{number}" for number in range(1, nodes + 1)]
+        self.names = slurm_nodes.names(nodes) if apart else [f"n{number}" for number in range(1, nodes + 1)]
         self.network: slurm_nodes.Network | None = None
         self._apart, self._words = apart, dict[str, tuple[str, ...]]()
         self.environment = {**os.environ, "PATH": SEARCH, "SLURM_CONF": str(self.directory / "slurm.conf")}
@@ -114,18 +120,22 @@ class Slurm:
         text.append("PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
         text += [f"PartitionName={partition} Nodes=ALL" for partition in partitions]
         (self.directory / "slurm.conf").write_text("\n".join(text) + "\n")
+        # (Version 2: without systemd, Slurm makes its groups itself where systemd would have had it.)
+        plugin = "v2\nIgnoreSystemd=yes" if version_2() else "v1"
         (self.directory / "cgroup.conf").write_text(
-            "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nConstrainRAMSpace=no\n"
+            f"CgroupPlugin=cgroup/{plugin}\nCgroupMountpoint={CGROUPS}\nConstrainRAMSpace=no\n"
             f"ConstrainCores={'yes' if confined else 'no'}\n")
 
     def start(self) -> Slurm:
         """Returns when every node is idle."""
         munge = self.directory / "munge"
         try:
+            if self._confined and version_2():
+                (CGROUPS / "system.slice").mkdir(exist_ok=True)
+                for top in (CGROUPS, CGROUPS / "system.slice"):
+                    controllers = (top / "cgroup.controllers").read_text().split()
+                    (top / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in controllers))
             if self._apart:
-                for name in self.names if self._confined else ():
-                    for group in slurm_nodes.VirtualNode.groups(name):
-                        group.mkdir(exist_ok=True)     # each node is to see its own only
                 self.network = slurm_nodes.Network(self.names, self.directory)
             self._daemon("munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/socket",
                          f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed")
@@ -243,7 +253,8 @@ class Slurm:
             self.network.close()
         # Slurm leaves those of its nodes. Another cluster's nodes have the same names.
         mine = self.names if self._confined else ()
-        for top in [top for name in mine for top in Path("/sys/fs/cgroup").glob(f"*/slurm_{name}")]:
+        for top in [top for name in mine for kind in (f"slurm_{name}", f"{name}_slurmstepd.scope")
+                    for top in CGROUPS.glob(f"*/{kind}")]:
             for group in sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True):
                 group.rmdir()
             top.rmdir()

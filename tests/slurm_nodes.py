@@ -4,14 +4,15 @@
     (network only)    └── n2   eth0 203.0.113.2 …
 
 What runs on one node sees neither processes nor memory of another, and reaches it over its link, which can be pulled.
-Everything on a node ends with it, and it ends with the tests, however they end. Kernel, cores, control groups and all
-files but /tmp, /run and /dev/shm are shared with this machine.
+Everything on a node ends with it, and it ends with the tests, however they end. Kernel, cores and all files but those of
+/tmp, /run and /dev/shm are this machine's; the root of each hierarchy of control groups (version 1) is one below it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -44,10 +45,16 @@ def _below(top: Path, paths: Iterable[Path]) -> list[Path]:
 
 
 class VirtualNode:
-    """One of them; `shared` are directories that all see, wherever they are, `others` the names of the other nodes."""
+    """One of them; `shared` are directories that all see, wherever they are."""
 
-    def __init__(self, name: str, address: str, place: Path, shared: Sequence[Path], others: Sequence[str]) -> None:
+    def __init__(self, name: str, address: str, place: Path, shared: Sequence[Path]) -> None:
         self.name, self.address = name, address
+        self._groups = [top / name for top in CGROUPS.iterdir() if os.path.ismount(top) and top.name != "systemd"]
+        for group in self._groups:
+            group.mkdir()
+            for file in ("cpuset.cpus", "cpuset.mems"):       # of version 1: nobody may enter one without
+                if (group.parent / file).exists():
+                    (group / file).write_text((group.parent / file).read_text())
         place.mkdir(parents=True)
         place = place.resolve()
         lines = ["set -e", "mount -t proc proc /proc", f"hostname {name}", f"mount -t tmpfs -o mode=755 tmpfs {place}"]
@@ -59,9 +66,7 @@ class VirtualNode:
                 lines += [f"mkdir -p {inside}", f"mount --bind {shlex.quote(str(path))} {inside}"]
             # Not its mounts' originals: they stay where nobody looks.
             lines.append(f"mount --rbind {new} {top}")
-        # What Slurm makes of other nodes is none of this one's.
-        lines += [f"if [ -d {group} ]; then mount -t tmpfs -o ro,size=4k tmpfs {group}; fi"
-                  for other in others for group in self.groups(other)]
+        lines += [f"mount --bind {group} {group.parent}" for group in self._groups]
         lines += ["ip link set lo up", "echo ready", "trap '' CHLD", "exec cat"]
         # The first process of its namespace: as it doesn't wait for children, they leave no zombies.
         self._owner = subprocess.Popen(
@@ -72,11 +77,6 @@ class VirtualNode:
         children = Path(f"/proc/{self._owner.pid}/task/{self._owner.pid}/children").read_text().split()
         self.pid = int(children[0])
         self._pids = os.readlink(f"/proc/{self.pid}/ns/pid")
-
-    @staticmethod
-    def groups(name: str) -> list[Path]:
-        """Where Slurm has a node's control groups of version 1."""
-        return [path / f"slurm_{name}" for path in CGROUPS.iterdir() if path.is_dir() and not path.is_symlink()]
 
     def command(self, words: Sequence[object]) -> list[str]:
         """The same command, on this node."""
@@ -111,10 +111,8 @@ class VirtualNode:
                     mount.startswith(f"{here}/{name}/") for mount in mounts)]
         shown = subprocess.run(self.command(["cat", "/proc/sysvipc/shm"]), capture_output=True, text=True, check=True)
         found += [f"System V segment {line}" for line in shown.stdout.splitlines()[1:]]
-        number = self._pids.partition("[")[2].rstrip("]")
-        for top in CGROUPS.iterdir():
-            found += map(str, top.glob(f"rfaas-{number}.*"))
-        found += [str(path) for group in self.groups(self.name) for path in group.glob("uid_*/job_*")]
+        for group in self._groups:
+            found += map(str, [*group.glob("rfaas-*"), *group.glob("slurm*/uid_*/job_*")])
         return found
 
     def close(self) -> None:
@@ -125,6 +123,24 @@ class VirtualNode:
         while left := self.processes():
             assert time.monotonic() < deadline, f"can't end {left}"
             time.sleep(0.002)
+        for group in self._groups:
+            _remove(group)
+        self._groups.clear()
+
+
+def _remove(group: Path) -> None:
+    """A control group, with all below it."""
+    for path in sorted((path for path in (group, *group.rglob("*")) if path.is_dir()), reverse=True):
+        path.rmdir()
+
+
+def names(count: int) -> list[str]:
+    """What so many nodes may be called: groups of nodes of tests that were killed are removed, nobody else's."""
+    for group in CGROUPS.glob("*/v*n*"):
+        found = re.fullmatch(r"v(\d+)n\d+", group.name)
+        if found and not Path(f"/proc/{found[1]}").exists():
+            _remove(group)
+    return [f"v{os.getpid()}n{number}" for number in range(1, count + 1)]
 
 
 def _mounts(pid: int) -> set[str]:
@@ -144,8 +160,7 @@ class Network:
                           ("link", "set", "lo", "up")):
                 netns.ip(*words, node=self.head)
             for number, name in enumerate(names, 1):
-                others = [other for other in names if other != name]
-                node = VirtualNode(name, f"{NETWORK}.{number}", directory / "nodes" / name, [directory], others)
+                node = VirtualNode(name, f"{NETWORK}.{number}", directory / "nodes" / name, [directory])
                 self.nodes[name] = node
                 netns.ip("link", "add", f"to-{name}", "netns", self.head.pid, "type", "veth",
                          "peer", "name", "eth0", "netns", node.pid)

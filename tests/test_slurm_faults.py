@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 import slurm_cluster
 import slurm_nodes
+from cluster import Daemon
+from lending_node import HOOK
 from slurm_cluster import Slurm
 from test_apps import needs_two_cores
 
@@ -37,12 +40,12 @@ def say(*words):
 def square(number):
     time.sleep(0.005)
     return number * number
-with rf.Executor(workers=(0, 8), lease_timeout_s=10) as executor:
+with rf.Executor(workers=(0, 8), idle_s=60, lease_timeout_s=10) as executor:
     rounds = 0
     while not os.path.exists(sys.argv[1]):
         assert list(executor.map(square, range(rounds, rounds + 32))) == [n * n for n in range(rounds, rounds + 32)]
         rounds += 1
-        say("round", rounds, "workers", len(executor.workers))
+        say("round", rounds, "workers", len(executor.workers), "end")
     say("right")
 """
 # A dead network is noticed soon, so that nobody waits for it here.
@@ -51,61 +54,72 @@ IMPATIENT = {"RFAAS_TCP_IDLE_S": "1", "RFAAS_TCP_PROBE_S": "1", "RFAAS_TCP_PROBE
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[Slurm]:
-    with slurm_cluster.cluster(3, 2, apart=True, confined=True, settings={"SlurmdTimeout": 30}) as found:
+    settings = {"SlurmdTimeout": 30, "Prolog": HOOK, "Epilog": HOOK, "PrologFlags": "Alloc,Contain"}
+    with slurm_cluster.cluster(3, 2, apart=True, confined=True, settings=settings) as found:
         (found.directory / "program.py").write_text(PROGRAM)
         yield found
 
 
 def nothing_left(slurm: Slurm) -> None:
-    """No node has anything but Slurm's daemon, once what was told to end has."""
+    """No node has anything but Slurm's daemon, once what was told to end has. (Where hooks look for an agent stays.)"""
     assert slurm.network is not None
     for node in slurm.network.nodes.values():
-        slurm.wait_until(lambda node=node: not node.left() or "", f"{node.name} is clean, where there is {node.left()}")
+        slurm.wait_until(lambda node=node: set(node.left()) <= {"/run/rfaas-hook"}, f"{node.name} is clean")
 
 
-class Program(Protocol):
-    """What has workers, and goes on whatever becomes of them."""
+class Program:
+    """One that calls kernels, and what it has said so far; it is to go on whatever becomes of its workers."""
 
     slurm: Slurm
 
-    def goes_on(self) -> None:
-        """It gets further. AssertionError if it doesn't, or was wrong."""
+    def __init__(self) -> None:
+        self.enough = self.slurm.directory / f"enough-{random.getrandbits(32):x}"
+
+    def said(self) -> str:
+        raise NotImplementedError
+
+    def rounds(self) -> int:
+        return self.said().count(" end\n")
+
+    def goes_on(self, rounds: int = 5) -> None:
+        """It gets that much further. (Slurm may be unable to say how it is.)"""
+        had = self.rounds()
+
+        def further() -> bool:
+            said = self.said()
+            assert "Traceback" not in said and "right" not in said.splitlines(), said
+            return self.rounds() >= had + rounds
+        self.slurm.wait_until(further, f"the program goes on:\n{self.said()[-2000:]}")
+
+    def workers(self) -> int:
+        """As it said last."""
+        return int(self.said().rpartition(" end\n")[0].rpartition("workers ")[2] or -1)
+
+    def has(self, workers: int) -> None:
+        """It has so many, once it does."""
+        self.slurm.wait_until(lambda: self.workers() == workers, f"it has {workers} workers:\n{self.said()[-2000:]}")
 
 
 # --- in the user's own job ----------------------------------------------------------------------------
 
-class Job:
+class Job(Program):
     """`rfaas slurm run` on all nodes: one rank, workers on all other cores."""
 
     def __init__(self, slurm: Slurm) -> None:
         self.slurm = slurm
-        self._enough = slurm.directory / f"enough-{random.getrandbits(32):x}"
+        super().__init__()
         exports = "".join(f"export {name}={value}\n" for name, value in {"PYTHONPATH": REPOSITORY, **IMPATIENT}.items())
         self.number = slurm.submit(
-            f"#!/bin/bash\n{exports}exec '{RFAAS}' slurm run --ranks 1 -- '{sys.executable}' program.py '{self._enough}'\n",
+            f"#!/bin/bash\n{exports}exec '{RFAAS}' slurm run --ranks 1 -- '{sys.executable}' program.py '{self.enough}'\n",
             f"--nodes={len(slurm.names)}", "--exclusive")
         self.goes_on(1)
 
-    def rounds(self) -> int:
-        return self.slurm.output(self.number).count("round ")
-
-    def goes_on(self, rounds: int = 5) -> None:
-        """The program gets that much further. (Slurm may be unable to say how the job is.)"""
-        had = self.rounds()
-
-        def further() -> bool:
-            output = self.slurm.output(self.number)
-            assert "Traceback" not in output and "right" not in output, output
-            return self.rounds() >= had + rounds
-        self.slurm.wait_until(further, f"the program goes on:\n{self.slurm.output(self.number)}")
-
-    def workers(self) -> int:
-        """As it said last."""
-        return int(self.slurm.output(self.number).rpartition("workers ")[2].split()[0])
+    def said(self) -> str:
+        return self.slurm.output(self.number)
 
     def end(self) -> None:
         """It has had enough, was right, and Slurm says so."""
-        self._enough.touch()
+        self.enough.touch()
         assert self.slurm.ended(self.number) == "COMPLETED", self.slurm.output(self.number)
         assert self.slurm.output(self.number).splitlines()[-1] == "right"
 
@@ -162,7 +176,7 @@ ON_OTHERS = (cut, lossy)             # and not on that of the program
 
 # --- ends of a job, after each of which nothing is left -------------------------------------------------
 
-def enough(job: Job) -> None:
+def has_enough(job: Job) -> None:
     job.end()
 
 
@@ -204,7 +218,7 @@ def requeued(job: Job) -> None:
     job.goes_on()
 
 
-ENDS = (enough, cancelled, killed, script_killed, ranks_cancelled, out_of_time)
+ENDS = (has_enough, cancelled, killed, script_killed, ranks_cancelled, out_of_time)
 
 
 def without_agents(job: Job) -> None:
@@ -214,7 +228,7 @@ def without_agents(job: Job) -> None:
     slurm.run("scancel", f"{job.number}.0")
     for name in slurm.names[1:]:
         node = slurm.network.nodes[name]
-        slurm.wait_until(lambda node=node: not node.left(), f"{name} is clean")
+        slurm.wait_until(lambda node=node: not any("rfaas" in each for each in node.left()), f"{name} has nothing of theirs")
     job.goes_on()
 
 
@@ -228,15 +242,129 @@ def test_a_job_that_lends_to_itself_outlives_slurms_daemons_links_and_its_agents
         path.chmod(0o700)
         os.utime(path, (0, 0))
     job = Job(slurm)
-    assert job.workers() == 5 and not old.exists()
+    job.has(5)
+    assert not old.exists()
     killed_slurmd(job, second)
-    drained(job, third)
     cut(job, third)
-    assert job.workers() == 3
+    job.has(5)
     killed_slurmctld(job, first)
     without_agents(job)
     requeued(job)
     ranks_cancelled(job)
+    nothing_left(slurm)
+
+
+# --- with the site's service --------------------------------------------------------------------------------
+
+class Inside(Daemon):
+    """One on a virtual node, where it is told by another process than that which waits for it."""
+
+    def signal(self, number: int) -> None:
+        started = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        os.kill(int(started[0]), number)
+
+
+class Service:
+    """A manager where users are, and an agent on each node, which hooks tell of jobs; close() ends them."""
+
+    def __init__(self, slurm: Slurm) -> None:
+        assert slurm.network is not None
+        self.slurm = slurm
+        self.directory = slurm.directory / f"service-{random.getrandbits(32):x}"
+        self.directory.mkdir(mode=0o700)
+        address = f"unix:{self.directory}/socket"
+        self.environment = {"RFAAS_MANAGER": address, "RFAAS_MANAGER_USER": str(os.geteuid()), **IMPATIENT}
+        self.manager = Daemon(self.directory / "manager.log", [
+            "manager", "--directory", self.directory / "manager", "--socket", self.directory / "socket"],
+            slurm.network.head)
+        self.agents = {name: Inside(self.directory / f"{name}.log", [
+            "agent", "--manager", address, "--node", name, "--listen", f"{node.address}:0", "--socket", "none",
+            "--hook", "/run/rfaas-hook", "--directory", self.directory / name], node,
+            RFAAS_RUNTIME_DIR=str(self.directory / name), **self.environment)
+            for name, node in slurm.network.nodes.items()}
+
+    def said(self) -> str:
+        return "\n".join(f"{each.log.name}\n{each.said()[-3000:]}" for each in (self.manager, *self.agents.values()))
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        for daemon in (*self.agents.values(), self.manager):
+            daemon.close()
+        # A service's own directory stays, with files to lock.
+        sockets = [path for path in self.directory.rglob("*") if path.is_socket()]
+        assert not sockets, f"{sockets}\n{self.said()}"
+
+    def __enter__(self) -> Service:
+        self.manager.start()
+        self.slurm.wait_until((self.directory / "socket").is_socket, "the manager listens")
+        for agent in self.agents.values():
+            agent.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Borrower(Program):
+    """Borrows from all nodes, from where users are; killed in the end if it has not ended."""
+
+    def __init__(self, slurm: Slurm, environment: Mapping[str, str]) -> None:
+        self.slurm = slurm
+        super().__init__()
+        self._log = slurm.directory / f"{self.enough.name}.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                slurm.at("", [sys.executable, "program.py", self.enough]), cwd=slurm.directory, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True,
+                env={**slurm.environment, **environment, "PYTHONPATH": str(REPOSITORY)})
+
+    def said(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def end(self) -> None:
+        """It has had enough, and was right."""
+        self.enough.touch()
+        assert self._process.wait(slurm_cluster.GUARD_S) == 0, self.said()
+        assert self.said().splitlines()[-1] == "right"
+
+    def __enter__(self) -> Borrower:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def owner(slurm: Slurm, node: str) -> int:
+    """A job on all of a node; its first task has begun."""
+    job = slurm.submit("#!/bin/bash\necho began\nexec sleep 600\n", f"--nodelist={node}", "--exclusive")
+    slurm.wait_until(lambda: slurm.output(job), "the owner's job has begun")
+    return job
+
+
+def killed_agent(service: Service, program: Program, node: str) -> None:
+    service.agents[node].kill()
+    program.goes_on()
+    service.agents[node].start()
+
+
+def test_a_sites_agents_lend_again_after_each_fault_and_leave_nothing(slurm):
+    first, second, third = slurm.names
+    with Service(slurm) as service, Borrower(slurm, service.environment) as program:
+        program.has(3)
+        slurm.kill(first)
+        slurm.restart(first)
+        cut(program, second)
+        jobs = [owner(slurm, name) for name in (first, third)]
+        program.goes_on()
+        slurm.run("scontrol", "requeuehold", jobs[0])
+        slurm.run("scancel", *jobs)
+        killed_agent(service, program, third)
+        drained(program, second)
+        killed_slurmctld(program, first)
+        program.has(3)
+        program.end()
+        service.close()
     nothing_left(slurm)
 
 

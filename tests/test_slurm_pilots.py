@@ -20,6 +20,8 @@ from slurm_cluster import GUARD_S, Slurm
 from test_apps import needs_two_cores
 from test_slurm_run import processes
 
+from rfaas_mpi.slurm import facts
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 RFAAS = Path(sys.executable).with_name("rfaas")
 
@@ -258,6 +260,23 @@ def test_nodes_that_are_to_be_left_alone_are_and_what_is_to_be_emptied_is_left()
                 slurm.run("scancel", *others)
                 pilots.until(lambda: pilots.lending() == {"n6"}, "one lends again")
             pilots.close()
+
+
+# Fixed lengths are tried one after another, which takes 20 s for each.
+@needs_two_cores
+@pytest.mark.parametrize("options", [("--time-min", 1), *[()] * LONG], ids=str)
+def test_pilots_fit_into_what_is_left_before_a_reservation(slurm, options):
+    # Slurm keeps some time between a job's end and what comes after it.
+    slurm.run("scontrol", "create", "reservation", "starttime=now+6minutes", "duration=60", "nodes=ALL",
+              "reservationname=soon", f"users={getpass.getuser()}", "flags=maint,ignore_jobs")
+    try:
+        with Pilots(slurm, "--nodes-max", 1, "--lengths", "2,30", *options) as pilots:
+            pilots.until(pilots.lending, "one lends")
+            limit = slurm.run("squeue", "-h", "-p", "low", "-t", "RUNNING", "-o", "%l").strip()
+            assert 60 <= facts.seconds(limit) <= 360, limit
+            pilots.close()
+    finally:
+        slurm.run("scontrol", "delete", "reservationname=soon")
 
 
 def states(slurm: Slurm) -> list[str]:

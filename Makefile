@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-c test-python guest soak bench apps apps-figures sdist clean
+.PHONY: help setup demo test test-c test-python guest soak bench apps apps-figures slurm-report sdist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -24,7 +24,7 @@ setup: $(VENV)/.installed  ## system packages, .venv and the build; quick the se
 
 # Tests need more than use does: a guest with RDMA devices. One apt at a time, and
 # headers before what is built if they are there.
-ifneq ($(filter test test-c test-python guest fuzz fuzz-cover,$(MAKECMDGOALS)),)
+ifneq ($(filter test test-c test-python guest fuzz fuzz-cover slurm-report,$(MAKECMDGOALS)),)
 setup $(VENV)/.created: | $(VENV)/.test-packages
 endif
 # The other MPI library, whose mpiexec must not take the first one's place.
@@ -88,6 +88,7 @@ soak: setup  ## ten million invocations in all styles, a million under kills, a 
 	RFAAS_SOAK_CLUSTER=1 RFAAS_SOAK_GIL_SECONDS=30 RFAAS_SOAK_AWAY_SECONDS=60 $(PY) -m pytest tests/test_cluster.py tests/test_cluster_nodes.py tests/test_cluster_life.py tests/test_cluster_disk.py --timeout 3600
 	RFAAS_SOAK_SITE_SECONDS=120 $(PY) -m pytest tests/test_slurm_site.py --timeout 1200
 	RFAAS_SOAK_PREEMPTION=CANCEL:0,CANCEL:60,REQUEUE:0,SUSPEND:0 $(PY) -m pytest tests/test_slurm_pilots.py --timeout 600
+	RFAAS_SOAK_SLURM_REPORT=1 $(PY) -m pytest tests/test_slurm_report.py --timeout 600
 	RFAAS_SOAK_CLUSTER_FAULTS=500 $(PY) -m pytest tests/test_cluster_soak.py -s --timeout 7200
 	RFM_TEST_SCALE=20 $(MAKE) --no-print-directory test-c C_TIMEOUT=3600
 	RFM_TEST_SCALE=100 $(MAKE) --no-print-directory check-asan-test_many $(C_TRANSPORTS:%=check-asan-%-test_many) C_TIMEOUT=3600
@@ -109,6 +110,11 @@ apps-figures: setup  ## the apps' part of docs/benchmarks.md, on a machine with 
 	$(PY) benchmarks/apps.py run --over shm --rounds $(or $(ROUNDS),30) --out benchmarks --machine 2core-vm
 	$(PY) benchmarks/apps.py run --over tcp --rounds $(or $(ROUNDS),9) --out benchmarks --machine 2core-vm
 	$(PY) benchmarks/apps.py report --docs docs/benchmarks.md --plot docs/apps.png benchmarks/app-*-2core-vm.json
+
+slurm-report: setup  ## pilots and hooks on a real Slurm (root, a quarter of an hour): one JSON and a timeline
+	@mkdir -p $(OUT)
+	$(PY) benchmarks/slurm.py run --out $(OUT)/slurm-report.json $(SLURM_REPORT_OPTIONS)
+	$(PY) benchmarks/slurm.py report --plot $(OUT)/slurm-report.png $(OUT)/slurm-report.json
 
 sdist: setup  ## a source distribution under dist/
 	@rm -rf dist

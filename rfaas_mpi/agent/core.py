@@ -23,8 +23,8 @@ from enum import StrEnum
 
 from rfaas_mpi.messages import Revoking, WorkerEnded, WorkerReady
 
-__all__ = ["AgentCore", "Close", "Exit", "Fork", "Freed", "Halt", "KernelMeter", "Kill", "Meter", "Move", "Page", "Quit",
-           "Stopped", "Tell", "Worker", "classify"]
+__all__ = ["AgentCore", "Close", "Exit", "Fork", "Freed", "Halt", "KernelMeter", "Kill", "Meter", "Move", "Page",
+           "Quit", "Stopped", "Tell", "Withdraw", "Worker", "classify"]
 
 LAST_LINES = 20
 CLOSED_KEPT = 64                     # connections of a worker, of which it is known whose they were

@@ -159,6 +159,8 @@ class Orders(msgspec.Struct, frozen=True):
     public keys from now on, and of no others (none: as before). `register`: this manager
     doesn't know the agent; register again, under the same name. `clock_ns` is that of
     the report which this answers, whose used lines are on disk; 0: it answers none.
+    `lending`: the batch jobs on this node whose owners lend what they leave idle; None:
+    nobody asks the batch system.
     """
 
     stop: tuple[StopOrder, ...] = ()
@@ -166,6 +168,7 @@ class Orders(msgspec.Struct, frozen=True):
     keys: tuple[bytes, ...] = ()
     register: bool = False
     clock_ns: int = 0
+    lending: tuple[str, ...] | None = None
 
 
 # --- ranks --------------------------------------------------------------------

@@ -172,6 +172,9 @@ class Settings:
     ca_file: str | None = _setting(None, str, "who certifies the manager, for https; default: whom the system trusts")
     transport: str = _setting("auto", _choice("auto", "shm", "tcp", "verbs", "inline"),
                               "how invocations travel; auto: shm on one node, else verbs or tcp; inline: run in the rank")
+    lend_jobs: str = _setting("opt-in", _choice("opt-in", "all", "none"),
+                              "whether a site's agents lend what jobs leave idle of their own cores: those with "
+                              "--comment=lend, all, none")
     lend: str = _setting("auto", _lend, "whether to lend cores: auto, yes (even on a login node) or no")
     cores: tuple[int, ...] = _setting((), core_list, "lend exactly these cores, like 2-5,8; default: find out")
     linger_s: float = _setting(2.0, _number(float, 0), "how long the service stays after its last rank")
@@ -203,12 +206,12 @@ class Settings:
                                          "the switches above this node, from its leaf switch up, like leaf3,core")
     partition: str = _setting("", _name, "what nodes of one kind here are called, as the batch system's partition")
     slurm_template: str | None = _setting(None, str, "the site's batch script, in which `rfaas slurm script` fills in lines")
-    uid_min: int = _setting(1000, _number(int, 1, 0x7FFFFFFF), "the lowest uid that such an agent serves")
-    zygote_memory: int = _setting(2 << 30, size_of, "what another user's zygote may hold; 0: any amount")
-    memory_reserve: int = _setting(512 << 20, size_of, "memory of the node that is never lent")
     worker_identity: str = _setting("user", _choice("user", "pool"),
                                     "as whom workers run there: as who leased them, or as a user of the pool")
     worker_pool: str = _setting("", _uids, "the pool: uids that are nobody's, like 70000-70063")
+    uid_min: int = _setting(1000, _number(int, 1, 0x7FFFFFFF), "the lowest uid that such an agent serves")
+    zygote_memory: int = _setting(2 << 30, size_of, "what another user's zygote may hold; 0: any amount")
+    memory_reserve: int = _setting(512 << 20, size_of, "memory of the node that is never lent")
     low_priority: str = _setting("auto", _choice("auto", "yes", "no"),
                                  "workers leave their cores to whoever else wants them; auto: where owners may be")
     fallback: bool = _setting(True, _flag, "run on the rank what no worker could run")

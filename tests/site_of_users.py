@@ -66,6 +66,11 @@ class Service(Daemon):
         self._words = ["setpriv", "--pdeathsig", "KILL", interpreter(), "-m", "rfaas_mpi.cli", *map(str, words)]
         self._changes = changes
 
+    def add(self, *words: str, **changes: str) -> None:
+        """To its command and its environment, from its next start on."""
+        self._words += words
+        self._changes = {**self._changes, **changes}
+
     def start(self) -> None:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(

@@ -89,6 +89,21 @@ def test_a_fork_of_the_step_daemon_counts_once_it_is_the_user_s_program(node, tm
     assert observer.read(2.0).jobs[0].mask == {0}
 
 
+def test_no_thread_of_the_step_daemon_is_an_owner_s_whatever_its_name_is(node, tmp_path):
+    write(tmp_path / "cg/system.slice/slurmstepd.scope/job_1/step_0/cgroup.threads", "5\n6\n")
+    write(tmp_path / "proc/5/comm", "slurmstepd\n")
+    write(tmp_path / "proc/6/comm", "acctg_prof\n")
+    write(tmp_path / "proc/6/status", "Name:\tacctg_prof\nTgid:\t5\nPid:\t6\n")
+    masks = {5: 0b11, 6: 0b11, 7: 0b1, 8: 0b10}
+    observer = node(V2, mask_of=masks.get)
+    assert observer.read(0.0).jobs[0].mask is None
+    write(tmp_path / "cg/system.slice/slurmstepd.scope/job_1/step_0/cgroup.threads", "5\n6\n7\n8\n")
+    for thread, leader in ((7, 7), (8, 7)):
+        write(tmp_path / f"proc/{thread}/comm", "a.out\n")
+        write(tmp_path / f"proc/{thread}/status", f"Name:\ta.out\nTgid:\t{leader}\n")
+    assert observer.read(2.0).jobs[0].mask == {0, 1}, "threads of the owner's program are his"
+
+
 def test_a_task_that_another_pid_namespace_hides_may_run_anywhere(node, tmp_path):
     write(tmp_path / "cg/system.slice/slurmstepd.scope/job_1/step_0/user/task_0/cgroup.threads", "0\n")
     assert node(V2).read(0.0).jobs[0].mask == {0, 1, 2, 3}

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import msgspec
+
 from rfaas_mpi import api
 from rfaas_mpi import messages as msg
 from rfaas_mpi._version import __version__
@@ -45,9 +47,9 @@ from rfaas_mpi.agent.server import REASONS, AgentServer, Offer, SessionHandle
 from rfaas_mpi.agent.spawner import NOBODY, Spawner, leave_root, service_identity
 from rfaas_mpi.agent.tenure import Tenures
 from rfaas_mpi.agent.traits import cpu_type, owners_of, traits_of
+from rfaas_mpi.agent.users import Pool
 from rfaas_mpi.agent.window import Window
 from rfaas_mpi.config import Settings, uid_range
-from rfaas_mpi.agent.users import Pool
 from rfaas_mpi.errors import ConfigError, LeaseDenied, NodeTaken, ServiceError
 from rfaas_mpi.leases import Cause
 from rfaas_mpi.leases.grants import Admission, AgentKey, GrantBody, GrantRefused
@@ -58,6 +60,7 @@ __all__ = ["Agent", "Options", "run"]
 
 log = logging.getLogger("rfaas_mpi.agent.daemon")
 
+OWNERS_CLASSES = frozenset((CoreClass.UNUSED, CoreClass.IDLE))
 LEAVE_S = 5.0                        # what doesn't end with its grace is killed after this
 EMPTY_S = 2.0                        # a group whose processes were killed is empty after this
 EMPTY_AGAIN_S = 0.01
@@ -157,10 +160,10 @@ class Agent(AgentServer):
         self._watch: NodeWatch | None = None
         self._lowering: Lowering | None = None
         self._spawner: Spawner | None = None                 # closed with the workers
+        self._pool = range(0)                                # uids as which workers run; none: as their users
         self._terms: dict[int, tuple[int, int]] = {}         # lease → memory of each worker, our incarnation then
         self._listens = False
         self._changed = False                                # since the last report
-        self._pool = range(0)                                # uids as which workers run; none: as their users
         self._metered_at: float | None = None                # what workers used; None: there are none
         self._window = window or Window()
         self._open = True                                    # it has not ended
@@ -202,7 +205,8 @@ class Agent(AgentServer):
         self.workers.guard_memory(self.settings.memory_limit, low=by_group, zygote_bytes=self.settings.zygote_memory)
         if self.options.cores is None:
             policy = Policy(never=frozenset(keep), memory_reserve=self.settings.memory_reserve,
-                            low_priority=by_group or self.workers.low.means is not None)
+                            low_priority=by_group or self.workers.low.means is not None,
+                            by_default=OWNERS_CLASSES if self.settings.lend_jobs == "all" else frozenset())
             self._watch = NodeWatch(Detector(policy), Observer(usable=self._facts.cpuset, ours=own_step()))
             self.selector.register(self._watch, 1, lambda _m: self._look(time.monotonic()))
         self._look(time.monotonic())
@@ -336,7 +340,8 @@ class Agent(AgentServer):
                                   f"may use ({ranges(self._facts.cpuset)})", hint="correct --cores")
             seen = Lendable(explicit.cores, self._memory(), explicit.numa, explicit.kept)
         else:
-            report = self._found = self._watch.step(now)
+            report = self._found = self._watch.step(
+                now, self.workers.cpu_by_core() if self._watch.detector.wants_load else None)
             seen = Lendable(report.spare, min(report.memory_bytes, self._memory()),
                             {core.cpu: core.numa for core in report.cores if core.spare},
                             {core.cpu: core.why for core in report.cores if not core.spare})
@@ -484,6 +489,16 @@ class Agent(AgentServer):
             self._do(self.tenures.order(order, now), now)
         if orders.keys and self._admission is not None:
             self._admission.rotate(orders.keys)
+        if orders.lending is not None and self._watch is not None and self.settings.lend_jobs == "opt-in":
+            self._opted_in(self._watch.detector, orders.lending, now)
+
+    def _opted_in(self, detector: Detector, jobs: Iterable[str], now: float) -> None:
+        """The owners of these jobs lend what they leave idle of their cores, and no others do."""
+        opted_in = dict.fromkeys(jobs, OWNERS_CLASSES)
+        if opted_in != detector.policy.opted_in:
+            log.info("node=%s jobs that lend what they leave idle: %s", self.node, " ".join(opted_in) or "none")
+            detector.configure(msgspec.structs.replace(detector.policy, opted_in=opted_in))
+            self._look(now)
 
     def _report(self) -> None:
         if self._admission is None or self._link is None:

@@ -103,7 +103,7 @@ class Policy(msgspec.Struct, frozen=True):
 
     never: frozenset[int] = frozenset()    # the agent's own cores, say
     specialised: bool = False              # the administrator lends these
-    opted_in: dict[str, frozenset[CoreClass]] = {}  # job → which of its cores it lends
+    opted_in: dict[str, frozenset[CoreClass]] = {}  # job, or its number → which of its cores it lends
     by_default: frozenset[CoreClass] = frozenset()  # for jobs that aren't named
     low_priority: bool = False             # a worker's scheduling group can be given a low one
     buffer_share: float = 0.1              # of a job's physical cores, kept idle for it …
@@ -400,13 +400,16 @@ class Detector:
                 return "" if self.policy.specialised else "specialised, and the site doesn't lend these"
             case CoreClass.OWNED:
                 return f"job {_names(standing.owners)} may run there"
-        refusing = [name for name in standing.owners
-                    if standing.which not in self.policy.opted_in.get(name, self.policy.by_default)]
+        refusing = [name for name in standing.owners if standing.which not in self._lent_by(name)]
         if refusing:
             return f"{standing.which}, but job {_names(refusing)} doesn't lend it"
         if standing.which is CoreClass.IDLE and not self.policy.low_priority:
             return "idle, but no low priority can be given to a worker here"
         return ""
+
+    def _lent_by(self, job: str) -> frozenset[CoreClass]:
+        opted_in = self.policy.opted_in
+        return opted_in.get(job, opted_in.get(job.rpartition("/")[2], self.policy.by_default))
 
     def _buffers(self, jobs: Iterable[Job], worst: Mapping[int, _Standing], refusal: Mapping[int, str],
                  threads: Mapping[int, Collection[int]]) -> set[int]:

@@ -322,6 +322,7 @@ class ManagerLink:
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         self._news = asyncio.Event()                 # of the loop
+        self._lending: tuple[str, ...] | None = None         # as it was said last
         self._attempt = 0
         self._reached = True                         # or nobody was told yet that it isn't
         self._unexpected = ""                        # what was told last of its kind
@@ -511,8 +512,9 @@ class ManagerLink:
                 self._attempt = 0
             if orders.register:
                 raise _Again
-            if orders.stop or orders.keys or orders.superseded:
-                self._tell(api.Orders(orders.stop, orders.superseded, orders.keys))
+            if orders.stop or orders.keys or orders.superseded or orders.lending not in (None, self._lending):
+                self._lending = orders.lending
+                self._tell(api.Orders(orders.stop, orders.superseded, orders.keys, lending=orders.lending))
             if orders.superseded:
                 return
             if more:

@@ -497,11 +497,22 @@ class Observer:
         """Slurm's own: its step daemon, and what keeps the step open that stands for the allocation."""
         if tid in self._owners_tasks:
             return False
-        name = read_text(self._root / f"proc/{tid}/comm").strip()
-        if name == "slurmstepd" or (step == "step_extern" and name == "sleep"):
+        name = self._name(tid)
+        if name == "slurmstepd" or (step == "step_extern" and name == "sleep") or self._leader_s_name(tid) == "slurmstepd":
             return True              # not for ever: a daemon's fork becomes the user's program
         self._owners_tasks.add(tid)
         return False
+
+    def _name(self, tid: int) -> str:
+        return read_text(self._root / f"proc/{tid}/comm").strip()
+
+    def _leader_s_name(self, tid: int) -> str:
+        """Of the process that the thread is of: the daemon's own threads have other names (acctg, acctg_prof)."""
+        for line in read_text(self._root / f"proc/{tid}/status").splitlines():
+            name, _, value = line.partition(":")
+            if name == "Tgid" and value.strip().isdecimal() and int(value) != tid:
+                return self._name(int(value))
+        return ""
 
     def _facts(self) -> Observed:
         jobs = []

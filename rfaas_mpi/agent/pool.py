@@ -429,6 +429,15 @@ class WorkerHandle:
                 found.append(KernelMeter("".join(each for each in text if each.isprintable()), exec_ns, count))
         return tuple(found)
 
+    def own_cpu_s(self) -> float | None:
+        """CPU time of its process alone, asked ten times a second; None: there is none (any more)."""
+        if self.pidfd < 0 or self.foreign:
+            return None
+        try:
+            return time.clock_gettime(~self.pid << 3 | _CPU_CLOCK)
+        except OSError:
+            return None
+
     def cpu_s(self) -> float:
         """CPU time of its process so far, by the kernel's clock, and of those that it started and that have ended."""
         if self.pidfd >= 0 and not self.foreign:

@@ -357,6 +357,16 @@ class Workers:
             found[handle.lease] = max([found.get(handle.lease, 0.0), *times])
         return found
 
+    def cpu_by_core(self) -> dict[int, float]:
+        """CPU time that those which run have used so far, on each of their cores, of several as much on each."""
+        used: dict[int, float] = {}
+        for number, handle in self._handles.items():
+            worker = self.core.workers.get(number)
+            if worker is not None and (cpu_s := handle.own_cpu_s()) is not None:
+                for core in worker.seat.cores:
+                    used[core] = used.get(core, 0.0) + cpu_s / len(worker.seat.cores)
+        return used
+
     def zygotes_status(self) -> list[dict[str, Any]]:
         """And about each zygote."""
         return [{"key": key, "pid": zygote.pid, "ready": zygote.ready, "workers": len(zygote.workers),

@@ -34,7 +34,7 @@ from rfaas_mpi.manager.policy import Policy, load_policy
 from rfaas_mpi.manager.server import ManagerServer
 from rfaas_mpi.remote import Address
 from rfaas_mpi.slurm.reader import Reader
-from rfaas_mpi.slurm.run import planned_starts
+from rfaas_mpi.slurm.run import seen
 
 __all__ = ["Facts", "Options", "run", "state_directory"]
 
@@ -129,8 +129,8 @@ async def _serve(options: Options, keys: Keys, tls: ssl.SSLContext | None, ready
     ledger = await _ledger(options, keys, ended)
     if ledger is None:
         return
-    planned = Reader(planned_starts) if options.slurm else None
-    server = ManagerServer(ledger, keys=keys, policy=policy, callers=callers, planned=planned)
+    slurm = Reader(seen) if options.slurm else None
+    server = ManagerServer(ledger, keys=keys, policy=policy, callers=callers, slurm=slurm)
     async with server:
         with collecting(), _socket_place(options.socket):
             await server.listen_unix(options.socket)

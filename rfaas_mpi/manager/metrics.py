@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from rfaas_mpi.leases import LeaseState
 from rfaas_mpi.manager.cluster import Cluster
+from rfaas_mpi.slurm.facts import Seen
 from rfaas_mpi.slurm.reader import Reader
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
@@ -47,7 +48,7 @@ class _AsItStands(Collector):
 class Metrics:
     """Owns its registry; `text` may be called at any time by the thread that the cluster belongs to."""
 
-    def __init__(self, cluster: Cluster, planned: Reader[dict[str, float]] | None = None) -> None:
+    def __init__(self, cluster: Cluster, slurm: Reader[Seen] | None = None) -> None:
         # When a counter began is nothing that anybody asks for.
         prometheus_client.disable_created_metrics()
         self._registry = CollectorRegistry()
@@ -62,9 +63,9 @@ class Metrics:
         self.write_failures = Counter("rfaas_manager_ledger_write_failures", "Groups that could not be written.",
                                       registry=self._registry)
 
-        if planned is not None:
+        if slurm is not None:
             Gauge("rfaas_manager_slurm_age_seconds", "Since when it was not heard what Slurm plans (NaN: never yet).",
-                  registry=self._registry).set_function(lambda: nan if planned.age_s is None else planned.age_s)
+                  registry=self._registry).set_function(lambda: nan if slurm.age_s is None else slurm.age_s)
 
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""

@@ -51,7 +51,7 @@ from rfaas_mpi.manager.registry import Group, Registry
 from rfaas_mpi.messages import LeaseRequest, RankAt
 from rfaas_mpi.placement import Placer
 from rfaas_mpi.remote import Address, listen, tune
-from rfaas_mpi.slurm.facts import LEAD_S
+from rfaas_mpi.slurm.facts import LEAD_S, Seen
 from rfaas_mpi.slurm.reader import Reader
 from rfaas_mpi.types import TcpOptions
 
@@ -176,10 +176,11 @@ class ManagerServer:
 
     def __init__(self, ledger: Ledger, *, keys: Keys | None = None, policy: Policy = Policy(),
                  callers: Callers | None = None, clock: Callable[[], float] = time.monotonic,
-                 planned: Reader[dict[str, float]] | None = None) -> None:
-        """`planned`: node → when a job is to start there, in seconds since the epoch."""
+                 slurm: Reader[Seen] | None = None) -> None:
+        """`slurm`: what is planned for nodes, and whose jobs there lend what they leave idle."""
         self._clock = clock
-        self._planned = planned
+        self._slurm = slurm
+        self._lending: dict[str, tuple[str, ...]] | None = None    # node → jobs; None: it isn't known
         self.callers = callers or Callers()
         self._ledger = ledger
         self._policy_is = policy
@@ -194,7 +195,7 @@ class ManagerServer:
         # Users' own that aren't heard of are forgotten some day.
         self.cluster.expected(self.directory.nodes, clock())
         self.keys = keys or Keys.fresh()
-        self.metrics = Metrics(self.cluster, planned)
+        self.metrics = Metrics(self.cluster, slurm)
         self.callers.when_refused = self.metrics.unproved.inc
         self._closing = False
         self._asking: dict[tuple[int, int], _Asked] = {}
@@ -252,8 +253,8 @@ class ManagerServer:
                        asyncio.create_task(self.callers.watch(self._runner.server))]
         if self._ledger.keep_s is not None:
             self._tasks.append(asyncio.create_task(self._keep_leading(self._ledger.keep_s)))
-        if self._planned is not None:
-            self._tasks.append(asyncio.create_task(self._keep_planned(self._planned)))
+        if self._slurm is not None:
+            self._tasks.append(asyncio.create_task(self._keep_reading(self._slurm)))
         return self
 
     async def wait(self) -> None:
@@ -442,20 +443,27 @@ class ManagerServer:
             self.registry.agents(node, ())
             self._do([])
 
-    async def _keep_planned(self, planned: Reader[dict[str, float]]) -> None:
-        """Reads again and again what is planned for nodes; it ends their windows from their next report on."""
+    async def _keep_reading(self, slurm: Reader[Seen]) -> None:
+        """Reads again and again what is planned for nodes, and ends their windows from their next report on; whose jobs
+        lend is said in answer to reports.
+        """
         away = ""
         while True:
             # In a thread of its own: a slurmctld that is busy may take half a minute.
-            starts = await asyncio.to_thread(planned.look)
-            if planned.error and planned.error != away:
-                log.warning("what is planned for nodes can't be read, what is known stays: %s", planned.error)
-            elif away and not planned.error:
+            seen = await asyncio.to_thread(slurm.look)
+            if slurm.error and slurm.error != away:
+                log.warning("what is planned for nodes can't be read, what is known stays: %s", slurm.error)
+            elif away and not slurm.error:
                 log.info("what is planned for nodes can be read again")
-            away = planned.error
+            away = slurm.error
+            if seen is not None:
+                before, self._lending = self._lending or {}, seen.lending
+                for node, (_, channel) in self._channels.items():
+                    if "/" not in node and (jobs := seen.lending.get(node, ())) != before.get(node, ()):
+                        self._tell(channel, api.Orders(lending=jobs))
             later = self._clock() - time.time()
-            self.cluster.windows_end({node: at - LEAD_S + later for node, at in (starts or {}).items()})
-            await asyncio.sleep(planned.next_in_s)
+            self.cluster.windows_end({node: at - LEAD_S + later for node, at in (() if seen is None else seen.starts.items())})
+            await asyncio.sleep(slurm.next_in_s)
 
     async def _keep_leading(self, every_s: float) -> None:
         since: float | None = None       # it fails
@@ -606,7 +614,8 @@ class ManagerServer:
         return api.Orders(
             stop=tuple(_order(action) for action in actions if isinstance(action, StopWorkers) and action.node == name),
             superseded=superseded, register=not known and not superseded, clock_ns=body.clock_ns,
-            keys=self.directory.say(name, body.incarnation, self.keys.public) if known and not superseded else ())
+            keys=self.directory.say(name, body.incarnation, self.keys.public) if known and not superseded else (),
+            lending=None if self._lending is None or uid not in self.cluster.policy.lenders else self._lending.get(name, ()))
 
     async def _channel(self, request: web.Request) -> web.StreamResponse:
         """One kept-alive connection of an agent: reports up, orders down, whenever there are some."""

@@ -9,7 +9,8 @@ import msgspec
 
 from rfaas_mpi.errors import ConfigError
 
-__all__ = ["ENDS", "JOBS", "LEAD_S", "NODES", "PLANNED", "Allocation", "Job", "Nodes", "Until", "allocation",
+__all__ = ["COMMENTS", "ENDS", "HAS_NODES", "JOBS", "LEAD_S", "NODES", "PLANNED", "Allocation", "Job", "Nodes", "Seen",
+           "Until", "allocation", "lending",
            "config_value", "core_ids", "counts", "end_of", "hosts", "jobs", "node_addresses", "nodes", "physical", "planned", "records",
            "reserved", "seconds", "step_of", "whole_cores"]
 
@@ -21,6 +22,17 @@ LEAD_S = 5.0
 # When a job ends; where a job that waits is to start, and when. Times are seconds since the epoch (run.read has them so).
 ENDS = "%A|%e"
 PLANNED = "%i|%S|%Y"
+# Of a job that has nodes, in whatever state: what its owner says of it, which may be anything and is last.
+COMMENTS = "%A|%N|%k"
+HAS_NODES = "RUNNING,SUSPENDED,STOPPED,COMPLETING,CONFIGURING"
+LEND = "lend"                        # among the words of a job's comment: what it leaves idle may be lent
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """What a cluster's manager reads: node → when it is needed next (seconds since the epoch), node → jobs that lend."""
+
+    starts: dict[str, float] = {}
+    lending: dict[str, tuple[str, ...]] = {}
 
 
 class Allocation(msgspec.Struct, frozen=True):
@@ -183,6 +195,27 @@ def planned(shown: str) -> dict[str, float]:
         if len(parts) == 3 and parts[1].isdigit() and parts[2] not in ("", "(null)", "N/A"):
             _first(found, parts[2], float(parts[1]))
     return found
+
+
+def lending(shown: str) -> dict[str, tuple[str, ...]]:
+    """Node → jobs there whose owners lend what they leave idle, from `squeue -h -t HAS_NODES -o` with COMMENTS.
+
+    A comment may hold ends of lines, and so a line that says so of somebody else's job: each that is about a job has to.
+    """
+    says: dict[str, list[bool]] = {}
+    where: dict[str, str] = {}
+    for line in shown.splitlines():
+        job, _, rest = line.partition("|")
+        names, bar, comment = rest.partition("|")
+        if job.isdecimal() and bar:
+            says.setdefault(job, []).append(LEND in re.split(r"[\s,;]+", comment))
+            where.setdefault(job, names)
+    found: dict[str, list[str]] = {}
+    for job, all_of_them in says.items():
+        if all(all_of_them) and where[job] not in ("", "(null)"):
+            for node in hosts(where[job]):
+                found.setdefault(node, []).append(job)
+    return {node: tuple(jobs) for node, jobs in found.items()}
 
 
 def reserved(shown: str) -> dict[str, float]:

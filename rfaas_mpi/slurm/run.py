@@ -38,7 +38,7 @@ from rfaas_mpi.slurm.layout import NodeLayout
 from rfaas_mpi.slurm.reader import EVERY_S, Reader
 
 __all__ = ["NARROWING", "Manager", "NodePlan", "Plan", "Said", "Wanted", "ask", "clear_killed", "cpus_here", "held",
-           "listen_at", "planned_starts", "private", "read", "rfaas", "run", "told_to_end"]
+           "listen_at", "planned_starts", "private", "read", "rfaas", "run", "seen", "told_to_end"]
 
 # When a job ends is looked at after a sixth of the time that it has left, and at least once a minute.
 _LOOK_PART, _LOOK_MAX_S = 6, 60.0
@@ -308,6 +308,12 @@ def planned_starts() -> dict[str, float]:
     for node, at in facts.reserved(read(["scontrol", "show", "reservation", "-o"])).items():
         starts[node] = min(at, starts.get(node, at))
     return starts
+
+
+def seen() -> facts.Seen:
+    """All that a manager asks of Slurm, once. ServiceError."""
+    return facts.Seen(planned_starts(),
+                      facts.lending(read(["squeue", "-h", "-a", "-t", facts.HAS_NODES, "-o", facts.COMMENTS])))
 
 
 def _answer(process: subprocess.Popen[bytes]) -> str:

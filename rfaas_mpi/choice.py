@@ -164,6 +164,15 @@ class Choice:
             return f"the lease ends in {_time(max(load.left_s, 0.0))}"
         return ""
 
+    def surely_here(self, size: float, here: int) -> bool:
+        """Whether `decide` says so however little travels, and whatever the workers do."""
+        alone = self.alone
+        if not alone.known:
+            return False
+        way = self.own_way if self.own_way.known else self.way
+        took = (alone.fixed + alone.slope * size) * (1.0 + self.known.crowding * here)
+        return took < (way.fixed if way.known else self.way_s)
+
     def judge(self, size: float, nbytes: float, load: Load) -> tuple[bool, str]:
         """Whether a worker is expected to be done sooner, and why; nothing is changed."""
         here, there = self.here_s(size, load.here), self.there_s(size, nbytes, load)

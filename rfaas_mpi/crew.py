@@ -312,6 +312,11 @@ class Crew:
                     peer._peers = [ref for ref in peer._peers if ref() is not request]
             request._peers = []
 
+    @property
+    def busy(self) -> bool:
+        """Whether there are requests that somebody may still wait for."""
+        return len(self._spans) > 0
+
     def peers(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> list[Any]:
         """The requests that use the memory of these arrays in a way that clashes."""
         if not len(self._spans):

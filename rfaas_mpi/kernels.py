@@ -391,6 +391,7 @@ class Kernel:
         self.name = name
         self.wants_out = wants_out
         self._function = source.function
+        self._calls: dict[Any, PythonCall] = {}      # by which inputs are numbers, and how many outputs there are
         if self._function is not None:
             functools.update_wrapper(self, self._function, updated=())
         if kind in _ABI_OF:
@@ -457,8 +458,11 @@ class Kernel:
         """A function without parameters that runs it here on these arrays."""
         if self.kind in _ABI_OF:
             return self._origin.local().bind(inputs, outputs)
-        scalar = tuple(array.ndim == 0 for array in inputs)
-        return PythonCall(self._function, self.name, self.wants_out, scalar, len(outputs)).bind(inputs, outputs)
+        pattern = tuple([array.ndim == 0 for array in inputs]), len(outputs)
+        call = self._calls.get(pattern)
+        if call is None:
+            call = self._calls[pattern] = PythonCall(self._function, self.name, self.wants_out, *pattern)
+        return call.bind(inputs, outputs)
 
     def native(self) -> native.NativeFunction | None:
         """The function itself, loaded here; None for Python kernels."""

@@ -9,6 +9,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+import faults
 import numpy as np
 import pytest
 import transports
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rfaas_mpi as rf
-from rfaas_mpi import Executor, KernelError, NestedError
+from rfaas_mpi import ClosedError, Executor, InvalidBuffer, KernelError, NestedError
 from rfaas_mpi.choice import Choice, Known, Load
 from rfaas_mpi.kernels import object_kernel
 from rfaas_mpi.offloading import _measure_buffers
@@ -293,6 +294,74 @@ def test_buffers_go_where_they_are_done_sooner_too(worker):
     assert sum(call() != RANK for _ in range(40)) > 20
     [known] = worker.explain()
     assert known.offload and known.nbytes == 1616
+
+
+@rf.kernel
+def counted(x, out):
+    """Writes to its input, where it is told to."""
+    if x[0] < 0:
+        x[0] = 0
+    out[...] = x + 1
+
+
+def test_a_call_on_shapes_that_ran_here_is_not_looked_at_again_and_checked_like_the_first(worker):
+    x, out = np.arange(8.0), np.empty(8)
+    for _ in range(50):
+        worker.Offload(counted, x, out)
+    offloads = worker._offloads
+    assert offloads.invoke_again(counted, x, out), "it is known to run here"
+    for n in range(50):
+        fresh = np.full(8, float(n))
+        assert (worker.Offload(counted, (fresh,), np.empty(8)) == n + 1).all()
+    both = np.zeros(12)
+    for given, result in ((both[:8], both[4:]), (x, both[::2][:4]), (x, np.broadcast_to(0.0, 8)), (x, None)):
+        with pytest.raises(InvalidBuffer):
+            worker.Offload(counted, given, result)
+    with pytest.raises(KernelError, match="read-only"):
+        worker.Offload(counted, -np.ones(8), out)
+    with pytest.raises(KernelError, match="shape"):
+        worker.Offload(counted, x, np.empty(9))
+    assert (worker.Offload(counted, (x,), out) == x + 1).all()
+    [known] = [known for known in worker.explain() if known.nbytes == 128]
+    assert known.runs_here > 100 and not known.runs_there
+    worker.shutdown()
+    with pytest.raises(ClosedError):
+        worker.Offload(counted, x, out)
+
+
+def test_an_array_of_a_request_in_flight_is_refused_where_the_call_would_run_here(worker, tmp_path):
+    x, out = np.arange(8.0), np.empty(8)
+    for _ in range(50):
+        worker.Offload(counted, x, out)
+    begun, flag = tmp_path / "begun", tmp_path / "flag"
+    request = worker.Iinvoke(faults.fills_when, (faults.text(begun), faults.text(flag)), out)
+    try:
+        with pytest.raises(InvalidBuffer, match="in flight"):
+            worker.Offload(counted, x, out)
+    finally:
+        flag.touch()
+    request.Wait()
+    assert (worker.Offload(counted, x, out) == x + 1).all()
+
+
+def test_shapes_that_ran_here_go_to_a_worker_once_that_is_sooner(worker):
+    rank, took, out = np.array([RANK]), np.zeros(1), np.zeros(1, np.int64)
+
+    def call(here_s: float) -> int:
+        took[0] = here_s
+        worker.Offload(slow_on_the_rank, (rank, took), out)
+        return int(out[0])
+
+    for _ in range(50):
+        assert call(0.0) == RANK
+    until_there(lambda: call(0.003))
+
+
+@rf.kernel
+def slow_on_the_rank(rank, seconds, out):
+    if os.getpid() == rank[0]:
+        time.sleep(seconds[0])
+    out[...] = os.getpid()
 
 
 @rf.kernel

@@ -21,6 +21,7 @@ from cluster import Daemon
 from lending_node import HOOK
 from slurm_cluster import Slurm
 from test_apps import needs_two_cores
+from test_slurm_pilots import Pilots, temporary
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RFAAS = Path(sys.executable).with_name("rfaas")
@@ -54,8 +55,10 @@ IMPATIENT = {"RFAAS_TCP_IDLE_S": "1", "RFAAS_TCP_PROBE_S": "1", "RFAAS_TCP_PROBE
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[Slurm]:
-    settings = {"SlurmdTimeout": 30, "Prolog": HOOK, "Epilog": HOOK, "PrologFlags": "Alloc,Contain"}
-    with slurm_cluster.cluster(3, 2, apart=True, confined=True, settings=settings) as found:
+    settings = {"SlurmdTimeout": 30, "Prolog": HOOK, "Epilog": HOOK, "PrologFlags": "Alloc,Contain",
+                "PreemptType": "preempt/partition_prio", "PreemptMode": "CANCEL"}
+    partitions = ("low PriorityTier=1 PreemptMode=CANCEL GraceTime=0 MaxTime=30", "high PriorityTier=10 PreemptMode=OFF")
+    with slurm_cluster.cluster(3, 2, apart=True, confined=True, settings=settings, partitions=partitions) as found:
         (found.directory / "program.py").write_text(PROGRAM)
         yield found
 
@@ -366,6 +369,32 @@ def test_a_sites_agents_lend_again_after_each_fault_and_leave_nothing(slurm):
         program.end()
         service.close()
     nothing_left(slurm)
+
+
+# --- with pilots ------------------------------------------------------------------------------------------
+
+def pilots_of(slurm: Slurm) -> list[str]:
+    return slurm.run("squeue", "-h", "-p", "low", "-t", "RUNNING", "-o", "%i").split()
+
+
+def test_pilots_lend_on_through_faults_and_leave_nothing(slurm):
+    first, second, _ = slurm.names
+    with Pilots(slurm, "--nodes-max", 3, "--lengths", "10,20") as pilots:
+        environment = pilots.environment()
+        pilots.until(lambda: pilots.lending() == set(slurm.names), "all nodes lend")
+        with Borrower(slurm, {**environment, **IMPATIENT}) as program:
+            program.has(3)
+            killed_slurmd(program, first)
+            cut(program, second)
+            job, *_ = pilots_of(slurm)
+            slurm.run("scontrol", "requeue", job, check=False)     # refused: it would begin with a manager's old address
+            slurm.run("scancel", job)
+            assert slurm.ended(int(job)) == "CANCELLED"
+            program.goes_on()
+            program.end()
+        pilots.close()
+    nothing_left(slurm)
+    slurm.wait_until(lambda: not list(temporary(slurm).iterdir()), "nodes have no files of pilots")
 
 
 if FAULTS:

@@ -85,7 +85,7 @@ class Pilots:
                  self.directory, *options]
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                [*map(str, words)], stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=slurm.directory,
+                slurm.at("", words), stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=slurm.directory,
                 env=environment_of(slurm, user))
 
     @property

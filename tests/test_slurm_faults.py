@@ -5,13 +5,14 @@ On nodes that are apart (root), so that a link can be cut and all that a node ha
 
 from __future__ import annotations
 
+import getpass
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -173,8 +174,9 @@ def lossy(program: Program, node: str) -> None:
     program.slurm.network.heal()
 
 
-ON_ANY_NODE = (killed_slurmd, killed_slurmctld, drained)
-ON_OTHERS = (cut, lossy)             # and not on that of the program
+Fault = Callable[[Program, str], None]
+ON_ANY_NODE: tuple[Fault, ...] = (killed_slurmd, killed_slurmctld, drained)
+ON_OTHERS: tuple[Fault, ...] = (cut, lossy)             # and not on that of the program
 
 
 # --- ends of a job, after each of which nothing is left -------------------------------------------------
@@ -289,6 +291,12 @@ class Service:
     def said(self) -> str:
         return "\n".join(f"{each.log.name}\n{each.said()[-3000:]}" for each in (self.manager, *self.agents.values()))
 
+    def killed_agent(self, program: Program, node: str) -> None:
+        """A fault of its own."""
+        self.agents[node].kill()
+        program.goes_on()
+        self.agents[node].start()
+
     def close(self) -> None:
         """Safe to call twice."""
         for daemon in (*self.agents.values(), self.manager):
@@ -345,12 +353,6 @@ def owner(slurm: Slurm, node: str) -> int:
     return job
 
 
-def killed_agent(service: Service, program: Program, node: str) -> None:
-    service.agents[node].kill()
-    program.goes_on()
-    service.agents[node].start()
-
-
 def test_a_sites_agents_lend_again_after_each_fault_and_leave_nothing(slurm):
     first, second, third = slurm.names
     with Service(slurm) as service, Borrower(slurm, service.environment) as program:
@@ -362,7 +364,7 @@ def test_a_sites_agents_lend_again_after_each_fault_and_leave_nothing(slurm):
         program.goes_on()
         slurm.run("scontrol", "requeuehold", jobs[0])
         slurm.run("scancel", *jobs)
-        killed_agent(service, program, third)
+        service.killed_agent(program, third)
         drained(program, second)
         killed_slurmctld(program, first)
         program.has(3)
@@ -398,16 +400,22 @@ def test_pilots_lend_on_through_faults_and_leave_nothing(slurm):
 
 
 if FAULTS:
+    def at_random(dice: random.Random, program: Program, nodes: Sequence[str], kinds: Sequence[Fault]) -> None:
+        """One of these faults, on one of these nodes."""
+        fault, node = dice.choice(kinds), dice.choice(nodes)
+        print(f"{fault.__name__} {node} after {program.rounds()} rounds", flush=True)
+        fault(program, node)
+
     def test_faults_at_random_in_jobs_that_lend_to_themselves(slurm):
         dice, done = random.Random(SEED), 0
         while done < FAULTS:
             job = Job(slurm)
             for _ in range(dice.randrange(4)):
-                fault, nodes = dice.choice([*((each, slurm.names) for each in ON_ANY_NODE),
-                                            *((each, slurm.names[1:]) for each in ON_OTHERS)])
-                node = dice.choice(nodes)
-                print(f"job {job.number}: {fault.__name__} {node}", flush=True)
-                fault(job, node)
+                # (Its own node is not cut off: the test would have to wait for Slurm to give it up.)
+                if dice.random() < 0.6:
+                    at_random(dice, job, slurm.names, ON_ANY_NODE)
+                else:
+                    at_random(dice, job, slurm.names[1:], ON_OTHERS)
                 done += 1
             for fault in (without_agents, requeued):
                 if dice.random() < 0.3:
@@ -420,3 +428,41 @@ if FAULTS:
             done += 1
             slurm.wait_until(lambda: not slurm.run("squeue", "-h"), "Slurm is done with it")
             nothing_left(slurm)
+
+    def test_faults_at_random_while_a_sites_agents_lend(slurm):
+        dice = random.Random(SEED)
+        with Service(slurm) as service, Borrower(slurm, service.environment) as program:
+            program.has(3)
+            jobs: dict[str, int] = {}
+            for number in range(FAULTS):
+                at_random(dice, program, slurm.names, (*ON_ANY_NODE, *ON_OTHERS, service.killed_agent))
+                if (node := dice.choice(slurm.names)) not in jobs:
+                    jobs[node] = owner(slurm, node)
+                else:
+                    slurm.run("scancel", jobs.pop(node))
+                if number % 10 == 9:
+                    slurm.run("scancel", "--state=RUNNING", "--user", getpass.getuser())
+                    jobs.clear()
+                    program.has(3)
+            slurm.run("scancel", "--state=RUNNING", "--user", getpass.getuser())
+            program.end()
+            service.close()
+        slurm.wait_until(lambda: not slurm.run("squeue", "-h"), "Slurm is done with all jobs")
+        nothing_left(slurm)
+
+    def test_faults_at_random_while_pilots_lend(slurm):
+        dice = random.Random(SEED)
+        with Pilots(slurm, "--nodes-max", 3, "--lengths", "10,20") as pilots:
+            environment = pilots.environment()
+            with Borrower(slurm, {**environment, **IMPATIENT}) as program:
+                program.has(3)
+                for number in range(FAULTS):
+                    at_random(dice, program, slurm.names, (*ON_ANY_NODE, *ON_OTHERS))
+                    if dice.random() < 0.2 and (jobs := pilots_of(slurm)):
+                        slurm.run("scancel", dice.choice(jobs))
+                    if number % 10 == 9:
+                        program.has(3)
+                program.end()
+            pilots.close()
+        nothing_left(slurm)
+        slurm.wait_until(lambda: not list(temporary(slurm).iterdir()), "nodes have no files of pilots")

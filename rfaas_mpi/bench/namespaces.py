@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,17 +16,18 @@ from rfaas_mpi.bench.raw import BenchError
 
 __all__ = ["Place", "other_node"]
 
-# A network of documentation (RFC 5737): nobody's real one is hidden.
-_HERE, _THERE, _PREFIX = "198.51.100.1", "198.51.100.2", 30
+# Of a network of documentation (RFC 5737): nobody's real one is hidden. Each of its parts has two hosts.
+_NETWORK, _PREFIX, _PARTS = "198.51.100", 30, 64
 _GUARD_S = 30.0
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the agent runs: its command goes behind `prefix`, and it listens on `host`."""
+    """Where the agent runs: its command goes behind `prefix`, and it listens on `host`, behind our `device`."""
 
     prefix: tuple[str, ...] = ()
     host: str = "127.0.0.1"
+    device: str = "lo"
 
 
 @contextmanager
@@ -41,22 +44,46 @@ def other_node(*, wanted: bool = True) -> Iterator[Place]:
         raise BenchError("network namespaces can't be made: " + (f"there is no {missing[0]}" if missing else
                                                                  "this isn't root"),
                          hint="run it as root, with util-linux and iproute2; or leave --namespaces out")
-    # It ends with its stdin, however we end, and takes its device and so the other one along.
-    owner = subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    device = f"rfaas{os.getpid()}"
-    try:
-        _wait(owner)
-        enter = ("nsenter", f"--net=/proc/{owner.pid}/ns/net", "--")
-        _ip("link", "add", device, "type", "veth", "peer", "name", "rfaas0", "netns", str(owner.pid))
-        for prefix, name, address in (((), device, _HERE), (enter, "rfaas0", _THERE)):
-            _ip("address", "add", f"{address}/{_PREFIX}", "dev", name, prefix=prefix)
-            _ip("link", "set", name, "up", prefix=prefix)
-        _ip("link", "set", "lo", "up", prefix=enter)
-        yield Place(enter, _THERE)
-    finally:
-        # The kernel takes its time to end a namespace.
-        subprocess.run(["ip", "link", "delete", device], capture_output=True, check=False)
-        owner.communicate()
+    number, claim = _claim()
+    with claim:
+        here, there = (f"{_NETWORK}.{4 * number + host}" for host in (1, 2))
+        # It ends with its stdin, however we end, and takes its device and so the other one along.
+        owner = subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        try:
+            _wait(owner)
+            enter = ("nsenter", f"--net=/proc/{owner.pid}/ns/net", "--")
+            _ip("link", "add", _device(number), "type", "veth", "peer", "name", "rfaas0", "netns", str(owner.pid))
+            for prefix, name, address in (((), _device(number), here), (enter, "rfaas0", there)):
+                _ip("address", "add", f"{address}/{_PREFIX}", "dev", name, prefix=prefix)
+                _ip("link", "set", name, "up", prefix=prefix)
+            _ip("link", "set", "lo", "up", prefix=enter)
+            yield Place(enter, there, _device(number))
+        finally:
+            # The kernel takes its time to end a namespace.
+            subprocess.run(["ip", "link", "delete", _device(number)], capture_output=True, check=False)
+            owner.communicate()
+
+
+def _device(number: int) -> str:
+    return f"rfaas-n{number}"
+
+
+def _claim() -> tuple[int, socket.socket]:
+    """Which part of the network is ours, and what has to stay open as long: others may measure at the same time."""
+    # Abstract names are known in one network namespace, as addresses and devices are, and go with their process.
+    claim = socket.socket(socket.AF_UNIX)
+    for number in range(_PARTS):
+        if os.path.exists(f"/sys/class/net/{_device(number)}"):
+            continue                # whose owner was killed; the kernel takes its time with it
+        try:
+            claim.bind(f"\0rfaas-namespaces-{number}")
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return number, claim
+    claim.close()
+    raise BenchError(f"{_PARTS} measurements use all addresses of {_NETWORK}.0/24", hint="wait for one of them")
 
 
 def _wait(owner: subprocess.Popen[bytes]) -> None:
@@ -71,4 +98,4 @@ def _ip(*words: str, prefix: tuple[str, ...] = ()) -> None:
     done = subprocess.run([*prefix, "ip", *words], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise BenchError(f"ip {' '.join(words)}: {done.stderr.strip()}",
-                         hint="does another measurement run? leave --namespaces out")
+                         hint="leave --namespaces out")

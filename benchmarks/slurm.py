@@ -19,12 +19,15 @@ that needs matplotlib (`pip install 'rfaas_mpi[demo]'`).
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
+import functools
 import json
 import os
 import random
 import re
 import select
+import shutil
 import statistics
 import subprocess
 import sys
@@ -120,6 +123,17 @@ def between(values: Sequence[float]) -> tuple[float, float, float]:
 
 # --- clusters and what runs there ----------------------------------------------------------------
 
+@functools.cache
+def installed() -> Path:
+    """The package with its bytecode beside it, as it is installed, until this process ends."""
+    directory = tempfile.TemporaryDirectory(prefix="rfaas-installed-")
+    atexit.register(directory.cleanup)
+    shutil.copytree(REPOSITORY / "rfaas_mpi", Path(directory.name, "rfaas_mpi"),
+                    ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([sys.executable, "-m", "compileall", "-q", directory.name], check=True)
+    return Path(directory.name)
+
+
 class Cluster:
     """One whose jobs in `low` give way to those in `high`; when each job's script began is on record."""
 
@@ -197,7 +211,7 @@ class Pilots:
             raise
 
     def _environment(self) -> dict[str, str]:
-        return {**self.cluster.slurm.environment, "PYTHONPATH": str(REPOSITORY),
+        return {**self.cluster.slurm.environment, "PYTHONPATH": str(installed()),
                 "TMPDIR": str(self.cluster.temporary)}
 
     def _look(self) -> None:
@@ -606,7 +620,8 @@ def run(given: argparse.Namespace) -> int:
         return 1
     amount = QUICK if given.quick else Amount()
     report: dict[str, Any] = {"version": __version__, "environment": environment.facts(), "quick": given.quick,
-                              "seed": given.seed, "amount": asdict(amount), "parts": {}}
+                              "seed": given.seed, "amount": asdict(amount), "parts": {
+                                  name: json.loads(file.read_text(encoding="utf-8")) for name, file in given.beside}}
     for name in given.part or PARTS:
         since, before = time.monotonic(), os.getloadavg()
         part = PARTS[name](amount, given.seed)
@@ -615,9 +630,8 @@ def run(given: argparse.Namespace) -> int:
         report["parts"][name] = {**part, "took_s": round(time.monotonic() - since, 1),
                                  "load_average": [round(before[0], 2), round(os.getloadavg()[0], 2)]}
         print(f"  {name}: {time.monotonic() - since:.0f} s", file=sys.stderr, flush=True)
-    for name, file in given.beside:
-        report["parts"][name] = json.loads(file.read_text(encoding="utf-8"))
-    given.out.write_text(json.dumps(report, ensure_ascii=False) + "\n", encoding="utf-8")
+        # What comes next may fail.
+        given.out.write_text(json.dumps(report, ensure_ascii=False) + "\n", encoding="utf-8")
     print("\n".join(table(report)))
     return 0
 

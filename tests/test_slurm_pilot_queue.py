@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from rfaas_mpi.slurm import facts, pilots
 from rfaas_mpi.slurm.facts import Job, Nodes
@@ -62,6 +63,19 @@ def test_while_others_wait_for_resources_no_pilot_waits():
     # One that waits for nodes that pilots have no part in harms nobody.
     apart = [nodes(), nodes("allocated", "gpu1", partition="high")]
     assert lengths(filling().look([*have, other()], apart, 0.0)) == [90]
+
+
+def test_who_has_just_come_and_is_about_to_start_takes_no_pilot_out_of_the_queue():
+    shared, one = [nodes(), nodes(partition="high")], filling(1)
+    assert one.look([job(1)], shared, 0.0) == []
+    assert one.look([job(1), other(5)], shared, 10.0) == []
+    assert one.look([job(1), other(6)], shared, 20.0) == []
+    assert cancelled(one.look([job(1), other(6)], shared, 30.0)) == ["1"] and one.busy
+    array = replace(other(7), id="7_[1-9]"), replace(other(7), id="7_[4-9]")
+    one = filling(1)
+    one.look([job(1)], shared, 0.0)
+    assert one.look([job(1), array[0]], shared, 10.0) == []
+    assert cancelled(one.look([job(1), array[1]], shared, 20.0)) == ["1"]
 
 
 @pytest.mark.parametrize("state", ["maint", "reserved", "drained", "draining", "drained*", "idle~", "idle#", "idle%",

@@ -92,6 +92,7 @@ class Filling:
         self._waits: dict[str, float] = {}           # pilot → since when it waits beside idle nodes
         self._known: list[Job] = []                  # pilots that run, by the last look
         self._looked = 0.0
+        self._waited: frozenset[str] | None = None   # others' jobs, at the last look
         self._may_queue = False
         self._exclude: tuple[str, ...] = ()
         self.busy = False                            # others wait for resources
@@ -110,7 +111,11 @@ class Filling:
         actions: list[Action] = [Cancel(job.id, "it is suspended") for job in mine if job.state == "S"]
         emptied = {node for each in ours if each.state.startswith(_WANTED) or "@" in each.state for node in each.nodes}
         actions += [Cancel(job.id, "its node is to be empty") for job in running if job.nodes in emptied]
-        self.busy = sum(map(self._waits_for_ours(nodes), jobs)) > wanted.busy_max
+        waiting = Counter(_number(job) for job in filter(self._waits_for_ours(nodes), jobs))
+        # One that has just come may be about to start: whom it needs gone Slurm has told by then.
+        self.busy = sum(count for number, count in waiting.items()
+                        if self._waited is None or number in self._waited) > wanted.busy_max
+        self._waited = frozenset(waiting)
         exclude = self._avoided(ours, queued)
         all_nodes = {node for each in ours for node in each.nodes}
         stay = []
@@ -198,6 +203,11 @@ class Filling:
             return []
         self._waits = {job.id: self._waits.get(job.id, now) for job in queued}
         return [job for job in queued if now - self._waits[job.id] >= PASSED_OVER_S]
+
+
+def _number(job: Job) -> str:
+    """An array's tasks have the same one."""
+    return job.id.partition("_")[0]
 
 
 def _minutes(job: Job) -> int:

@@ -28,7 +28,8 @@ def test_the_word_lend_in_a_job_s_comment_says_so_for_all_of_its_nodes():
     assert facts.lending("") == {}
 
 
-@pytest.mark.parametrize("shown", ["7|n1|x\n8|n1|lend\n8|n1|\n", "8|n1|\n7|n1|x\n8|n1|lend\n", "8|n1|other\n8|n2|lend\n"])
+@pytest.mark.parametrize("shown", ["7|n1|x\n8|n1|lend\n8|n1|\n", "8|n1|\n7|n1|x\n8|n1|lend\n",
+                                   "8|n1|other\n8|n2|lend\n"])
 def test_nobody_says_it_of_another_one_s_job_by_a_comment_of_several_lines(shown):
     assert facts.lending(shown) == {}
 
@@ -36,7 +37,7 @@ def test_nobody_says_it_of_another_one_s_job_by_a_comment_of_several_lines(shown
 # --- what is lent --------------------------------------------------------------
 
 def reports(policy: Policy) -> list[tuple[int, ...]]:
-    """What is spare of a job with CPUs 0 and 1 whose tasks keep to 0, and of another one with 2 and 3 that keep to 2."""
+    """What is spare of a job with CPUs 0 and 1 whose tasks keep to 0, and of one with 2 and 3 that keep to 2."""
     topology = Topology(cpus=(0, 1, 2, 3), memory_bytes=1 << 30)
     jobs = tuple(Job(name, 1000, frozenset(cpus), frozenset(cpus[:1]), 1 << 20)
                  for name, cpus in (("n1/7", (0, 1)), ("8", (2, 3))))
@@ -76,7 +77,8 @@ def test_what_a_job_with_comment_lend_leaves_idle_is_lent_until_it_wants_it(tmp_
                        settings={"SelectTypeParameters": "CR_Core_Memory", "DefMemPerCPU": 100})
     conf = node.slurm.directory / "cgroup.conf"
     conf.write_text(conf.read_text().replace("ConstrainRAMSpace=no", "ConstrainRAMSpace=yes"))
-    node.site.manager.add("--slurm", SLURM_CONF=node.slurm.environment["SLURM_CONF"], PATH=node.slurm.environment["PATH"])
+    environment = node.slurm.environment
+    node.site.manager.add("--slurm", SLURM_CONF=environment["SLURM_CONF"], PATH=environment["PATH"])
     top = node.slurm.directory
     with node.slurm:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -147,3 +148,9 @@ def test_an_agent_that_is_killed_and_begins_anew_during_a_prolog_leaves_the_job_
         finally:
             gate.unlink()
         assert node.end(job) == "workers 0\n" and not drained(node)
+
+
+def test_a_site_whose_epilog_kills_what_a_user_runs_is_told_of_it_and_of_the_pool(node):
+    said = node.slurm.run(sys.executable, "-m", "rfaas_mpi.cli", "slurm", "install", PYTHONPATH=str(HOOK.parents[2]))
+    assert f"{node.top}/epilog:" in said and "xargs -r kill" in said
+    assert "RFAAS_WORKER_IDENTITY=pool" in said and "RFAAS_WORKER_POOL=" in said

@@ -1,4 +1,4 @@
-"""Workers that run as users of a pool: one of them for each user, closed to all others, and none of it the user's own."""
+"""Workers that run as users of a pool: one of them for each user, closed to all others and to what is his own."""
 
 from __future__ import annotations
 
@@ -88,12 +88,14 @@ def test_with_a_pool_nothing_is_started_as_anybody_else(uid):
 
 @needs_root
 @pytest.mark.parametrize("changes", [
-    {"RFAAS_WORKER_POOL": ""}, {"RFAAS_WORKER_POOL": f"{SERVICE - 1}-{SERVICE + 1}"}, {"RFAAS_WORKER_POOL": "65000-65535"},
+    {"RFAAS_WORKER_POOL": ""}, {"RFAAS_WORKER_POOL": f"{SERVICE - 1}-{SERVICE + 1}"},
+    {"RFAAS_WORKER_POOL": "65000-65535"},
     {"RFAAS_WORKER_POOL": "62000-62001"}, {"RFAAS_WORKER_POOL": "62000-62001", "RFAAS_SERVICE_USER": ""}])
 def test_an_agent_without_a_pool_that_can_be_used_does_not_start(tmp_path, changes):
+    given = {"RFAAS_WORKER_IDENTITY": "pool", "RFAAS_SERVICE_USER": str(SERVICE), **changes}
     done = subprocess.run(
-        [interpreter(), "-m", "rfaas_mpi.cli", "agent", "--manager", f"unix:{tmp_path}/none", "--cores", "0", "--directory",
-         tmp_path / "a"], env=environment(**{"RFAAS_WORKER_IDENTITY": "pool", "RFAAS_SERVICE_USER": str(SERVICE), **changes}),
+        [interpreter(), "-m", "rfaas_mpi.cli", "agent", "--manager", f"unix:{tmp_path}/none", "--cores", "0",
+         "--directory", tmp_path / "a"], env=environment(**given),
         cwd="/", capture_output=True, text=True, timeout=GUARD_S)
     assert done.returncode != 0 and "pool" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
@@ -168,7 +170,8 @@ def test_what_ends_all_that_a_user_runs_leaves_his_workers_and_others_alone(site
         workers = [faults.line(rank).split() for rank in (alice, bob)]
         assert workers[0][0] != workers[1][0], "each has his own"
         # All but the rank, which is on another node.
-        own = subprocess.run(["ps", "-o", "pid=,sid=", "-u", str(ALICE)], capture_output=True, text=True, check=True).stdout
+        own = subprocess.run(["ps", "-o", "pid=,sid=", "-u", str(ALICE)], capture_output=True, text=True,
+                             check=True).stdout
         assert not [line for line in own.splitlines() if int(line.split()[1]) != alice.pid], "nothing else is hers"
         for rank in (alice, bob):
             tell(rank, "go on")

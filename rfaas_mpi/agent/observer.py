@@ -498,7 +498,7 @@ class Observer:
         if tid in self._owners_tasks:
             return False
         name = self._name(tid)
-        if name == "slurmstepd" or (step == "step_extern" and name == "sleep") or self._leader_s_name(tid) == "slurmstepd":
+        if "slurmstepd" in (name, self._leader_s_name(tid)) or (step == "step_extern" and name == "sleep"):
             return True              # not for ever: a daemon's fork becomes the user's program
         self._owners_tasks.add(tid)
         return False

@@ -305,7 +305,7 @@ class ZygoteHandle:
         """One line about its end, from what it said last."""
         lines = [line for line in self.stderr.decode(errors="replace").splitlines() if line.strip()]
         said = lines[-1].strip() if lines else f"exit status {self.process.returncode}"
-        return said if self.stands_for is None else f"{said} (it runs as uid {self.stands_for.uid}, of this node's pool)"
+        return f"{said} (it runs as uid {self.stands_for.uid}, of this node's pool)" if self.stands_for else said
 
     @property
     def ended(self) -> bool:

@@ -54,8 +54,8 @@ def _named(context: click.Context) -> Path | None:
               help="What callers call it besides its host's name and address, where a proxy stands before it.")
 @click.option("--tls-cert", metavar="FILE", type=_FILE, default=None, help="Certificate for the network, PEM.")
 @click.option("--tls-key", metavar="FILE", type=_FILE, default=None, help="Its private key.")
-@click.option("--slurm", is_flag=True, help="Read what Slurm plans, so that leases end before the jobs that are planned for their nodes, and whose jobs "
-                   "lend what they leave idle.")
+@click.option("--slurm", is_flag=True, help="Read what Slurm plans, so that leases end before the jobs that are planned for their nodes, and "
+                   "whose jobs lend what they leave idle.")
 @click.option("--store", metavar="URL", default=None,
               help="Keep leases and accounts in this PostgreSQL database, where other managers may stand by: "
                    "postgresql://USER@HOST/DATABASE, without a password.")

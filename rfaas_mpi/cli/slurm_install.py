@@ -43,11 +43,12 @@ def install(out: Output) -> None:
     for found in advice.kills:
         lines.append(f"ends workers of the job's user, too: {found.file}:{found.line}: {found.text}")
     if advice.kills:
-        lines.append("    Slurm itself ends what a job leaves (ProctrackType=proctrack/cgroup). What such a line "
-                     "kills runs again elsewhere.")
+        lines += ["    Slurm itself ends what a job leaves (ProctrackType=proctrack/cgroup). What such a line kills",
+                  "    runs again elsewhere. To keep it from being killed have workers run as users of a pool, whose",
+                  "    uids are nobody's, by the agent's environment:", *(f"        {text}" for text in hooks.POOL)]
     lines += [f"note: {note}" for note in notes]
-    out.answer({**msgspec.to_builtins(advice), "notes": list(notes), "hook": str(hook), "directory": hooks.DIRECTORY},
-               lines)
+    out.answer({**msgspec.to_builtins(advice), "pool": list(hooks.POOL if advice.kills else ()), "notes": list(notes),
+                "hook": str(hook), "directory": hooks.DIRECTORY}, lines)
 
 
 def _text(file: str) -> str | None:

@@ -462,7 +462,8 @@ class ManagerServer:
                     if "/" not in node and (jobs := seen.lending.get(node, ())) != before.get(node, ()):
                         self._tell(channel, api.Orders(lending=jobs))
             later = self._clock() - time.time()
-            self.cluster.windows_end({node: at - LEAD_S + later for node, at in (() if seen is None else seen.starts.items())})
+            starts = {} if seen is None else seen.starts
+            self.cluster.windows_end({node: at - LEAD_S + later for node, at in starts.items()})
             await asyncio.sleep(slurm.next_in_s)
 
     async def _keep_leading(self, every_s: float) -> None:
@@ -611,11 +612,12 @@ class ManagerServer:
             # It would lend and begin leases until its own next report is answered.
             del self._channels[name]
             self._tell(before[1], api.Orders(superseded=True))
+        told = uid in self.cluster.policy.lenders and self._lending is not None
         return api.Orders(
             stop=tuple(_order(action) for action in actions if isinstance(action, StopWorkers) and action.node == name),
             superseded=superseded, register=not known and not superseded, clock_ns=body.clock_ns,
             keys=self.directory.say(name, body.incarnation, self.keys.public) if known and not superseded else (),
-            lending=None if self._lending is None or uid not in self.cluster.policy.lenders else self._lending.get(name, ()))
+            lending=self._lending.get(name, ()) if told and self._lending is not None else None)
 
     async def _channel(self, request: web.Request) -> web.StreamResponse:
         """One kept-alive connection of an agent: reports up, orders down, whenever there are some."""

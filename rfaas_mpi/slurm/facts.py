@@ -29,7 +29,7 @@ LEND = "lend"                        # among the words of a job's comment: what 
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """What a cluster's manager reads: node → when it is needed next (seconds since the epoch), node → jobs that lend."""
+    """What a cluster's manager reads: node → when it is needed next (seconds since the epoch), and → jobs that lend."""
 
     starts: dict[str, float] = {}
     lending: dict[str, tuple[str, ...]] = {}
@@ -200,7 +200,7 @@ def planned(shown: str) -> dict[str, float]:
 def lending(shown: str) -> dict[str, tuple[str, ...]]:
     """Node → jobs there whose owners lend what they leave idle, from `squeue -h -t HAS_NODES -o` with COMMENTS.
 
-    A comment may hold ends of lines, and so a line that says so of somebody else's job: each that is about a job has to.
+    A comment may hold ends of lines, and so a line that says so of somebody else's job: each about a job has to.
     """
     says: dict[str, list[bool]] = {}
     where: dict[str, str] = {}

@@ -14,6 +14,8 @@ __all__ = ["HOOKS", "Advice", "Found", "advise", "killers", "paths"]
 # The programs that slurmd runs as root on a node.
 HOOKS = ("Prolog", "Epilog", "HealthCheckProgram")
 DIRECTORY = "/run/rfaas-hook"
+# Of the agent's environment, where hooks end all that a user runs.
+POOL = ("RFAAS_WORKER_IDENTITY=pool", "RFAAS_WORKER_POOL=70000-70063")
 
 _USER = r"(?:-\w*[uU]\b|--(?:user|euid|uid)\b)"
 _KILLERS = tuple(re.compile(pattern) for pattern in (

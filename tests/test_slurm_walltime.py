@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 import slurm_cluster
 from cluster import Cluster, wait_until
 from slurm_cluster import GUARD_S, Slurm
+from test_agent_window import end_of_a_lease
 from test_apps import needs_two_cores
 from test_slurm_pilots import Pilots
-
-from rfaas_mpi import api
-from rfaas_mpi.slurm.facts import LEAD_S, Until
-from rfaas_mpi.slurm.run import NodePlan, Plan, Said
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RFAAS = Path(sys.executable).with_name("rfaas")
 
 # A look at a job that ends in a minute is less than this apart.
 SOON_S = 18 * slurm_cluster.SLOW
-
-_asked = itertools.count(1)
 
 # Borrows, says until when, and has calls run until it is told that it's enough.
 PROGRAM = r"""
@@ -135,56 +127,3 @@ def test_a_manager_that_reads_slurm_ends_leases_before_the_job_that_is_planned_f
     finally:
         cluster.close()
         slurm.run("scancel", first, planned)
-
-
-def test_a_job_s_agent_lends_until_its_end_and_again_where_that_comes_later():
-    """What `rfaas slurm run` tells its agents, told to one."""
-    def until(left_s: float | None) -> Until:
-        return Until(None if left_s is None else time.time() + left_s + LEAD_S, time.time())
-
-    with Cluster([]) as cluster:
-        directory = cluster.directory / "job"
-        directory.mkdir(mode=0o700)
-        with (cluster.directory / "agent.log").open("wb") as log:
-            agent = subprocess.Popen(
-                [sys.executable, "-m", "rfaas_mpi.cli", "slurm", "agent"], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=log,
-                env={**os.environ, **cluster.environment, "SLURMD_NODENAME": "n1"})
-        assert agent.stdin is not None and agent.stdout is not None
-
-        def tell(what: Plan | Until) -> None:
-            agent.stdin.write(msgspec.json.encode(what) + b"\n")
-            agent.stdin.flush()
-
-        def lends(condition: Callable[[float | None], bool]) -> None:
-            """Once a lease there would have such an end; None: none."""
-            wait_until(lambda: agent.poll() is None and cluster.free() and condition(end_of_a_lease(cluster)), "it lends")
-
-        try:
-            cpus = tuple(sorted(os.sched_getaffinity(0)))
-            tell(Plan(f"unix:{cluster.socket}", str(directory), b"", until(None),
-                      {"n1": NodePlan(cpus, "127.0.0.1", 0, 1, 1)}))
-            wait_until(lambda: msgspec.json.decode(agent.stdout.readline(), type=Said).ready == "n1", "it serves")
-            lends(lambda end: end is None)
-            tell(until(1000.0))
-            lends(lambda end: end is not None and end <= 1000.0)
-            tell(until(-1.0))
-            wait_until(lambda: cluster.nodes() and not cluster.free(), "its job is about to end")
-            tell(until(500.0))
-            lends(lambda end: end is not None and end <= 500.0)
-            agent.stdin.close()
-            assert agent.wait(GUARD_S) == 0
-            assert not directory.exists()
-        finally:
-            agent.kill()
-            agent.wait()
-            agent.stdout.close()
-
-
-def end_of_a_lease(cluster: Cluster) -> float | None:
-    """How long one lasts that is granted now; it is given back."""
-    (lent,) = cluster.call("ask", api.AskLease(session="test", request_id=next(_asked), workers_min=1, workers_max=1,
-                                               timeout_s=GUARD_S)).leases
-    cluster.call("release", lease=lent.id)
-    wait_until(lambda: cluster.free(), "it is free again")
-    return lent.hard_end_in_s

@@ -17,8 +17,9 @@ from rfaas_mpi.leases import Cause, GrantedWorker, LiveLease
 
 __all__ = ["Action", "Ended", "Forbid", "Stop", "Tenure", "Tenures"]
 
-# So many times as long as its calls take on average a lease takes none any more before its end,
-_DRAIN = 1.25
+# So many times as long as its calls take on average a lease takes none any more before its end: a worker has one more
+# behind the one that runs, and each may take somewhat longer than others did;
+_DRAIN = 2 * 1.25
 # and a little longer, in which its rank hears of it.
 _DRAIN_MORE_S = 0.05
 

@@ -21,7 +21,7 @@ from test_apps import needs_two_cores
 
 from rfaas_mpi.config import core_list
 
-SECONDS = float(os.environ.get("RFAAS_SOAK_SITE_SECONDS", "4"))
+SECONDS = float(os.environ.get("RFAAS_SOAK_SITE_SECONDS", "2"))
 SEED = int(os.environ.get("RFAAS_SOAK_SITE_SEED", "1"))
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="makes control groups: needs root"), needs_two_cores]

@@ -191,6 +191,16 @@ class Choice:
         # A worker that has not run it may still have to load it.
         return 2 * self._spread * there + once + (0.0 if self.there.known else COLD_PATIENCE_S)
 
+    def patience_left(self, size: float, waited_s: float, here: int) -> float:
+        """How much longer to wait for a call that a worker has had for so long, while `here` like it run on the rank.
+
+        0: no longer. Where nothing is known, nobody is late as long as the rank has not done the same either.
+        """
+        known = self.here_s(size)
+        if known is None:
+            return waited_s if here else 0.0
+        return max(0.0, self._patience(known, self.exec_s(size) if self.there.known else None) - waited_s)
+
     # -- after it -------------------------------------------------------------------------------
 
     def ran_here(self, size: float, took_s: float, others: float = 0.0) -> None:

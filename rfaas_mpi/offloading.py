@@ -86,7 +86,7 @@ class _Probe:
 class _Entry:
     """One kernel on arguments of one size."""
 
-    __slots__ = ("choice", "name", "nbytes", "probe", "size")
+    __slots__ = ("choice", "here", "name", "nbytes", "probe", "size")
 
     def __init__(self, name: str, choice: Choice) -> None:
         self.name = name
@@ -94,6 +94,7 @@ class _Entry:
         # Of the last call: bytes of all arguments, and of those that travel.
         self.size = 1.0
         self.nbytes = 0
+        self.here = 0            # such calls that run on the rank now
         self.probe: _Probe | None = None
 
 
@@ -141,7 +142,7 @@ class Offloads:
         run = kernel.fn
         assert run is not None
         args, kwargs = _as_read_only(args, kwargs)
-        others = self._begin_here()
+        others = self._begin_here(entry)
         begin = time.perf_counter()
         done = False
         try:
@@ -163,7 +164,13 @@ class Offloads:
             raw = future._raw
             try:
                 try:
-                    value = future.result(None if patience_s == math.inf else patience_s)
+                    while True:
+                        try:
+                            value = future.result(None if patience_s == math.inf else patience_s)
+                            break
+                        except TimeoutError:
+                            if future.done() or not (patience_s := self._patience_left(entry, size, begin)):
+                                raise
                 except TimeoutError:
                     if not future.done():
                         # Nobody waits for it any more: it writes to nothing of ours.
@@ -248,7 +255,7 @@ class Offloads:
 
     def _run_here(self, entry: _Entry | None, kernel: Kernel, inputs: tuple[np.ndarray, ...],
                   outputs: tuple[np.ndarray, ...], size: float) -> None:
-        others = self._begin_here()
+        others = self._begin_here(entry)
         begin = time.perf_counter()
         done = False
         try:
@@ -276,7 +283,10 @@ class Offloads:
             request = Request(self._crew, kernel, inputs, outputs, None, timeout_s)
             request._begin()
             try:
-                if not request.Wait(None if patience_s == math.inf else patience_s):
+                while not (ended := request.Wait(None if patience_s == math.inf else patience_s)):
+                    if not (patience_s := self._patience_left(entry, size, begin)):
+                        break
+                if not ended:
                     invoker = self._crew.invoker
                     others = invoker.in_flight + invoker.queued > 1
                     # Behind somebody else's call it is taken back, which harms nobody. Else only the end of its
@@ -349,22 +359,30 @@ class Offloads:
             load = self._load()
             return load, entry.choice.decide(size, nbytes, load)
 
-    def _begin_here(self) -> int:
+    def _begin_here(self, entry: _Entry | None) -> int:
         with self._lock:
             others = self._here
             self._here += 1
+            if entry is not None:
+                entry.here += 1
         return others
 
     def _end_here(self, entry: _Entry | None, size: float, took_s: float, others: int, done: bool) -> None:
         with self._lock:
             self._here -= 1
-            if entry is not None and done:
-                entry.choice.ran_here(size, took_s, (others + self._here) / 2)
+            if entry is not None:
+                entry.here -= 1
+                if done:
+                    entry.choice.ran_here(size, took_s, (others + self._here) / 2)
 
     def _learn_there(self, entry: _Entry, size: float, nbytes: float, took_s: float, exec_s: float,
                      load: Load) -> None:
         with self._lock:
             entry.choice.ran_there(size, nbytes, took_s, exec_s, load.there)
+
+    def _patience_left(self, entry: _Entry, size: float, begin: float) -> float:
+        with self._lock:
+            return entry.choice.patience_left(size, time.perf_counter() - begin, entry.here)
 
     def _late(self, entry: _Entry, lost_s: float) -> None:
         with self._lock:

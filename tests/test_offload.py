@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import rfaas_mpi as rf
 from rfaas_mpi import ClosedError, Executor, InvalidBuffer, KernelError, NestedError
+from rfaas_mpi import choice as choice_module
 from rfaas_mpi.choice import Choice, Known, Load
 from rfaas_mpi.kernels import object_kernel
 from rfaas_mpi.offloading import _measure_buffers
@@ -395,6 +396,61 @@ def test_a_call_with_a_large_constant_goes_where_it_is_done_sooner(executor_over
         until_there(call)
         assert sum(call() != RANK for _ in range(40)) > 20
         assert worker._crew.invoker.stats()["constants_sent"] == constant.nbytes
+
+
+def test_as_long_as_nobody_knows_what_it_takes_a_worker_is_not_late_before_the_rank_is():
+    choice = Choice(Known())
+    decision = choice.decide(8.0, 8, Load(1, here=1))
+    assert decision.there and decision.patience_s < 2
+    for waited in (1.5, 3.0, 60.0):
+        assert choice.patience_left(8.0, waited, here=1) == waited, "as long again, while the rank runs the same"
+        assert choice.patience_left(8.0, waited, here=0) == 0, "the rank does something else, or failed"
+    choice.ran_here(8.0, 5.0)
+    assert choice.patience_left(8.0, 3.0, here=0) >= 2.0
+    assert choice.patience_left(8.0, 60.0, here=1) == 0
+
+
+@pytest.mark.parametrize("call", ["objects", "buffers"])
+def test_a_kernel_that_takes_longer_than_is_waited_for_an_unknown_one_is_not_taken_from_its_worker(
+        worker, call, monkeypatch, tmp_path, wait_until):
+    monkeypatch.setattr(choice_module, "COLD_PATIENCE_S", 0.001)
+    asked, patience_left = [], Choice.patience_left
+    monkeypatch.setattr(Choice, "patience_left", lambda *known: (asked.append(known), patience_left(*known))[1])
+    flag = tmp_path / "flag"
+    begun = [tmp_path / "one", tmp_path / "two"]
+    who: list[int] = []
+
+    def run(name) -> None:
+        if call == "objects":
+            who.append(worker.offload(begins_and_waits, str(name), str(flag)))
+        else:
+            out = np.zeros(1, np.int64)
+            worker.Offload(begun_and_waited, (faults.text(name), faults.text(flag)), out)
+            who.append(int(out[0]))
+
+    threads = []
+    for name in begun:
+        threads.append(threading.Thread(target=run, args=(name,)))
+        threads[-1].start()
+        faults.wait_for(name)
+    wait_until(lambda: len(asked) > 3, "it is over again and again how long an unknown kernel is waited for")
+    flag.touch()
+    for thread in threads:
+        thread.join(60)
+    assert len(set(who)) == 2 and RANK in who
+    [known] = worker.explain()
+    assert (known.runs_here, known.runs_there, known.stalls) == (1, 1, 0)
+
+
+def begins_and_waits(name, flag):
+    faults.begin(name)
+    faults.wait_for(flag)
+    return os.getpid()
+
+
+@rf.kernel
+def begun_and_waited(name, flag, out):
+    out[...] = begins_and_waits(name.tobytes().decode(), flag.tobytes().decode())
 
 
 def test_threads_that_would_wait_for_each_other_use_the_worker(worker):

@@ -19,6 +19,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ os.environ["RFAAS_TEST_SLOW"] = "8"
 import faults  # noqa: E402
 import numpy as np  # noqa: E402
 from cluster import finished, tell, wait_until  # noqa: E402
+from lending_node import LOOK, LendingNode  # noqa: E402
 from owners import Groups as Jobs  # noqa: E402
 from site_of_users import ALICE, BOB, SERVICE, UID_MIN, Site, environment, interpreter  # noqa: E402
 
@@ -281,6 +283,32 @@ def main_job(site: Site) -> None:
                         LD_LIBRARY_PATH=str(Path(np.__file__).resolve().parents[3])))
     print(done.stdout, file=sys.stderr)
     assert done.returncode == 0 and "every price agrees" in done.stdout, done.stdout + done.stderr
+
+
+# How many workers there are, as a job sees it. (A fork that is kept ready for the next one has a group, and is none.)
+WORKERS = LOOK + r"""
+workers() { for pid in $(members "$1"); do cat /proc/$pid/comm; done 2>/dev/null | grep -c '^rfaas-worker'; }
+"""
+
+
+@promise
+def slurms_own_prolog_takes_everything_back_and_its_epilog_has_it_lent_again() -> None:
+    """By its plugin for version 2, without systemd. What was killed may take its time to end here, emulated."""
+    directory = Path(tempfile.mkdtemp(prefix="rfaas-v2-"))
+    directory.chmod(0o755)
+    with LendingNode(directory, cpus=3) as node:
+        with node.borrowing(2):
+            job = node.slurm.submit(
+                f'#!/bin/bash\n{WORKERS}\nuntil [ "$(workers "{node.directory}")" = 0 ]; do sleep 0.2; done\necho none\n'
+                f'until [ -e "{node.slurm.directory}/end" ]; do sleep 0.2; done\n', "--ntasks=1", "--cpus-per-task=3")
+            node.slurm.wait_until(lambda: node.slurm.output(job) == "none\n", "no worker is left beside the job")
+            wait_until(lambda: f"job={job} is about to start" in node.site.agent.said(), "the agent was told", GUARD_S)
+            assert (TOP / "system.slice" / "n1_slurmstepd.scope" / f"job_{job}").is_dir(), "where does Slurm have it?"
+            wait_until(lambda: node.site.free() == 0, "nothing is lent to anybody else", GUARD_S)
+            assert not workers_groups()
+            node.end(job)
+            wait_until(lambda: workers_groups() and node.site.free(), "its cores are lent again", GUARD_S)
+    assert not groups(), groups()
 
 
 # --- an owner's share ------------------------------------------------------------------------------------

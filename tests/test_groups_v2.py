@@ -53,6 +53,7 @@ def seen() -> Iterator[dict[str, str]]:
 @pytest.mark.parametrize("promise", [
     "workers_of_several_users_are_bounded_lowered_and_cleared",
     "a_whole_service_serves_a_job_that_comes_a_drain_and_the_main_job",
+    "slurms_own_prolog_takes_everything_back_and_its_epilog_has_it_lent_again",
     "an_owner_keeps_its_core_beside_a_group_of_low_priority_and_not_beside_an_idle_thread",
     "a_user_divides_the_group_that_was_delegated_to_him", "root_divides_its_group_where_it_sees_no_other",
     "a_group_with_other_processes_is_not_divided_and_that_is_said", "nothing_is_left"])

@@ -1074,6 +1074,9 @@ int rfm_channel_post(struct rfm_channel *chan, struct rfm_request *req)
     bool known = true;
     uint32_t slot;
 
+    if (__builtin_expect(!rfm_channel_suits(chan, req), 0)) {
+        return RFM_ERR_NO_RESOURCE;
+    }
     if (__builtin_expect(rfm_load_acquire(&chan->n_lacks) != 0, 0) &&
         ((head & RFM_HEAD_CLOSED) == 0) && !fits(chan, req)) {
         return RFM_ERR_TOO_LARGE;

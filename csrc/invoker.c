@@ -719,7 +719,9 @@ static struct rfm_channel *pick(struct rfm_invoker *inv,
         return req->pin;
     }
     if (n == 1) {
-        return rfm_channel_at(inv, 0);
+        struct rfm_channel *chan = rfm_channel_at(inv, 0);
+
+        return rfm_channel_suits(chan, req) ? chan : NULL;
     }
     start = rfm_load_relaxed(&inv->next_channel);
     for (uint32_t k = 0; k < n; k++) {
@@ -731,7 +733,8 @@ static struct rfm_channel *pick(struct rfm_invoker *inv,
             i %= n;
         }
         chan = rfm_channel_at(inv, i);
-        if ((rfm_load_relaxed(&chan->head) & RFM_HEAD_CLOSED) != 0) {
+        if (((rfm_load_relaxed(&chan->head) & RFM_HEAD_CLOSED) != 0) ||
+            !rfm_channel_suits(chan, req)) {
             continue;
         }
         in_flight = rfm_channel_in_flight(chan);
@@ -832,7 +835,9 @@ static bool post_queued(struct rfm_invoker *inv)
 
     while (req != NULL) {
         struct rfm_request *next = req->next;
-        bool pinned = req->pin != NULL;
+        /* others may find room where these can't go */
+        bool choosy = (req->pin != NULL) ||
+                      ((req->wire_flags & RFM_REQ_CLAIM) != 0);
         enum posting posting;
 
         /* out of the list first: once posted it may end at any moment */
@@ -853,7 +858,7 @@ static bool post_queued(struct rfm_invoker *inv)
             } else {
                 inv->last = req;
             }
-            if (!pinned) {
+            if (!choosy) {
                 break;          /* no room for anybody */
             }
         } else {

@@ -208,6 +208,14 @@ void rfm_channel_sever(struct rfm_channel *chan, const char *why);
 int  rfm_channel_heard(struct rfm_channel *chan);
 void rfm_channel_send_number(struct rfm_channel *chan, uint16_t type,
                              uint32_t number, uint64_t cookie);
+/* Some requests are for workers of this node alone, whatever else is there: their
+ * arguments are shared, and none of them travels. */
+static inline bool rfm_channel_suits(const struct rfm_channel *chan,
+                                     const struct rfm_request *req)
+{
+    return ((req->wire_flags & RFM_REQ_CLAIM) == 0) || chan->may_claim;
+}
+
 static inline uint64_t rfm_channel_in_flight(struct rfm_channel *chan)
 {
     uint64_t tail = rfm_load_acquire(&chan->tail);

@@ -21,7 +21,7 @@ from rfaas_mpi.crew import Crew
 from rfaas_mpi.errors import LeaseExpired, LeaseRevoked, ServiceLost, WorkerLost
 from rfaas_mpi.kernels import Kernel
 from rfaas_mpi.planner import Costs
-from rfaas_mpi.requests import PersistentRequest, Request, check_peers, dismiss
+from rfaas_mpi.requests import PersistentRequest, Request, dismiss
 
 __all__ = ["LOST", "Shared", "Taken", "can_share"]
 
@@ -68,17 +68,19 @@ def _is_placed(crew: Crew, array: np.ndarray) -> bool:
 class _Turn(PersistentRequest):
     """One worker's turn at the board. The arrays are those of all of them."""
 
-    __slots__ = ("_turns",)
+    __slots__ = ()
 
     def __init__(self, crew: Crew, kernel: Kernel, read: tuple[np.ndarray, ...], written: tuple[np.ndarray, ...],
-                 division: codec.Division, turns: list[_Turn]) -> None:
-        self._turns = turns
+                 division: codec.Division, turns: Sequence[_Turn]) -> None:
         raw = crew.divided_request(kernel, read, written, division)
         Request.__init__(self, crew, kernel, read, written, None, None, raw=raw)
         self._active = False
-
-    def _check_peers(self) -> None:
-        check_peers(self._kernel, [peer for peer in self._peers if peer() not in self._turns])
+        # They write to the same arrays, and never to the same cells: with many of them that would take long to look at.
+        mine = set(turns)
+        with crew.lock:
+            for turn in turns:
+                turn._peers = [peer for peer in turn._peers if peer() is not self]
+            self._peers = [peer for peer in self._peers if peer() not in mine]
 
     def _run_on_rank(self) -> BaseException | None:
         return None     # it takes cells itself, and has those that are left in the end
@@ -109,12 +111,14 @@ class Shared:
         clock = time.perf_counter
         board, crew, flying = self._board, self._crew, self._flying
         stalled = False
-        if not costs.alone.known:
-            # Once, before anybody else makes it slower.
-            last, start = len(self._grid) - 1, clock()
-            here(self._cells.run, last, last + 1)
-            costs.alone.add(self._grid.size(last), clock() - start)
         board.open()
+        if not costs.alone.known and (cell := board.take()) >= 0:
+            # Once, before anybody else makes it slower.
+            start = clock()
+            here(self._cells.run, cell, cell + 1)
+            took = clock() - start
+            board.done(cell, round(took * 1e9))
+            costs.alone.add(self._grid.size(cell), took)
         start = self._begun = self._progress = clock()
         self._send(len(workers))
         looked = clock()
@@ -126,6 +130,7 @@ class Shared:
             workers = crew.workers
             self._send(len(workers) * (2 if looked - start > _LONG_S else 1))
         if learn:
+            costs.forget(workers)
             self._learn_here(costs)
         # What no worker has begun is no use any more; those that have are at their last cells.
         for who in [who for who, turn in flying.items() if not turn._raw.test() and turn._raw.cancel()]:
@@ -178,6 +183,8 @@ class Shared:
                 return
         except LOST:
             del self._flying[who]
+            # The others' patience doesn't run out with it.
+            self._progress = time.perf_counter()
             return
         del self._flying[who]
         self._progress = time.perf_counter()
@@ -204,7 +211,6 @@ class Shared:
         """After an error: nothing of ours is in flight any more when this returns."""
         self._board.close()
         flying = list(self._flying.values())
-        self._flying.clear()
         left = [turn for turn in flying if turn._active and not turn._raw.cancel()]
         if not force and left:
             # Each ends with the cell that it runs; a worker that stopped never says so.
@@ -216,6 +222,7 @@ class Shared:
         if force:
             for turn in left:
                 dismiss(self._crew, turn)
+        self._flying.clear()
         return flying
 
     # -- what they took -------------------------------------------------------------------------
@@ -223,8 +230,7 @@ class Shared:
     def _learn_here(self, costs: Costs) -> None:
         cells, rows, ns = self._board.ran
         if cells:
-            others = any(self._board.ran_by(who + 1)[0] for who in range(len(self._turns)))
-            costs.ran_some(rows, cells, ns * 1e-9, worker=None, beside=others)
+            costs.ran_some(rows, cells, ns * 1e-9, worker=None, beside=cells < len(self._grid))
 
     def _learn(self, costs: Costs) -> bool:
         away = False

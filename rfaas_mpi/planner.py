@@ -273,6 +273,8 @@ class Costs:
     _late: set[Line] = field(default_factory=set)
     # Of the line `beside`, when `alone` was last seen or followed it.
     _level: float = 0.0
+    # Of cells of so many rows: those of another run may have fewer.
+    _level_rows: float = 0.0
     _said: tuple[str, Forecast | None, int] = ("nothing is known of it yet", None, 0)
 
     @property
@@ -432,10 +434,11 @@ class Costs:
 
     def _follow(self, rows: float) -> None:
         """What the rank takes alone changes with what it takes beside workers, where that changes by much."""
-        level = self.beside.at(rows)
         if self._level == 0.0:
-            self._level = level
-        elif not 1 / _OTHER_DATA < level / self._level < _OTHER_DATA:
+            self._level, self._level_rows = self.beside.at(rows), rows
+            return
+        level = self.beside.at(self._level_rows)
+        if not 1 / _OTHER_DATA < level / self._level < _OTHER_DATA:
             self.alone.scale(level / self._level)
             self._level = level
 

@@ -313,8 +313,9 @@ class Split:
             # Short runs one after the other: decided and learned once for a few of them.
             assert self._shared is not None
             shared, begin = self._shared, time.perf_counter()
-            self._guarded(lambda: shared.run(self._here, costs, self._warm, workers, learn=False))
-            usual = 1 / _OTHER < (time.perf_counter() - begin) / costs.split.last_s < _OTHER
+            taken = self._guarded(lambda: shared.run(self._here, costs, self._warm, workers, learn=False))
+            costs.stalls += taken.stalled
+            usual = not taken.stalled and 1 / _OTHER < (time.perf_counter() - begin) / costs.split.last_s < _OTHER
             self._again = self._again - 1 if usual else 0
             if self._partials:
                 self._combine()
@@ -328,7 +329,9 @@ class Split:
             took = time.perf_counter() - begin
             costs.ran_alone(cells.rows / len(cells), took, len(cells))
             costs.ran(cells, len(workers), took, offloaded=False)
-        elif self._shares and workers and crew.transport == "shm":
+        elif self._shares and crew.transport == "shm" and not self._warm.isdisjoint(workers):
+            # One of them at least has run it: the first call of a kernel may compile or import for seconds, which
+            # a probe waits for, and a cell that was taken from a board would not.
             shared = self._shared or self._share()
             taken = self._guarded(lambda: shared.run(self._here, costs, self._warm, workers))
             took = time.perf_counter() - begin

@@ -22,6 +22,8 @@ cdef class Board:
         cdef Py_ssize_t n = len(edges) - 1
         cdef Py_ssize_t k
         cdef Py_buffer view
+        if n < 0:
+            raise ValueError("no edges are no board")
         self.edges = <uint64_t *>PyMem_Calloc(n + 1, sizeof(uint64_t))
         if self.edges == NULL:
             raise MemoryError()

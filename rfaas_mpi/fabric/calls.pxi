@@ -62,7 +62,7 @@ cdef class Calls:
                 else:
                     buf.ptr = <void *>first
                     buf.capacity = size
-                if <uint64_t>buf.ptr + buf.capacity > first + size:
+                if (by_row and stop > size // by_row) or <uint64_t>buf.ptr + buf.capacity > first + size:
                     raise ValueError(f"argument {i} has no rows for cell {k}")
                 buf.size = buf.capacity
         for k in range(cells):

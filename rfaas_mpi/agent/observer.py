@@ -498,7 +498,8 @@ class Observer:
         if tid in self._owners_tasks:
             return False
         name = self._name(tid)
-        if "slurmstepd" in (name, self._leader_s_name(tid)) or (step == "step_extern" and name == "sleep"):
+        helper = name == "slurmstepd" or (step == "step_extern" and name == "sleep")
+        if helper or self._leader_s_name(tid) == "slurmstepd":
             return True              # not for ever: a daemon's fork becomes the user's program
         self._owners_tasks.add(tid)
         return False

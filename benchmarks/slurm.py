@@ -7,6 +7,7 @@ USAGE: python benchmarks/slurm.py run [--quick] [--part NAME]... [--with NAME=FI
 `run` starts clusters by tests/slurm_cluster.py, as root, and measures these parts, one after another:
 
     hook        a job's Prolog while an agent lends, and while it hangs
+    start       one pilot after another, until its node may be had
     leave       pilots that are sent SIGTERM, SIGTSTP and SIGUSR1 while their workers run endless kernels
     preemption  a job that preempts two pilots beside one that preempts two `sleep`s, in turn
     coverage    how much of the holes between jobs is lent, and how soon a pilot lends
@@ -70,6 +71,7 @@ class Amount:
 
     calls: int = 200                 # of the Prolog's hook
     hung: int = 20
+    starts: int = 20
     rounds: int = 10                 # in which two pilots are sent each signal
     pairs: int = 12
     sleeps: int = 3                  # rounds, before the holes and after them
@@ -78,7 +80,7 @@ class Amount:
     busy_s: tuple[float, float] = BUSY_S
 
 
-QUICK = Amount(calls=5, hung=1, rounds=1, pairs=1, sleeps=1, seconds=12.0, shorter=100.0, busy_s=(1.0, 2.0))
+QUICK = Amount(calls=5, hung=1, starts=2, rounds=1, pairs=1, sleeps=1, seconds=12.0, shorter=100.0, busy_s=(1.0, 2.0))
 
 
 # --- pure --------------------------------------------------------------------------------------
@@ -402,6 +404,27 @@ def _of_job(job: int, cluster: Cluster, parents: Mapping[int, int]) -> tuple[int
     return script, agent
 
 
+def start(amount: Amount, seed: int) -> dict[str, Any]:
+    """One pilot lends all the time; its script is submitted again and again, for the other node."""
+    ready = []
+    with Cluster(2) as cluster, Pilots(cluster, 1, "--lengths", "30") as filling:
+        filling.lending(1)
+        [first] = cluster.running()
+        script = cluster.slurm.run("scontrol", "write", "batch_script", first, "-")
+        options = pilots.batch_options(pilots.Submit(30), pilots.Wanted("low", 1), "again",
+                                       f"{cluster.slurm.directory}/again.log")
+        for _ in range(amount.starts):
+            job = cluster.slurm.submit(script, *options)
+            filling.lending(2)
+            at, node = cluster.starts()[job]
+            ready.append(filling.lent[node][-1][0] - at)
+            cluster.slurm.run("scancel", job)
+            cluster.slurm.ended(job)
+            filling.lending(1)
+    return {"rows": spread("a pilot's script begins to leasable, one at a time", ready, {99: 1.0}, 1.0, "s"),
+            "ready_s": ready}
+
+
 def _watch(watched: dict[int, tuple[int, bool]], ends: dict[tuple[int, bool], float]) -> None:
     """Notes when the last process of each kind ends; RuntimeError if one doesn't."""
     poll = select.poll()
@@ -610,7 +633,7 @@ def _own(cluster: Cluster, name: str, found: Owners, seed: int, amount: Amount, 
 
 
 PARTS: dict[str, Callable[[Amount, int], dict[str, Any]]] = {
-    "hook": hook, "leave": leave, "preemption": preemption, "coverage": coverage}
+    "hook": hook, "start": start, "leave": leave, "preemption": preemption, "coverage": coverage}
 
 
 def run(given: argparse.Namespace) -> int:

@@ -41,26 +41,53 @@ struct rfm_share {
     uint64_t ns;                /* … and what they took */
 };
 
+/* What the quickest of the others took for a row, by its cells so far; 0: none
+ * of them has run one. */
+static inline double rfm_share_quickest(const struct rfm_share *share)
+{
+    uint64_t mine = (share->who + 1) << RFM_BOARD_WHO_SHIFT;
+    uint64_t ns   = (1ull << RFM_BOARD_WHO_SHIFT) - 1;
+    double best   = 0.0;
+
+    for (uint64_t k = 0; k < share->n; k++) {
+        uint64_t word = __atomic_load_n(&share->board->cells[k],
+                                        __ATOMIC_RELAXED);
+        uint64_t rows = share->edges[k + 1] - share->edges[k];
+
+        if ((word != 0) && ((word & ~ns) != mine) && (rows != 0)) {
+            double pace = (double)(word & ns) / (double)rows;
+
+            best = ((best == 0.0) || (pace < best)) ? pace : best;
+        }
+    }
+    return best;
+}
+
 /*
  * Whether it is worth it that this one takes cell k, and not that it is left to
  * the others. By what it took for a row so far it would need `mine` for it; by
- * what all took for theirs, all others need `theirs` for all that is left.
+ * what all took for theirs, all others need `theirs` for all that is left, and
+ * no less than the quickest of them for this cell.
  */
 static inline bool rfm_share_pays(const struct rfm_share *share, uint64_t k,
                                   uint64_t now_ns)
 {
     uint64_t elapsed = now_ns - share->board->begun_ns;
     uint64_t taken   = share->edges[k];
-    double mine, others;
+    uint64_t size    = share->edges[k + 1] - taken;
+    double mine, theirs;
 
     if ((share->ns == 0) || (taken <= share->rows)) {
         return true;            /* nobody else has been seen to run anything */
     }
-    mine   = (double)share->ns / (double)share->rows *
-             (double)(share->edges[k + 1] - taken);
-    others = (double)(share->edges[share->n] - taken) * (double)elapsed /
+    mine   = (double)share->ns / (double)share->rows * (double)size;
+    theirs = (double)(share->edges[share->n] - taken) * (double)elapsed /
              (double)(taken - share->rows);
-    return mine <= share->margin * others;
+    if (__builtin_expect(mine <= share->margin * theirs, 1)) {
+        return true;
+    }
+    theirs = rfm_share_quickest(share) * (double)size;
+    return (theirs == 0.0) || (mine <= share->margin * theirs);
 }
 
 /* The cell that is now this one's to run; n: there is none for it. */

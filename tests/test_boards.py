@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 import os
 import signal
 import subprocess
@@ -12,10 +14,11 @@ import numpy as np
 import pytest
 
 import rfaas_mpi as rf
-from rfaas_mpi import Executor, codec
+from rfaas_mpi import Executor, boards, codec
 from rfaas_mpi.errors import KernelError
 from rfaas_mpi.fabric import Board, Calls
 from rfaas_mpi.planner import Costs, Link, grid
+from rfaas_mpi.worker import handlers
 from rfaas_mpi.worker.handlers import Handlers
 
 EDGES = grid(10_000).edges
@@ -121,6 +124,59 @@ def test_a_board_of_other_cells_is_refused():
         there.share(board(), 10**18)
     with pytest.raises(IndexError):
         board().done(N, 1)
+
+
+# --- how long it takes, in worlds that are made up -----------------------------------------------
+
+def played(work_ns: float, paces: tuple[float, ...], rows: int = 100_000, asleep: tuple[int, float, float] | None = None,
+           late_ns: float = 3e3) -> float:
+    """How long the rank and workers of these paces take with one board, in ns; the rank's pace is 1.
+
+    `asleep`: who does nothing from when until when; for ever: it is lost, and the rank runs what it had in the end.
+    """
+    cells = grid(rows)
+    words = np.zeros(Board.words(len(cells)), np.uint64)
+    start = 10**9
+    there = [Board(words, cells.edges, who, handlers._MARGIN if who else boards._MARGIN) for who in range(len(paces))]
+    there[0].open(start)
+    events = [(start + (late_ns if who else 0.0), who, -1, 0) for who in range(len(paces))]
+    end = start
+    while events:
+        now, who, cell, took = heapq.heappop(events)
+        if cell >= 0:
+            there[who].done(cell, took)
+            end = max(end, now)
+        cell = there[who].take(round(now))
+        if cell < 0:
+            continue
+        took = round(work_ns * cells.size(cell) / rows * paces[who]) + 20
+        until = now + took
+        if asleep is not None and who == asleep[0] and now < start + asleep[2] and until > start + asleep[1]:
+            if asleep[2] == math.inf:
+                continue
+            until = start + asleep[2] + took
+        heapq.heappush(events, (until, who, cell, took))
+    # What nobody wanted, or somebody was lost with.
+    return end - start + sum(work_ns * cells.size(cell) / rows for cell in there[0].left)
+
+
+@pytest.mark.parametrize("work_ms", [1.0, 4.0, 30.0, 500.0])
+@pytest.mark.parametrize("paces", [(1.0, 1.0), (1.0,) * 5, (1.0,) * 17, (1.0, 2.1), (1.0, 20.0), (1.0, 1.0, 1.5, 4.0), (1.0, 0.2),
+                                   (1.0, 1.0, 10.0)])
+def test_a_board_takes_as_long_as_the_best_that_there_could_be_within_five_per_cent(work_ms, paces):
+    best = work_ms * 1e6 / sum(1.0 / pace for pace in paces)
+    # Of 17, one has two or three cells of 44 in all.
+    assert played(work_ms * 1e6, paces) <= best * (1.05 if len(paces) < 17 else 1.07) + 5e3
+
+
+@pytest.mark.parametrize("work_ms", [4.0, 30.0, 500.0])
+def test_a_worker_that_is_lost_costs_what_it_had(work_ms):
+    work = work_ms * 1e6
+    cell = work * grid(100_000).size(0) / 100_000
+    for at in (0.1, 0.3, 0.6):
+        # The rank does alone what is left then, and once more what was lost.
+        alone = at * work / 2 + (1 - at) * work
+        assert played(work, (1.0, 1.0), asleep=(1, at * work / 2, math.inf)) <= alone + 2 * cell + 5e3
 
 
 # --- what a worker is told ----------------------------------------------------------------------

@@ -140,13 +140,13 @@ class Board:
     @staticmethod
     def words(cells: int) -> int:
         """How many uint64 a board of so many cells has."""
-    def open(self) -> None:
-        """A new piece of work. Nobody may be taking from the board."""
+    def open(self, now_ns: int = 0) -> None:
+        """A new piece of work. Nobody may be taking from the board. `now_ns`: 0 is the clock's (CLOCK_MONOTONIC)."""
     def join(self) -> None:
         """Begins to take cells: what was run before counts no more."""
     def close(self) -> None:
         """Nobody takes another cell. Safe to call twice."""
-    def take(self) -> int:
+    def take(self, now_ns: int = 0) -> int:
         """The cell that is to be run now; -1: none."""
     def done(self, k: int, ns: int) -> None:
         """Cell k was run, in so many ns."""

@@ -49,9 +49,9 @@ cdef class Board:
         """How many uint64 a board of so many cells has."""
         return BOARD_HEAD_WORDS + cells
 
-    def open(self):
-        """A new piece of work. Nobody may be taking from the board."""
-        c.rfm_share_open(&self.share, c.rfm_now_ns())
+    def open(self, uint64_t now_ns=0):
+        """A new piece of work. Nobody may be taking from the board. `now_ns`: 0 is the clock's (CLOCK_MONOTONIC)."""
+        c.rfm_share_open(&self.share, now_ns or c.rfm_now_ns())
         self.join()
 
     def join(self):
@@ -62,9 +62,9 @@ cdef class Board:
         """Nobody takes another cell. Safe to call twice."""
         c.rfm_share_close(&self.share)
 
-    def take(self):
+    def take(self, uint64_t now_ns=0):
         """The cell that is to be run now; -1: none."""
-        cdef uint64_t k = c.rfm_share_take(&self.share, c.rfm_now_ns())
+        cdef uint64_t k = c.rfm_share_take(&self.share, now_ns or c.rfm_now_ns())
         return k if k < self.share.n else -1
 
     def done(self, Py_ssize_t k, uint64_t ns):

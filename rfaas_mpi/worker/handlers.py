@@ -36,7 +36,7 @@ class _Bound:
 # How long a call takes cells from its board before it ends, so that others have their turn.
 _TURN_NS = 20_000_000
 # It leaves a cell to the others that it would need longer for than they need for all that is left.
-_MARGIN = 1.0
+_MARGIN = 1.25
 
 
 class _Divided:

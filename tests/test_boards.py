@@ -235,12 +235,20 @@ def test_workers_take_cells_without_one_being_handed_to_them(ex):
     assert np.array_equal(result, 2 * x) and os.getpid() in who
     handed, hand = [], split._hand
     split._hand = lambda *what: (handed.append(what), hand(*what))
-    for turn in range(20):
+    shared = 0
+    for turn in range(500):
         x[...] = np.arange(len(x)) + turn
         result.fill(np.nan)
+        handed.clear()
+        begun = split._shared._begun
         split.Run()
         assert np.array_equal(result, 2 * x)
-    assert not handed
+        if split._shared._begun != begun:       # it may be decided otherwise on a busy machine
+            assert not handed
+            shared += 1
+            if shared == 20:
+                break
+    assert shared
 
 
 def test_the_cells_of_a_worker_that_was_killed_in_mid_run_are_run_here(ex):

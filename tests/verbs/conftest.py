@@ -259,9 +259,19 @@ class GuestRun:
 
     def _finish(self) -> None:
         """Lets the guest end, so that it has seen all of its tests through."""
+        broken = ""
         if self._guest is not None and self._broken is None:
-            self._guest.wait()
+            broken = self._untold(self._guest.wait())
+            broken += f"\n{self._guest.output()}{self._guest.errors()}" if broken else ""
         self.close()
+        if broken:
+            # All tests passed, and yet it says no: the last one has to say so.
+            raise FailedInGuest(broken)
+
+    def _untold(self, status: int) -> str:
+        """What the end of the guest's pytest says that no test's result does."""
+        failed = any(result.outcome == "failed" for results in self._results.values() for result in results)
+        return "" if status == (1 if failed else 0) else f"the guest's pytest ended with status {status}:"
 
     def close(self) -> None:
         """Ends the guest, if there is one. Safe to call twice."""

@@ -235,6 +235,19 @@ def test_what_is_known_of_ended_leases_does_not_grow_for_good(pair, monkeypatch)
     all_free(pair)
 
 
+def test_a_worker_that_is_dialled_again_is_not_the_one_that_is_awaited(pair):
+    with executor(pair, 4, fallback=False, transport="tcp") as ex:
+        lending = ex._crew.lending
+        lease = lending.grant.leases[0]
+        lost, other = lease.workers
+        lending._bury(msg.WorkerEnded(lease.id, lost.number, "infrastructure", "link"))
+        assert len(ex.workers) == 3 and lending.seats == 4, "another one will take its place"
+        lending._dial_again(lease.id, other.number)
+        assert len(ex.workers) == 3 and lending.seats == 4, "it still will"
+        assert ex.submit(faults.plus_one, 1).result() == 2
+    all_free(pair)
+
+
 def test_what_is_granted_to_who_has_closed_meanwhile_is_given_back(pair, monkeypatch):
     granted: list[int] = []
     ask = ClusterSession._ask

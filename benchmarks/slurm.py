@@ -71,7 +71,7 @@ class Amount:
 
     calls: int = 200                 # of the Prolog's hook
     hung: int = 20
-    starts: int = 20
+    starts: int = 14
     rounds: int = 10                 # in which two pilots are sent each signal
     pairs: int = 12
     sleeps: int = 3                  # rounds, before the holes and after them

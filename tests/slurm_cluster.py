@@ -179,8 +179,12 @@ class Slurm:
         daemon.wait()
 
     def restart(self, name: str) -> None:
-        """Starts what was killed; slurmctld answers when it returns."""
+        """Starts what was killed; it serves when this returns."""
+        log = self.directory / "log" / f"{name}.out"
+        begun = log.read_text(errors="replace").count("slurmd started on")
         self._daemon(*self._words[name], name=name)
+        if name in self.names:
+            self.wait_until(lambda: log.read_text(errors="replace").count("slurmd started on") > begun, f"{name} serves")
         if name == "slurmctld":
             self.wait_until(lambda: "is UP" in self.run("scontrol", "ping", check=False), "slurmctld answers")
 

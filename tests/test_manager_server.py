@@ -722,11 +722,11 @@ def test_a_body_without_end_is_refused(play):
 # --- a full disk ----------------------------------------------------------------
 
 def test_on_a_full_disk_nothing_is_granted_and_it_goes_on_by_itself(play, tmp_path, monkeypatch):
-    monkeypatch.setattr(server, "WRITE_WAIT_S", 0.05)
     monkeypatch.setattr(server, "WRITE_RETRY_S", 0.01)
 
     async def scenario(call: Caller) -> None:
         await call.report("nid1", await call.start("nid1"), cores=64)
+        monkeypatch.setattr(server, "WRITE_WAIT_S", 0.05)
         body = {"session": "s", "request_id": 1, "workers_min": 1, "workers_max": 1}
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "ledger.db-wal").stat().st_size, hard))
@@ -742,12 +742,12 @@ def test_on_a_full_disk_nothing_is_granted_and_it_goes_on_by_itself(play, tmp_pa
 
 
 def test_who_waits_for_cores_is_answered_though_the_disk_is_full_when_there_are_some(play, tmp_path, monkeypatch):
-    monkeypatch.setattr(server, "WRITE_WAIT_S", 0.05)
     monkeypatch.setattr(server, "WRITE_RETRY_S", 0.01)
 
     async def scenario(call: Caller) -> None:
         number = await call.start("nid1")
         await call.report("nid1", number, cores=1)
+        monkeypatch.setattr(server, "WRITE_WAIT_S", 0.05)
         body = {"session": "s", "request_id": 1, "workers_min": 2, "workers_max": 2, "timeout_s": 4.0}
         waiting = asyncio.create_task(call("POST", "/v1/leases", body, status=503))
 

@@ -54,7 +54,7 @@ with rf.Executor(workers=(0, 8), idle_s=60, lease_timeout_s=10) as executor:
 IMPATIENT = {"RFAAS_TCP_IDLE_S": "1", "RFAAS_TCP_PROBE_S": "1", "RFAAS_TCP_PROBES": "2", "RFAAS_TCP_TIMEOUT_S": "2"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def slurm() -> Iterator[Slurm]:
     settings = {"SlurmdTimeout": 30, "Prolog": HOOK, "Epilog": HOOK, "PrologFlags": "Alloc,Contain",
                 "PreemptType": "preempt/partition_prio", "PreemptMode": "CANCEL"}

@@ -181,15 +181,12 @@ class Shared:
         try:
             if not (turn.Wait() if wait else turn.Test()):
                 return
+            if turn.worker:
+                warm.add(turn.worker)
         except LOST:
-            del self._flying[who]
-            # The others' patience doesn't run out with it.
-            self._progress = time.perf_counter()
-            return
+            pass        # its cells are run here in the end; the others' patience doesn't run out with it
         del self._flying[who]
         self._progress = time.perf_counter()
-        if turn.worker:
-            warm.add(turn.worker)
 
     def _patience(self, costs: Costs, cold: bool) -> float:
         """How long the workers' last cells may take before they are taken for stuck."""

@@ -242,7 +242,7 @@ class Split:
         # What a probe copies: its inputs are the caller's again before it has ended.
         self._constant = [isinstance(value, Constant) for value in given]
         self._probe_s = _PROBE_S + _COPY_BYTE_S * sum(array.nbytes for array in changing)
-        # Who is asked first takes part of each cell: nothing that has a time limit of its own.
+        # A time limit is each call's own: one call that runs many cells can't keep it.
         self._shares = (shared and crew.transport == "shm" and where == "both" and timeout_s is None
                         and self._cells is not None and can_share(crew, self._read, self._partials or self._written))
         kind = (kernel.digest, tuple((a.dtype.str, a.shape[1:]) for a in (*divided, *outs)),

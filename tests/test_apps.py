@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import verdicts
 from verdicts import first_failed
 
 import rfaas_mpi as rf
@@ -24,16 +25,9 @@ needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2,
 
 
 @pytest.fixture(scope="module")
-def blackscholes() -> ModuleType:
-    sys.path.insert(0, str(APPS))
-    try:
-        spec = importlib.util.spec_from_file_location("blackscholes", APPS / "blackscholes.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+def blackscholes() -> Iterator[ModuleType]:
+    with verdicts.loaded("blackscholes") as module:
         yield module
-    finally:
-        sys.path.remove(str(APPS))
-        sys.modules.pop("common", None)
 
 
 def pricing(blackscholes: ModuleType, executor: rf.Executor, **changed: object) -> object:

@@ -5,6 +5,7 @@ On nodes that are apart (root), so that a link can be cut and all that a node ha
 
 from __future__ import annotations
 
+import abc
 import getpass
 import os
 import random
@@ -79,7 +80,7 @@ def nothing_left(slurm: Slurm) -> None:
             raise AssertionError(f"left on {node.name}: {found}\n{error}") from None
 
 
-class Program:
+class Program(abc.ABC):
     """One that calls kernels, and what it has said so far; it is to go on whatever becomes of its workers."""
 
     slurm: Slurm
@@ -87,8 +88,9 @@ class Program:
     def __init__(self) -> None:
         self.enough = self.slurm.directory / f"enough-{random.getrandbits(32):x}"
 
+    @abc.abstractmethod
     def said(self) -> str:
-        raise NotImplementedError
+        """All of it."""
 
     def rounds(self) -> int:
         return self.said().count(" end\n")

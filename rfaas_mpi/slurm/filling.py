@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import pwd
@@ -67,10 +66,9 @@ def own_directory(named: Path | None, partition: str) -> Iterator[Path]:
     path = (named or Path.home() / ".rfaas" / f"pilots-{partition}").absolute()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     run.private(path, hint="remove it, or name another --directory")
-    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(run.held(path))
         except BlockingIOError:
             raise ConfigError(f"another `rfaas slurm pilots` runs with {path}",
                               hint="end that one, or name another --directory") from None
@@ -82,8 +80,6 @@ def own_directory(named: Path | None, partition: str) -> Iterator[Path]:
             # It may be one that was there, with other files in it.
             with contextlib.suppress(OSError):
                 path.rmdir()
-    finally:
-        os.close(held)
 
 
 def _clear(directory: Path) -> None:
@@ -118,27 +114,16 @@ def pilot_directory(job: str) -> Iterator[Path]:
     """A pilot's files on its node; removed in the end, and what a killed one left with the next one's beginning."""
     prefix = f"rfaas-pilot-{os.geteuid()}-"
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        with contextlib.suppress(OSError, ConfigError), _locked(run.private(left)):
+        with contextlib.suppress(OSError, ConfigError), run.held(run.private(left)):
             # One that has just been made isn't locked yet.
             if time.time() - left.stat().st_mtime > _YOUNG_S:
                 shutil.rmtree(left, ignore_errors=True)
     path = run.private(Path(tempfile.gettempdir(), prefix + job))
-    with _locked(path):
+    with run.held(path):
         try:
             yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """OSError where somebody else has it."""
-    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(held)
 
 
 def fill(wanted: Wanted, directory: Path, line: Line, ready: Callable[[], None], say: Callable[[str], None]) -> None:

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 import time
@@ -462,7 +463,9 @@ def test_a_manager_that_ends_answers_those_who_wait(tmp_path):
     asyncio.run(asyncio.wait_for(whole(), GUARD_S))
 
 
-def test_an_agent_that_does_not_read_holds_up_nobody(play):
+def test_an_agent_that_does_not_read_holds_up_nobody(play, monkeypatch):
+    monkeypatch.setattr(server, "CLOSE_S", 0.1)
+
     async def scenario(call: Caller) -> None:
         deaf, other = Agent(call), Agent(call, "nid2")
         await deaf.register()
@@ -474,9 +477,17 @@ def test_an_agent_that_does_not_read_holds_up_nobody(play):
                 return (await call("GET", "/v1/nodes"))["nodes"] != []
             await until(lent)
             [lease] = (await call.ask(1))["leases"]
-            # Each is an order to stop sooner than the one before, more than the sockets hold.
-            for grace in range(4000, 0, -1):
-                await call("POST", f"/v1/leases/{lease['id']}/revoke", {"grace_s": float(grace)})
+            # From here on it doesn't read, and the sockets hold little.
+            channel._response.connection.transport.pause_reading()
+            _, theirs = call.manager._channels["nid1"]
+            writer = theirs.socket._writer
+            writer.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+            writer.transport.set_write_buffer_limits(0)
+            writer._limit = 0                  # of what is sent without looking whether anybody reads
+            # Each is an order to stop sooner than the one before.
+            grace = itertools.count(4000, -1)
+            while len(call.manager._telling) < 10:
+                await call("POST", f"/v1/leases/{lease['id']}/revoke", {"grace_s": float(next(grace))})
             await other.report()
             assert (await call.ask(1))["leases"][0]["node"] == "nid2"
             begin = time.monotonic()

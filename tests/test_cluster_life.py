@@ -88,9 +88,9 @@ RANK = """
                 first.pop()
                 say("here")
                 sys.stdin.readline()
+                passed.set()
         except IndexError:
             pass
-        passed.set()
         return real(*args, **kwargs) if when == "before" else found
     setattr(owner, name, step)
     with Executor(workers=(1, 4), lease_duration_s=1.5 if kind == "LeaseEnded" else None) as ex:

@@ -1,6 +1,7 @@
 """What control groups do for us on a machine that has version 2 only: an agent of several users as systemd starts it,
 the share of a core that a worker of low priority leaves to its owner, groups that were delegated to us, and the whole
-service: manager, agent and ranks, with a job that comes and goes, a drain, and the main job.
+service: manager, agent and ranks, with a job that comes and goes, a drain, and the main job. And what the detector
+lends beside real owners.
 
     python tests/groups_v2.py
 
@@ -471,6 +472,20 @@ def a_group_with_other_processes_is_not_divided_and_that_is_said() -> None:
             other.wait()
         assert "1 other processes are in it" in said, said
         assert not (place / OWN).exists()
+
+
+# --- what is lent while jobs come, go and change ----------------------------------------------------------
+
+@promise
+def a_watcher_of_proc_finds_no_owner_on_a_core_that_is_lent() -> None:
+    done = subprocess.run([sys.executable, HERE / "owners.py", "--seconds", "15", "--least", "1"], text=True,
+                          capture_output=True, timeout=GUARD_S, env={**os.environ, "RFAAS_OWNERS_PACE": "4"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found, file=sys.stderr)
+    assert found["cgroups"] == "v2" and found["violations"] == [], found
+    # (A cpuset of few CPUs rarely leaves one of them unused; one will do.)
+    assert min(found["judged"]["free"], found["judged"]["unused"]) >= 1, found
 
 
 def main() -> int:

@@ -56,6 +56,7 @@ def seen() -> Iterator[dict[str, str]]:
     "slurms_own_prolog_takes_everything_back_and_its_epilog_has_it_lent_again",
     "an_owner_keeps_its_core_beside_a_group_of_low_priority_and_not_beside_an_idle_thread",
     "a_user_divides_the_group_that_was_delegated_to_him", "root_divides_its_group_where_it_sees_no_other",
-    "a_group_with_other_processes_is_not_divided_and_that_is_said", "nothing_is_left"])
+    "a_group_with_other_processes_is_not_divided_and_that_is_said",
+    "a_watcher_of_proc_finds_no_owner_on_a_core_that_is_lent", "nothing_is_left"])
 def test_where_there_is_version_2_only(seen, promise):
     assert seen[promise] == "", seen[promise]

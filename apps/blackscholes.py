@@ -227,7 +227,7 @@ class BlackScholes(common.App):
 
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--options", type=int, default=10_000_000)
+        parser.add_argument("--options", type=common.at_least(1), default=10_000_000)
         parser.add_argument("--kernel", choices=["native", "numpy"], default="native")
         parser.add_argument("--kill", action="store_true", help="one more run, in which a worker is killed half-way")
         parser.set_defaults(seed=1973)

@@ -520,6 +520,25 @@ def plot(report: dict[str, Any], file: Path) -> None:
 
 # --- the run -------------------------------------------------------------------------
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an argument that is so much or more. Of nothing every verdict would be right."""
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+    return number
+
+
+def to_be_written(text: str) -> str:
+    """The type of an argument that names a file: whether it can be written is known before the first round."""
+    file = Path(text).absolute()
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no directory {file.parent}")
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} can't be written")
+    return text
+
+
 def main(app: type[App], doc: str, argv: Sequence[str] | None = None) -> int:
     """Runs an app; the exit status. Prints no rate where a result is wrong."""
     given = list(sys.argv[1:] if argv is None else argv)
@@ -529,20 +548,20 @@ def main(app: type[App], doc: str, argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", action="append", choices=[*WHERE, *app.modes],
                         help="what to run, in turn; may be repeated (default: " + " and ".join(app.default) + ")")
-    parser.add_argument("--workers", type=int, default=1, help="cores to borrow (default: 1)")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=at_least(0), default=1, help="cores to borrow (default: 1)")
+    parser.add_argument("--rounds", type=at_least(1), default=9)
+    parser.add_argument("--seed", type=at_least(0), default=1)
     parser.add_argument("--small", action="store_true",
                         help=f"the smallest run that says something: {' '.join(app.small) or 'the defaults'}")
     parser.add_argument("--figures", action="store_true",
                         help=f"as where figures are published: {' '.join(app.figures) or 'the defaults'}")
     parser.add_argument("--bound", action="store_true", help="also time bare pinned processes, one a core in use")
-    parser.add_argument("--ranks", type=int, metavar="N",
+    parser.add_argument("--ranks", type=at_least(1), metavar="N",
                         help="also time the same app as N MPI ranks on the same cores, without workers")
     parser.add_argument("--again", action="store_true",
                         help="the split twice in each round: what is measured where there is no difference")
-    parser.add_argument("--plot", metavar="FILE", help="draw the modes as PNG (needs matplotlib)")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE", type=to_be_written, help="draw the modes as PNG (needs matplotlib)")
+    parser.add_argument("--json", metavar="FILE", type=to_be_written)
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     parser.add_argument("--resident", help=argparse.SUPPRESS)
     app.arguments(parser)

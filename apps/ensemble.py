@@ -140,14 +140,15 @@ class Ensemble(common.App):
 
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--members", type=int, default=2000, help="pendulums")
-        parser.add_argument("--steps", type=int, default=1024, help="of each")
-        parser.add_argument("--period-steps", type=int, default=STEPS_A_PERIOD, metavar="STEPS",
+        parser.add_argument("--members", type=common.at_least(1), default=2000, help="pendulums")
+        parser.add_argument("--steps", type=common.at_least(1), default=1024, help="of each")
+        parser.add_argument("--period-steps", type=common.at_least(1), default=STEPS_A_PERIOD, metavar="STEPS",
                             help=f"in the period of small swings (default: {STEPS_A_PERIOD})")
         parser.add_argument("--kernel", choices=["native", "numpy"], default="native")
         parser.add_argument("--remote", choices=["map", "split"], default="map",
                             help="how remote mode reaches the workers (default: map)")
-        parser.add_argument("--chunk", type=int, default=32, help="members in an item of Executor.map (default: 32)")
+        parser.add_argument("--chunk", type=common.at_least(1), default=32,
+                            help="members in an item of Executor.map (default: 32)")
 
     def __init__(self, args: argparse.Namespace, rank: int, ranks: int, executor: rf.Executor) -> None:
         # The widest swing takes 1.7 of the small one's periods, and begins to count after three quarters of it.

@@ -445,8 +445,10 @@ class Hydro(common.App):
 
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--n", type=int, default=24, help="elements along an edge of the cube (default: 24)")
-        parser.add_argument("--steps", type=int, help="of a round (default: two thirds of the shock's way)")
+        parser.add_argument("--n", type=common.at_least(1), default=24,
+                            help="elements along an edge of the cube (default: 24)")
+        parser.add_argument("--steps", type=common.at_least(1),
+                            help="of a round (default: two thirds of the shock's way)")
         parser.add_argument("--kernel", choices=["native", "numpy"], default="native")
 
     def __init__(self, args: argparse.Namespace, rank: int, ranks: int, executor: rf.Executor) -> None:

@@ -82,7 +82,7 @@ class Jacobi(common.App):
 
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--n", type=int, default=2000, help="unknowns")
+        parser.add_argument("--n", type=common.at_least(2), default=2000, help="unknowns")
         parser.add_argument("--sweeps", type=int, default=40, choices=range(1, MOST_SWEEPS + 1), metavar="COUNT",
                             help=f"at most {MOST_SWEEPS} (default: 40)")
         parser.add_argument("--kernel", choices=["native", "numpy"], default="native")

@@ -80,7 +80,7 @@ class Matmul(common.App):
 
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--n", type=int, default=1000, help="rows and columns")
+        parser.add_argument("--n", type=common.at_least(1), default=1000, help="rows and columns")
         parser.add_argument("--kernel", choices=["naive", "blas"], default="naive")
 
     def __init__(self, args: argparse.Namespace, rank: int, ranks: int, executor: rf.Executor) -> None:

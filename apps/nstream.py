@@ -80,8 +80,8 @@ class Nstream(common.App):
 
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--length", type=int, default=4_000_000, help="elements of each vector")
-        parser.add_argument("--passes", type=int, default=10)
+        parser.add_argument("--length", type=common.at_least(1), default=4_000_000, help="elements of each vector")
+        parser.add_argument("--passes", type=common.at_least(1), default=10)
         parser.add_argument("--kernel", choices=["native", "numpy"], default="native")
 
     def __init__(self, args: argparse.Namespace, rank: int, ranks: int, executor: rf.Executor) -> None:

@@ -115,10 +115,10 @@ class Stencil(common.App):
 
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--n", type=int, default=2000, help="rows and columns")
+        parser.add_argument("--n", type=common.at_least(1), default=2000, help="rows and columns")
         parser.add_argument("--radius", type=int, default=2, choices=range(1, LARGEST + 1), metavar="POINTS",
                             help=f"at most {LARGEST} (default: 2)")
-        parser.add_argument("--iterations", type=int, default=10)
+        parser.add_argument("--iterations", type=common.at_least(1), default=10)
         parser.add_argument("--kernel", choices=["native", "numpy"], default="native")
 
     def __init__(self, args: argparse.Namespace, rank: int, ranks: int, executor: rf.Executor) -> None:

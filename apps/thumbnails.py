@@ -151,7 +151,8 @@ class Thumbnails(common.App):
 
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--repeat", type=int, default=12, help="windows of each photograph (default: 12)")
+        parser.add_argument("--repeat", type=common.at_least(1), default=12,
+                            help="windows of each photograph (default: 12)")
         parser.add_argument("--kernel", choices=["native", "numpy"], default="native")
         parser.add_argument("--remote", choices=["map", "split"], default="map",
                             help="how remote mode reaches the workers (default: map)")

@@ -156,11 +156,13 @@ class Transport(common.App):
 
     @staticmethod
     def arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--histories", type=int,
+        parser.add_argument("--histories", type=common.at_least(1),
                             help=f"of a batch (default: those that make {ENOUGH} of it in a slab's rounds)")
-        parser.add_argument("--batches", type=int, default=512, help="of a round, at least 2 (default: 512)")
-        parser.add_argument("--generations", type=int, default=24, help="at most 64 (default: 24)")
-        parser.add_argument("--skip", type=int, default=6, help="generations that don't count (default: 6)")
+        parser.add_argument("--batches", type=common.at_least(2), default=512,
+                            help="of a round, at least 2 (default: 512)")
+        parser.add_argument("--generations", type=common.at_least(1), default=24, help="at most 64 (default: 24)")
+        parser.add_argument("--skip", type=common.at_least(0), default=6,
+                            help="generations that don't count (default: 6)")
         parser.add_argument("--sigma", type=float, default=5e-4, help="the largest that is good enough")
         parser.add_argument("--kernel", choices=["native", "numpy"], default="native")
 

@@ -72,7 +72,7 @@ class Executor(concurrent.futures.Executor):
 
     Lower-case methods take objects (`submit`, `map`, `starmap`), upper-case
     ones take buffers (`Invoke`, `Iinvoke`, `Invoke_init`). All may be called
-    from any thread. Use it as a context manager, or call `shutdown`.
+    from any thread. Use it as a context manager, or call `close`.
     """
 
     def __init__(self, workers: tuple[int, int] | int | None = None, *, comm: Any = None,
@@ -164,6 +164,8 @@ class Executor(concurrent.futures.Executor):
 
         Revoked and lost workers go, replaced and new ones come. What it raises is logged.
         """
+        if not callable(fn):
+            raise TypeError(f"{fn!r} can't be called with the workers")
         self._open().listen(fn)
         return fn
 
@@ -492,6 +494,10 @@ class Executor(concurrent.futures.Executor):
                 crew.close()
             else:
                 _finish_later(crew)
+
+    def close(self) -> None:
+        """The end, as `shutdown()`: safe to call twice, and no call to MPI, with `comm` either."""
+        self.shutdown()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: types.TracebackType | None) -> Literal[False]:

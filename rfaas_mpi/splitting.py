@@ -198,6 +198,10 @@ class Split:
             raise ValueError(f"grain={grain} is no number of rows")
         if where not in ("both", "here", "workers"):
             raise ValueError(f"where={where!r} is not possible; one of both, here, workers")
+        if reduce is not None and not callable(reduce):
+            raise TypeError(f"reduce={reduce!r} can't combine two results; give it a function of two, such as numpy.add")
+        if isinstance(whole, int):
+            raise TypeError(f"whole={whole} is no list of inputs; give whole=({whole},)")
         self.out = out
         self._splits = splits
         self._crew = crew

@@ -54,6 +54,35 @@ def test_describe_and_help_say_what_the_app_says_of_itself(name):
     assert "PURPOSE" in helped.stdout and "--workers" in helped.stdout
 
 
+@pytest.mark.parametrize("words, kept, asked", [
+    ("--n 3 --json", "--n 3", True), ("--json --n 3", "--n 3", True), ("--json FILE --n 3", "--json FILE --n 3", False),
+    ("--n 3", "--n 3", False), ("", "", False)])
+def test_json_without_a_file_behind_the_name_is_the_commands_own(words, kept, asked):
+    assert apps.without_json(words.split()) == (tuple(kept.split()), asked)
+
+
+def test_json_behind_the_name_answers_on_stdout():
+    done = rfaas("app", "matmul", "--n", "20", "--rounds", "1", "--mode", "local", "--json")
+    assert json.loads(done.stdout)["report"]["verdict"]["correct"], done.stderr
+    assert "verdict" in done.stderr
+
+
+def test_an_option_of_the_apps_before_the_name_is_no_name():
+    done = rfaas("app", "--mode", "split", "matmul")
+    assert done.returncode == output.USAGE and "No such option '--mode'" in done.stderr
+
+
+@pytest.mark.parametrize("words, said", [
+    ("matmul --n 0", "--n: 0 is less than 1"), ("matmul --rounds 0", "--rounds: 0"), ("matmul --workers -1", "--workers: -1"),
+    ("matmul --seed -1", "--seed: -1"), ("jacobi --n 1", "--n: 1 is less than 2"), ("nstream --length 0", "--length: 0"),
+    ("blackscholes --options 0", "--options: 0"), ("hydro --steps 0", "--steps: 0"),
+    ("matmul --json /no/such/report.json", "there is no directory /no/such")])
+def test_what_no_verdict_could_be_about_is_refused_before_anything_runs(words, said):
+    done = rfaas("app", *words.split())
+    assert done.returncode != 0 and said in done.stderr, done.stderr
+    assert "verdict" not in done.stdout and "Traceback" not in done.stderr
+
+
 def test_an_app_runs_under_mpiexec_with_its_own_arguments_and_answers_in_json_if_asked(tmp_path):
     report = tmp_path / "report.json"
     # Behind the name --json is the app's.

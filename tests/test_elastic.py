@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import kernels_for_tests as k
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -102,6 +103,11 @@ def test_whoever_wants_to_know_is_told_which_workers_there_are_now(wait_until):
         wait_until(lambda: ex.workers not in ([], [first]) and told[-1:] == [ex.workers], "the new one is told of")
         assert told[0] == [] and not ex.wait_workers(2, 0.01)
     assert not ex.wait_workers(1, 60), "it ends with the executor"
+
+
+def test_what_can_not_be_told_is_refused_at_once():
+    with Executor(transport="inline") as ex, pytest.raises(TypeError, match="3 can't be called"):
+        ex.on_change(3)
 
 
 def test_what_is_told_last_is_how_it_is_whoever_tells():

@@ -498,6 +498,17 @@ def test_shutdown_waits_for_what_was_accepted(tmp_path):
     assert request.out[0] == 2
 
 
+def test_close_is_shutdown_and_may_come_twice(tmp_path):
+    log = tmp_path / "log"
+    executor = Executor(workers=1)
+    future = executor.submit(k.append, log, "x")
+    executor.close()
+    assert future.done() and log.read_text() == "x"
+    executor.close()
+    with pytest.raises(ClosedError):
+        executor.submit(k.append, log, "y")
+
+
 def test_shutdown_without_waiting_still_finishes(tmp_path):
     flag = tmp_path / "flag"
     executor = Executor(workers=1)

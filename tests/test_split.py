@@ -112,6 +112,12 @@ def test_what_is_whole_goes_to_each_cell(ex):
             assert np.array_equal(out, expected)
 
 
+@pytest.mark.parametrize("how, said", [({"reduce": "plus"}, "reduce='plus' can't combine"), ({"whole": 0}, r"give whole=\(0,\)")])
+def test_how_is_looked_at_before_anything_runs(ex, how, said):
+    with pytest.raises(TypeError, match=said):
+        ex.Split(rotated, np.ones(3), np.empty(3), **how)
+
+
 def test_a_cell_knows_where_it_begins(ex):
     for where in WHERE:
         out = ex.zeros(10_000, np.int64)

@@ -66,7 +66,7 @@ def demo(out: Output, n_options: int, directory: Path) -> None:
         raise Finished(output.FAILED)
 
 
-@app.command("app", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+@app.command("app", context_settings={"allow_interspersed_args": False},
              epilog=examples("rfaas app", "rfaas app matmul --help", "rfaas app --describe matmul",
                              "rfaas app matmul --n 500 --mode local --mode split",
                              "rfaas app --ranks 2 jacobi --mode mpi"))
@@ -86,13 +86,14 @@ def app_(context: click.Context, name: str | None, arguments: tuple[str, ...], l
 
     Options before NAME are of this command; those after it are the app's own,
     and `rfaas app NAME --help` shows them. The app runs under mpiexec, and the
-    exit status is its own. With --json before NAME the answer has what the app
-    reports, and what it prints goes to stderr.
+    exit status is its own. With --json before NAME, or without a file behind it,
+    the answer has what the app reports, and what it prints goes to stderr.
     """
     from rfaas_mpi.cli import apps
     out: Output = context.obj
-    # Behind NAME it is an option of the app.
-    out.json = context.get_parameter_source("json") is click.core.ParameterSource.COMMANDLINE
+    # Behind NAME, and with a file, it is an option of the app.
+    arguments, asked = apps.without_json(arguments)
+    out.json = asked or context.get_parameter_source("json") is click.core.ParameterSource.COMMANDLINE
     if name is None or listing:
         found = apps.find()
         out.answer({"apps": [apps.as_json(one) for one in found.values()]}, apps.as_text(found))

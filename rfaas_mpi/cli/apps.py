@@ -24,7 +24,8 @@ from typing import Any
 from rfaas_mpi import config
 from rfaas_mpi.errors import ConfigError, RFaaSError
 
-__all__ = ["App", "apps_directory", "as_json", "as_text", "command", "described", "find", "launcher", "named", "run"]
+__all__ = ["App", "apps_directory", "as_json", "as_text", "command", "described", "find", "launcher", "named", "run",
+           "without_json"]
 
 EXTRA = "pip install 'rfaas_mpi[demo]'"
 # Imported where an option asks for them.
@@ -170,6 +171,13 @@ def run(app: App, arguments: Sequence[str], ranks: int) -> int:
         return subprocess.run([sys.executable, app.path, *arguments], check=False).returncode
     words = command(app, arguments, ranks)
     os.execve(words[0], words, config.scrubbed(config.environment()))
+
+
+def without_json(arguments: Sequence[str]) -> tuple[tuple[str, ...], bool]:
+    """An app's arguments without a `--json` that names no file, and whether there was one."""
+    kept = tuple(word for word, file in zip(arguments, [*arguments[1:], "-"], strict=False)
+                 if word != "--json" or not file.startswith("-"))
+    return kept, len(kept) < len(arguments)
 
 
 def run_quietly(app: App, arguments: Sequence[str], ranks: int, progress: Callable[[str], None]) -> dict[str, Any]:

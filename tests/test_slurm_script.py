@@ -126,3 +126,33 @@ def test_a_script_lends_a_jobs_other_cores(slurm):
     site = (f"#!/bin/bash\n@directives@\nexport PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH "
             f"PYTHONPATH={shlex.quote(str(REPOSITORY))}\n@run@\n")
     assert "worker on 1" in slurm.finish(render.script(Script((str(program),), ntasks=1), site))
+
+
+@pytest.mark.parametrize("words, said", [
+    (("--borrow", "--workers", "3", "app.py"), "--workers is how much of the job is lent"),
+    (("--mpi", "pmi2", "--launcher", "mpiexec", "app.py"), "--mpi is srun's"),
+    (("--wrokers", "3", "app.py"), "No such option '--wrokers'"), (("",), "needs something to run")])
+def test_what_would_not_be_heeded_is_refused(words, said, capsys):
+    assert main(["slurm", "script", *words]) != 0
+    assert said in capsys.readouterr().err
+
+
+def test_a_misspelt_option_is_no_command_to_run(capsys):
+    assert main(["slurm", "run", "--wrokers", "3", "app.py"]) == 2
+    assert "No such option '--wrokers'" in capsys.readouterr().err
+
+
+def test_a_template_that_is_not_there_is_named_with_its_setting(monkeypatch, capsys):
+    monkeypatch.setenv("RFAAS_SLURM_TEMPLATE", "/no/such/template")
+    assert main(["slurm", "script", "app.py"]) == 1
+    said = capsys.readouterr().err
+    assert "/no/such/template" in said and "RFAAS_SLURM_TEMPLATE" in said
+
+
+def test_ranks_that_borrow_have_the_cpus_that_were_asked_for(slurm):
+    """sbatch's --cpus-per-task is none of srun's."""
+    program = slurm.directory / "cpus.sh"
+    program.write_text('scontrol show step -o "$SLURM_JOB_ID.$SLURM_STEP_ID" | grep -o "CPUs=[0-9]*"\n')
+    text = printed("--borrow", "--ntasks", "1", "--cpus-per-task", "2", "sh", str(program))
+    assert "--cpus-per-task=2 sh" in text
+    assert slurm.finish(text) == "CPUs=2\n"

@@ -45,6 +45,8 @@ if [ "$purpose" = tests ]; then
     program srun slurm-client
     program shellcheck shellcheck
     ls /usr/lib/*/slurm-wlm/select_cons_tres.so >/dev/null 2>&1 || need slurm-wlm-basic-plugins
+    # srun --mpi=pmix loads libpmix.so, by that name.
+    ls /usr/lib/*/pmix2/lib/libpmix.so >/dev/null 2>&1 || need libpmix-dev
     ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || need postgresql
     program bwrap bubblewrap
     [ -e /usr/include/infiniband/verbs.h ] || need libibverbs-dev

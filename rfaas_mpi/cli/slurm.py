@@ -31,7 +31,7 @@ def slurm() -> None:
     """
 
 
-@slurm.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+@slurm.command(context_settings={"allow_interspersed_args": False},
                epilog=examples("rfaas slurm run -- python app.py", "rfaas slurm run --workers 8 --mpi pmi2 -- python app.py"))
 @click.option("--workers", type=click.IntRange(min=0), default=None,
               help="Cores to lend, on all nodes together.  [default: all that ranks leave]")
@@ -58,7 +58,7 @@ def run(out: Output, command: tuple[str, ...], **options: Any) -> None:
         raise Finished(status)
 
 
-@slurm.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+@slurm.command(context_settings={"allow_interspersed_args": False},
                epilog=examples("rfaas slurm script --nodes 2 --ntasks 64 app.py >job.sh",
                                "rfaas slurm script --ntasks 4 --mpi pmi2 --time 30 app.py --n 1000 | sbatch"))
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Nodes of the job.")
@@ -73,6 +73,8 @@ def run(out: Output, command: tuple[str, ...], **options: Any) -> None:
 @click.option("--array", metavar="INDEXES", default=None, help="Run it once for each index, like 0-15%4.")
 @click.option("--mem", "memory", metavar="SIZE", default=None, help="Memory of each node; many sites want none named.")
 @click.option("--mpi", metavar="TYPE", default=None, help="How ranks find each other, as srun's --mpi.")
+@click.option("--launcher", metavar="PROGRAM", default=None,
+              help="MPICH's or Open MPI's mpiexec, which starts the ranks in srun's place.")
 @click.option("--workers", type=click.IntRange(min=0), default=None,
               help="Cores to lend, on all nodes together.  [default: all that ranks leave]")
 @click.option("--lend/--borrow", default=True, show_default=True,
@@ -92,8 +94,17 @@ def script(out: Output, command: tuple[str, ...], template: Path | None, **optio
     from rfaas_mpi.slurm import render
     named = template or Settings.load().slurm_template
     text = render.script(render.Script(command=command, **options),
-                         render.TEMPLATE if named is None else Path(named).read_text())
+                         render.TEMPLATE if named is None else _template(Path(named)))
     out.answer({"script": text}, text.splitlines())
+
+
+def _template(path: Path) -> str:
+    from rfaas_mpi.errors import ConfigError
+    try:
+        return path.read_text()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"the template of batch scripts, {path}, can't be read: {error}",
+                          hint="name another one with --template or RFAAS_SLURM_TEMPLATE") from None
 
 
 slurm.add_command(pilots)

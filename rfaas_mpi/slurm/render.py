@@ -42,6 +42,7 @@ class Script(msgspec.Struct, frozen=True):
     array: str | None = None
     memory: str | None = None
     mpi: str | None = None
+    launcher: str | None = None
     workers: int | None = None
     lend: bool = True
     rfaas: str = "rfaas"
@@ -92,23 +93,38 @@ def _directives(wanted: Script) -> list[str]:
 
 
 def _run(wanted: Script) -> list[str]:
-    for word in wanted.command:
-        if re.search(r"[\x00\r\n]", word):
-            raise ConfigError(f"{word!r} can't stand in a batch script", hint="leave out line ends")
-    if not wanted.command:
+    if not wanted.command or not wanted.command[0]:
         raise ConfigError("a batch script needs something to run", hint="name the program: rfaas slurm script app.py")
-    words: list[str]
-    if wanted.lend:
-        words = [wanted.rfaas, "slurm", "run"]
-        if wanted.workers is not None:
-            words += ["--workers", str(wanted.workers)]
-        if wanted.mpi is not None:
-            words += ["--mpi", wanted.mpi]
-        words.append("--")
-    else:
-        words = ["srun", *([] if wanted.mpi is None else [f"--mpi={wanted.mpi}"])]
+    if wanted.mpi is not None and wanted.launcher is not None:
+        raise ConfigError("--mpi is srun's, and --launcher has another program start the ranks", hint="give one of them")
+    words = _lending(wanted) if wanted.lend else _borrowing(wanted)
     lines = [] if wanted.threads is None else [f"export OMP_NUM_THREADS={wanted.threads}"]
-    return [*lines, "exec " + _quoted([*words, *_program(wanted.command)])]
+    return [*lines, " ".join(["exec", *words, _quoted(_program(wanted.command))])]
+
+
+def _lending(wanted: Script) -> list[str]:
+    """`rfaas slurm run` and its options, quoted."""
+    words = [wanted.rfaas, "slurm", "run"]
+    if wanted.workers is not None:
+        words += ["--workers", str(wanted.workers)]
+    if wanted.mpi is not None:
+        words += ["--mpi", wanted.mpi]
+    if wanted.launcher is not None:
+        words += ["--launcher", wanted.launcher]
+    return [_quoted([*words, "--"])]
+
+
+def _borrowing(wanted: Script) -> list[str]:
+    """What starts the ranks where nothing of the job is lent, quoted."""
+    if wanted.workers is not None:
+        raise ConfigError("--workers is how much of the job is lent, and with --borrow nothing is",
+                          hint="leave one of them out; Executor(workers=…) says how many a rank borrows")
+    if wanted.launcher is not None:
+        # As srun has it: one on each node where no tasks were asked for.
+        return [_quoted([wanted.launcher, "-n"]), '"${SLURM_NTASKS:-$SLURM_NNODES}"']
+    words = ["srun", *([] if wanted.mpi is None else [f"--mpi={wanted.mpi}"])]
+    # What sbatch was asked for srun doesn't take over.
+    return [_quoted([*words, *([] if wanted.cpus_per_task is None else [f"--cpus-per-task={wanted.cpus_per_task}"])])]
 
 
 def _program(command: Sequence[str]) -> Sequence[str]:
@@ -117,4 +133,7 @@ def _program(command: Sequence[str]) -> Sequence[str]:
 
 
 def _quoted(words: Sequence[str]) -> str:
+    for word in words:
+        if re.search(r"[\x00\r\n]", word):
+            raise ConfigError(f"{word!r} can't stand in a batch script", hint="leave out line ends")
     return shlex.join(words)

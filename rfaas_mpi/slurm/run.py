@@ -105,6 +105,8 @@ def run(wanted: Wanted, environ: Mapping[str, str], progress: Callable[[str], No
     Raises ConfigError outside a job, or where its ranks need more cores than it has, and
     ServiceError where Slurm, the manager or an agent can't do its part.
     """
+    if wanted.mpi is not None and wanted.launcher is not None:
+        raise ConfigError("--mpi is srun's, and --launcher has another program start the ranks", hint="give one of them")
     job = facts.allocation(environ, wanted.ranks)
     threads = _threads(environ)
     if not any(job.tasks):

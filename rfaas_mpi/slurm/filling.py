@@ -114,10 +114,11 @@ def pilot_directory(job: str) -> Iterator[Path]:
     """A pilot's files on its node; removed in the end, and what a killed one left with the next one's beginning."""
     prefix = f"rfaas-pilot-{os.geteuid()}-"
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        with contextlib.suppress(OSError, ConfigError), run.held(run.private(left)):
-            # One that has just been made isn't locked yet.
+        with contextlib.suppress(OSError, ConfigError):
+            # One that has just been made isn't held yet, and who made it could not hold it meanwhile.
             if time.time() - left.stat().st_mtime > _YOUNG_S:
-                shutil.rmtree(left, ignore_errors=True)
+                with run.held(run.private(left)):
+                    shutil.rmtree(left, ignore_errors=True)
     path = run.private(Path(tempfile.gettempdir(), prefix + job))
     with run.held(path):
         try:

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """What pilots and hooks cost and gain on a real Slurm of virtual nodes: one JSON, and a timeline of its nodes.
 
-USAGE: python benchmarks/slurm.py run [--quick] [--part NAME]... [--with NAME=FILE.json]... [--out slurm-report.json]
+USAGE: python benchmarks/slurm.py run [--quick] [--part NAME]... [--starts N] [--other DIRECTORY]
+                                      [--with NAME=FILE.json]... [--out slurm-report.json]
        python benchmarks/slurm.py report [--docs docs/benchmarks.md] [--plot docs/slurm-report.png] slurm-report.json
 
 `run` starts clusters by tests/slurm_cluster.py, as root, and measures these parts, one after another:
@@ -36,7 +37,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ class Amount:
     seconds: float = 600.0           # of holes
     shorter: float = SHORTER
     busy_s: tuple[float, float] = BUSY_S
+    other: Path | None = None        # a checkout whose pilots start beside ours
 
 
 QUICK = Amount(calls=5, hung=1, starts=2, rounds=1, pairs=1, sleeps=1, seconds=12.0, shorter=100.0, busy_s=(1.0, 2.0))
@@ -126,11 +128,11 @@ def between(values: Sequence[float]) -> tuple[float, float, float]:
 # --- clusters and what runs there ----------------------------------------------------------------
 
 @functools.cache
-def installed() -> Path:
+def installed(repository: Path = REPOSITORY) -> Path:
     """The package with its bytecode beside it, as it is installed, until this process ends."""
     directory = tempfile.TemporaryDirectory(prefix="rfaas-installed-")
     atexit.register(directory.cleanup)
-    shutil.copytree(REPOSITORY / "rfaas_mpi", Path(directory.name, "rfaas_mpi"),
+    shutil.copytree(repository / "rfaas_mpi", Path(directory.name, "rfaas_mpi"),
                     ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run([sys.executable, "-m", "compileall", "-q", directory.name], check=True)
     return Path(directory.name)
@@ -405,8 +407,13 @@ def _of_job(job: int, cluster: Cluster, parents: Mapping[int, int]) -> tuple[int
 
 
 def start(amount: Amount, seed: int) -> dict[str, Any]:
-    """One pilot lends all the time; its script is submitted again and again, for the other node."""
-    ready = []
+    """One pilot lends all the time; its script is submitted again and again, for the other node.
+
+    With another checkout its pilots start beside ours, two of ours and one of its in each round, in an order that is
+    drawn.
+    """
+    chance = random.Random(f"{seed} start")
+    ready: dict[str, list[float]] = {"ours": [], "again": [], "other": []}
     with Cluster(2) as cluster, Pilots(cluster, 1, "--lengths", "30") as filling:
         filling.lending(1)
         [first] = cluster.running()
@@ -414,15 +421,24 @@ def start(amount: Amount, seed: int) -> dict[str, Any]:
         options = pilots.batch_options(pilots.Submit(30), pilots.Wanted("low", 1), "again",
                                        f"{cluster.slurm.directory}/again.log")
         for _ in range(amount.starts):
-            job = cluster.slurm.submit(script, *options)
-            filling.lending(2)
-            at, node = cluster.starts()[job]
-            ready.append(filling.lent[node][-1][0] - at)
-            cluster.slurm.run("scancel", job)
-            cluster.slurm.ended(job)
-            filling.lending(1)
-    return {"rows": spread("a pilot's script begins to leasable, one at a time", ready, {99: 1.0}, 1.0, "s"),
-            "ready_s": ready}
+            for which in chance.sample([*ready], 3) if amount.other is not None else ["ours"]:
+                package = installed(REPOSITORY if which != "other" or amount.other is None else amount.other)
+                job = cluster.slurm.submit(script, *options, PYTHONPATH=str(package))
+                filling.lending(2)
+                at, node = cluster.starts()[job]
+                ready[which].append(filling.lent[node][-1][0] - at)
+                cluster.slurm.run("scancel", job)
+                cluster.slurm.ended(job)
+                filling.lending(1)
+    rows = spread("a pilot's script begins to leasable, one at a time", ready["ours"] + ready["again"],
+                  {50: 1.0, 99: 1.0}, 1.0, "s")
+    if amount.other is not None:
+        rows += spread("the same with the other checkout", ready["other"], {}, 1.0, "s")
+        for what, later in (("later with the other checkout, median of the pairs", "other"), ("A/A of that", "again")):
+            middle, low, high = between([(one - other) * 1e3
+                                         for one, other in zip(ready[later], ready["ours"], strict=True)])
+            rows.append(row(what, middle, "ms", amount.starts, between=[round(low, 2), round(high, 2)]))
+    return {"rows": rows, "ready_s": ready}
 
 
 def _watch(watched: dict[int, tuple[int, bool]], ends: dict[tuple[int, bool], float]) -> None:
@@ -641,9 +657,12 @@ def run(given: argparse.Namespace) -> int:
     if os.geteuid() != 0 or (why := why_not()):
         print(f"slurm: {'only root can start such a cluster' if os.geteuid() != 0 else why}", file=sys.stderr)
         return 1
-    amount = QUICK if given.quick else Amount()
+    amount = replace(QUICK if given.quick else Amount(), other=given.other)
+    if given.starts is not None:
+        amount = replace(amount, starts=given.starts)
     report: dict[str, Any] = {"version": __version__, "environment": environment.facts(), "quick": given.quick,
-                              "seed": given.seed, "amount": asdict(amount), "parts": {
+                              "seed": given.seed,
+                              "amount": {**asdict(amount), "other": given.other and given.other.name}, "parts": {
                                   name: json.loads(file.read_text(encoding="utf-8")) for name, file in given.beside}}
     for name in given.part or PARTS:
         since, before = time.monotonic(), os.getloadavg()
@@ -755,6 +774,9 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--part", action="append", default=[], choices=[*PARTS], help="may be repeated (default: all)")
     one.add_argument("--with", dest="beside", action="append", default=[], type=named_file, metavar="NAME=FILE.json",
                      help="a part that was measured elsewhere; may be repeated")
+    one.add_argument("--starts", type=int, default=None, help="how many pilots start, or rounds of three")
+    one.add_argument("--other", type=Path, default=None, metavar="DIRECTORY",
+                     help="another checkout, built, whose pilots start beside ours")
     one.add_argument("--seed", type=int, default=1)
     one.add_argument("--out", type=Path, default=Path("slurm-report.json"))
     two = commands.add_parser("report", help="render what was measured")

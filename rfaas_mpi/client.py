@@ -39,8 +39,8 @@ from rfaas_mpi.errors import (
 )
 
 __all__ = ["NO_ANSWER", "Greeting", "ManagerAddress", "ManagerClient", "ManagerRefused", "ManagerUnreachable",
-           "check_owner", "check_version", "connect_s", "here", "prover_of", "read_challenge", "refusal", "target",
-           "tls_of"]
+           "check_owner", "check_version", "connect_s", "here", "lost", "not_reached", "prover_of", "read_challenge",
+           "refusal", "target", "tls_of", "unreachable"]
 
 WAIT_S = 60.0                    # for an answer; a demand may wait longer at the manager, and says so
 ANSWER_BYTES_MAX = 1 << 28       # all leases of a large cluster, for an administrator
@@ -259,7 +259,7 @@ class ManagerClient:
         try:
             yield
         except TimeoutError:
-            raise _unreachable(door.address, f"says nothing for {NEXT_S:g} s") from None
+            raise unreachable(door.address, f"says nothing for {NEXT_S:g} s") from None
         if connection.sock is not None:      # a manager that is ending closes it with its answer
             connection.sock.settimeout(max(0.001, wait_s))
 
@@ -286,11 +286,8 @@ class ManagerClient:
             connection.sock = dialled = self._dial(door)
         except RFaaSError:
             raise
-        except ssl.SSLCertVerificationError as error:
-            raise AuthError(f"the certificate of the manager at {address} is not believed: {error.verify_message}",
-                            hint="RFAAS_CA_FILE names who certifies it") from None
         except OSError as error:
-            raise _unreachable(address, f"can't be reached: {error.strerror or error}") from None
+            raise not_reached(address, error) from None
         try:
             with self._lock:
                 if self._closed:
@@ -301,11 +298,11 @@ class ManagerClient:
         except RFaaSError:
             raise
         except TimeoutError:
-            raise _lost(address, f"has not answered for {wait_s:g} s") from None
+            raise lost(address, f"has not answered for {wait_s:g} s") from None
         except (OSError, http.client.HTTPException) as error:
             if self._closed:
                 raise ClosedError("this client of the manager was closed during the call") from None
-            raise _lost(address, f"broke the connection: {error or type(error).__name__}") from None
+            raise lost(address, f"broke the connection: {error or type(error).__name__}") from None
         finally:
             with self._lock:
                 self._live.discard(dialled)
@@ -343,11 +340,21 @@ class _Door(NamedTuple):
 _WAY_OUT = "leases that run are not affected; is `rfaas manager` running there?"
 
 
-def _lost(address: ManagerAddress, what: str) -> ServiceLost:
+def lost(address: ManagerAddress, what: str) -> ServiceLost:
+    """The error for a manager that was reached, and what it did."""
     return ServiceLost(f"the manager at {address} {what}", hint=_WAY_OUT)
 
 
-def _unreachable(address: ManagerAddress, what: str) -> ManagerUnreachable:
+def not_reached(address: ManagerAddress, error: OSError) -> RFaaSError:
+    """The error for a connection that wasn't made: AuthError for a certificate, else ManagerUnreachable."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return AuthError(f"the certificate of the manager at {address} is not believed: {error.verify_message}",
+                         hint="RFAAS_CA_FILE names who certifies it")
+    return unreachable(address, f"can't be reached: {error.strerror or error}")
+
+
+def unreachable(address: ManagerAddress, what: str) -> ManagerUnreachable:
+    """The error for a manager that was not reached."""
     return ManagerUnreachable(f"the manager at {address} {what}", hint=_WAY_OUT)
 
 

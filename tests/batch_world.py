@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rfaas_mpi.agent.detector import CoreClass, Detector, Load, Policy, Report, Told
+from rfaas_mpi.agent.classes import CoreClass
+from rfaas_mpi.agent.detector import Detector, Load, Policy, Report, Told
 from rfaas_mpi.agent.kernel_files import ranges
 from rfaas_mpi.agent.observer import Observer
 

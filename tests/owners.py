@@ -31,7 +31,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from rfaas_mpi.agent.detector import CoreClass, Detector, Policy  # noqa: E402
+from rfaas_mpi.agent.classes import CoreClass  # noqa: E402
+from rfaas_mpi.agent.detector import Detector, Policy  # noqa: E402
 from rfaas_mpi.agent.kernel_files import cgroup_mounts, cpu_list, ranges  # noqa: E402
 from rfaas_mpi.agent.observer import NodeWatch, Observer  # noqa: E402
 

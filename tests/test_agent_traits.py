@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from rfaas_mpi import api
-from rfaas_mpi.agent.detector import Core, CoreClass, Report
+from rfaas_mpi.agent.classes import CoreClass
+from rfaas_mpi.agent.detector import Core, Report
 from rfaas_mpi.agent.traits import cpu_type, owners_of, traits_of
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from batch_world import LAYOUTS, Run
-from rfaas_mpi.agent.detector import CoreClass
+from rfaas_mpi.agent.classes import CoreClass
 
 EVENTS = int(os.environ.get("RFAAS_SOAK_DETECTOR_EVENTS", "6000"))
 EVENTS_OF_A_LIFE = 250

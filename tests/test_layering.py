@@ -192,8 +192,7 @@ def test_only_mpi_and_the_apps_import_mpi4py():
 
 
 # Parts that only the daemons of a cluster import, and the extra that they need.
-EXTRAS = {"rfaas_mpi/agent/link.py": "cluster", "rfaas_mpi/agent/metrics.py": "cluster",
-          "rfaas_mpi/leases/grants.py": "cluster",
+EXTRAS = {"rfaas_mpi/agent/metrics.py": "cluster", "rfaas_mpi/leases/grants.py": "cluster",
           "rfaas_mpi/manager/callers.py": "cluster", "rfaas_mpi/manager/server.py": "cluster",
           "rfaas_mpi/manager/metrics.py": "cluster", "rfaas_mpi/manager/postgres.py": "postgres",
           "rfaas_mpi/bench/manager.py": "cluster"}

@@ -13,7 +13,8 @@ from lending_node import BORROWS, LendingNode
 from site_of_users import ALICE
 from test_apps import needs_two_cores
 
-from rfaas_mpi.agent.detector import CoreClass, Detector, Job, Observed, Policy
+from rfaas_mpi.agent.classes import CoreClass
+from rfaas_mpi.agent.detector import Detector, Job, Observed, Policy
 from rfaas_mpi.agent.kernel_files import Topology
 from rfaas_mpi.slurm import facts
 

@@ -21,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import msgspec
@@ -32,14 +32,11 @@ from rfaas_mpi._version import __version__
 from rfaas_mpi.agent import core as agent_core
 from rfaas_mpi.agent import cores as node_cores
 from rfaas_mpi.agent import tenure
-from rfaas_mpi.agent.detector import CoreClass, Detector, Policy
-from rfaas_mpi.agent.detector import Report as Found
+from rfaas_mpi.agent.classes import CoreClass
 from rfaas_mpi.agent.door import Guest
 from rfaas_mpi.agent.hook import HookDoor, Starting, groups_text
 from rfaas_mpi.agent.kernel_files import ranges
 from rfaas_mpi.agent.link import LinkLost, ManagerLink, News, ReportDue
-from rfaas_mpi.agent.metrics import CONTENT_TYPE, Metrics, Standing
-from rfaas_mpi.agent.observer import NodeWatch, Observer, own_step
 from rfaas_mpi.agent.pool import CoreLocks, Taking, full_cpuset
 from rfaas_mpi.agent.priority import NO_PRIORITY, Lowering, Means, remove_stale_groups
 from rfaas_mpi.agent.scrape import ScrapeDoor
@@ -55,6 +52,13 @@ from rfaas_mpi.leases import Cause
 from rfaas_mpi.leases.grants import Admission, AgentKey, GrantBody, GrantRefused
 from rfaas_mpi.remote import Address
 from rfaas_mpi.session import FileLock, runtime_directory
+
+# What not every agent needs is imported where one does: a pilot's lends a tenth of a second sooner.
+if TYPE_CHECKING:
+    from rfaas_mpi.agent.detector import Detector
+    from rfaas_mpi.agent.detector import Report as Found
+    from rfaas_mpi.agent.metrics import Metrics, Standing
+    from rfaas_mpi.agent.observer import NodeWatch
 
 __all__ = ["Agent", "Options", "run"]
 
@@ -137,9 +141,14 @@ class Agent(AgentServer):
         self.spin_us_max = settings.spin_us_max
         self.workers.deaf = options.deaf
         self.tenures = Tenures()
-        self.metrics = Metrics(self._figures)
+        self.metrics: Metrics | None = None                  # nobody reads them
         self.metrics_at = ""                                 # where they are read
-        self._scrapes = ScrapeDoor(self.selector, self.metrics.text, CONTENT_TYPE)
+        self._scrapes: ScrapeDoor | None = None
+        if options.metrics:
+            # Here, and not where it listens: that may be another user's process.
+            from rfaas_mpi.agent.metrics import CONTENT_TYPE, Metrics
+            self.metrics = Metrics(self._figures)
+            self._scrapes = ScrapeDoor(self.selector, self.metrics.text, CONTENT_TYPE)
         self.lendable = Lendable()
         self._seen = Lendable()                              # the same, whoever else lends of it
         self._locks: CoreLocks | None = None                 # of what is lent
@@ -204,11 +213,7 @@ class Agent(AgentServer):
             self._lock_cores()
         self.workers.guard_memory(self.settings.memory_limit, low=by_group, zygote_bytes=self.settings.zygote_memory)
         if self.options.cores is None:
-            policy = Policy(never=frozenset(keep), memory_reserve=self.settings.memory_reserve,
-                            low_priority=by_group or self.workers.low.means is not None,
-                            by_default=OWNERS_CLASSES if self.settings.lend_jobs == "all" else frozenset())
-            self._watch = NodeWatch(Detector(policy), Observer(usable=self._facts.cpuset, ours=own_step()))
-            self.selector.register(self._watch, 1, lambda _m: self._look(time.monotonic()))
+            self._watch_jobs(keep, low_priority=by_group or self.workers.low.means is not None)
         self._look(time.monotonic())
         _check_place(self.socket)
         self.door.listen_unix(self.socket)
@@ -216,7 +221,7 @@ class Agent(AgentServer):
         if self.options.listen:
             # No key: over TCP there are sessions of leases only.
             self.door.listen_tcp(self.options.listen, b"", self.settings.tcp)
-        if self.options.metrics:
+        if self._scrapes is not None:
             self.metrics_at = self._scrapes.listen(self.options.metrics)
         self.watch_signals()
         self._window.listen(self.wake)
@@ -227,6 +232,15 @@ class Agent(AgentServer):
         self._link.start()
         log.info("node=%s pid=%d version=%s lends %s, listens at %s", self.node, os.getpid(), __version__,
                  ranges(self.lendable.cores) or "nothing", " ".join(self.addresses))
+
+    def _watch_jobs(self, keep: Iterable[int], *, low_priority: bool) -> None:
+        """From now on what is lent is what jobs don't need."""
+        from rfaas_mpi.agent.detector import Detector, Policy
+        from rfaas_mpi.agent.observer import NodeWatch, Observer, own_step
+        policy = Policy(never=frozenset(keep), memory_reserve=self.settings.memory_reserve, low_priority=low_priority,
+                        by_default=OWNERS_CLASSES if self.settings.lend_jobs == "all" else frozenset())
+        self._watch = NodeWatch(Detector(policy), Observer(usable=self._facts.cpuset, ours=own_step()))
+        self.selector.register(self._watch, 1, lambda _m: self._look(time.monotonic()))
 
     def _serve_users(self) -> None:
         """From now on this is the service's user's process, and a spawner starts workers as theirs."""
@@ -295,7 +309,8 @@ class Agent(AgentServer):
         """Ends everything that was started. Safe to call twice."""
         if not self._listens:
             self.socket = self.directory / "socket"          # what lies elsewhere isn't ours
-        self._scrapes.close()
+        if self._scrapes is not None:
+            self._scrapes.close()
         super().close()
         if self._hooks is not None:
             # Last: until nothing is left to be taken back.
@@ -527,7 +542,7 @@ class Agent(AgentServer):
                         # kernel is waited for only so that its output is whole.
                         grace_s = max(grace_s, agent_core.QUIT_GRACE_S)
                     elif cause is not Cause.SESSION_ENDED:
-                        for seat in seats:
+                        for seat in seats if self.metrics is not None else ():
                             self.metrics.reclaim(lease, seat, "owner" if owned else REASONS[cause], grace_s, now)
                     self.workers.act(self.core.stop(lease, seats, REASONS[cause], grace_s, now, owned=owned))
                 case tenure.Forbid(lease=lease):
@@ -538,7 +553,8 @@ class Agent(AgentServer):
     # ---- time ------------------------------------------------------------------------------------
 
     def deadlines(self, now: float) -> list[float]:
-        times = [self.tenures.next_deadline(), self._leave_at, self._others_at, self._scrapes.next_deadline(),
+        times = [self.tenures.next_deadline(), self._leave_at, self._others_at,
+                 None if self._scrapes is None else self._scrapes.next_deadline(),
                  None if self._watch is None else self._watch.next_deadline(), self._starting.next_deadline(),
                  None if self._metered_at is None else self._metered_at + self.settings.meter_s, self._calls_at,
                  self._window.ends if self._open else None]
@@ -552,7 +568,8 @@ class Agent(AgentServer):
         if self._starting.tick(now):
             log.warning("node=%s a job that was about to start has no group yet; it is waited for no longer", self.node)
             self._look(now)
-        self._scrapes.tick(now)
+        if self._scrapes is not None:
+            self._scrapes.tick(now)
         if now >= self._calls_at:
             self.tenures.calls_take(self.workers.calls_take())
             self._pace(now)
@@ -598,7 +615,8 @@ class Agent(AgentServer):
             # Bound to its lease: the secret in another one's grant doesn't open.
             return self._agent_key.open(body.sealed, lease, body.epoch)
         except GrantRefused as error:
-            self.metrics.refused(error.reason)
+            if self.metrics is not None:
+                self.metrics.refused(error.reason)
             raise
 
     def lease_came(self, guest: Guest, lease: int, grant: bytes) -> None:
@@ -630,7 +648,8 @@ class Agent(AgentServer):
                     self._use(session, request, now)
                 except LeaseDenied as error:
                     log.info("session=%d use is denied: %s", session.number, error)
-                    self.metrics.refused(error.reason if isinstance(error, GrantRefused) else "ended")
+                    if self.metrics is not None:
+                        self.metrics.refused(error.reason if isinstance(error, GrantRefused) else "ended")
                     self.send(session, msg.Denied(request.id, Exception.__str__(error), error.hint))
             case msg.DownRequest():
                 self.send(session, msg.Done(request.id))
@@ -759,7 +778,8 @@ class Agent(AgentServer):
             self._do(self.tenures.reclaim(lease, numbers, grace_s, now, owned=owned), now)
 
     def freed(self, lease: int, seat: int, cores: tuple[int, ...], now: float) -> None:
-        self.metrics.freed(lease, seat, now)
+        if self.metrics is not None:
+            self.metrics.freed(lease, seat, now)
         self._changed |= self.tenures.freed(lease, seat)
 
     def stopped(self, lease: int, seat: int, now: float) -> None:
@@ -829,6 +849,7 @@ class Agent(AgentServer):
         return (time.monotonic_ns() - taken_ns) / 1e9 if taken_ns else None
 
     def _figures(self) -> Standing:
+        from rfaas_mpi.agent.metrics import Standing
         in_use = self.tenures.in_use
         owned = set() if self._found is None else {core.cpu for core in self._found.cores
                                                    if core.which is CoreClass.OWNED}

@@ -18,15 +18,15 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 import msgspec
 import numpy as np
 
+from rfaas_mpi.agent.classes import CoreClass
 from rfaas_mpi.agent.kernel_files import Topology
 from rfaas_mpi.agent.reading import reading
 
-__all__ = ["Core", "CoreClass", "Detector", "Job", "Load", "Observed", "Policy", "Report", "Told"]
+__all__ = ["Core", "Detector", "Job", "Load", "Observed", "Policy", "Report", "Told"]
 
 QUIET_SAMPLES = 20                   # so many in a row make a core idle …
 QUIET = 0.02                         # … if the owner used less than this share of them
@@ -40,23 +40,6 @@ SETTLE_S = 1.5
 STALE_S = 10.0                       # masks that were read longer ago say nothing any more
 TICK_S = 0.01                        # what the kernel counts CPU time in
 _NEVER = 1 << 62
-
-
-class CoreClass(StrEnum):
-    """Whose a CPU is; the best to lend first."""
-
-    FREE = "free"
-    SPECIALISED = "specialised"
-    UNUSED = "unused"
-    IDLE = "idle"
-    OWNED = "owned"
-
-    @property
-    def badness(self) -> int:
-        return _BADNESS[self]
-
-
-_BADNESS = {which: number for number, which in enumerate(CoreClass)}
 
 
 # --- facts ------------------------------------------------------------------

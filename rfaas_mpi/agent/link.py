@@ -11,29 +11,28 @@ run.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
-import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 from urllib.parse import quote
 
-import aiohttp
 import msgspec
 
 from rfaas_mpi import api, identity, skew
 from rfaas_mpi._version import __version__
+from rfaas_mpi.agent.websocket import Answer, Opcode, Stream
 from rfaas_mpi.client import (
     NO_ANSWER,
     ManagerAddress,
     check_owner,
     check_version,
     connect_s,
+    lost,
     prover_of,
     read_challenge,
     refusal,
@@ -55,7 +54,6 @@ ANSWER_S = 30.0                  # a manager whose disk is full says so after 5
 PING_S = 10.0
 LINES_MAX = 500                  # of usage, in one report: each has up to 6 KiB of kernels' names
 MESSAGE_BYTES_MAX = 4 << 20
-TURNS = 8                        # of the loop, in which a connection ends that was closed
 
 
 @dataclass(frozen=True)
@@ -213,80 +211,82 @@ class _Connection:
     def __init__(self, settings: Settings, address: ManagerAddress, connect_s: float) -> None:
         self._settings = settings
         self._address = address
+        self._connect_s = connect_s
         self._prover = prover_of(settings, address)
-        tls = tls_of(settings, address)
-        connector = (aiohttp.UnixConnector(address.path) if address.scheme == "unix"
-                     else aiohttp.TCPConnector(ssl=True if tls is None else tls))
-        self._base = f"{'https' if tls is not None else 'http'}://{address.authority}"
-        self._session = aiohttp.ClientSession(
-            connector=connector, headers={skew.HEADER: __version__},
-            timeout=aiohttp.ClientTimeout(total=ANSWER_S, connect=connect_s))
-        self._socket: aiohttp.ClientWebSocketResponse | None = None
+        self._tls = tls_of(settings, address)
+        self._stream: Stream | None = None
         self._seal: identity.Channel | None = None
 
     async def close(self) -> None:
         """Waits for nobody. Safe to call twice."""
-        if self._socket is not None:
-            # A farewell would wait for its answer.
-            if (open_socket := self._socket.get_extra_info("socket")) is not None:
-                with contextlib.suppress(OSError):
-                    open_socket.shutdown(socket.SHUT_RDWR)
-            await self._socket.close()
-        await self._session.close()
-        for _ in range(TURNS):
-            await asyncio.sleep(0)
+        if self._stream is not None:
+            await self._stream.close()
 
     async def register(self, start: api.StartAgent) -> api.Admitted:
-        """The number for reports. Errors as ManagerClient.call, and aiohttp's."""
+        """The number for reports. Errors as ManagerClient.call."""
         data, path = msgspec.json.encode(start), "/v1/agents"
         asked, headers = await self._proved("POST", path, data)
-        headers["Content-Type"] = "application/json"
-        async with self._session.post(self._base + path, data=data, headers=headers,
-                                      allow_redirects=False) as response:
-            answer, proof = await response.read(), response.headers.get(identity.ANSWER_HEADER)
-            check_version(self._address, response.status, response.headers.get(skew.HEADER, ""))
-        if asked is not None and not (response.status == 401 and proof is None):
-            answer = await asyncio.to_thread(asked.open, response.status, proof, answer)
-        if response.status != 200:
-            raise refusal("start_agent", response.status, answer)
-        return msgspec.json.decode(answer, type=api.Admitted)
+        answer = await self._asked("POST", path, {**headers, "Content-Type": "application/json"}, data)
+        proof, said = answer.headers.get(identity.ANSWER_HEADER), answer.body
+        check_version(self._address, answer.status, answer.headers.get(skew.HEADER, ""))
+        if asked is not None and not (answer.status == 401 and proof is None):
+            said = await asyncio.to_thread(asked.open, answer.status, proof, said)
+        if answer.status != 200:
+            raise refusal("start_agent", answer.status, said)
+        return msgspec.json.decode(said, type=api.Admitted)
 
     async def open(self, node: str) -> None:
         """Opens the web socket on which reports go up and orders come down."""
         path = f"/v1/agents/{quote(node, safe='')}/channel"
         asked, headers = await self._proved("GET", path, b"")
-        self._socket = await self._session.ws_connect(self._base + path, headers=headers, heartbeat=PING_S,
-                                                      max_msg_size=MESSAGE_BYTES_MAX)
-        if self._address.scheme == "unix":
-            check_owner(self._socket.get_extra_info("socket"), self._address, self._settings)
+        stream = await self._connected()
+        await stream.upgrade(path, {skew.HEADER: __version__, **headers}, ANSWER_S)
         if asked is not None and self._address.scheme == "http":
-            hello = await self._socket.receive(ANSWER_S)
-            if hello.type is not aiohttp.WSMsgType.TEXT:
-                raise ServiceLost(f"{self._address} opened a channel and said nothing on it")
-            self._seal = await asyncio.to_thread(asked.channel, hello.data)
+            async with asyncio.timeout(ANSWER_S):
+                hello = await stream.hear()
+            self._seal = await asyncio.to_thread(asked.channel, hello.data.decode())
 
     async def say(self, data: bytes) -> None:
-        assert self._socket is not None
+        assert self._stream is not None
         if self._seal is None:
-            await self._socket.send_str(data.decode())
+            await self._stream.say(Opcode.TEXT, data)
         else:
-            await self._socket.send_bytes(self._seal.seal(data))
+            await self._stream.say(Opcode.BINARY, self._seal.seal(data))
 
     async def hear(self) -> bytes:
         """The next message. ServiceLost at the end, AuthError for one that isn't the manager's."""
-        assert self._socket is not None
-        message = await self._socket.receive()
-        if message.type is aiohttp.WSMsgType.TEXT and self._seal is None:
-            return message.data.encode()
-        if message.type is aiohttp.WSMsgType.BINARY and self._seal is not None:
-            return self._seal.open(message.data)
-        raise ServiceLost(f"the manager at {self._address} closed the connection")
+        assert self._stream is not None
+        kind, data = await self._stream.hear()
+        if self._seal is not None:
+            return self._seal.open(data)
+        if kind is not Opcode.TEXT:
+            raise lost(self._address, "sends what is no message")
+        return data
+
+    async def beat(self) -> None:
+        """Goes on for as long as the manager gives signs of life, then ServiceLost."""
+        assert self._stream is not None
+        await self._stream.beat(PING_S)
+
+    async def _connected(self) -> Stream:
+        """Where the next request goes; AuthError for a Unix socket that others listen on."""
+        if self._stream is not None and not self._stream.ended:
+            return self._stream
+        await self.close()
+        self._stream = await Stream.open(self._address, self._tls, wait_s=self._connect_s, bytes_max=MESSAGE_BYTES_MAX)
+        if self._address.scheme == "unix":
+            check_owner(self._stream.socket, self._address, self._settings)
+        return self._stream
+
+    async def _asked(self, method: str, path: str, headers: Mapping[str, str], data: bytes) -> Answer:
+        stream = await self._connected()
+        return await stream.request(method, path, {skew.HEADER: __version__, **headers}, data, ANSWER_S)
 
     async def _proved(self, method: str, path: str, data: bytes) -> tuple[identity.Asked | None, dict[str, str]]:
         if self._prover is None:
             return None, {}
-        async with self._session.get(self._base + identity.CHALLENGE_PATH, allow_redirects=False) as response:
-            challenge = read_challenge(self._address, response.status, await response.read())
+        answer = await self._asked("GET", identity.CHALLENGE_PATH, {}, b"")
+        challenge = read_challenge(self._address, answer.status, answer.body)
         # munged may take its time.
         asked = await asyncio.to_thread(self._prover.ask, method, path, data, challenge)
         return asked, {"Authorization": asked.header}
@@ -409,7 +409,7 @@ class ManagerLink:
             except _Again:
                 same = True
                 log.info("node=%s the manager wants the agent to register again", self._start.node)
-            except (RFaaSError, *NO_ANSWER, aiohttp.ClientError, OSError, TimeoutError) as error:
+            except (RFaaSError, *NO_ANSWER, OSError) as error:
                 self._lost(error)
             except Exception as error:
                 # Without its line the agent would lend nothing any more, and nobody would hear why.
@@ -460,7 +460,8 @@ class ManagerLink:
         with self._lock:
             self._outbox.admitted(admitted.incarnation)
         self._tell(admitted)
-        tasks = [asyncio.create_task(self._speak(connection)), asyncio.create_task(self._listen(connection))]
+        tasks = [asyncio.create_task(each)
+                 for each in (self._speak(connection), self._listen(connection), connection.beat())]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:

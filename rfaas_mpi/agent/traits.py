@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from rfaas_mpi import api
-from rfaas_mpi.agent.detector import CoreClass, Report
+from rfaas_mpi.agent.classes import CoreClass
+
+if TYPE_CHECKING:
+    from rfaas_mpi.agent.detector import Report
 
 __all__ = ["cpu_type", "owners_of", "traits_of"]
 

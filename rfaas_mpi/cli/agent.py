@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import logging
 import os
 import socket as sockets
@@ -121,10 +122,7 @@ def _cores(option: str, text: str | None) -> tuple[int, ...] | None:
 def _need_the_extra() -> None:
     """ConfigError that says what to install, where the agent's libraries are not there."""
     from rfaas_mpi.errors import ConfigError
-    try:
-        import aiohttp  # noqa: F401
-        import cryptography  # noqa: F401
-        import prometheus_client  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"the agent needs {error.name}, which isn't installed",
-                          hint="pip install 'rfaas_mpi[cluster]'") from None
+    for name in ("cryptography", "prometheus_client"):
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"the agent needs {name}, which isn't installed",
+                              hint="pip install 'rfaas_mpi[cluster]'")

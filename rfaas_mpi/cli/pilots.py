@@ -178,7 +178,10 @@ def pilot(minutes: int | None, manager: str, **given: Any) -> None:
         for watch in (lambda: _leave_in_time(environ, began, minutes, window, leave),
                       lambda: _leave_alone(settings, leave)):
             threading.Thread(target=watch, daemon=True).start()
-        lent = _lent(environ)
+        said = _asked(environ)
+        # While Slurm answers: it takes longer than all else until it lends.
+        from rfaas_mpi.agent import daemon  # noqa: F401
+        lent = _lent(environ, said)
         serve(lambda _facts: None, manager=manager, listen=(f"{_own_address(manager)}:0",), socket=None,
               node=environ["SLURMD_NODENAME"], cores=",".join(map(str, lent)), keep=None, grace_s=0.0, priority="auto",
               metrics="", directory=directory, runtime_dir=str(directory),
@@ -188,15 +191,20 @@ def pilot(minutes: int | None, manager: str, **given: Any) -> None:
     os._exit(0)
 
 
-def _lent(environ: Any) -> tuple[int, ...]:
+def _asked(environ: Any) -> Callable[[], str] | None:
+    """What waits for Slurm's word on which cores the job has; None where it is confined to them."""
+    from rfaas_mpi.slurm import facts, run
+    if len(os.sched_getaffinity(0)) <= facts.counts(environ["SLURM_JOB_CPUS_PER_NODE"])[0]:
+        return None
+    return run.asking(["scontrol", "show", "job", "-d", "-o", environ["SLURM_JOB_ID"]])
+
+
+def _lent(environ: Any, said: Callable[[], str] | None) -> tuple[int, ...]:
     """The node's cores but the first, which is the agent's own; a node's only core is lent."""
     from rfaas_mpi.slurm import facts, run
     usable, here = os.sched_getaffinity(0), run.cpus_here()
-    job_has = facts.counts(environ["SLURM_JOB_CPUS_PER_NODE"])[0]
-    if len(usable) > job_has:
-        # Nothing confines it to what the job has.
-        shown = run.ask(["scontrol", "show", "job", "-d", "-o", environ["SLURM_JOB_ID"]])
-        ids = facts.core_ids(shown).get(environ["SLURMD_NODENAME"], ())
+    if said is not None:
+        ids = facts.core_ids(said()).get(environ["SLURMD_NODENAME"], ())
         usable = usable.intersection(facts.physical(ids, here)) or usable
     cores = facts.whole_cores(usable, here)
     return cores[1:] or cores
@@ -240,10 +248,11 @@ def _leave_alone(settings: Any, leave: Callable[[], None]) -> None:
     heard = time.monotonic()
     with ManagerClient(settings) as client:
         while time.monotonic() - heard < _ALONE_S:
+            # First of all it has an agent to start.
+            time.sleep(_ASK_S)
             try:
                 client.call("policy")
                 heard = time.monotonic()
             except RFaaSError as error:
                 print(f"rfaas: {error}", file=sys.stderr)
-            time.sleep(_ASK_S)
     leave()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import os
 import pwd
 import selectors
@@ -37,7 +38,7 @@ from rfaas_mpi.slurm.facts import Until
 from rfaas_mpi.slurm.layout import NodeLayout
 from rfaas_mpi.slurm.reader import EVERY_S, Reader
 
-__all__ = ["NARROWING", "Manager", "NodePlan", "Plan", "Said", "Wanted", "ask", "clear_killed", "cpus_here", "held",
+__all__ = ["NARROWING", "Manager", "NodePlan", "Plan", "Said", "Wanted", "ask", "asking", "clear_killed", "cpus_here", "held",
            "listen_at", "planned_starts", "private", "read", "rfaas", "run", "seen", "told_to_end"]
 
 # When a job ends is looked at after a sixth of the time that it has left, and at least once a minute.
@@ -292,7 +293,12 @@ def _started(words: Sequence[str], **options: object) -> subprocess.Popen[bytes]
 
 def ask(words: Sequence[str]) -> str:
     """What one of Slurm's commands says. ServiceError where it fails, ConfigError where it isn't there."""
-    return _answer(_started(words))
+    return asking(words)()
+
+
+def asking(words: Sequence[str]) -> Callable[[], str]:
+    """Starts the command, and gives what waits for what it says. Errors as `ask`'s."""
+    return functools.partial(_answer, _started(words))
 
 
 def read(words: Sequence[str]) -> str:

@@ -175,8 +175,9 @@ def pilot(minutes: int | None, manager: str, **given: Any) -> None:
     settings = Settings.load(manager=manager, **given)
     with filling.pilot_directory(environ["SLURM_JOB_ID"]) as directory:
         window = Window()
+        _say(environ, "begins")
         for watch in (lambda: _leave_in_time(environ, began, minutes, window, leave),
-                      lambda: _leave_alone(settings, leave)):
+                      lambda: _leave_alone(environ, settings, leave)):
             threading.Thread(target=watch, daemon=True).start()
         said = _asked(environ)
         # While Slurm answers: it takes longer than all else until it lends.
@@ -238,10 +239,11 @@ def _leave_in_time(environ: Any, began: float, minutes: int | None, window: Any,
             return
     window.tell_wall(end - facts.LEAD_S)
     time.sleep(max(0.0, end - facts.LEAD_S + _LEAVES_S - time.time()))
+    _say(environ, "leaves: its time is over")
     leave()
 
 
-def _leave_alone(settings: Any, leave: Callable[[], None]) -> None:
+def _leave_alone(environ: Any, settings: Any, leave: Callable[[], None]) -> None:
     """Leaves when there is no manager any more."""
     from rfaas_mpi.client import ManagerClient
     from rfaas_mpi.errors import RFaaSError
@@ -255,4 +257,10 @@ def _leave_alone(settings: Any, leave: Callable[[], None]) -> None:
                 heard = time.monotonic()
             except RFaaSError as error:
                 print(f"rfaas: {error}", file=sys.stderr)
+    _say(environ, f"leaves: its manager has been away for {_ALONE_S:.0f} s")
     leave()
+
+
+def _say(environ: Any, what: str) -> None:
+    """To its node's log, where others have been before and others come after."""
+    print(f"rfaas: pilot {environ['SLURM_JOB_ID']} {what}", file=sys.stderr, flush=True)

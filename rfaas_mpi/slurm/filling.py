@@ -27,11 +27,12 @@ from rfaas_mpi.slurm import facts, pilots, run
 from rfaas_mpi.slurm.pilots import Cancel, Filling, Preemption, Submit, Wanted
 from rfaas_mpi.slurm.reader import Reader
 
-__all__ = ["Line", "fill", "look_up", "own_directory", "own_manager", "pilot_directory"]
+__all__ = ["Line", "fill", "look_up", "own_directory", "own_manager", "pilot_directory", "shorten_logs"]
 
 # So often the manager is asked which agents are there.
 _AGENTS_S = 0.5
 _LEAVE_S = 5.0
+_LOG_BYTES = 1 << 20                 # a longer log is begun anew
 _YOUNG_S = 60.0
 
 
@@ -85,6 +86,14 @@ def own_directory(named: Path | None, partition: str) -> Iterator[Path]:
 def _clear(directory: Path) -> None:
     for path in (directory / "key", *directory.glob("pilot-*.log")):
         path.unlink(missing_ok=True)
+
+
+def shorten_logs(directory: Path) -> None:
+    """Pilots add to their node's log, where the one before may have said why it ended."""
+    for path in directory.glob("pilot-*.log"):
+        with contextlib.suppress(OSError):
+            if path.lstat().st_size > _LOG_BYTES:
+                os.truncate(path, 0)
 
 
 @contextlib.contextmanager
@@ -214,6 +223,7 @@ class _Filler:
         if out := [action.job for action in actions if isinstance(action, Cancel)]:
             # Quietly: one may have ended meanwhile.
             run.ask(["scancel", "--quiet", *out])
+        shorten_logs(self._directory)
         for action in actions:
             if isinstance(action, Submit):
                 log = f"{self._directory}/pilot-%N.log"

@@ -230,7 +230,7 @@ def batch_options(submit: Submit, wanted: Wanted, name: str, log: str) -> list[s
     """How sbatch is asked for a pilot: a whole node, and never put back into the queue. Longer ones go first."""
     options = [f"--job-name={name}", f"--partition={wanted.partition}", "--nodes=1", "--ntasks=1", "--exclusive",
                "--no-requeue", f"--time={submit.minutes}", f"--nice={max(wanted.lengths) - submit.minutes}",
-               f"--signal=USR1@{WARN_S}", f"--output={log}", "--open-mode=truncate"]
+               f"--signal=USR1@{WARN_S}", f"--output={log}", "--open-mode=append"]
     if wanted.time_min is not None:
         options.append(f"--time-min={min(wanted.time_min, submit.minutes)}")
     if submit.exclude:

@@ -200,3 +200,10 @@ def test_whether_pilots_would_give_way_is_told_by_the_configuration(partition, c
 def test_what_a_pilot_costs_is_told():
     assert pilots.preemption("low", PRIO, PARTITIONS, "", None).charges == ("TRESBillingWeights=CPU=0.5,Mem=0.1G",)
     assert pilots.preemption("gpu", QOS, PARTITIONS, KNOWN, None).charges[1] == "UsageFactor=0.250000 (QOS spare)"
+
+
+def test_a_partition_that_is_not_there_is_named_with_those_that_are_and_only_a_name_gets_a_line():
+    found = pilots.preemption("nosuch", PRIO, PARTITIONS, "", None)
+    assert found.preemptible is False and found.why.startswith("there is no partition nosuch; there are ")
+    assert any(line.startswith("PartitionName=nosuch ") for line in found.advice)
+    assert pilots.preemption("a b;$(touch owned)", PRIO, PARTITIONS, "", None).advice == ()

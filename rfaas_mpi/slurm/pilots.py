@@ -261,7 +261,8 @@ def preemption(partition: str, config: str, partitions: str, qos: str, own_qos: 
     """
     known = {each["PartitionName"]: each for each in facts.records(partitions) if "PartitionName" in each}
     of_qos = {line[0]: line for line in (each.split("|") for each in qos.splitlines()) if len(line) == 4}
-    advice = _advice(partition, known)
+    # No line of slurm.conf is made of what can't be a partition's name.
+    advice = _advice(partition, known) if re.fullmatch(r"[\w.+-]+", partition) else ()
     mine = known.get(partition)
     if mine is None:
         there_are = ", ".join(known) or "none"

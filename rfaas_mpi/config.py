@@ -22,7 +22,7 @@ from rfaas_mpi.errors import ConfigError
 from rfaas_mpi.types import TcpOptions
 
 __all__ = [
-    "Given", "Places", "Settings", "core_list", "describe", "environment", "files", "inside_worker",
+    "Given", "Places", "Settings", "core_list", "describe", "environment", "files", "inside_worker", "misspelt",
     "packed_environment", "password_in_environment", "places", "scrubbed", "site_users", "slurm_job", "uid_range",
     "user_id",
 ]
@@ -283,6 +283,15 @@ def _known() -> Mapping[str, Field[Any]]:
 @functools.cache
 def _variables() -> Mapping[str, str]:
     return {name: PREFIX + name.upper() for name in _known()}
+
+
+def misspelt(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that are no setting's, and so are not heeded, but are close to one: name → that setting's variable."""
+    known = set(_variables().values())
+    strange = [name for name in environment if name.startswith(PREFIX) and name not in {*known, CONFIG_VARIABLE}]
+    near = {name: difflib.get_close_matches(name.removeprefix(PREFIX), [each.removeprefix(PREFIX) for each in known], 1, 0.8)
+            for name in strange}
+    return {name: PREFIX + found[0] for name, found in near.items() if found}
 
 
 def _unknown(name: str, said: str) -> ConfigError:

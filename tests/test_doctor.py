@@ -223,3 +223,25 @@ def test_agents_that_are_silent_or_drained_are_named_and_many_are_counted():
     assert agents_text(3, ["nid1"], ["nid2", "nid3"]) == "2 of 3 report; silent: nid1; drained: nid2, nid3"
     many = [f"nid{number}" for number in range(20)]
     assert agents_text(20, many, []).endswith("nid7 and 12 more")
+
+
+def test_a_setting_that_is_not_possible_is_said_with_what_it_takes_and_nothing_is_a_bug_of_ours(monkeypatch):
+    monkeypatch.setenv("RFAAS_SPIN_US", "x")
+    found = doctor.examine()
+    said = by_name(found)["settings"]
+    assert not said.ok and said.needed and "RFAAS_SPIN_US='x' is not possible" in said.reason, said
+    assert not [check for check in found if "report this" in check.fix], found
+
+
+def test_a_variable_that_is_almost_a_setting_is_told(monkeypatch):
+    monkeypatch.setenv("RFAAS_CORE", "1")
+    monkeypatch.setenv("RFAAS_MANAGER_OPTIONS", "--slurm")      # a unit's own
+    said = by_name(list(doctor._settings()))["settings"]
+    assert not said.ok and not said.needed and said.reason == "not heeded: RFAAS_CORE"
+    assert "RFAAS_CORES" in said.fix
+
+
+def test_settings_that_were_made_are_told_with_where(monkeypatch):
+    monkeypatch.setenv("RFAAS_CONFIG", "/dev/null")
+    monkeypatch.setenv("RFAAS_LINGER_S", "1")
+    assert "linger_s (RFAAS_LINGER_S)" in by_name(list(doctor._settings()))["settings"].reason

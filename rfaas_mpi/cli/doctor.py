@@ -45,15 +45,18 @@ def examine(**which: str) -> list[Check]:
     `service`, `key_file`: settings that name another node's service.
     """
     groups: Sequence[tuple[str, Callable[[], Iterable[Check]]]] = (
-        ("python", _python), ("packages", _packages), ("extension", _extension), ("system calls", _system_calls),
-        ("runtime directory", _runtime_directory), ("own agent", _own_agent), ("sandbox", _sandbox),
-        ("memory limit", _memory_limit), ("low priority", _low_priority),
+        ("python", _python), ("packages", _packages), ("extension", _extension), ("settings", _settings),
+        ("system calls", _system_calls), ("runtime directory", _runtime_directory), ("own agent", _own_agent),
+        ("sandbox", _sandbox), ("memory limit", _memory_limit), ("low priority", _low_priority),
         ("cores and memory", _cores_and_memory), ("mpi", _mpi), ("numba", _numba), ("transports", _transports),
         ("service", lambda: _service(**which)), ("manager", _manager), ("slurm", _slurm))
     found: list[Check] = []
     for name, group in groups:
         try:
             found.extend(group())
+        except RFaaSError as error:  # mostly a setting, which the line about settings is about, too
+            found.append(Check(name, False, f"not checked: {Exception.__str__(error)}",
+                               error.hint or "rfaas config show --origin"))
         except Exception as error:  # the report must come out whole, with this in it
             found.append(Check(name, False, f"could not be checked: {type(error).__name__}: {error}",
                                "report this with the output of `rfaas doctor --json`"))
@@ -134,6 +137,21 @@ def _extension() -> Iterable[Check]:
 
 
 # --- what the kernel offers ------------------------------------------------------
+
+def _settings() -> Iterable[Check]:
+    from rfaas_mpi import config
+    try:
+        given = config.Settings.given()
+    except RFaaSError as error:
+        yield Check("settings", False, Exception.__str__(error), error.hint or "rfaas config show --origin", needed=True)
+        return
+    if near := config.misspelt(config.environment()):
+        yield Check("settings", False, "not heeded: " + ", ".join(near),
+                    "; ".join(f"{name} may be meant for {known}" for name, known in near.items()))
+        return
+    said = ", ".join(f"{name} ({each.origin})" for name, each in given.items())
+    yield Check("settings", True, f"set: {said}" if said else "all are at their defaults")
+
 
 def _system_calls() -> Iterable[Check]:
     yield _memfd()

@@ -342,7 +342,7 @@ def test_names_that_come_all_at_once_are_no_more_than_those_that_come_one_by_one
 def test_a_user_who_makes_names_without_end_fills_nothing(opened_file):
     ledger = opened_file()
     for first in range(0, 3 * KERNELS_MAX, 10):
-        ledger.write([], [used(1 + first + i, exec_s=1.0, kernels=(KernelUse(f"k{first + i}", 1.0, 1),))
+        ledger.write([], [used(1 + first + i, seat=first + i, exec_s=1.0, kernels=(KernelUse(f"k{first + i}", 1.0, 1),))
                           for i in range(10)])
     ledger.write([], [used(1, uid=1001, lease=10, exec_s=1.0, kernels=(KernelUse("mine", 1.0, 1),))])
     rows = {row["kernel"]: row["invocations"] for row in opened_file().usage(by="kernel")}
@@ -831,7 +831,9 @@ def write(ledger, begun):
     for number in range(10**6):
         begun.set()
         try:
-            ledger.write([], [Usage("nid1", 1, 300 * number + i, 1, 1, 1, 1, 1.0, 1.0) for i in range(300)])
+            # (Of a lease each: those of one seat are summed up with all that sat there.)
+            ledger.write([], [Usage("nid1", 1, one, one, 1, 1, 1, 1.0, 1.0)
+                              for one in range(300 * number, 300 * (number + 1))])
         except StoreError:
             return                       # it is closed
 

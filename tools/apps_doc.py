@@ -31,7 +31,8 @@ if all are right it says how fast it was, and what the planner had predicted. `-
 times bare pinned processes beside it, which do the same without any protocol: no borrowed
 core can do better. `--ranks 2` puts as many MPI ranks beside it, `--again` tells how much
 two equal runs differ, `--small` and `--figures` take the smallest size and the one of
-[the benchmarks](benchmarks.md), `--json FILE` and `--plot FILE` write what was found.
+[the benchmarks](benchmarks.md), `--json FILE` and `--plot FILE` write what was found, and
+`rfaas app NAME --json` prints it.
 `--help` explains the rest. `make apps` runs all of them and prints one table.
 
 Inputs differ from round to round, and constants change midway. So what a worker answers

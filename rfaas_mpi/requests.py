@@ -270,7 +270,7 @@ class PersistentRequest(Request):
     __slots__ = ()
 
     if TYPE_CHECKING:
-        Startall: Callable[[Sequence[PersistentRequest]], None]
+        Startall: Callable[[Sequence[Any]], None]
 
     def __init__(self, crew: Crew, kernel: Kernel, inputs: tuple[np.ndarray, ...],
                  outputs: tuple[np.ndarray, ...], out: Any, timeout_s: float | None) -> None:
@@ -319,8 +319,11 @@ class PersistentRequest(Request):
         raise ClosedError("this request was freed; make another with Invoke_init")
 
 
-def Startall(requests: Sequence[PersistentRequest]) -> None:
-    """Starts persistent requests, as Start does for each; none of them is started if one can't be."""
+def Startall(requests: Sequence[Any]) -> None:
+    """Starts persistent requests, ours and MPI's, as Start does for each; none of them is started if one of ours can't be."""
+    if not _PERSISTENT.issuperset(map(type, requests)):
+        _start_mixed(requests)
+        return
     for request in requests:
         if request._active or request._peers:
             request._check_start()
@@ -444,6 +447,22 @@ def _checked(request: Any) -> Any:
     return request
 
 
+def _start_mixed(requests: Sequence[Any]) -> None:
+    ours, others = list[PersistentRequest](), list[Any]()
+    for request in requests:
+        if isinstance(request, PersistentRequest):
+            if request._active or request._peers:
+                request._check_start()
+            ours.append(request)
+        elif isinstance(request, Request) or not hasattr(_checked(request), "Start"):
+            raise TypeError(f"{request!r} is no persistent request; Invoke_init makes one, and MPI's Send_init and Recv_init")
+        else:
+            others.append(request)
+    for request in others:
+        request.Start()
+    Startall(ours)
+
+
 def _wait_all_mixed(requests: Sequence[Any], timeout_s: float | None) -> bool:
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     failures: dict[int, BaseException] = {}
@@ -509,6 +528,7 @@ def _wait_some(requests: Sequence[Any], timeout_s: float | None, pace: _Pace) ->
 
 
 _OURS = {Request, PersistentRequest}
+_PERSISTENT = {PersistentRequest}
 
 # mpi4py has them as static methods of its requests too.
 PersistentRequest.Startall = staticmethod(Startall)

@@ -225,6 +225,35 @@ def test_256_persistent_requests_share_two_slots():
         assert [request.out[0] for request in requests] == [2.0 * n for n in range(256)]
 
 
+class Message:
+    """Looks like a persistent request of MPI's."""
+
+    def __init__(self) -> None:
+        self.started = 0
+
+    def Testany(self, requests): ...
+    def Get_status(self): ...
+
+    def Start(self) -> None:
+        self.started += 1
+
+
+def test_messages_and_invocations_are_started_together_or_not_at_all(ex):
+    message, request = Message(), ex.Invoke_init(k.double, np.ones(1), np.empty(1))
+    once = ex.Iinvoke(k.double, np.ones(1), np.empty(1))
+    once.Wait()
+    for wrong in (once, 3):
+        with pytest.raises(TypeError, match="is no"):
+            Startall([message, request, wrong])
+    request.Start()
+    with pytest.raises(InvalidBuffer, match="still active"):
+        Startall([message, request])
+    assert message.started == 0
+    request.Wait()
+    Startall([message, request])
+    assert message.started == 1 and request.Wait() and request.out[0] == 2
+
+
 def test_a_persistent_request_works_again_after_a_failure(ex):
     x, y = np.ones(1), np.empty(1)
     fails, works = ex.Invoke_init(k.fails, x, y), ex.Invoke_init(k.double, x, y)

@@ -303,8 +303,7 @@ def test_persistent_requests_of_both_kinds_are_started_again_and_again():
         right = Waitany([call, *messages]) == UNDEFINED
         for i in range(50):
             sent[:], x[:] = 100 * RANK + i, i
-            Startall([call])
-            MPI.Prequest.Startall(messages)
+            Startall([messages[0], call, messages[1]])
             right &= Waitall([messages[0], call, messages[1]]) and bool((got == 100 * BEFORE + i).all()
                                                                         and (y == 2 * i).all())
         assert on_all(right)

@@ -86,6 +86,7 @@ soak: setup  ## ten million invocations in all styles, a million under kills, a 
 	RFAAS_SOAK_PROOFS=5000 $(PY) -m pytest tests/test_identity.py --timeout 3600
 	RFAAS_SOAK_REQUESTS=100000 $(PY) -m pytest tests/test_manager_fuzz.py --timeout 3600
 	RFAAS_SOAK_CLUSTER=1 RFAAS_SOAK_GIL_SECONDS=30 RFAAS_SOAK_AWAY_SECONDS=60 $(PY) -m pytest tests/test_cluster.py tests/test_cluster_nodes.py tests/test_cluster_life.py tests/test_cluster_disk.py --timeout 3600
+	RFAAS_SOAK_GANG=1 $(PY) -m pytest tests/test_mpi_gang.py --timeout 600
 	RFAAS_SOAK_SITE_SECONDS=120 $(PY) -m pytest tests/test_slurm_site.py --timeout 1200
 	RFAAS_SOAK_PREEMPTION=CANCEL:0,CANCEL:60,REQUEUE:0,SUSPEND:0 $(PY) -m pytest tests/test_slurm_pilots.py --timeout 600
 	RFAAS_SOAK_SLURM_REPORT=1 $(PY) -m pytest tests/test_slurm_report.py --timeout 600

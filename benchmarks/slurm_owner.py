@@ -60,7 +60,7 @@ from slurm_job import between  # noqa: E402
 from rfaas_mpi.bench import environment  # noqa: E402
 
 WAYS = ("none", "again", "lent", "stopped")
-# What is a time that work takes, as a ratio; what is one that something else takes, or that passes before, as a difference.
+# Of times that the work takes, the ratio; of those that pass before, or that something else takes, the difference.
 RATIOS = ("work_s", "early_s", "loop_s", "copy_s", "cpu_s")
 DIFFERENCES = ("start_s", "waited_s", "stolen_s")
 # By how much the upper bound of what an owner pays may exceed what two alike differ by.
@@ -175,8 +175,8 @@ def summary(rounds: Sequence[Round]) -> dict[str, object]:
                                  for what in ("queue_s", *DIFFERENCES, *RATIOS)} for way in WAYS}
     found["beside none (ratio; ms later or more)"] = {
         way: {what: str(median) for what, median in each.items()} for way, each in compared.items()}
-    found[f"work, lent: high <= A/A + {ALLOWED}"] = verdict(compared["lent"]["work_s"], compared["again"]["work_s"])
-    found[f"work, stopped: high <= A/A + {ALLOWED}"] = verdict(compared["stopped"]["work_s"], compared["again"]["work_s"])
+    for way in ("lent", "stopped"):
+        found[f"work, {way}: high <= A/A + {ALLOWED}"] = verdict(compared[way]["work_s"], compared["again"]["work_s"])
     found[f"start, stopped: high <= {STOPPED_MS:g} ms later"] = started(compared["stopped"]["start_s"])
     return found
 
@@ -235,7 +235,8 @@ class Owners:
         program = directory / "work.py"
         program.write_text(WORK)
         enters = "" if group is None else f"echo 0 >'{group}/tasks'"
-        self._script = (f"#!/bin/bash\nfirst=$EPOCHREALTIME\n{enters}\n{LOOK}\nworkers=$(count '{self.node.directory}')\n"
+        self._script = (f"#!/bin/bash\nfirst=$EPOCHREALTIME\n{enters}\n{LOOK}\n"
+                        f"workers=$(count '{self.node.directory}')\n"
                         f"said=$('{interpreter()}' -S '{program}' $first)\n"
                         f"echo $first $workers $said >'{self._done}.new'; mv '{self._done}.new' '{self._done}'\n")
 

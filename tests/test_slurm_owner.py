@@ -25,8 +25,9 @@ def made(owner: ModuleType, *, lent: float = 1.0, again: float = 1.0, later_s: f
     for number in range(count):
         slower = 1 + number / count
         factors = {"none": 1.0, "again": again, "lent": lent, "stopped": lent}
-        rounds.append({way: {**{what: slower * factor * (1 + chance.uniform(-noise, noise)) for what in owner.RATIOS},
-                             **{what: slower * 0.1 for what in ("queue_s", *owner.DIFFERENCES)}} for way, factor in factors.items()})
+        rounds.append({way: {
+            **{what: slower * factor * (1 + chance.uniform(-noise, noise)) for what in owner.RATIOS},
+            **dict.fromkeys(("queue_s", *owner.DIFFERENCES), slower * 0.1)} for way, factor in factors.items()})
         rounds[-1]["stopped"]["start_s"] += later_s + chance.uniform(-noise, noise)
     return rounds
 
@@ -46,7 +47,8 @@ def test_where_a_median_lies_is_what_order_statistics_say(owner):
 @pytest.mark.parametrize("lent, again, noise, expected", [
     (1.01, 1.0, 0.001, "reached"), (1.03, 1.0, 0.001, "missed"), (1.03, 1.015, 0.001, "reached"),
     (1.01, 0.985, 0.001, "missed"), (1.02, 1.0, 0.1, "not resolved here")])
-def test_it_is_said_whether_more_is_paid_than_allowed_beyond_what_two_alike_differ_by(owner, lent, again, noise, expected):
+def test_it_is_said_whether_more_is_paid_than_allowed_beyond_what_two_alike_differ_by(owner, lent, again, noise,
+                                                                                      expected):
     found = owner.summary(made(owner, lent=lent, again=again, noise=noise))
     assert found["work, lent: high <= A/A + 0.02"] == expected
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
+from rfaas_mpi.cli import main
 from rfaas_mpi.slurm import facts, pilots
 from rfaas_mpi.slurm.facts import Job, Nodes
 from rfaas_mpi.slurm.pilots import Cancel, Filling, Submit, Wanted
@@ -207,3 +208,11 @@ def test_a_partition_that_is_not_there_is_named_with_those_that_are_and_only_a_n
     assert found.preemptible is False and found.why.startswith("there is no partition nosuch; there are ")
     assert any(line.startswith("PartitionName=nosuch ") for line in found.advice)
     assert pilots.preemption("a b;$(touch owned)", PRIO, PARTITIONS, "", None).advice == ()
+
+
+def test_pilots_for_a_partition_that_is_not_there_are_refused_by_its_name(monkeypatch, capsys):
+    monkeypatch.setattr("rfaas_mpi.slurm.filling.look_up",
+                        lambda partition, qos: pilots.preemption(partition, PRIO, PARTITIONS, "", qos))
+    assert main(["slurm", "pilots", "--partition", "nosuch"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("rfaas: there is no partition nosuch; there are ") and "waiting" not in said

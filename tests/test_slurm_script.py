@@ -156,3 +156,17 @@ def test_ranks_that_borrow_have_the_cpus_that_were_asked_for(slurm):
     text = printed("--borrow", "--ntasks", "1", "--cpus-per-task", "2", "sh", str(program))
     assert "--cpus-per-task=2 sh" in text
     assert slurm.finish(text) == "CPUs=2\n"
+
+
+def test_a_launcher_that_is_not_there_is_named_before_anything_starts(capsys):
+    assert main(["slurm", "run", "--launcher", "no-such-mpiexec", "--", "true"]) == 1
+    assert "there is no launcher no-such-mpiexec" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status", [143, 0])
+def test_who_is_told_to_end_ends_with_the_signals_status_and_not_as_if_stdout_were_closed(status, monkeypatch):
+    def told(*_: object) -> int:
+        raise SystemExit(status)
+
+    monkeypatch.setattr("rfaas_mpi.slurm.run.run", told)
+    assert main(["slurm", "run", "--", "true"]) == status

@@ -496,8 +496,10 @@ def _run(given: list[str], out: Output) -> int:
     except (click.Abort, KeyboardInterrupt):
         out.error("interrupted", kind="KeyboardInterrupt")
         return output.INTERRUPTED
-    except SystemExit:  # click's answer to a closed stdout, met while it prints help
-        raise output.StdoutClosed from None
+    except SystemExit as end:
+        if end.code == 1:  # click's answer to a closed stdout, met while it prints help
+            raise output.StdoutClosed from None
+        return end.code if isinstance(end.code, int) else output.OK     # it was told to end
     except click.ClickException as error:
         hint = f"see `{error.ctx.command_path} --help`" if isinstance(error, click.UsageError) and error.ctx else ""
         out.error(error.format_message(), kind=type(error).__name__, hint=hint)

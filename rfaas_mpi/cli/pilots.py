@@ -74,7 +74,8 @@ def pilots(out: Output, check: bool, directory: Path | None, **options: Any) -> 
         _answer_check(out, found)
         return
     if found.preemptible is False:
-        raise ConfigError(f"pilots would keep others waiting: {found.why}",
+        # A partition that isn't there charges nothing.
+        raise ConfigError(f"pilots would keep others waiting: {found.why}" if found.charges else found.why,
                           hint=f"rfaas slurm pilots --partition {wanted.partition} --check")
     with run.told_to_end(), filling.own_directory(directory, wanted.partition) as own, \
             _line(own, wanted.partition) as line:

@@ -108,6 +108,9 @@ def run(wanted: Wanted, environ: Mapping[str, str], progress: Callable[[str], No
     """
     if wanted.mpi is not None and wanted.launcher is not None:
         raise ConfigError("--mpi is srun's, and --launcher has another program start the ranks", hint="give one of them")
+    if wanted.launcher is not None and shutil.which(wanted.launcher) is None:
+        raise ConfigError(f"there is no launcher {wanted.launcher}",
+                          hint="--launcher names MPICH's or Open MPI's mpiexec, with its path where PATH hasn't got it")
     job = facts.allocation(environ, wanted.ranks)
     threads = _threads(environ)
     if not any(job.tasks):

@@ -90,7 +90,8 @@ class Shared:
     """A kernel on arrays, whose cells are taken from a board in each run."""
 
     def __init__(self, crew: Crew, kernel: Kernel, cells: Cells, grid: planner.Grid, read: tuple[np.ndarray, ...],
-                 whole: Sequence[bool], written: tuple[np.ndarray, ...], *, index: bool, by_cell: bool) -> None:
+                 whole: Sequence[bool], written: tuple[np.ndarray, ...], *, index: bool, by_cell: bool,
+                 rowwise: bool = False) -> None:
         from rfaas_mpi.fabric import Board
         self._crew = crew
         self._kernel = kernel
@@ -100,8 +101,10 @@ class Shared:
         self._words = crew.memory.empty(Board.words(len(grid)), np.uint64)
         self._written = (*written, self._words)
         self._division = codec.Division(
-            grid.edges, tuple(whole), tuple([not _is_placed(crew, array) for array in read]), index, by_cell, 0)
+            grid.edges, tuple(whole), tuple([not _is_placed(crew, array) for array in read]), index, by_cell, 0, rowwise)
         self._board = Board(self._words, grid.edges, 0, _MARGIN)
+        # Rows that are run by one call at least, where one may run several cells.
+        self._least = 0
         self._turns: list[_Turn] = []
         self._flying: dict[int, _Turn] = {}
         self._progress = self._begun = 0.0
@@ -111,7 +114,12 @@ class Shared:
         clock = time.perf_counter
         board, crew, flying = self._board, self._crew, self._flying
         stalled = False
-        board.open()
+        if self._cells.rowwise:
+            if learn:
+                self._least = costs.least_rows(self._grid.rows, len(workers))
+            board.open(least=self._least, parts=len(workers) + 1)
+        else:
+            board.open()
         if not costs.alone.known and (cell := board.take()) >= 0:
             # Once, before anybody else makes it slower.
             start = clock()
@@ -191,7 +199,8 @@ class Shared:
     def _patience(self, costs: Costs, cold: bool) -> float:
         """How long the workers' last cells may take before they are taken for stuck."""
         left = self._board.left
-        size = max([self._grid.size(cell) for cell in left], default=0)
+        sizes = [self._grid.size(cell) for cell in left]
+        size = sum(sizes) if self._cells.rowwise else max(sizes, default=0)
         once = max(costs.there.at(size) * costs.slowest(), costs.local.at(size))
         return 2 * once + planner.PATIENCE_S + (planner.COLD_PATIENCE_S if cold else 0.0)
 
@@ -211,8 +220,8 @@ class Shared:
         left = [turn for turn in flying if turn._active and not turn._raw.cancel()]
         if not force and left:
             # Each ends with the cell that it runs; a worker that stopped never says so.
-            each = max(costs.there.at(self._grid.size(0)), costs.local.at(self._grid.size(0)),
-                       time.perf_counter() - self._begun)
+            size = self._grid.rows if self._cells.rowwise else self._grid.size(0)
+            each = max(costs.there.at(size), costs.local.at(size), time.perf_counter() - self._begun)
             until = time.monotonic() + planner.COLD_PATIENCE_S + 2 * each
             for turn in left:
                 force |= not turn._raw.wait(max(0.0, until - time.monotonic()))
@@ -226,17 +235,33 @@ class Shared:
 
     def _learn_here(self, costs: Costs) -> None:
         cells, rows, ns = self._board.ran
-        if cells:
-            costs.ran_some(rows, cells, ns * 1e-9, worker=None, beside=cells < len(self._grid))
+        if not cells:
+            return
+        beside = cells < len(self._grid)
+        if self._cells.rowwise:
+            costs.ran_calls(self._calls_by(0), worker=None, beside=beside)
+        else:
+            costs.ran_some(rows, cells, ns * 1e-9, worker=None, beside=beside)
 
     def _learn(self, costs: Costs) -> bool:
-        away = False
-        for who, turn in enumerate(self._turns):
-            cells, rows, ns = self._board.ran_by(who + 1)
+        away, rowwise = False, self._cells.rowwise
+        count = len(self._calls_by(0)) if rowwise else 0
+        for who, turn in enumerate(self._turns, 1):
+            if rowwise:
+                if calls := self._calls_by(who):
+                    away, count = True, count + len(calls)
+                    costs.ran_calls(calls, worker=turn.worker)
+                continue
+            cells, rows, ns = self._board.ran_by(who)
             if cells:
                 away = True
                 costs.ran_some(rows, cells, ns * 1e-9, worker=turn.worker)
+        if away and rowwise:
+            costs.calls += (count - costs.calls) * 0.3
         return away
+
+    def _calls_by(self, who: int) -> list[tuple[int, float]]:
+        return [(rows, ns * 1e-9) for rows, ns in self._board.calls_by(who)]
 
     def free(self) -> None:
         """Gives back what it holds. Safe to call twice."""

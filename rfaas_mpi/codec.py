@@ -507,6 +507,8 @@ class Division(msgspec.Struct, frozen=True, array_like=True):
     by_cell: bool
     who: int
     """Of those who take from the board; the rank is 0."""
+    rowwise: bool = False
+    """One call may run several cells that follow each other."""
 
 
 class Binding(msgspec.Struct, frozen=True, array_like=True):

@@ -367,7 +367,8 @@ class Executor(concurrent.futures.Executor):
 
     def Split(self, kernel: Kernel, inputs: Buffers, out: Buffers, *, whole: Sequence[int] = (),
               rows: int | None = None, index: bool = False, reduce: Callable[..., Any] | None = None,
-              grain: int | None = None, timeout_s: float | None = None, where: Where = "both") -> Any:
+              grain: int | None = None, rowwise: bool = False, timeout_s: float | None = None,
+              where: Where = "both") -> Any:
         """Runs a data-parallel kernel on all rows, here and at the workers, and fills `out`, which it returns.
 
         The arrays are cut along their first axis into cells, by their shape
@@ -378,13 +379,15 @@ class Executor(concurrent.futures.Executor):
         fills arrays of the shape of `out`, which are then combined in order.
         `rows` says how many rows there are where no array does; `grain` is the
         least number of rows of a cell: 1 for a kernel that takes long for a row.
+        `rowwise`: no row's result depends on which other rows its call has, so
+        that cells which follow each other may be run by one call.
 
         Who runs which cell is decided from what it takes here and there; where
         offloading can't win, nothing is. `where` takes that decision: "here" or
         "workers". Raises as `Invoke`.
         """
         made = self.Split_init(kernel, inputs, out, whole=whole, rows=rows, index=index, reduce=reduce,
-                               grain=grain, timeout_s=timeout_s, where=where, persistent=False)
+                               grain=grain, rowwise=rowwise, timeout_s=timeout_s, where=where, persistent=False)
         try:
             return made.Run()
         finally:

@@ -48,6 +48,11 @@ COLD_PATIENCE_S = 1.0
 # Less gain than this is within what is known of it.
 _GAIN = 0.97
 _LEAST_T0_S = 1e-7
+# Where several cells are run by one call, it takes at least this, and so many times what one costs that does nothing.
+_CALL_S = 30e-6
+_CALL_FIXED = 16.0
+# How many calls they are in all, before that was seen.
+_CALLS = 8.0
 # A kernel that takes so many times as long as before does so because of its data.
 _OTHER_DATA = 1.5
 # Probes and second tries spend at most this part of the time.
@@ -170,6 +175,12 @@ class Line:
         self.fixed *= factor
         self.slope *= factor
 
+    def tilt(self, slope: float) -> None:
+        """All that was seen was longer, by so much for each x."""
+        self._y += slope * self._x
+        self._xy += slope * self._xx
+        self.slope += slope
+
     def guess(self, other: Line) -> None:
         """Takes what another line knows for a beginning, as one sample says it."""
         if other.known:
@@ -257,6 +268,8 @@ class Costs:
     """What the rank is expected to spend on a cell to hand it over, before that was seen."""
     board: bool = False
     """Cells are taken from a board by rank and workers, and none is handed over."""
+    rowwise: bool = False
+    """One call may run several cells that follow each other."""
     alone: Line = field(default_factory=Line)
     beside: Line = field(default_factory=Line)
     there: Line = field(default_factory=Line)
@@ -265,6 +278,8 @@ class Costs:
     waking: Line = field(default_factory=Line)
     # How much longer than `there` each worker takes.
     pace: dict[int, float] = field(default_factory=dict)
+    # By how many calls a run on a board was done, where one may run several cells.
+    calls: float = _CALLS
     stalls: int = 0
     here: _Course = field(default_factory=_Course)
     split: _Course = field(default_factory=_Course)
@@ -275,6 +290,8 @@ class Costs:
     _level: float = 0.0
     # Of cells of so many rows: those of another run may have fewer.
     _level_rows: float = 0.0
+    # Of the line `alone`, for the cells of a run, when one was divided last.
+    _divided_s: float = 0.0
     _said: tuple[str, Forecast | None, int] = ("nothing is known of it yet", None, 0)
 
     @property
@@ -287,6 +304,11 @@ class Costs:
             return f"{_time(found.here_s)} here; {text}"
         what = f"{_time(found.here_s)} here, {_time(found.split_s)} with {workers} worker{'s' if workers > 1 else ''}"
         return f"{what}; {text}" if text else what
+
+    def said_s(self, *, offload: bool) -> float:
+        """What the last decision expected a run to take; 0: it was not known."""
+        found = self._said[1]
+        return 0.0 if found is None else found.split_s if offload else found.here_s
 
     def guess(self, other: Costs) -> None:
         """Begins with what is known of another number of such rows."""
@@ -313,14 +335,26 @@ class Costs:
 
     def ran_alone(self, rows: float, seconds: float, count: int) -> None:
         """The rank has run all of it, `count` cells of so many rows on average."""
-        before = self.alone.at(rows)
-        self.alone.add(rows, seconds / count)
-        if before > 0.0:
-            # What makes the kernel slower here, such as other data, does so there: nobody else would ever find out.
-            change = self.alone.at(rows) / before
-            self.beside.scale(change)
-            self.there.scale(change)
-            self._level *= change
+        alone = self.alone
+        before, slope = alone.at(rows), alone.slope
+        alone.add(rows, seconds / count)
+        if before <= 0.0:
+            return
+        # What makes the kernel slower here, such as other data, does so there: nobody else would ever find out. It is
+        # its rows that take longer, and not what a call costs whatever it does.
+        now = alone.at(rows)
+        for line in (self.beside, self.there):
+            if now <= before:
+                line.scale(now / before)
+            elif line.known:
+                alike = min(max(line.slope / slope, 0.25), 4.0) if slope > 0.0 and line.slope > 0.0 else 1.0
+                line.tilt((now - before) / rows * alike)
+        if self._level_rows:
+            self._level = self.beside.at(self._level_rows)
+        if self._divided_s > 0.0 and now > _OTHER_DATA * self._divided_s:
+            # By how much predictions were wrong when it took so much less.
+            self.split.forget()
+            self._divided_s = now
 
     def ran_there(self, worker: int, rows: float, exec_s: float) -> None:
         """A cell of so many rows took this at a worker."""
@@ -332,19 +366,52 @@ class Costs:
 
     def ran_some(self, rows: int, cells: int, seconds: float, *, worker: int | None, beside: bool = True) -> None:
         """So many cells of so many rows took this in all: at a worker, or on the rank, `beside` workers or alone."""
-        x, y, weight = rows / cells, seconds / cells, max(1.0, cells / 2)
+        self._ran(((rows / cells, seconds / cells, max(1.0, cells / 2)),), worker, beside)
+
+    def ran_calls(self, calls: Sequence[tuple[int, float]], *, worker: int | None, beside: bool = True) -> None:
+        """As `ran_some`: calls of so many rows each took so long."""
+        # The longest one, and the others: what a call costs whatever it does shows in how they differ.
+        longest = max(calls)
+        samples = [(float(longest[0]), longest[1], 1.0)]
+        if (others := len(calls) - 1) > 0:
+            rows = sum([call[0] for call in calls]) - longest[0]
+            seconds = sum([call[1] for call in calls]) - longest[1]
+            samples.append((rows / others, seconds / others, max(1.0, others / 2)))
+        self._ran(samples, worker, beside)
+
+    def _ran(self, samples: Sequence[tuple[float, float, float]], worker: int | None, beside: bool) -> None:
+        """Rows, seconds and weight of each sample."""
         line = self.there if worker is not None else self.beside if beside else self.alone
-        if worker is not None and (expected := self.there.at(x)) > 0.0:
+        took = sum([y for _, y, _ in samples])
+        expected = sum([line.at(x) for x, _, _ in samples])
+        if worker is not None and expected > 0.0:
             pace = self.pace.get(worker, 1.0)
-            self.pace[worker] = pace + (min(max(y / expected, 0.1), 10.0) - pace) * 0.3
+            self.pace[worker] = pace + (min(max(took / expected, 0.1), 10.0) - pace) * 0.3
         # What is late once was disturbed; twice, it is how things are now.
-        late = line.known and y > _OTHER_DATA * line.at(x)
+        late = line.known and took > _OTHER_DATA * expected
         if late and line in self._late:
             line.forget()
             self.split.forget()
             late = False
         (self._late.add if late else self._late.discard)(line)
-        line.add(x, y, weight)
+        for sample in samples:
+            line.add(*sample)
+
+    def least_rows(self, rows: int, workers: int) -> int:
+        """Where one call may run several cells: the rows that it has at least, of so many in all; 0: not known.
+
+        So many that what a call costs whatever it does is little of it; and few enough that the slowest of those who
+        take part is not waited for, if it takes twice what is expected.
+        """
+        mine, theirs = self.local, self.there
+        if not self.rowwise or not mine.known or not theirs.known:
+            return 0
+        slower = self.slowest()
+        # Workers that are not alike say little of what a call costs.
+        want = max(_CALL_S, _CALL_FIXED * mine.fixed) / max(mine.slope, 1e-12)
+        here, there = max(mine.at(rows), 1e-9), max(theirs.at(rows), 1e-9)
+        part = 1 / max(here, there * slower) / (1 / here + workers / there)
+        return int(min(want, rows * part / 2))
 
     def slowest(self) -> float:
         """How much longer than expected the slowest worker takes."""
@@ -359,15 +426,22 @@ class Costs:
         """How long it takes here and divided, as if workers were many small ones; None where too little is known."""
         if not self.alone.known:
             return None
-        count, rows = len(cells), cells.rows
-        if not count:
+        count, rows = 1 if self.rowwise else len(cells), cells.rows
+        if not len(cells):
             return Forecast(0.0, 0.0, 0.0)
         here = count * self.alone.fixed + self.alone.slope * rows
+        if self.beside.known and not self.here.runs:
+            # Nothing is slower alone. Of a kernel that was always divided only its first cell was run so, with much
+            # that was done for the first time.
+            here = min(here, count * self.beside.fixed + self.beside.slope * rows)
         if not self.there.known or not workers:
             return Forecast(here * self.here.ratio, here * self.here.ratio, 0.0)
         mine = count * self.local.fixed + self.local.slope * rows
         if self.board:
             begin = self.begin_s
+            if self.rowwise:
+                mine += (self.calls - 1) * self.local.fixed
+                count = self.calls
             theirs = (count * self.there.fixed + self.there.slope * rows) / workers
             split = (1 + begin / max(mine, 1e-9) + (begin + self.link.t0_s) / max(theirs, 1e-9)) / (
                 1 / max(mine, 1e-9) + 1 / max(theirs, 1e-9))
@@ -442,15 +516,17 @@ class Costs:
             self.alone.scale(level / self._level)
             self._level = level
 
-    def ran(self, cells: Grid, workers: int, took_s: float, *, offloaded: bool, stalled: bool = False) -> None:
-        """A run is over: `offloaded` if workers ran some of it."""
-        self._budget_s += BUDGET * took_s
+    def ran(self, cells: Grid, workers: int, took_s: float, *, offloaded: bool, stalled: bool = False,
+            before_s: float = 0.0) -> None:
+        """A run is over: `offloaded` if workers ran some of it. Those before it that were not told took `before_s`."""
+        self._budget_s += BUDGET * (took_s + before_s)
         self.stalls += stalled
         found = self.forecast(cells, workers)
         if found is None:
             return
         if offloaded:
-            self._follow(cells.rows / len(cells))
+            self._divided_s = self.alone.at(cells.rows if self.rowwise else cells.rows / len(cells))
+            self._follow(cells.rows / (self.calls if self.rowwise else len(cells)))
             if self.split.runs == 0:
                 # It began with nothing known: what it took says nothing of the next one.
                 self.split.runs, self.split.last_s = 1, took_s
@@ -573,7 +649,8 @@ class Race:
 
     def _local(self, first: int, stop: int) -> float:
         line = self.costs.local
-        return (stop - first) * line.fixed + line.slope * (self._edges[stop] - self._edges[first])
+        calls = min(1, stop - first) if self.costs.rowwise else stop - first
+        return calls * line.fixed + line.slope * (self._edges[stop] - self._edges[first])
 
     def _at_once(self) -> int:
         """How many cells to begin with: most of what workers are expected to run; each later look costs more."""
@@ -603,6 +680,7 @@ class Race:
         line, edges = self.costs.local, self._edges
         fixed, slope = line.fixed, line.slope
         stop, left = head + 1, most - fixed - slope * (edges[head + 1] - edges[head])
+        fixed = 0.0 if self.costs.rowwise else fixed
         while stop < tail:
             left -= fixed + slope * (edges[stop + 1] - edges[stop])
             if left < 0.0:
@@ -715,7 +793,7 @@ class Race:
             self._head = stop
         elif stop == self._tail:
             self._tail = first
-        count = stop - first
+        count = 1 if self.costs.rowwise else stop - first
         rows = (self._edges[stop] - self._edges[first]) / count
         line = self.costs.beside if self._flying else self.costs.alone
         line.add(rows, seconds / count)
@@ -786,7 +864,7 @@ def simulate(race: Race, world: World, now: float = 0.0, on_step: Callable[[floa
 
     def here(first: int, stop: int) -> float:
         edges = cells.edges
-        seconds = (stop - first) * world.fixed_s + world.row_s * (edges[stop] - edges[first])
+        seconds = (1 if costs.rowwise else stop - first) * world.fixed_s + world.row_s * (edges[stop] - edges[first])
         idle = {who for who, since, until in world.stops if since <= now < until}
         busy = any(begin <= now < end and worker not in idle for begin, end, worker, _ in flying.values())
         return seconds * (world.beside if busy else 1.0)

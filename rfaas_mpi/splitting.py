@@ -40,10 +40,12 @@ _PROBE_S = 200e-6
 _COPY_BYTE_S = 0.5e-9
 # How often the rank asks who its workers are.
 _LOOK_S = 1e-3
-# Runs on a board that take less than this are learned from now and then, once there were so many of them.
+# Runs on a board, or on the rank alone, that take less than this are learned from now and then, once there were so many
+# of them: after so many others, and after ever more of them.
 _SHORT_S = 10e-3
 _SETTLED = 8
 _AGAIN = 3
+_MOST_AGAIN = 15
 _OTHER = 1.3
 # How many kernels and sizes are remembered.
 _KNOWN = 1024
@@ -109,14 +111,14 @@ class Splits:
         return found
 
     def costs(self, kind: Any, name: str, cells: planner.Grid, row_bytes: float, cell_bytes: float,
-              hand_s: float, board: bool) -> Costs:
+              hand_s: float, board: bool, rowwise: bool) -> Costs:
         """What is known of a kernel on so many rows of this kind, within a factor of two."""
         key = (kind, self.crew.transport, cells.rows.bit_length())
         found = self._costs.get(key)
         if found is None:
             if len(self._costs) >= _KNOWN:
                 del self._costs[next(iter(self._costs))]
-            made = Costs(self.link(), row_bytes, cell_bytes, hand_s, board)
+            made = Costs(self.link(), row_bytes, cell_bytes, hand_s, board, rowwise)
             similar = [(abs(other[2] - key[2]), known[2]) for other, known in list(self._costs.items())
                        if other[:2] == key[:2]]
             if similar:
@@ -186,8 +188,8 @@ class Split:
 
     def __init__(self, splits: Splits, kernel: Kernel, inputs: Any, out: Any, *, whole: Sequence[int] = (),
                  rows: int | None = None, index: bool = False, reduce: Callable[..., Any] | None = None,
-                 grain: int | None = None, timeout_s: float | None = None, where: Where = "both",
-                 persistent: bool = True) -> None:
+                 grain: int | None = None, rowwise: bool = False, timeout_s: float | None = None,
+                 where: Where = "both", persistent: bool = True) -> None:
         crew = splits.crew
         crew.check()
         if not isinstance(kernel, Kernel):
@@ -202,6 +204,8 @@ class Split:
             raise TypeError(f"reduce={reduce!r} can't combine two results; give it a function of two, such as numpy.add")
         if isinstance(whole, int):
             raise TypeError(f"whole={whole} is no list of inputs; give whole=({whole},)")
+        if rowwise and reduce is not None:
+            raise ValueError("rowwise=True and reduce= exclude each other: what is combined is each cell's own result")
         self.out = out
         self._splits = splits
         self._crew = crew
@@ -210,6 +214,8 @@ class Split:
         self._persistent = persistent
         self._where = where
         self._index = index
+        # A native kernel's call costs next to nothing.
+        self._rowwise = rowwise and kernel.native() is None
         self._reduce = reduce
         given = arguments(inputs)
         self._read = tuple([as_input(value, f"input {i} of {kernel.name}") for i, value in enumerate(given)])
@@ -250,15 +256,20 @@ class Split:
         self._shares = (shared and crew.transport == "shm" and where == "both" and timeout_s is None
                         and self._cells is not None and can_share(crew, self._read, self._partials or self._written))
         kind = (kernel.digest, tuple((a.dtype.str, a.shape[1:]) for a in (*divided, *outs)),
-               tuple((a.dtype.str, a.shape) for a in changing), grain, shared, persistent, self._shares)
+               tuple((a.dtype.str, a.shape) for a in changing), grain, shared, persistent, self._shares,
+               self._rowwise)
         self._costs = splits.costs(kind, kernel.name, self._cells or planner.Grid((0,)), part, whole_bytes,
-                                   _HAND_S if persistent else _HAND_ANEW_S, self._shares)
+                                   _HAND_S if persistent else _HAND_ANEW_S, self._shares, self._rowwise)
         self._warm = splits.warm(kernel.digest)
         # Both are made when they are needed first.
         self._parts: Cells | None = None
         self._shared: Shared | None = None
         # So many more runs as the last one, with the same workers.
         self._again = 0
+        self._often = _AGAIN
+        self._away = False
+        # What those on the rank took, of which a part may be spent on trying workers again.
+        self._unlearned_s = 0.0
         self._lately: list[int] = []
         self._requests: dict[int, Request] = {}
         self._flying: dict[int, Request] = {}
@@ -314,13 +325,7 @@ class Split:
             splits.harvest()
         workers = crew.workers
         if self._again and workers == self._lately:
-            # Short runs one after the other: decided and learned once for a few of them.
-            assert self._shared is not None
-            shared, begin = self._shared, time.perf_counter()
-            taken = self._guarded(lambda: shared.run(self._here, costs, self._warm, workers, learn=False))
-            costs.stalls += taken.stalled
-            usual = not taken.stalled and 1 / _OTHER < (time.perf_counter() - begin) / costs.split.last_s < _OTHER
-            self._again = self._again - 1 if usual else 0
+            self._run_again(workers)
             if self._partials:
                 self._combine()
             return self.out
@@ -331,8 +336,11 @@ class Split:
         elif use is False:
             self._run_here(0, len(cells))
             took = time.perf_counter() - begin
-            costs.ran_alone(cells.rows / len(cells), took, len(cells))
-            costs.ran(cells, len(workers), took, offloaded=False)
+            calls = 1 if self._rowwise else len(cells)
+            costs.ran_alone(cells.rows / calls, took, calls)
+            costs.ran(cells, len(workers), took, offloaded=False, before_s=self._unlearned_s)
+            self._unlearned_s = 0.0
+            self._repeat(costs.here.runs, took, workers, away=False)
         elif self._shares and crew.transport == "shm" and not self._warm.isdisjoint(workers):
             # One of them at least has run it: the first call of a kernel may compile or import for seconds, which
             # a probe waits for, and a cell that was taken from a board would not.
@@ -340,8 +348,8 @@ class Split:
             taken = self._guarded(lambda: shared.run(self._here, costs, self._warm, workers))
             took = time.perf_counter() - begin
             costs.ran(cells, len(workers), took, offloaded=taken.away or use is True, stalled=taken.stalled)
-            if use and taken.away and not taken.stalled and costs.split.runs > _SETTLED and took < _SHORT_S:
-                self._again, self._lately = _AGAIN, workers
+            if use and taken.away and not taken.stalled:
+                self._repeat(costs.split.runs, took, workers, away=True)
         else:
             # What a worker on this node has not begun can be taken back.
             race = Race(cells, costs, len(workers), use=use, cold=not self._warm.issuperset(workers),
@@ -352,6 +360,35 @@ class Split:
         if self._partials:
             self._combine()
         return self.out
+
+    def _repeat(self, runs: int, took_s: float, workers: list[int], *, away: bool) -> None:
+        """Short runs one after the other are decided and learned once for a few of them, if they take what was said."""
+        said_s = self._costs.said_s(offload=away) if self._where == "both" else took_s
+        if runs > _SETTLED and took_s < _SHORT_S and 1 / _OTHER < took_s / max(said_s, 1e-9) < _OTHER:
+            if away != self._away:
+                self._often = _AGAIN
+            self._again, self._lately, self._away = self._often, workers, away
+            self._often = min(2 * self._often + 1, _MOST_AGAIN)
+
+    def _run_again(self, workers: list[int]) -> None:
+        """As the last run: nothing is decided, and nothing learned but whether it took as long."""
+        assert self._cells is not None
+        costs, begin, usual = self._costs, time.perf_counter(), True
+        if self._away:
+            shared = self._shared
+            assert shared is not None
+            taken = self._guarded(lambda: shared.run(self._here, costs, self._warm, workers, learn=False))
+            costs.stalls += taken.stalled
+            usual = not taken.stalled
+            took, last = time.perf_counter() - begin, costs.split.last_s
+        else:
+            self._run_here(0, len(self._cells))
+            took, last = time.perf_counter() - begin, costs.here.last_s
+            self._unlearned_s += took
+        if usual and 1 / _OTHER < took / last < _OTHER:
+            self._again -= 1
+        else:
+            self._again, self._often = 0, _AGAIN
 
     def predict(self) -> Explained:
         """What the next run will do, how long it is expected to take, and why."""
@@ -380,13 +417,15 @@ class Split:
         if self._parts is None:
             assert self._cells is not None
             self._parts = Cells(self._kernel.native() or self._kernel.bind, self._cells.edges, self._read, self._whole,
-                                self._partials or self._written, index=self._index, by_cell=bool(self._partials))
+                                self._partials or self._written, index=self._index, by_cell=bool(self._partials),
+                                rowwise=self._rowwise)
         return self._parts
 
     def _share(self) -> Shared:
         assert self._cells is not None
         self._shared = Shared(self._crew, self._kernel, self._laid_out, self._cells, self._read, self._whole,
-                              self._partials or self._written, index=self._index, by_cell=bool(self._partials))
+                              self._partials or self._written, index=self._index, by_cell=bool(self._partials),
+                              rowwise=self._rowwise)
         return self._shared
 
     def _run_here(self, first: int, stop: int) -> None:

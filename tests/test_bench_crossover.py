@@ -8,7 +8,7 @@ from rfaas_mpi.bench import crossover, report, suite
 from rfaas_mpi.bench.crossover import summary
 from rfaas_mpi.bench.stage import Options
 
-WAYS = ("here", "quarter", "half", "three_quarters", "there", "split", "here_again",
+WAYS = ("here", "quarter", "half", "three_quarters", "there", "split", "together", "here_again",
         "call_here", "call_there", "offload", "call_here_again")
 
 
@@ -36,6 +36,13 @@ def test_what_divided_work_loses_has_to_be_refused():
     assert not summary(times(**slower), [], True, True)["offload"]["right"]
 
 
+def test_cells_that_may_be_run_together_stand_beside_one_call():
+    slower = {"quarter": 1.5, "half": 1.5, "three_quarters": 1.5, "there": 3.0}
+    found = summary(times(here=3.0, call_here=1.0, together=1.2, **slower), [], False, False, False)["together"]
+    assert found["best"] == "call_here" and found["regret"] == pytest.approx(0.2) and found["right"]
+    assert not summary(times(half=0.5), [], True, False, False)["together"]["right"]
+
+
 def test_what_is_within_the_a_a_is_no_wrong_decision():
     for decided in (True, False, None):
         assert summary(times(half=0.99), [], decided, False)["split"]["right"]
@@ -51,7 +58,7 @@ def test_each_way_gives_the_right_answer(monkeypatch):
     for point in data["points"]:
         assert set(point["times_s"]) == set(WAYS) == set(point["median_s"])
         assert all(len(each) == point["rounds"] and min(each) > 0.0 for each in point["times_s"].values())
-        for who in ("split", "offload"):
+        for who in ("split", "together", "offload"):
             assert point[who]["best"] in WAYS and point["why"][who]
             assert point[who]["regret"] > -1.0
     assert any("best way" in line for line in report.as_text(data))

@@ -1,10 +1,11 @@
 """`rfaas bench crossover`: kernel cost by bytes; at each point where the planner runs it, and where it takes least.
 
 At each point the same rows are run by the rank alone, by the worker alone, and divided by fixed parts that were chosen
-beforehand; all of them and the planner's own (`Split`, `Offload`) take turns in each round. What it lost is a ratio of
-medians: its own to the best of the fixed ways, whichever that is: nobody knows that beforehand.
+beforehand; all of them and the planner's own (`Split`; `together`, which is `Split` with rowwise=True; `Offload`) take
+turns in each round. What it lost is a ratio of medians: its own to the best of the fixed ways, whichever that is: nobody
+knows that beforehand.
 
-    here · quarter · half · three_quarters · there · split · here_again
+    here · quarter · half · three_quarters · there · split · together · here_again
     call_here · call_there · offload · call_here_again
 """
 
@@ -99,19 +100,19 @@ class _Point:
         self.x = executor.array(np.random.default_rng(1).random((ROWS, width)))
         self.out = executor.zeros((ROWS, width))
         self.turns = np.array(turns)
-        self.made = [self._split("here"), self._split("workers"), self._split("both")]
-        here, there, split = (made.Run for made in self.made)
+        self.made = [self._split("here"), self._split("workers"), self._split("both"), self._split("both", rowwise=True)]
+        here, there, split, together = (made.Run for made in self.made)
         whole = executor.Invoke_init(works, (self.x, self.turns), self.out)
         self.made.append(whole)
         self.ways: dict[str, Callable[[], object]] = {
             "here": here, **{name: self._part(part) for name, part in PARTS.items()}, "there": there, "split": split,
-            "here_again": here, "call_here": lambda: works(self.x, turns, out=self.out),
+            "together": together, "here_again": here, "call_here": lambda: works(self.x, turns, out=self.out),
             "call_there": lambda: (whole.Start(), whole.Wait()),
             "offload": lambda: executor.Offload(works, (self.x, self.turns), self.out),
             "call_here_again": lambda: works(self.x, turns, out=self.out)}
 
-    def _split(self, where: str) -> object:
-        return self.executor.Split_init(works, (self.x, self.turns), self.out, where=where)
+    def _split(self, where: str, *, rowwise: bool = False) -> object:
+        return self.executor.Split_init(works, (self.x, self.turns), self.out, where=where, rowwise=rowwise)
 
     def _part(self, part: float) -> Callable[[], object]:
         """The first rows at the worker in one invocation, and the others here."""
@@ -135,7 +136,7 @@ class _Point:
 
     def learn(self, seconds: float) -> None:
         """Has the planner see both sides, as it does in the runs of an application."""
-        for name in ("split", "offload"):
+        for name in ("split", "together", "offload"):
             begin = time.perf_counter()
             for _ in range(LEARN):
                 self.ways[name]()
@@ -187,22 +188,23 @@ def _measure(executor: Executor, row_bytes: int, work_s: float, turns: float, ro
             point.round(times)
             if done >= 4 and time.perf_counter() - begin > point_s:
                 break
-        for name in ("split", "offload"):
+        for name in ("split", "together", "offload"):
             point.check(name)
-        found = point.made[2].predict()
+        found, joined = point.made[2].predict(), point.made[3].predict()
         called = [one for one in executor.explain() if type(one).__name__ == "Chosen"][-1]
     finally:
         point.close()
     return {"row_bytes": row_bytes, "bytes": ROWS * row_bytes, "work_s": work_s,
-            **summary(times, predicted, found.offload, called.offload),
-            "why": {"split": found.why, "offload": called.why}, "times_s": times}
+            **summary(times, predicted, found.offload, called.offload, joined.offload),
+            "why": {"split": found.why, "together": joined.why, "offload": called.why}, "times_s": times}
 
 
 def summary(times: Mapping[str, Sequence[float]], predicted: Sequence[float], split: bool | None,
-            offload: bool) -> dict:
+            offload: bool, together: bool | None = None) -> dict:
     """What a point's times say, pure: medians, the best of the fixed ways, what was chosen and what that lost.
 
-    `split` and `offload` are the planner's decisions. A decision is right if it is that of the best way, or if no
+    `split`, `offload` and `together` are the planner's decisions; `together` may run all by one call on the rank, and so
+    stands beside that. A decision is right if it is that of the best way, or if no
     other way gains more than the A/A of this point, and 2 %.
     """
     middle = {name: statistics.median(values) for name, values in times.items()}
@@ -222,6 +224,7 @@ def summary(times: Mapping[str, Sequence[float]], predicted: Sequence[float], sp
     told = judged("split", ("here", *PARTS, "there"), "here", "here_again", split)
     told["predicted"] = statistics.median(predicted) / middle["split"] if predicted else None
     return {"median_s": middle, "rounds": len(times["here"]), "split": told,
+            "together": judged("together", ("call_here", *PARTS, "there"), "call_here", "call_here_again", together),
             "offload": judged("offload", ("call_here", "call_there"), "call_here", "call_here_again", offload)}
 
 
@@ -233,7 +236,7 @@ def _ratio(one: Sequence[float], other: Sequence[float]) -> float:
 def _figures(points: Sequence[dict]) -> dict:
     """Over all points: what was lost, %."""
     found = {}
-    for who in ("split", "offload"):
+    for who in ("split", "together", "offload"):
         lost = sorted(100 * point[who]["regret"] for point in points)
         aa = sorted(100 * abs(point[who]["aa"] - 1) for point in points)
         found[f"{who}_regret_percent"] = {

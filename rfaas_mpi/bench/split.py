@@ -5,6 +5,7 @@ Kernels of 1, 4.5 and 20 ms, in C and in numpy, whose time is all computing. The
     here      run by the rank alone          beside the kernel called once, bare
     divided   as the planner says            beside halves by hand: one request, and the other half here
     once      `Split`, which keeps nothing   beside `Split_init`, set up before
+    together  with rowwise=True              beside the kernel called once, bare, and beside halves by hand
 
 `predicted` is what the planner said before each run over what it then took.
 """
@@ -89,7 +90,7 @@ def _over_tcp(options: Options, stack: contextlib.ExitStack) -> Executor:
 
 def _measured(options: Options, executor: Executor, kernel: Kernel, size_ms: float) -> dict[str, dict]:
     name = f"{'numpy' if kernel.fn else 'native'}_{size_ms:g}ms"
-    x, out, divided, once, halves = (executor.array(np.linspace(-1.0, 1.0, ROWS)) for _ in range(5))
+    x, out, divided, once, halves, joined = (executor.array(np.linspace(-1.0, 1.0, ROWS)) for _ in range(6))
     rounds = executor.put(np.array([_rounds(kernel, x, out, size_ms)], np.uint64))
     bare = kernel.bind([x, rounds.array], [out])
     middle = ROWS // 2
@@ -101,6 +102,9 @@ def _measured(options: Options, executor: Executor, kernel: Kernel, size_ms: flo
         stack.callback(here.Free)
         both = executor.Split_init(kernel, (x, rounds), divided)
         stack.callback(both.Free)
+
+        together = executor.Split_init(kernel, (x, rounds), joined, rowwise=True)
+        stack.callback(together.Free)
 
         def by_hand() -> None:
             far.Start()
@@ -120,6 +124,7 @@ def _measured(options: Options, executor: Executor, kernel: Kernel, size_ms: flo
             Subject("bare", singles=_timed(bare)), Subject("here", singles=_timed(here.Run)),
             Subject("by_hand", singles=_timed(by_hand)), Subject("divided", singles=predicted),
             Subject("once", singles=_timed(lambda: executor.Split(kernel, (x, rounds), once))),
+            Subject("together", singles=_timed(together.Run)),
             Subject("bare_again", singles=_timed(bare)), Subject("by_hand_again", singles=_timed(by_hand)),
             Subject("divided_again", singles=predicted),
         ]
@@ -134,7 +139,8 @@ def _measured(options: Options, executor: Executor, kernel: Kernel, size_ms: flo
             runs.append(measure.interleave(subjects, cycles=options.cycles(PAIRS), block=1))
         found = both.predict()
     bare()
-    for what, array in (("divided", divided), ("in one call", once), ("by hand", halves)):
+    for what, array in (("divided", divided), ("in one call", once), ("by hand", halves),
+                        ("in fewer calls", joined)):
         if not np.array_equal(array, out):
             raise BenchError(f"{name} {what} gave another result than here; no figure is worth anything then")
     bare_figure = measure.latency_figure(runs, "bare", unit="us")
@@ -148,6 +154,8 @@ def _measured(options: Options, executor: Executor, kernel: Kernel, size_ms: flo
             **measure.over(runs, "divided", "by_hand", "by_hand_again", unit="us"), "allowed": allowed},
         f"{name}_divided_over_bare": measure.ratio(runs, "divided", "bare", "bare_again"),
         f"{name}_by_hand_over_bare": measure.ratio(runs, "by_hand", "bare", "bare_again"),
+        f"{name}_together_over_by_hand_us": measure.over(runs, "together", "by_hand", "by_hand_again", unit="us"),
+        f"{name}_together_over_bare": measure.ratio(runs, "together", "bare", "bare_again"),
         f"{name}_once_over_divided_us": measure.over(runs, "once", "divided", "divided_again", unit="us"),
         f"{name}_predicted_over_taken": measure.figure(ratios, unit="x", digits=3),
     }

@@ -140,8 +140,10 @@ class Board:
     @staticmethod
     def words(cells: int) -> int:
         """How many uint64 a board of so many cells has."""
-    def open(self, now_ns: int = 0) -> None:
-        """A new piece of work. Nobody may be taking from the board. `now_ns`: 0 is the clock's (CLOCK_MONOTONIC)."""
+    def open(self, now_ns: int = 0, *, least: int = 0, parts: int = 0) -> None:
+        """A new piece of work. Nobody may be taking from the board. `now_ns`: 0 is the clock's (CLOCK_MONOTONIC).
+
+        For those who take several cells at once: `least` rows, and `parts` who take."""
     def join(self) -> None:
         """Begins to take cells: what was run before counts no more."""
     def close(self) -> None:
@@ -150,6 +152,10 @@ class Board:
         """The cell that is to be run now; -1: none."""
     def done(self, k: int, ns: int) -> None:
         """Cell k was run, in so many ns."""
+    def take_some(self, now_ns: int = 0) -> tuple[int, int]:
+        """The cells that are to be run now, by one call: the first and where they end; (-1, -1): none."""
+    def done_some(self, first: int, stop: int, ns: int) -> None:
+        """These cells were run by one call, in so many ns."""
     @property
     def left(self) -> list[int]:
         """The cells that nobody has run to their end."""
@@ -161,6 +167,8 @@ class Board:
         """Cells, their rows and ns that this one has run since `join`."""
     def ran_by(self, who: int) -> tuple[int, int, int]:
         """Cells, their rows and ns that somebody has run."""
+    def calls_by(self, who: int) -> list[tuple[int, int]]:
+        """(rows, ns) of each call by which somebody has run cells, in the cells' order."""
 
 class Calls:
     """A native kernel's calls on memory of this process, one for each cell of a grid, laid out before.

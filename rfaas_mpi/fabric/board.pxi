@@ -49,9 +49,12 @@ cdef class Board:
         """How many uint64 a board of so many cells has."""
         return BOARD_HEAD_WORDS + cells
 
-    def open(self, uint64_t now_ns=0):
-        """A new piece of work. Nobody may be taking from the board. `now_ns`: 0 is the clock's (CLOCK_MONOTONIC)."""
-        c.rfm_share_open(&self.share, now_ns or c.rfm_now_ns())
+    def open(self, uint64_t now_ns=0, *, uint64_t least=0, uint64_t parts=0):
+        """A new piece of work. Nobody may be taking from the board. `now_ns`: 0 is the clock's (CLOCK_MONOTONIC).
+
+        For those who take several cells at once: `least` rows, and `parts` who take.
+        """
+        c.rfm_share_open(&self.share, now_ns or c.rfm_now_ns(), least, parts)
         self.join()
 
     def join(self):
@@ -72,6 +75,20 @@ cdef class Board:
         if not 0 <= k < <Py_ssize_t>self.share.n:
             raise IndexError(f"cell {k} of {self.share.n}")
         c.rfm_share_done(&self.share, k, ns)
+
+    def take_some(self, uint64_t now_ns=0):
+        """The cells that are to be run now, by one call: the first and where they end; (-1, -1): none."""
+        cdef uint64_t count = 0
+        cdef uint64_t k = c.rfm_share_take_some(&self.share, now_ns or c.rfm_now_ns(), &count)
+        if k >= self.share.n:
+            return -1, -1
+        return k, k + count
+
+    def done_some(self, Py_ssize_t first, Py_ssize_t stop, uint64_t ns):
+        """These cells were run by one call, in so many ns."""
+        if not 0 <= first < stop <= <Py_ssize_t>self.share.n:
+            raise IndexError(f"cells {first} to {stop} of {self.share.n}")
+        c.rfm_share_done_some(&self.share, first, stop - first, ns)
 
     @property
     def left(self):
@@ -97,8 +114,25 @@ cdef class Board:
             if word >> c.RFM_BOARD_WHO_SHIFT == who + 1:
                 cells += 1
                 rows += self.edges[k + 1] - self.edges[k]
-                ns += word & ((<uint64_t>1 << c.RFM_BOARD_WHO_SHIFT) - 1)
+                ns += word & c.RFM_BOARD_NS
         return cells, rows, ns
+
+    def calls_by(self, uint64_t who):
+        """(rows, ns) of each call by which somebody has run cells, in the cells' order."""
+        cdef uint64_t k, word, rows = 0, ns = 0
+        cdef list found = []
+        for k in range(self.share.n):
+            word = c.rfm_share_look(&self.share, k)
+            if word >> c.RFM_BOARD_WHO_SHIFT != who + 1:
+                continue
+            if not word & c.RFM_BOARD_SAME_CALL and rows:
+                found.append((rows, ns))
+                rows = ns = 0
+            rows += self.edges[k + 1] - self.edges[k]
+            ns += word & c.RFM_BOARD_NS
+        if rows:
+            found.append((rows, ns))
+        return found
 
     def __dealloc__(self):
         PyMem_Free(self.edges)

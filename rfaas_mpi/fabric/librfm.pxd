@@ -301,6 +301,8 @@ cdef extern from "poller.h" nogil:
 cdef extern from "board.h" nogil:
     enum:
         RFM_BOARD_WHO_SHIFT
+    const uint64_t RFM_BOARD_SAME_CALL
+    const uint64_t RFM_BOARD_NS
 
     struct rfm_board:
         uint64_t next
@@ -320,4 +322,6 @@ cdef extern from "board.h" nogil:
     void rfm_share_done(rfm_share *share, uint64_t k, uint64_t ns)
     uint64_t rfm_share_look(const rfm_share *share, uint64_t k)
     void rfm_share_close(rfm_share *share)
-    void rfm_share_open(rfm_share *share, uint64_t now_ns)
+    void rfm_share_open(rfm_share *share, uint64_t now_ns, uint64_t least, uint64_t parts)
+    uint64_t rfm_share_take_some(rfm_share *share, uint64_t now_ns, uint64_t *count_p)
+    void rfm_share_done_some(rfm_share *share, uint64_t k, uint64_t count, uint64_t ns)

@@ -80,7 +80,8 @@ class _Divided:
         if not isinstance(kernel, NativeFunction):
             scalar = tuple([array.ndim == 0 for array in read] + [True] * division.index)
             how = PythonCall(kernel, kernels.short_name(kernel), kernels.takes_out(kernel), scalar, len(outs)).bind
-        return (Cells(how, division.edges, read, division.whole, outs, index=division.index, by_cell=division.by_cell),
+        return (Cells(how, division.edges, read, division.whole, outs, index=division.index, by_cell=division.by_cell,
+                      rowwise=division.rowwise),
                 fabric.Board(words, division.edges, division.who, _MARGIN))
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What pilots and hooks cost and gain on a real Slurm of virtual nodes: one JSON, and a timeline of its nodes.
 
-USAGE: python benchmarks/slurm.py run [--quick] [--part NAME]... [--starts N] [--other DIRECTORY]
+USAGE: python benchmarks/slurm.py run [--quick] [--part NAME]... [--calls N] [--starts N] [--other DIRECTORY]
                                       [--with NAME=FILE.json]... [--out slurm-report.json]
        python benchmarks/slurm.py report [--docs docs/benchmarks.md] [--plot docs/slurm-report.png] slurm-report.json
 
@@ -357,11 +357,46 @@ def hook(amount: Amount, seed: int) -> dict[str, Any]:
                         os.kill(agent, signal.SIGCONT)
                     wait_until(lambda: node.slurm.run("sinfo", "-h", "-o", "%T").strip() == "idle", "the node is idle")
     with_worker = [took for took, there in answered if there]
+    ends = bare_ends(max(1, amount.calls // 2))
     return {"rows": [*spread("a job's Prolog, hook and all", [took for took, _ in answered], {50: 10.0, 99: 100.0}),
                      *(spread("the same where a worker was there", with_worker, {50: 10.0, 99: 100.0})
                        if with_worker else ()),
+                     *spread("a fork of an interpreter, killed until it has ended", ends, {}),
                      *spread("with a hung agent", [took for took, _ in hung], {99: 300.0})],
-            "answered_s": answered, "hung_s": hung}
+            "answered_s": answered, "ends_s": ends, "hung_s": hung}
+
+
+# Forks of an interpreter with numpy, each on the last CPU and as busy as can be, are killed by one on the first: how
+# long until the kernel says that they have ended.
+ENDS = """
+import os, select, signal, sys, time
+import numpy
+first, *_, last = sorted(os.sched_getaffinity(0))
+os.sched_setaffinity(0, {first})
+for _ in range(int(sys.argv[1])):
+    there, here = os.pipe()
+    if not (pid := os.fork()):
+        os.sched_setaffinity(0, {last})
+        os.write(here, b"x")
+        while True:
+            pass
+    pidfd = os.pidfd_open(pid)
+    os.read(there, 1)
+    time.sleep(0.02)
+    began = time.perf_counter()
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    select.select([pidfd], [], [])
+    print(time.perf_counter() - began)
+    os.waitpid(pid, 0)
+    for descriptor in (there, here, pidfd):
+        os.close(descriptor)
+"""
+
+
+def bare_ends(count: int) -> list[float]:
+    """What it takes here to end a process like a worker, with nobody who starts, moves or accounts for it."""
+    done = subprocess.run([sys.executable, "-c", ENDS, str(count)], check=True, capture_output=True, text=True)
+    return [float(line) for line in done.stdout.split()]
 
 
 def wait_for(condition: Callable[[], object], seconds: float) -> bool:
@@ -658,6 +693,8 @@ def run(given: argparse.Namespace) -> int:
         print(f"slurm: {'only root can start such a cluster' if os.geteuid() != 0 else why}", file=sys.stderr)
         return 1
     amount = replace(QUICK if given.quick else Amount(), other=given.other)
+    if given.calls is not None:
+        amount = replace(amount, calls=given.calls)
     if given.starts is not None:
         amount = replace(amount, starts=given.starts)
     report: dict[str, Any] = {"version": __version__, "environment": environment.facts(), "quick": given.quick,
@@ -774,6 +811,7 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--part", action="append", default=[], choices=[*PARTS], help="may be repeated (default: all)")
     one.add_argument("--with", dest="beside", action="append", default=[], type=named_file, metavar="NAME=FILE.json",
                      help="a part that was measured elsewhere; may be repeated")
+    one.add_argument("--calls", type=int, default=None, help="how often a job's Prolog finds an agent that answers")
     one.add_argument("--starts", type=int, default=None, help="how many pilots start, or rounds of three")
     one.add_argument("--other", type=Path, default=None, metavar="DIRECTORY",
                      help="another checkout, built, whose pilots start beside ours")

@@ -500,11 +500,15 @@ class Costs:
 
     def may_probe(self, cells: Grid, cost_s: float) -> bool:
         """Whether there is time to spend on a probe; if so, it is spent."""
-        found = self.forecast(cells, 0)
-        if found is None or self._budget_s + BUDGET * found.here_s < cost_s:
+        if not self.can_probe(cells, cost_s):
             return False
         self._budget_s -= cost_s
         return True
+
+    def can_probe(self, cells: Grid, cost_s: float) -> bool:
+        """What `may_probe` would say; nothing is spent."""
+        found = self.forecast(cells, 0)
+        return found is not None and self._budget_s + BUDGET * found.here_s >= cost_s
 
     def _follow(self, rows: float) -> None:
         """What the rank takes alone changes with what it takes beside workers, where that changes by much."""

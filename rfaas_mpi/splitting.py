@@ -331,6 +331,9 @@ class Split:
             return self.out
         begin = self._begun = time.perf_counter()
         use = costs.decide(cells, len(workers)) if self._where == "both" else False
+        if use is None and costs.said_s(offload=False) < _SHORT_S and costs.alone.known:
+            # Nobody is asked before there is time for that, and until then there is nothing to decide.
+            use = None if costs.can_probe(cells, self._probe_s) else False
         if self._where == "workers" and not crew.inline:
             self._guarded(self._run_there)
         elif use is False:

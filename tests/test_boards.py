@@ -534,6 +534,26 @@ def test_short_runs_that_stay_here_are_learned_from_now_and_then(ex, monkeypatch
     assert (sum(told) > 0.0) == (len(told) < 200), "what the others took is earned all the same"
 
 
+def test_a_short_run_that_has_no_time_to_ask_a_worker_is_run_here_in_one_go(ex, monkeypatch):
+    x, out = ex.array(np.ones(400_000)), ex.zeros(400_000)
+    split, raced = ex.Split_init(adds, x, out), []
+    run = splitting.Split._run
+    monkeypatch.setattr(splitting.Split, "_run", lambda self, *what: (raced.append(1), run(self, *what)))
+    split.Run()
+    assert len(raced) == 1, "nothing was known of it"
+    for _ in range(5):
+        split._costs._budget_s = -1.0
+        split.Run()
+    assert len(raced) == 1 and (out == 6).all()
+    split._costs._budget_s, split._again = 1.0, 0
+    split.Run()
+    assert len(raced) == 2 and (out == 7).all()
+    until = time.monotonic() + 60.0
+    while ex._splits.probes and time.monotonic() < until:
+        ex._splits.harvest()
+    assert not ex._splits.probes
+
+
 def test_sizes_that_share_what_is_known_don_t_confuse_each_other():
     costs = Costs(Link(3e-6), board=True)
     grids = [grid(66_000), grid(130_000)]

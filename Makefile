@@ -81,7 +81,7 @@ soak: setup  ## ten million invocations in all styles, a million under kills, a 
 	RFAAS_SOAK_KILLS=1000 $(PY) -m pytest tests/test_ledger.py --timeout 3600
 	RFAAS_SOAK_DETECTOR_EVENTS=100000 RFAAS_SOAK_DETECTOR_SECONDS=600 $(PY) -m pytest tests/test_detector.py --timeout 1800
 	RFAAS_SOAK_INVOCATIONS=10000000 $(PY) -m pytest tests/test_soak.py --timeout 3600
-	RFAAS_SOAK_FAULTS=1000000 $(PY) -m pytest tests/test_faults_soak.py --timeout 3600
+	RFAAS_SOAK_FAULTS=1000000 $(PY) -m pytest tests/test_faults_soak.py tests/test_faults_workers.py --timeout 3600
 	RFAAS_SOAK_MANAGER_KILLS=500 $(PY) -m pytest tests/test_manager_killed.py --timeout 3600
 	RFAAS_SOAK_PROOFS=5000 $(PY) -m pytest tests/test_identity.py --timeout 3600
 	RFAAS_SOAK_REQUESTS=100000 $(PY) -m pytest tests/test_manager_fuzz.py --timeout 3600

@@ -418,7 +418,7 @@ def test_cold_has_the_steps_of_a_lease(measured):
 def test_without_a_core_to_lend_there_is_an_error_and_no_figure(what):
     import json
     # As many ranks here as cores: each may use any of them, and none is spare.
-    env = {**os.environ, "MPI_LOCALNRANKS": str(len(os.sched_getaffinity(0)))}
+    env = {**os.environ, "MPI_LOCALNRANKS": str(len(os.sched_getaffinity(0))), "RFAAS_LEASE_TIMEOUT_S": "0.5"}
     done = subprocess.run([sys.executable, "-m", "rfaas_mpi.cli", "bench", what, "--json", "--quick", "--runs", "1"],
                           capture_output=True, text=True, timeout=110, env=env)
     answer = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""A pilot without Slurm: where its files are, and what it says when it ends by itself."""
+"""A pilot without Slurm: where its files are (and a job's), and what it says when it ends by itself."""
 
 from __future__ import annotations
 
@@ -39,6 +39,25 @@ def test_pilots_that_begin_together_keep_nobody_out_of_what_is_his(tmp_path, mon
             assert others["1"] not in tried, "its pilot was just about to hold it, and would have ended"
             assert sorted(tmp_path.iterdir()) == [others["1"], others["3"], own]
     assert not own.exists()
+
+
+def test_jobs_that_begin_together_keep_nobody_out_of_what_is_his_either(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    new, old, used = (run.private(tmp_path / f"rfaas-slurm-{os.geteuid()}-{number}") for number in (1, 2, 3))
+    for each in (old, used):
+        os.utime(each, times=(0, 0))
+    tried: list[Path] = []
+    held = run.held
+
+    def seen(path: Path) -> contextlib.AbstractContextManager[None]:
+        tried.append(path)
+        return held(path)
+
+    with held(used):
+        monkeypatch.setattr(run, "held", seen)
+        run.clear_killed()
+    assert new not in tried, "its job was just about to hold it, and would have been refused"
+    assert sorted(tmp_path.iterdir()) == [new, used]
 
 
 def test_a_log_is_begun_anew_once_it_is_long(tmp_path):

@@ -217,6 +217,13 @@ def _threads(environ: Mapping[str, str]) -> int:
     return int(first)
 
 
+def _is_young(path: Path) -> bool:
+    try:
+        return time.time() - path.lstat().st_mtime <= _YOUNG_S
+    except FileNotFoundError:
+        return True
+
+
 def _cores(ranks: Sequence[Sequence[int]]) -> str:
     return " ".join(",".join(map(str, cores)) for cores in ranks)
 
@@ -244,6 +251,9 @@ def cpus_here() -> list[tuple[int, int, int]]:
 def clear_killed() -> None:
     """Removes what jobs of this user have left on this node that were killed."""
     for left in Path(tempfile.gettempdir()).glob(f"rfaas-slurm-{os.geteuid()}-[0-9]*"):
+        if _is_young(left):
+            # Who has just made it could not hold it while it is held here.
+            continue
         with contextlib.suppress(OSError, ConfigError), contextlib.ExitStack() as stack:
             # Whoever still uses it holds one of them; one that has just been made may not be held yet.
             for each in (private(left), *(path for path in left.iterdir() if path.is_dir())):

@@ -40,7 +40,8 @@ NumaNode = Annotated[int, Meta(ge=0, lt=4096)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Switches = Annotated[tuple[Name, ...], Meta(max_length=8)]
 Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
-Address = Annotated[str, Meta(max_length=280, pattern="^(tcp://[^/ ]+:[0-9]{1,5}|unix:/[^ ]+)$")]
+# (A path may have blanks in it: TMPDIR's has where a user wants it so.)
+Address = Annotated[str, Meta(max_length=280, pattern=r"^(tcp://[^/\s]+:[0-9]{1,5}|unix:/[^\x00-\x1f\x7f]+)$")]
 
 
 class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rfaas_mpi import api
 from rfaas_mpi.leases import NodeLost, NodeSilent
 from rfaas_mpi.manager.agents import DEAD_AFTER_S, HEARTBEAT_S, SILENT_AFTER_S, Agents
 
@@ -77,3 +79,14 @@ def test_each_silence_and_death_comes_in_its_time_and_once(sayings):
         heard[node] = now
         dead_at.pop(node, None)
     assert len(agents._due) <= 4 * len(heard) + 64
+
+
+@pytest.mark.parametrize("address", ["unix:/tmp/my jobs;1/n1/socket", "tcp://10.0.0.1:4711", "tcp://[::1]:0"])
+def test_agents_may_listen_at_any_path(address):
+    assert msgspec.convert(address, api.Address) == address
+
+
+@pytest.mark.parametrize("address", ["unix:/a\nb", "unix:relative", "tcp://a b:1", "tcp://a\n:1", "http://a:1"])
+def test_what_is_no_address_of_an_agent_is_refused(address):
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(address, api.Address)

@@ -123,7 +123,7 @@ def _borrowing(wanted: Script) -> list[str]:
         # As srun has it: one on each node where no tasks were asked for.
         return [_quoted([wanted.launcher, "-n"]), '"${SLURM_NTASKS:-$SLURM_NNODES}"']
     words = ["srun", *([] if wanted.mpi is None else [f"--mpi={wanted.mpi}"])]
-    # What sbatch was asked for srun doesn't take over.
+    # Said again: whether srun takes over what sbatch was asked for depends on Slurm's version.
     return [_quoted([*words, *([] if wanted.cpus_per_task is None else [f"--cpus-per-task={wanted.cpus_per_task}"])])]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -116,14 +115,17 @@ slurm.add_command(install)
 @click.argument("directory", type=click.Path(path_type=Path))
 @common
 def clear(directory: Path) -> None:
-    """Removes what a job's agent left on this node when it was killed; `rfaas slurm run` has it done."""
+    """Removes what a job's agent left on this node when it was killed, and says the node; `rfaas slurm run` has it done."""
+    from rfaas_mpi import config
     from rfaas_mpi.agent.groups import Roots, remove_stale
     from rfaas_mpi.agent.priority import remove_stale_groups
+    from rfaas_mpi.slurm import run as job
+    node = config.environment()["SLURMD_NODENAME"]
     remove_stale(Roots.find())
     remove_stale_groups()
-    # One that somebody else made there stays.
-    if directory.exists() and directory.lstat().st_uid == os.geteuid():
-        shutil.rmtree(directory, ignore_errors=True)
+    if job.clear(directory, node):
+        # One write: srun mixes what nodes say.
+        os.write(sys.stdout.fileno(), f"{node}\n".encode())
 
 
 @slurm.command(hidden=True)
@@ -156,14 +158,20 @@ def agent() -> None:
     def until(said: facts.Until) -> None:
         window.tell_wall(None if said.ends is None else said.ends - facts.LEAD_S, said.sent)
 
+    def leave(*_: object) -> None:
+        # Slurm tells twice: the clean-up is not to end half-way.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        sys.exit(0)
+
     def until_told() -> None:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGTERM, leave)
         while True:
             signal.pause()
 
     # Slurm sends what a job is to be warned by (--signal) to all of its steps: it is meant for the ranks.
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, leave)
     lines, window = told(), Window()
     plan = msgspec.json.decode(next(lines), type=job.Plan)
     until(plan.until)
@@ -180,6 +188,8 @@ def agent() -> None:
         mine_laid_out = layout.lay_out(node, cores, mine.ranks, mine.threads, mine.workers)
         job.clear_killed()
         directory = job.private(Path(plan.directory))
+        # By the agent: its job's first process may be killed before it could.
+        stack.callback(job.clear, directory, node)
         stack.enter_context(job.held(job.private(directory / node)))
         given = {"runtime_dir": str(directory / node), "manager_user": str(os.geteuid())}
         if plan.key:
@@ -189,8 +199,10 @@ def agent() -> None:
             spare.write_bytes(plan.key)
             spare.replace(key)
             given |= {"auth": "key", "manager_key_file": str(key)}
-    except RFaaSError as error:
-        say(job.Said(error=Exception.__str__(error), hint=error.hint))
+    except BaseException as error:
+        stack.close()
+        if isinstance(error, RFaaSError):
+            say(job.Said(error=Exception.__str__(error), hint=error.hint))
         raise
     say(job.Said(layout=mine_laid_out))
     serving = False
@@ -200,7 +212,6 @@ def agent() -> None:
         serving = True
         say(job.Said(ready=node))
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     threading.Thread(target=leave_with_the_job, daemon=True).start()
     try:
         if not mine_laid_out.lent:
@@ -216,6 +227,4 @@ def agent() -> None:
             until_told()
         raise
     finally:
-        # It ends with its job, whose first process may have been killed before it could.
-        shutil.rmtree(directory, ignore_errors=True)
         stack.close()

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -38,8 +38,8 @@ from rfaas_mpi.slurm.facts import Until
 from rfaas_mpi.slurm.layout import NodeLayout
 from rfaas_mpi.slurm.reader import EVERY_S, Reader
 
-__all__ = ["NARROWING", "Manager", "NodePlan", "Plan", "Said", "Wanted", "ask", "asking", "clear_killed", "cpus_here", "held",
-           "listen_at", "planned_starts", "private", "read", "rfaas", "run", "seen", "told_to_end"]
+__all__ = ["NARROWING", "Manager", "NodePlan", "Plan", "Said", "Wanted", "ask", "asking", "clear", "clear_killed", "cpus_here",
+           "held", "listen_at", "planned_starts", "private", "read", "rfaas", "run", "seen", "told_to_end"]
 
 # When a job ends is looked at after a sixth of the time that it has left, and at least once a minute.
 _LOOK_PART, _LOOK_MAX_S = 6, 60.0
@@ -115,7 +115,7 @@ def run(wanted: Wanted, environ: Mapping[str, str], progress: Callable[[str], No
     threads = _threads(environ)
     if not any(job.tasks):
         raise ConfigError("no ranks are wanted", hint="--ranks 1, or more")
-    with told_to_end(), _directory(job.job) as directory, contextlib.ExitStack() as stack:
+    with told_to_end() as undisturbed, _directory(job.job) as directory, contextlib.ExitStack() as stack, undisturbed:
         # Asked while the manager starts.
         addresses = _started(["scontrol", "show", "node", "-o", ",".join(job.nodes)])
         shown = _started(["scontrol", "show", "job", "-d", "-o", str(job.job)])
@@ -179,14 +179,27 @@ def _look_in_s(until: Until, now: float) -> float:
 
 
 @contextlib.contextmanager
-def told_to_end() -> Iterator[None]:
-    """Whoever is told to end before there are ranks to be told ends with all that it has started."""
+def told_to_end() -> Iterator[contextlib.AbstractContextManager[object]]:
+    """Whoever is told to end before there are ranks to be told ends with all that it has started.
+
+    Gives what is entered last, and so left first: from then on nothing disturbs the clean-up. (Slurm tells twice.)
+    """
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+
+    def ignore() -> None:
+        for number in numbers:
+            # Not SIG_IGN: what is started from now on would inherit it.
+            signal.signal(number, lambda *_: None)
+
     def end(number: int, _frame: object) -> None:
+        ignore()
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    undisturbed = contextlib.ExitStack()
+    undisturbed.callback(ignore)
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
-        yield
+        yield undisturbed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -260,6 +273,24 @@ def clear_killed() -> None:
                 stack.enter_context(held(each))
             if time.time() - left.stat().st_mtime > _YOUNG_S:
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def clear(directory: Path, node: str) -> bool:
+    """Removes what a job's agent left on this node that was killed, but for what somebody still uses.
+
+    False where that agent lives: Slurm has not reached it yet.
+    """
+    # One that somebody else made there stays.
+    if directory.is_symlink() or not directory.is_dir() or directory.lstat().st_uid != os.geteuid():
+        return True
+    try:
+        with contextlib.suppress(FileNotFoundError), held(directory / node):
+            shutil.rmtree(directory / node, ignore_errors=True)
+    except BlockingIOError:
+        return False
+    with contextlib.suppress(OSError), held(directory):
+        shutil.rmtree(directory, ignore_errors=True)
+    return True
 
 
 @contextlib.contextmanager
@@ -425,20 +456,26 @@ class _Agents:
 
     def __init__(self, plan: Plan, directory: Path, binds: bool, environ: Mapping[str, str]) -> None:
         self._plan, self._directory, self._log = plan, directory, directory / "agents.log"
-        count = str(len(plan.nodes))
-        bind = ["--cpu-bind=none"] if binds else []
-        self._step = ["srun", "--overlap", *bind, "--mem=0", "--mpi=none", f"--nodes={count}", f"--ntasks={count}",
-                      "--ntasks-per-node=1", "--kill-on-bad-exit=0"]
+        self._binds = binds
         self._environment = {name: value for name, value in environ.items() if name not in NARROWING}
         with self._log.open("wb") as log:
             # All of the job's CPUs and memory, beside the ranks' step; bound to none.
-            self._process = _start([*self._step, *rfaas("slurm", "agent")], stdin=subprocess.PIPE,
+            self._process = _start([*self._step(plan.nodes), *rfaas("slurm", "agent")], stdin=subprocess.PIPE,
                                    stdout=subprocess.PIPE, stderr=log, env=self._environment, start_new_session=True)
         # A thread: of many nodes it is more than a pipe holds, and the step may never begin.
         self._teller = threading.Thread(target=self._tell, name="rfaas-plan", daemon=True)
         self._teller.start()
-        self._closing = False
+        self._closing = threading.Event()
+        self._unclean = set(plan.nodes)          # where killed agents may have left something
         self._watcher = threading.Thread(target=self._watch, name="rfaas-agents", daemon=True)
+
+    def _step(self, nodes: Collection[str]) -> list[str]:
+        """How a step with one task on each of these nodes begins."""
+        count = str(len(nodes))
+        bind = ["--cpu-bind=none"] if self._binds else []
+        some = [] if len(nodes) == len(self._plan.nodes) else [f"--nodelist={','.join(nodes)}"]
+        return ["srun", "--overlap", *bind, "--mem=0", "--mpi=none", f"--nodes={count}", *some, f"--ntasks={count}",
+                "--ntasks-per-node=1", "--kill-on-bad-exit=0"]
 
     def _tell(self) -> None:
         assert self._process.stdin is not None
@@ -481,7 +518,9 @@ class _Agents:
     def close(self) -> None:
         """Ends them. Safe to call twice."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._closing = True
+        if self._closing.is_set():
+            return
+        self._closing.set()
         if self._process.returncode is None and self._teller.is_alive():
             _stop(self._process)
         self._teller.join()
@@ -494,18 +533,30 @@ class _Agents:
         if self._watcher.is_alive():
             self._watcher.join()
         self._process.stdout.close()
+        if self._process.returncode != 0 and self._unclean:
+            self._clear()
 
     def _watch(self) -> None:
         """Removes what agents left whose step was cancelled beside the ranks: Slurm kills those without a word before."""
-        if self._process.wait() == 0 or self._closing:
+        if self._process.wait() == 0 or self._closing.is_set():
             return
+        # Where a node's daemon is just away, later: until it is back its agent may live on, too.
+        pause_s = EVERY_S
+        while self._clear() and not self._closing.wait(pause_s):
+            pause_s = min(2 * pause_s, _LOOK_MAX_S)
+
+    def _clear(self) -> bool:
+        """Has nodes remove what killed agents left there; whether any has not yet said that it did."""
+        words = [*self._step(sorted(self._unclean)), "--immediate", *rfaas("slurm", "clear", str(self._directory))]
         with self._log.open("ab") as log:
-            process = _start([*self._step, "--immediate", *rfaas("slurm", "clear", str(self._directory))],
-                             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment,
-                             start_new_session=True)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_LEAVE_S)
+            process = _start(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
+                             env=self._environment, start_new_session=True)
+        assert process.stdout is not None
+        for line in _lines(process.stdout, _LEAVE_S):
+            self._unclean.discard(line.decode(errors="replace").strip())
         _stop(process)
+        process.stdout.close()
+        return bool(self._unclean)
 
     def __enter__(self) -> _Agents:
         return self

@@ -178,7 +178,9 @@ class ClusterSession:
                 begun.append(found)
                 continue
             failures.append(found)
-            log.warning("lease=%d node=%s %d worker(s) are missing: %s", one.id, one.node, len(one.workers), found)
+            # Nobody misses them who has closed meanwhile.
+            log.log(logging.DEBUG if self.closed else logging.WARNING, "lease=%d node=%s %d worker(s) are missing: %s",
+                    one.id, one.node, len(one.workers), found)
             self._give_up(one)
         return failures
 

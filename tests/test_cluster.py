@@ -7,6 +7,7 @@ test_cluster_nodes.py has agents in network namespaces.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import re
@@ -248,7 +249,7 @@ def test_a_worker_that_is_dialled_again_is_not_the_one_that_is_awaited(pair):
     all_free(pair)
 
 
-def test_what_is_granted_to_who_has_closed_meanwhile_is_given_back(pair, monkeypatch):
+def test_what_is_granted_to_who_has_closed_meanwhile_is_given_back_without_a_warning(pair, monkeypatch, caplog):
     granted: list[int] = []
     ask = ClusterSession._ask
 
@@ -261,6 +262,7 @@ def test_what_is_granted_to_who_has_closed_meanwhile_is_given_back(pair, monkeyp
     monkeypatch.setattr(ClusterSession, "_ask", ask_late)
     with pytest.raises(ClosedError):
         executor(pair, 1)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert [pair.call("lease", lease=lease).cause for lease in granted] == [Cause.RELEASED]
     all_free(pair)
 

@@ -222,6 +222,28 @@ def test_a_job_that_has_begun_is_noted_until_its_epilog_for_an_agent_that_begins
         assert door.missed() == ("7",)
 
 
+def age(path: Path, by_s: float) -> None:
+    at = path.stat().st_mtime - by_s
+    os.utime(path, (at, at))
+
+
+def test_a_job_that_ended_without_an_epilog_is_not_waited_for_for_ever(run, tmp_path):
+    """Slurm runs none where slurmd was killed as the job ended."""
+    run(tmp_path, "prolog")
+    run(tmp_path, "prolog", SLURM_JOB_ID="8")
+    age(tmp_path / "starting-7", HOLD_S + 5)
+    with selectors.DefaultSelector() as selector, contextlib.closing(HookDoor(selector, tmp_path, "")) as door:
+        assert door.missed() == ("8",)
+
+
+def test_what_was_noted_of_a_job_without_an_epilog_goes_with_the_next_one(run, tmp_path):
+    for job in "78":
+        run(tmp_path, "prolog", SLURM_JOB_ID=job)
+        age(tmp_path / f"starting-{job}", HOLD_S + 5)
+    run(tmp_path, "prolog", SLURM_JOB_ID="8")
+    assert {path.name for path in tmp_path.iterdir()} == {"starting-8"}, "it begins again, with the same number"
+
+
 def test_nothing_is_noted_where_others_may_write(run, tmp_path):
     (tmp_path / "victim").write_text("")
     (tmp_path / "starting-8").symlink_to(tmp_path / "victim")

@@ -8,7 +8,8 @@
  *     no answer within 200 ms: what DIRECTORY/groups names is killed here
  *
  * From its Prolog to its Epilog there is a file DIRECTORY/starting-JOB: an agent
- * that begins meanwhile knows by it what it was not told.
+ * that begins meanwhile knows by it what it was not told. Of a job whose Epilog
+ * Slurm never ran the next job's hook removes it.
  *
  * A job waits for this, and Slurm drains a node whose Prolog fails: it calls
  * nothing, bounds its time, and always exits 0.
@@ -31,6 +32,8 @@
 
 #define ANSWER_MS 200
 #define END_MS    2000
+#define HOLD_S    60            /* no agent waits longer for a job's group */
+#define NOTE      "starting-"
 #define DIRECTORY "/run/rfaas-hook"
 #define OURS      "rfaas-"
 
@@ -337,6 +340,32 @@ static int take_back(void)
     return count;
 }
 
+/* slurmd may have been killed as a job ended: it then runs no Epilog of it. */
+static void forget(int dir)
+{
+    struct dirent *entry;
+    struct stat    facts;
+    DIR           *all;
+    int            copy = fcntl(dir, F_DUPFD_CLOEXEC, 0);
+
+    all = (copy >= 0) ? fdopendir(copy) : NULL;
+    if (all == NULL) {
+        if (copy >= 0) {
+            close(copy);
+        }
+        return;
+    }
+
+    while ((entry = readdir(all)) != NULL) {
+        if ((strncmp(entry->d_name, NOTE, strlen(NOTE)) == 0) &&
+            (fstatat(dir, entry->d_name, &facts, AT_SYMLINK_NOFOLLOW) == 0) &&
+            (facts.st_mtime + HOLD_S < time(NULL))) {
+            unlinkat(dir, entry->d_name, 0);
+        }
+    }
+    closedir(all);
+}
+
 /* For an agent that begins while the job does. Where others may write there
  * nothing is said: they could have made the file another one's. */
 static void note(const char *directory, int starts)
@@ -354,13 +383,15 @@ static void note(const char *directory, int starts)
     if ((fstat(dir, &facts) == 0) && (facts.st_uid == geteuid()) &&
         ((facts.st_mode & (S_IWGRP | S_IWOTH)) == 0) &&
         (strcmp(job, "0") != 0)) {
-        snprintf(name, sizeof(name), "starting-%s", job);
+        snprintf(name, sizeof(name), NOTE "%s", job);
         if (!starts) {
             unlinkat(dir, name, 0);
         } else if ((fd = openat(dir, name, O_WRONLY | O_CREAT | O_NOFOLLOW |
                                 O_NONBLOCK | O_CLOEXEC, 0644)) >= 0) {
+            futimens(fd, NULL);     /* it may be there, of its first time */
             close(fd);
         }
+        forget(dir);
     }
     close(dir);
 }

@@ -11,12 +11,14 @@ begins after its Prolog waits for its group, too.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import selectors
 import socket
 import struct
+import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -147,8 +149,14 @@ class HookDoor:
         selector.register(self._listener, selectors.EVENT_READ, lambda _m: None)
 
     def missed(self) -> tuple[str, ...]:
-        """Jobs whose Prolog was here and whose Epilog wasn't yet, as hooks have noted."""
-        return tuple(sorted(name.removeprefix(NOTE) for name in os.listdir(self.path.parent) if name.startswith(NOTE)))
+        """Jobs whose Prolog was here in the last minute and whose Epilog wasn't yet, as hooks have noted."""
+        # One that began before has its group, or nobody waits for it any more. It may have ended without an Epilog.
+        oldest, found = time.time() - HOLD_S, []
+        for path in self.path.parent.glob(f"{NOTE}*"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.lstat().st_mtime >= oldest:
+                    found.append(path.name.removeprefix(NOTE))
+        return tuple(sorted(found))
 
     def hear(self) -> list[News]:
         """What hooks have said since; asks nobody to wait."""

@@ -235,13 +235,23 @@ def requeued(job: Job) -> None:
 ENDS = (has_enough, cancelled, killed, ranks_cancelled, out_of_time)
 
 
-def without_agents(job: Job) -> None:
-    """Their step is cancelled; the program goes on alone, and what they had is removed at once, not at the job's end."""
+def without_agents(job: Job, away: str = "") -> None:
+    """Their step is cancelled; the program goes on alone, and what they had is removed at once, not at the job's end.
+
+    On a node whose slurmd is `away` meanwhile, once that is back and Slurm has told it.
+    """
     slurm = job.slurm
     assert slurm.network is not None
+    if away:
+        slurm.kill(away)
     slurm.run("scancel", f"{job.number}.0")
+    if away:
+        job.goes_on()
+        slurm.restart(away)
     for name in slurm.names[1:]:
         node = slurm.network.nodes[name]
+        slurm.wait_until(lambda node=node: not any("slurm agent" in words for words in node.processes().values()),
+                         f"the agent of {name} has ended")
         slurm.wait_until(lambda node=node: not any("rfaas" in each for each in node.left()), f"{name} has nothing of theirs")
     job.goes_on()
 
@@ -428,11 +438,15 @@ if FAULTS:
                 else:
                     at_random(dice, job, slurm.names[1:], ON_OTHERS)
                 done += 1
-            for fault in (without_agents, requeued):
-                if dice.random() < 0.3:
-                    print(f"job {job.number}: {fault.__name__}", flush=True)
-                    fault(job)
-                    done += 1
+            if dice.random() < 0.3:
+                away = dice.choice(["", *slurm.names[1:]])
+                print(f"job {job.number}: without_agents, slurmd away on {away or 'no node'}", flush=True)
+                without_agents(job, away)
+                done += 1
+            if dice.random() < 0.3:
+                print(f"job {job.number}: requeued", flush=True)
+                requeued(job)
+                done += 1
             end = dice.choice(ENDS)
             print(f"job {job.number}: {end.__name__}", flush=True)
             end(job)

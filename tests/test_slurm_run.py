@@ -45,9 +45,9 @@ def slurm() -> Iterator[Slurm]:
 
 
 def script(*options: object, arguments: str = "", before: str = "") -> str:
-    words = " ".join(map(str, options))
+    words = " ".join(map(str, options if "--launcher" in options else ("--mpi", "pmi2", *options)))
     return (f"#!/bin/bash\n{before}\nexport PYTHONPATH='{REPOSITORY}'\n"
-            f"exec '{RFAAS}' slurm run --mpi pmi2 {words} -- '{sys.executable}' program.py {arguments}\n")
+            f"exec '{RFAAS}' slurm run {words} -- '{sys.executable}' program.py {arguments}\n")
 
 
 def left(slurm: Slurm) -> list[Path]:

@@ -331,6 +331,7 @@ class Split:
             return self.out
         begin = self._begun = time.perf_counter()
         use = costs.decide(cells, len(workers)) if self._where == "both" else False
+        decided = use is not None
         if use is None and costs.said_s(offload=False) < _SHORT_S and costs.alone.known:
             # Nobody is asked before there is time for that, and until then there is nothing to decide.
             use = None if costs.can_probe(cells, self._probe_s) else False
@@ -343,7 +344,8 @@ class Split:
             costs.ran_alone(cells.rows / calls, took, calls)
             costs.ran(cells, len(workers), took, offloaded=False, before_s=self._unlearned_s)
             self._unlearned_s = 0.0
-            self._repeat(costs.here.runs, took, workers, away=False)
+            if decided:
+                self._repeat(costs.here.runs, took, workers, away=False)
         elif self._shares and crew.transport == "shm" and not self._warm.isdisjoint(workers):
             # One of them at least has run it: the first call of a kernel may compile or import for seconds, which
             # a probe waits for, and a cell that was taken from a board would not.

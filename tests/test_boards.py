@@ -541,13 +541,14 @@ def test_a_short_run_that_has_no_time_to_ask_a_worker_is_run_here_in_one_go(ex, 
     monkeypatch.setattr(splitting.Split, "_run", lambda self, *what: (raced.append(1), run(self, *what)))
     split.Run()
     assert len(raced) == 1, "nothing was known of it"
-    for _ in range(5):
+    for _ in range(25):
         split._costs._budget_s = -1.0
         split.Run()
-    assert len(raced) == 1 and (out == 6).all()
-    split._costs._budget_s, split._again = 1.0, 0
+    assert len(raced) == 1 and (out == 26).all()
+    # As soon as there is time it is asked.
+    split._costs._budget_s = 1.0
     split.Run()
-    assert len(raced) == 2 and (out == 7).all()
+    assert len(raced) == 2 and (out == 27).all()
     until = time.monotonic() + 60.0
     while ex._splits.probes and time.monotonic() < until:
         ex._splits.harvest()

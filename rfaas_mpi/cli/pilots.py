@@ -77,8 +77,8 @@ def pilots(out: Output, check: bool, directory: Path | None, **options: Any) -> 
         # A partition that isn't there charges nothing.
         raise ConfigError(f"pilots would keep others waiting: {found.why}" if found.charges else found.why,
                           hint=f"rfaas slurm pilots --partition {wanted.partition} --check")
-    with run.told_to_end(), filling.own_directory(directory, wanted.partition) as own, \
-            _line(own, wanted.partition) as line:
+    with run.told_to_end() as undisturbed, filling.own_directory(directory, wanted.partition) as own, \
+            _line(own, wanted.partition) as line, undisturbed:
         def ready() -> None:
             lines = [f"export {name}={shlex.quote(value)}" for name, value in line.environment.items()]
             out.answer({"running": True, "environment": line.environment, "directory": str(own)}, lines)
@@ -167,9 +167,14 @@ def pilot(minutes: int | None, manager: str, **given: Any) -> None:
     def leave(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def end(*_: object) -> None:
+        # Slurm tells twice: the clean-up is not to end half-way.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        sys.exit(0)
+
     # The first of them ends it, whatever is behind it: preemption, suspension, a warning. Slurm sends them to all that
     # runs in the job: a worker that one ended would have failed, one that is stopped would be waited for.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, end)
     for number in (signal.SIGUSR1, signal.SIGTSTP):
         signal.signal(number, leave)
     given = {name: value for name, value in given.items() if value is not None}

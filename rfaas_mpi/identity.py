@@ -368,6 +368,11 @@ class Caller:
         """False on a Unix socket and within TLS."""
         return bool(self._public)
 
+    @property
+    def means(self) -> str:
+        """"munge" or "key"; "" where nothing had to be proved."""
+        return "" if self._means is None else self._means.name
+
     def answer(self, status: int, body: bytes) -> tuple[str, bytes]:
         """(the header, the sealed body). AuthError where munged can't be asked. Call it once; may ask munged."""
         private, public = _fresh()

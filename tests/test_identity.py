@@ -422,6 +422,7 @@ def test_a_munged_that_hangs_holds_up_nobody_who_does_not_need_it(tmp_path, wait
         with site.client("key") as call:
             assert call.call("leases").leases == ()
         assert site.leases() == ()
+        assert not any(future.done() for future in waiting), "who needs it was answered, or given up, before"
         daemon.signal(signal.SIGCONT)
         assert all(future.result(GUARD_S)[0] in (200, 401) for future in waiting)
 

@@ -38,7 +38,7 @@ SAYS_EVERY_S = 10.0              # a kind of refusal, in the log
 STRANGER_S = 10.0                # for somebody to prove who he is, once connected
 STRANGERS_MAX = 4096             # who have not yet; a thousand agents may come at once
 LOOK_S = 1.0                     # how often that is looked at
-MUNGE_THREADS = 4                # a munged that hangs holds up no more than proofs
+THREADS = 4                      # for each means: a munged that hangs holds up no more than proofs by MUNGE
 _caller_of: ContextVar[Caller | None] = ContextVar("caller", default=None)     # of the request that this task handles
 # What agents say all the time is no change that somebody asked for.
 QUIET = frozenset({"report"})
@@ -160,7 +160,8 @@ class Callers:
             keys=identity.KeyRing((uid, make_key(path)) for uid, path in keys.items()),
             names=names, hostname=socket.gethostname())
         self._muffler = Muffler()
-        self._threads = ThreadPoolExecutor(MUNGE_THREADS, thread_name_prefix="rfaas-munge")
+        self._threads = {means: ThreadPoolExecutor(THREADS, thread_name_prefix=f"rfaas-{means}")
+                         for means in ("munge", "key")}
         self._audit = None if audit is None else Audit(audit)
         self._strangers = Strangers()
 
@@ -177,7 +178,8 @@ class Callers:
 
     def close(self) -> None:
         """Safe to call twice."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in self._threads.values():
+            threads.shutdown(wait=False, cancel_futures=True)
         if self._audit is not None:
             self._audit.close()
 
@@ -231,12 +233,12 @@ class Callers:
         claim = self._verifier.claim(request.headers.get("Authorization"), request.method, request.raw_path,
                                      (here[0], here[1]), tls=request.secure, now=self._clock())
         body = await request.read()
-        caller = await self._in_thread(self._verifier.prove, claim, body)
+        caller = await self._in_thread(claim.shown.means, self._verifier.prove, claim, body)
         self._verifier.accept(claim, self._clock())
         return caller
 
-    async def _in_thread(self, what: Callable[..., Any], *arguments: object) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, what, *arguments)
+    async def _in_thread(self, means: str, what: Callable[..., Any], *arguments: object) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads[means], what, *arguments)
 
     # ---- answers -----------------------------------------------------------------------------------
 
@@ -286,7 +288,7 @@ class Callers:
 
     async def _sealed(self, caller: Caller, response: web.Response) -> web.Response:
         try:
-            proof, body = await self._in_thread(caller.answer, response.status, _bytes(response))
+            proof, body = await self._in_thread(caller.means, caller.answer, response.status, _bytes(response))
         except AuthError as error:
             return self._mute(error)
         return web.Response(status=response.status, body=body, headers={identity.ANSWER_HEADER: proof},
@@ -358,7 +360,7 @@ class AgentChannel:
         """Answers the opening. ConnectionError, AuthError where that can't be done."""
         hello = ""
         if self._caller.sealed:
-            hello, self._seal = await self._callers._in_thread(self._caller.channel)
+            hello, self._seal = await self._callers._in_thread(self._caller.means, self._caller.channel)
         await self.socket.prepare(self._request)
         if self._seal is not None:
             await self.socket.send_str(hello)

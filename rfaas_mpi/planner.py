@@ -45,6 +45,8 @@ _GROUP_UNKNOWN_S = 2e-3
 # its worker may still be loading the kernel.
 PATIENCE_S = 0.010
 COLD_PATIENCE_S = 1.0
+# A worker's first probe is the smallest cell, and cold: one that takes so many times of what the rank takes says little.
+_FIRST = 4.0
 # Less gain than this is within what is known of it.
 _GAIN = 0.97
 _LEAST_T0_S = 1e-7
@@ -55,6 +57,8 @@ _CALL_FIXED = 16.0
 _CALLS = 8.0
 # A kernel that takes so many times as long as before does so because of its data.
 _OTHER_DATA = 1.5
+# And one that takes so many times as long is other work.
+_OTHER_WORK = 2.5
 # Probes and second tries spend at most this part of the time.
 BUDGET = 0.01
 
@@ -233,14 +237,14 @@ class _Course:
     __slots__ = ("_ratios", "last_s", "ratio", "runs")
 
     def __init__(self) -> None:
-        self._ratios = deque([1.0], 5)
-        self.ratio = 1.0
+        self.forget()
         self.runs = 0
         self.last_s = 0.0
 
     def forget(self) -> None:
         """What was predicted so far says nothing of what will be."""
-        self._ratios = deque([1.0], 5)
+        # Three wrong ones in succession say that it is so: it isn't run again soon then, and nothing else would.
+        self._ratios = deque([1.0, 1.0, 1.0], 5)
         self.ratio = 1.0
 
     def ran(self, predicted_s: float, took_s: float) -> None:
@@ -290,6 +294,8 @@ class Costs:
     _level: float = 0.0
     # Of cells of so many rows: those of another run may have fewer.
     _level_rows: float = 0.0
+    # What the rank alone was expected to take when `split` was last gone.
+    _split_level: float = 0.0
     # Of the line `alone`, for the cells of a run, when one was divided last.
     _divided_s: float = 0.0
     _said: tuple[str, Forecast | None, int] = ("nothing is known of it yet", None, 0)
@@ -363,6 +369,11 @@ class Costs:
             pace = self.pace.get(worker, 1.0)
             self.pace[worker] = pace + (now - pace) * 0.3
         self.there.add(rows, exec_s)
+
+    def probed(self, worker: int, rows: float, exec_s: float, *, cold: bool) -> None:
+        """A probe of so many rows took this at a worker; `cold` if it was the kernel's first there."""
+        if self.there.known or not cold or exec_s <= _FIRST * self.alone.at(rows):
+            self.ran_there(worker, rows, exec_s)
 
     def ran_some(self, rows: int, cells: int, seconds: float, *, worker: int | None, beside: bool = True) -> None:
         """So many cells of so many rows took this in all: at a worker, or on the rank, `beside` workers or alone."""
@@ -528,6 +539,11 @@ class Costs:
         found = self.forecast(cells, workers)
         if found is None:
             return
+        level = found.here_s / self.here.ratio
+        if not 1 / _OTHER_WORK < level / max(self._split_level, 1e-12) < _OTHER_WORK:
+            # How far predictions were off for much less or much more work says nothing.
+            self.split.forget()
+            self._split_level = level
         if offloaded:
             self._divided_s = self.alone.at(cells.rows if self.rowwise else cells.rows / len(cells))
             self._follow(cells.rows / (self.calls if self.rowwise else len(cells)))

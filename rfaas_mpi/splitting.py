@@ -149,8 +149,9 @@ class Splits:
             return      # by another thread
         request = probe.request
         if request._raw.outcome == Outcome.OK and request._error is None and request.worker:
+            cold = request.worker not in probe.warm
             probe.warm.add(request.worker)
-            probe.costs.ran_there(request.worker, probe.rows, request.exec_ns * 1e-9)
+            probe.costs.probed(request.worker, probe.rows, request.exec_ns * 1e-9, cold=cold)
 
     def explain(self) -> list[Explained]:
         """What is known, in the order in which it was first asked for."""

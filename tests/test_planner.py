@@ -146,6 +146,43 @@ def test_the_way_is_learned_from_bounds(t0, byte_s):
         assert link.t0_s + nbytes * link.byte_s == pytest.approx(t0 + nbytes * byte_s, rel=0.05)
 
 
+def test_a_first_cold_probe_that_takes_very_long_is_asked_again():
+    costs = Costs(Link())
+    costs.ran_alone(100, 1e-3, 10)
+    costs.probed(1, 8, 60 * costs.alone.at(8), cold=True)
+    assert not costs.there.known
+    costs.probed(1, 8, 1.1 * costs.alone.at(8), cold=False)
+    assert costs.there.at(8) == pytest.approx(1.1 * costs.alone.at(8))
+    slow = Costs(Link())
+    slow.ran_alone(100, 1e-3, 10)
+    for cold in (True, False):
+        slow.probed(1, 8, 60 * slow.alone.at(8), cold=cold)
+    assert slow.there.at(8) == pytest.approx(60 * slow.alone.at(8))
+
+
+def test_runs_that_were_disturbed_don_t_keep_a_split_from_being_tried():
+    cells = grid(1000, 1600)
+    costs = Costs(Link(60e-6, 1e-9), row_bytes=16)
+
+    def learned(work_s: float) -> None:
+        for _ in range(12):
+            costs.ran_alone(1000 / len(cells), work_s, len(cells))
+            costs.ran(cells, 1, work_s, offloaded=False)
+    learned(1e-2)
+    costs.ran_there(1, 10, 1e-4)
+    assert costs.decide(cells, 1)
+    # The first says nothing anyway; two of those after it are too few to believe in.
+    for _ in range(3):
+        costs.ran(cells, 1, 0.1, offloaded=True)
+    assert costs.decide(cells, 1)
+    for _ in range(2):
+        costs.ran(cells, 1, 0.1, offloaded=True)
+    assert not costs.decide(cells, 1)
+    # How much of that is true for other work nobody knows.
+    learned(1e-1)
+    assert costs.decide(cells, 1)
+
+
 # --- both sides of the crossover -------------------------------------------------------------
 
 @pytest.mark.parametrize("name", WORLDS)

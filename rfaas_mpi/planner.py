@@ -57,6 +57,8 @@ _CALL_FIXED = 16.0
 _CALLS = 8.0
 # A kernel that takes so many times as long as before does so because of its data.
 _OTHER_DATA = 1.5
+# Cells that are handed over one at a time then, before it is known.
+_TRIED = 2
 # And one that takes so many times as long is other work.
 _OTHER_WORK = 2.5
 # Probes and second tries spend at most this part of the time.
@@ -288,6 +290,8 @@ class Costs:
     here: _Course = field(default_factory=_Course)
     split: _Course = field(default_factory=_Course)
     _budget_s: float = 0.0
+    # The last decision was to try again what seemed not to pay.
+    _tried: bool = False
     # Lines whose last sample of a whole run was much later than expected.
     _late: set[Line] = field(default_factory=set)
     # Of the line `beside`, when `alone` was last seen or followed it.
@@ -473,6 +477,7 @@ class Costs:
 
     def decide(self, cells: Grid, workers: int) -> bool | None:
         """Whether to offload; None where that isn't known yet. `why` says why."""
+        self._tried = False
         if not workers:
             self._said = "no worker is there", None, 0
             return False
@@ -493,8 +498,11 @@ class Costs:
         if self.board:
             costs = self.begin_s + self.link.t0_s
         else:
-            costs = len(cells) * self.hand(self.bytes_of(cells.edges[1]))
-        if self._budget_s > max(found.split_s - found.here_s, 0.0) + costs:
+            # Where to hand over is what keeps it, cells are tried one at a time.
+            count = len(cells) if found.share > 0.0 else _TRIED
+            costs = count * self.hand(self.bytes_of(cells.edges[1]))
+        self._tried = self._budget_s > max(found.split_s - found.here_s, 0.0) + costs
+        if self._tried:
             self._budget_s = 0.0
             self._said = f"{text}, but tried again", found, workers
             return True
@@ -503,11 +511,11 @@ class Costs:
 
     def foresee(self, cells: Grid, workers: int) -> tuple[bool | None, str]:
         """What `decide` would say now, and why; nothing is changed."""
-        kept = self._said, self._budget_s
+        kept = self._said, self._budget_s, self._tried
         try:
             return self.decide(cells, workers), self.why
         finally:
-            self._said, self._budget_s = kept
+            self._said, self._budget_s, self._tried = kept
 
     def may_probe(self, cells: Grid, cost_s: float) -> bool:
         """Whether there is time to spend on a probe; if so, it is spent."""
@@ -553,6 +561,10 @@ class Costs:
             else:
                 self.split.ran(found.split_s / self.split.ratio, took_s)
         else:
+            if self._tried:
+                # Nothing was handed over after all, since that is said to cost so much; those who said so were cold.
+                self._tried = False
+                self.handing.scale(0.5)
             self.here.ran(found.here_s / self.here.ratio, took_s)
 
 

@@ -183,6 +183,27 @@ def test_runs_that_were_disturbed_don_t_keep_a_split_from_being_tried():
     assert costs.decide(cells, 1)
 
 
+def test_what_cold_hand_overs_cost_is_not_believed_for_good():
+    cells = grid(1000, 1600)
+    costs = Costs(Link(60e-6, 1e-9), row_bytes=1600)
+    costs.ran_alone(1000 / len(cells), 1e-2, len(cells))
+    costs.ran_there(1, 10, 1e-4)
+    costs.handing.add(costs.bytes_of(cells.edges[1]), 1e-3)
+    assert costs.decide(cells, 1) is False and "hand a cell over" in costs.why
+    before = costs.hand(costs.bytes_of(cells.edges[1]))
+    runs = 0
+    # Nothing is handed over, and so nothing is learned.
+    while costs.forecast(cells, 1).share == 0.0:
+        costs.decide(cells, 1)
+        costs.foresee(cells, 1)
+        costs.ran(cells, 1, 1e-2, offloaded=False)
+        runs += 1
+        assert runs < 200
+    assert costs.hand(costs.bytes_of(cells.edges[1])) < before
+    # One trial's time is spent first: a hundredth of all.
+    assert runs * 1e-2 * BUDGET > 1e-3
+
+
 # --- both sides of the crossover -------------------------------------------------------------
 
 @pytest.mark.parametrize("name", WORLDS)

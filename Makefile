@@ -90,7 +90,7 @@ soak: setup  ## ten million invocations in all styles, a million under kills, a 
 	RFAAS_SOAK_SITE_SECONDS=120 $(PY) -m pytest tests/test_slurm_site.py --timeout 1200
 	RFAAS_SOAK_PREEMPTION=CANCEL:0,CANCEL:60,REQUEUE:0,SUSPEND:0 $(PY) -m pytest tests/test_slurm_pilots.py --timeout 600
 	RFAAS_SOAK_SLURM_REPORT=1 $(PY) -m pytest tests/test_slurm_report.py --timeout 600
-	RFAAS_SOAK_SLURM_FAULTS=100 $(PY) -m pytest tests/test_slurm_faults.py -s --timeout 7200
+	for seed in 1 2 3; do RFAAS_SOAK_SLURM_FAULTS=25 RFAAS_SOAK_SLURM_SEED=$$seed $(PY) -m pytest tests/test_slurm_faults.py -s --timeout 7200 || exit 1; done
 	RFAAS_SOAK_CLUSTER_FAULTS=500 $(PY) -m pytest tests/test_cluster_soak.py -s --timeout 7200
 	RFM_TEST_SCALE=20 $(MAKE) --no-print-directory test-c C_TIMEOUT=3600
 	RFM_TEST_SCALE=100 $(MAKE) --no-print-directory check-asan-test_many $(C_TRANSPORTS:%=check-asan-%-test_many) C_TIMEOUT=3600

@@ -57,8 +57,6 @@ _CALL_FIXED = 16.0
 _CALLS = 8.0
 # A kernel that takes so many times as long as before does so because of its data.
 _OTHER_DATA = 1.5
-# Cells that are handed over one at a time then, before it is known.
-_TRIED = 2
 # And one that takes so many times as long is other work.
 _OTHER_WORK = 2.5
 # Probes and second tries spend at most this part of the time.
@@ -498,9 +496,7 @@ class Costs:
         if self.board:
             costs = self.begin_s + self.link.t0_s
         else:
-            # Where to hand over is what keeps it, cells are tried one at a time.
-            count = len(cells) if found.share > 0.0 else _TRIED
-            costs = count * self.hand(self.bytes_of(cells.edges[1]))
+            costs = len(cells) * self.hand(self.bytes_of(cells.edges[1]))
         self._tried = self._budget_s > max(found.split_s - found.here_s, 0.0) + costs
         if self._tried:
             self._budget_s = 0.0

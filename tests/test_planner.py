@@ -198,10 +198,10 @@ def test_what_cold_hand_overs_cost_is_not_believed_for_good():
         costs.foresee(cells, 1)
         costs.ran(cells, 1, 1e-2, offloaded=False)
         runs += 1
-        assert runs < 200
+        assert runs < 2000
     assert costs.hand(costs.bytes_of(cells.edges[1])) < before
-    # One trial's time is spent first: a hundredth of all.
-    assert runs * 1e-2 * BUDGET > 1e-3
+    # What a trial would cost by what is known is spared first: a hundredth of all.
+    assert runs * 1e-2 * BUDGET > len(cells) * before / 2
 
 
 # --- both sides of the crossover -------------------------------------------------------------

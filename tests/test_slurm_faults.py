@@ -227,7 +227,8 @@ def requeued(job: Job) -> None:
     slurm.wait_until(lambda: not slurm.run("squeue", "-h", "-t", "RUNNING,COMPLETING"), "its first time is over")
     nothing_left(slurm)
     had = job.rounds()
-    slurm.run("scontrol", "update", f"JobId={job.number}", "StartTime=now")
+    # slurmd knows times in seconds, and takes a credential made in that in which it revoked the first one for that one.
+    slurm.run("scontrol", "update", f"JobId={job.number}", "StartTime=now+2")
     slurm.wait_until(lambda: job.rounds() != had and slurm.state(job.number) == "RUNNING", "it runs again")
     job.goes_on()
 

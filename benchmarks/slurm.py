@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What pilots and hooks cost and gain on a real Slurm of virtual nodes: one JSON, and a timeline of its nodes.
 
-USAGE: python benchmarks/slurm.py run [--quick] [--part NAME]... [--calls N] [--starts N] [--other DIRECTORY]
-                                      [--with NAME=FILE.json]... [--out slurm-report.json]
+USAGE: python benchmarks/slurm.py run [--quick] [--part NAME]... [--calls N] [--hung N] [--starts N]
+                                      [--other DIRECTORY] [--with NAME=FILE.json]... [--out slurm-report.json]
        python benchmarks/slurm.py report [--docs docs/benchmarks.md] [--plot docs/slurm-report.png] slurm-report.json
 
 `run` starts clusters by tests/slurm_cluster.py, as root, and measures these parts, one after another:
@@ -342,9 +342,10 @@ def hook(amount: Amount, seed: int) -> dict[str, Any]:
         with node:
             with node.borrowing():
                 answered = []
-                for _ in range(amount.calls):
-                    # Its rank asks for another one, later and later.
-                    wait_for(node.workers, 0.3)
+                for number in range(amount.calls):
+                    # Its rank asks for another one, later and later: each second job waits until it is there.
+                    if number % 2 == 0 and wait_for(node.workers, 10.0):
+                        time.sleep(0.1)
                     answered.append(call())
             hung = []
             for _ in range(amount.hung):
@@ -362,7 +363,7 @@ def hook(amount: Amount, seed: int) -> dict[str, Any]:
                      *(spread("the same where a worker was there", with_worker, {50: 10.0, 99: 100.0})
                        if with_worker else ()),
                      *spread("a fork of an interpreter, killed until it has ended", ends, {}),
-                     *spread("with a hung agent", [took for took, _ in hung], {99: 300.0})],
+                     *(spread("with a hung agent", [took for took, _ in hung], {99: 300.0}) if hung else ())],
             "answered_s": answered, "ends_s": ends, "hung_s": hung}
 
 
@@ -695,6 +696,8 @@ def run(given: argparse.Namespace) -> int:
     amount = replace(QUICK if given.quick else Amount(), other=given.other)
     if given.calls is not None:
         amount = replace(amount, calls=given.calls)
+    if given.hung is not None:
+        amount = replace(amount, hung=given.hung)
     if given.starts is not None:
         amount = replace(amount, starts=given.starts)
     report: dict[str, Any] = {"version": __version__, "environment": environment.facts(), "quick": given.quick,
@@ -812,6 +815,7 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--with", dest="beside", action="append", default=[], type=named_file, metavar="NAME=FILE.json",
                      help="a part that was measured elsewhere; may be repeated")
     one.add_argument("--calls", type=int, default=None, help="how often a job's Prolog finds an agent that answers")
+    one.add_argument("--hung", type=int, default=None, help="and how often one that hangs")
     one.add_argument("--starts", type=int, default=None, help="how many pilots start, or rounds of three")
     one.add_argument("--other", type=Path, default=None, metavar="DIRECTORY",
                      help="another checkout, built, whose pilots start beside ours")

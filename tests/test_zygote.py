@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ import tiny
 
 from rfaas_mpi import config
 from rfaas_mpi import messages as msg
+from rfaas_mpi.agent import zygote
 from rfaas_mpi.agent.groups import Group, Roots, maker
 from rfaas_mpi.agent.pool import WorkerHandle, ZygoteHandle, ZygoteKind
 from rfaas_mpi.errors import ServiceError
@@ -233,3 +235,48 @@ def test_what_a_launcher_gave_one_rank_is_scrubbed_and_the_rest_is_kept():
     gone = {"PMI_FD": "9", "PMIX_RANK": "1", "OMPI_MCA_x": "y", "HYDI_CONTROL_FD": "8", "SLURM_PROCID": "3",
             "SLURM_STEP_ID": "0", "MPI_LOCALRANKID": "1"}
     assert config.scrubbed({**kept, **gone}) == kept
+
+
+# --- ends, in a process that has no other children ---------------------------
+
+REAPS = """
+import os, socket, types
+from rfaas_mpi import messages
+from rfaas_mpi.agent import zygote
+from rfaas_mpi.agent.priority import NO_PRIORITY
+here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+parent = zygote._Zygote(there, types.SimpleNamespace(landlock=None), NO_PRIORITY, False)
+if not (pid := os.fork()):
+    os._exit(3)
+parent.workers[pid] = 1
+os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+reap = os.waitpid
+def late(*words):
+    said = messages.unpack_from_zygote(here.recv(1 << 16, socket.MSG_DONTWAIT))
+    print(said.worker, said.pid == pid, said.signal, said.exit_code)
+    return reap(*words)
+os.waitpid = late
+assert parent.reap() and not zygote._children()
+"""
+
+
+def test_a_worker_s_end_is_told_before_it_is_reaped():
+    done = subprocess.run([sys.executable, "-c", REAPS], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("1 True 0 3\n", "")
+
+
+@pytest.mark.parametrize("number", [zygote._WAITID, None], ids=["waitid", "wait4"])
+def test_what_a_child_used_is_what_the_kernel_says_when_it_is_reaped(monkeypatch, number):
+    monkeypatch.setattr(zygote, "_WAITID", number)
+    process = subprocess.Popen([sys.executable, "-c", "sum(range(10**6)); b'x' * (64 << 20)"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    wait4, reaped = os.wait4, []
+    monkeypatch.setattr(os, "wait4", lambda *words: reaped.append(wait4(*words)) or reaped[-1])
+    cpu_s, most = zygote._usage(process.pid)
+    if number is not None:
+        assert not reaped, "it stays"
+        os.wait4(process.pid, 0)
+    process.returncode = 0
+    usage = reaped[0][2]
+    assert most == usage.ru_maxrss << 10 > 64 << 20
+    assert cpu_s == pytest.approx(usage.ru_utime + usage.ru_stime, abs=2e-6) and cpu_s > 0

@@ -16,6 +16,7 @@
 
 #define FIRST_ARENA   (4ull << 20)
 #define LARGEST_ARENA (256ull << 20)    /* of those that blocks share */
+#define STEP          25ull             /* odd: 64 arenas begin at 64 lines */
 
 struct span {                           /* free memory, by rising offset */
     uint64_t offset;
@@ -226,6 +227,17 @@ bool rfm_heap_find_constant(struct rfm_heap *heap, uint32_t arena,
     return inside;
 }
 
+/*
+ * Where the first block of the next arena begins: another cache line of its page
+ * each time. Arenas begin on a huge page; if large arrays, which have one each,
+ * did so, too, a kernel that streams through several of them would take some 4 %
+ * more (docs/benchmarks.md).
+ */
+static uint64_t first_offset(const struct rfm_heap *heap)
+{
+    return (heap->next_id * STEP * RFM_CACHE_LINE) % RFM_PAGE_SIZE;
+}
+
 /* the arena is in no list any more */
 static void arena_destroy(struct rfm_arena *arena)
 {
@@ -240,12 +252,15 @@ static void arena_destroy(struct rfm_arena *arena)
     free(arena);
 }
 
+/* of `bytes` in all, or, if it is for one block, with room for that many */
 static int arena_create(struct rfm_heap *heap, uint64_t bytes, bool own,
                         struct rfm_arena **arena_p)
 {
+    uint64_t first = first_offset(heap);
     struct rfm_arena *arena;
     int rc;
 
+    bytes += own ? first : 0;
     bytes = (bytes + RFM_PAGE_SIZE - 1) & ~(uint64_t)(RFM_PAGE_SIZE - 1);
     if ((heap->limit != 0) && (heap->bytes + bytes > heap->limit)) {
         return RFM_ERR_TOO_LARGE;
@@ -271,11 +286,12 @@ static int arena_create(struct rfm_heap *heap, uint64_t bytes, bool own,
     if (rc < 0) {
         goto err_close;
     }
-    arena->heap       = heap;
-    arena->bytes      = bytes;
-    arena->own        = own;
-    arena->id         = heap->next_id++;
-    arena->free->size = bytes;
+    arena->heap         = heap;
+    arena->bytes        = bytes;
+    arena->own          = own;
+    arena->id           = heap->next_id++;
+    arena->free->offset = first;
+    arena->free->size   = bytes - first;
     if (heap->hooks.made != NULL) {
         struct rfm_arena_info info = { arena->id, arena->fd, bytes,
                                        arena->base };
@@ -331,7 +347,8 @@ static int make_room(struct rfm_heap *heap, uint64_t span,
     if (span > LARGEST_ARENA / 4) {
         return arena_create(heap, span, true, arena_p);
     }
-    while ((heap->next_size < span) && (heap->next_size < LARGEST_ARENA)) {
+    while ((heap->next_size < first_offset(heap) + span) &&
+           (heap->next_size < LARGEST_ARENA)) {
         heap->next_size *= 2;
     }
     rc = arena_create(heap, heap->next_size, false, arena_p);

@@ -24,6 +24,12 @@ Run = Callable[[], tuple[Outcome, Any]]
 """Runs a kernel; its outcome, and the error's text or the result's parts."""
 
 
+# As in csrc/arena.c. Smaller arrays lie scattered anyway.
+_LARGE_BYTES = 1 << 20
+_PAGE_BYTES = 4096
+_STEP_BYTES = 25 * 64
+
+
 class InlineRequest:
     """As fabric.Request, for a kernel that runs here."""
 
@@ -101,6 +107,7 @@ class InlineInvoker:
         self.in_flight = 0
         self._pid = os.getpid()
         self._ids = itertools.count(1)
+        self._large = itertools.count()
         self._ended: deque[InlineRequest] = deque()
         self._bell = threading.Condition()
 
@@ -116,10 +123,13 @@ class InlineInvoker:
             raise ClosedError("the executor is shut down; make another Executor")
 
     def alloc(self, nbytes: int, *, zero: bool = False) -> Any:
-        """64-byte aligned memory, as the workers' arenas give it."""
+        """64-byte aligned memory, as the workers' arenas give it: large arrays begin at different lines of a page."""
         self._live()
-        raw = np.zeros(nbytes + 64, np.uint8) if zero else np.empty(nbytes + 64, np.uint8)
-        start = -raw.__array_interface__["data"][0] % 64
+        spare, start = 64, 0
+        if nbytes >= _LARGE_BYTES:
+            spare, start = _PAGE_BYTES, next(self._large) * _STEP_BYTES
+        raw = np.zeros(nbytes + spare, np.uint8) if zero else np.empty(nbytes + spare, np.uint8)
+        start = (start - raw.__array_interface__["data"][0]) % spare
         return raw[start:start + nbytes].data
 
     def locate(self, address: int, nbytes: int) -> None:

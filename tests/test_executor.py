@@ -471,6 +471,13 @@ def test_arrays_are_made_as_numpy_makes_them(ex, make):
     made[:] = 1
 
 
+def test_large_arrays_begin_at_different_lines_of_a_page_without_workers_too():
+    with Executor(transport="inline") as executor:
+        made = [executor.empty(size, "u1") for size in (4 << 20, 4 << 20, 5_000_000)]
+    assert len({array.ctypes.data % 4096 for array in made}) == len(made)
+    assert all(array.ctypes.data % 64 == 0 for array in made)
+
+
 def test_made_arrays_hold_what_was_asked_for(ex):
     assert not ex.zeros(1000).any()
     assert (ex.full(10, 2.5) == 2.5).all()

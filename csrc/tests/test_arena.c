@@ -5,6 +5,7 @@
 #include <pthread.h>
 
 #include "arena.h"
+#include "pages.h"
 
 #define MOST 400u
 
@@ -75,7 +76,7 @@ static void random_blocks_are_aligned_and_never_overlap(void)
         }
     }
     /* all of it came together again: as much fits without another arena */
-    take(heap, &pieces[0], (4u << 20) - RFM_REDZONE, 3);
+    take(heap, &pieces[0], (4u << 20) - RFM_PAGE_SIZE - RFM_REDZONE, 3);
     CHECK_EQ(rfm_heap_bytes(heap), full);
     give(&pieces[0]);
     rfm_heap_close(heap);
@@ -87,7 +88,7 @@ static void freed_neighbours_become_one(void)
         { 0, 1, 2 }, { 0, 2, 1 }, { 1, 0, 2 },
         { 1, 2, 0 }, { 2, 0, 1 }, { 2, 1, 0 },
     };
-    uint64_t third = ((4u << 20) / 4) - RFM_REDZONE;
+    uint64_t third = (((4u << 20) - RFM_PAGE_SIZE) / 4) - RFM_REDZONE;
     struct rfm_heap *heap;
     struct rfm_block b[4];
     struct rfm_block all;
@@ -213,6 +214,29 @@ static void what_lies_in_an_arena_is_found_there(void)
                            &at_end));
     CHECK(!rfm_heap_locate(heap, &local, 4, &arena, &offset, &at_end));
     rfm_heap_free(&b);
+    rfm_heap_close(heap);
+}
+
+/* A kernel that streams through them would find them in one set of a cache. */
+static void arrays_with_an_arena_each_begin_at_different_lines_of_a_page(void)
+{
+    struct rfm_block blocks[4];
+    uint64_t lines[4];
+    struct rfm_heap *heap;
+
+    CHECK_OK(rfm_heap_create(0, &heap));
+    for (uint32_t i = 0; i < 4; i++) {
+        CHECK_OK(rfm_heap_alloc(heap, 65u << 20, &blocks[i]));
+        lines[i] = (uintptr_t)blocks[i].address % RFM_PAGE_SIZE /
+                   RFM_CACHE_LINE;
+        for (uint32_t k = 0; k < i; k++) {
+            CHECK(blocks[i].arena_id != blocks[k].arena_id);
+            CHECK(lines[i] != lines[k]);
+        }
+    }
+    for (uint32_t i = 0; i < 4; i++) {
+        rfm_heap_free(&blocks[i]);
+    }
     rfm_heap_close(heap);
 }
 
@@ -347,6 +371,7 @@ int main(int argc, char **argv)
     RUN(blocks_outlive_the_close_of_their_heap);
     RUN(more_than_the_limit_is_refused_and_less_still_fits);
     RUN(what_lies_in_an_arena_is_found_there);
+    RUN(arrays_with_an_arena_each_begin_at_different_lines_of_a_page);
     RUN(every_arena_is_announced_once_and_large_ones_leave_at_once);
     RUN(an_arena_that_somebody_has_no_room_for_gives_way_to_a_smaller_one);
     RUN(threads_share_a_heap);

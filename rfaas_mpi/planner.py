@@ -59,8 +59,11 @@ _CALLS = 8.0
 _OTHER_DATA = 1.5
 # And one that takes so many times as long is other work.
 _OTHER_WORK = 2.5
-# Probes and second tries spend at most this part of the time.
+# Probes and second tries spend at most this part of the time; one that is disturbed is paid for as so many runs.
 BUDGET = 0.01
+_MOST_PAID = 4.0
+# The rank alone is tried again when this part of a run with workers is spared, beyond what that is expected to lose.
+_LEAST_TRY = 0.5
 
 
 # --- the grid -----------------------------------------------------------------------
@@ -270,6 +273,8 @@ class Costs:
     cell_bytes: float = 0.0
     hand_s: float = 2e-6
     """What the rank is expected to spend on a cell to hand it over, before that was seen."""
+    hand_byte_s: float = 0.0
+    """And on each of its bytes."""
     board: bool = False
     """Cells are taken from a board by rank and workers, and none is handed over."""
     rowwise: bool = False
@@ -288,12 +293,13 @@ class Costs:
     here: _Course = field(default_factory=_Course)
     split: _Course = field(default_factory=_Course)
     _budget_s: float = 0.0
-    # The last decision was to try again what seemed not to pay.
+    # The last decision was to try again what seemed not to pay: workers, or the rank alone.
     _tried: bool = False
+    _tried_here: bool = False
     # Lines whose last sample of a whole run was much later than expected.
     _late: set[Line] = field(default_factory=set)
-    # Of the line `beside`, when `alone` was last seen or followed it.
-    _level: float = 0.0
+    # Of the lines `beside` and `there`, when `alone` was last seen or followed them.
+    _level: tuple[float, ...] = ()
     # Of cells of so many rows: those of another run may have fewer.
     _level_rows: float = 0.0
     # What the rank alone was expected to take when `split` was last gone.
@@ -339,7 +345,14 @@ class Costs:
 
     def hand(self, nbytes: float) -> float:
         """Seconds of the rank's to hand a cell over and take its end."""
-        return self.handing.at(nbytes) if self.handing.known else self.hand_s
+        return self.handing.at(nbytes) if self.handing.known else self.hand_s + self.hand_byte_s * nbytes
+
+    def handed_over(self, nbytes: float, seconds: float) -> None:
+        """The rank has spent this on handing a cell over."""
+        if not self.handing.known:
+            # The first ones are cold, or disturbed: beside what is expected they count for what they are.
+            self.handing.add(nbytes, self.hand(nbytes))
+        self.handing.add(nbytes, seconds)
 
     def ran_alone(self, rows: float, seconds: float, count: int) -> None:
         """The rank has run all of it, `count` cells of so many rows on average."""
@@ -357,8 +370,8 @@ class Costs:
             elif line.known:
                 alike = min(max(line.slope / slope, 0.25), 4.0) if slope > 0.0 and line.slope > 0.0 else 1.0
                 line.tilt((now - before) / rows * alike)
-        if self._level_rows:
-            self._level = self.beside.at(self._level_rows)
+        if self._level:
+            self._level = self._levels()
         if self._divided_s > 0.0 and now > _OTHER_DATA * self._divided_s:
             # By how much predictions were wrong when it took so much less.
             self.split.forget()
@@ -475,7 +488,7 @@ class Costs:
 
     def decide(self, cells: Grid, workers: int) -> bool | None:
         """Whether to offload; None where that isn't known yet. `why` says why."""
-        self._tried = False
+        self._tried = self._tried_here = False
         if not workers:
             self._said = "no worker is there", None, 0
             return False
@@ -490,16 +503,17 @@ class Costs:
             self._said = "what it takes at a worker is not known yet", found, workers
             return None
         if found.split_s < _GAIN * found.here_s and found.share > 0.0:
-            self._said = "", found, workers
-            return True
+            # Where cells are handed over nothing is seen of the rank alone any more.
+            self._tried_here = not self.board and self._budget_s > found.here_s - found.split_s + _LEAST_TRY * found.split_s
+            self._said = "run here again, to see" if self._tried_here else "", found, workers
+            return not self._tried_here
         text = "too little gained" if found.share > 0.0 else "to hand a cell over takes as long as to run it"
-        if self.board:
-            costs = self.begin_s + self.link.t0_s
-        else:
-            costs = len(cells) * self.hand(self.bytes_of(cells.edges[1]))
-        self._tried = self._budget_s > max(found.split_s - found.here_s, 0.0) + costs
+        costs = self.begin_s + self.link.t0_s if self.board else 2 * self.hand(self.bytes_of(cells.edges[1]))
+        costs += max(found.split_s - found.here_s, 0.0)
+        self._tried = self._budget_s > costs
         if self._tried:
-            self._budget_s = 0.0
+            # What it really costs is paid when that is known.
+            self._budget_s = costs
             self._said = f"{text}, but tried again", found, workers
             return True
         self._said = text, found, workers
@@ -507,11 +521,11 @@ class Costs:
 
     def foresee(self, cells: Grid, workers: int) -> tuple[bool | None, str]:
         """What `decide` would say now, and why; nothing is changed."""
-        kept = self._said, self._budget_s, self._tried
+        kept = self._said, self._budget_s, self._tried, self._tried_here
         try:
             return self.decide(cells, workers), self.why
         finally:
-            self._said, self._budget_s, self._tried = kept
+            self._said, self._budget_s, self._tried, self._tried_here = kept
 
     def may_probe(self, cells: Grid, cost_s: float) -> bool:
         """Whether there is time to spend on a probe; if so, it is spent."""
@@ -526,23 +540,43 @@ class Costs:
         return found is not None and self._budget_s + BUDGET * found.here_s >= cost_s
 
     def _follow(self, rows: float) -> None:
-        """What the rank takes alone changes with what it takes beside workers, where that changes by much."""
-        if self._level == 0.0:
-            self._level, self._level_rows = self.beside.at(rows), rows
+        """What the rank takes alone changes with what it takes beside workers and they take, where both change by much.
+
+        One of them alone says more about how they disturb each other than about the kernel.
+        """
+        if not self._level:
+            self._level_rows = rows
+        levels = self._levels()
+        if not self._level or min(levels) <= 0.0 or min(self._level) <= 0.0:
+            self._level = levels
             return
-        level = self.beside.at(self._level_rows)
-        if not 1 / _OTHER_DATA < level / self._level < _OTHER_DATA:
-            self.alone.scale(level / self._level)
-            self._level = level
+        least, most = sorted(now / before for now, before in zip(levels, self._level, strict=True))
+        changed = least if least > 1.0 else most if most < 1.0 else 1.0
+        if not 1 / _OTHER_DATA < changed < _OTHER_DATA:
+            self.alone.scale(changed)
+            self._level = levels
+
+    def _levels(self) -> tuple[float, float]:
+        return self.beside.at(self._level_rows), self.there.at(self._level_rows)
 
     def ran(self, cells: Grid, workers: int, took_s: float, *, offloaded: bool, stalled: bool = False,
-            before_s: float = 0.0) -> None:
-        """A run is over: `offloaded` if workers ran some of it. Those before it that were not told took `before_s`."""
+            before_s: float = 0.0, once_s: float = 0.0) -> None:
+        """A run is over: `offloaded` if workers ran some of it. Those before it that were not told took `before_s`.
+
+        `once_s`: of its time, what was spent on what needs no doing again.
+        """
+        tried, tried_here = self._tried, self._tried_here
+        self._tried = self._tried_here = False
         self._budget_s += BUDGET * (took_s + before_s)
         self.stalls += stalled
         found = self.forecast(cells, workers)
         if found is None:
             return
+        if tried:
+            self._budget_s -= min(max(took_s - found.here_s, 0.0), _MOST_PAID * found.here_s)
+        elif tried_here:
+            self._budget_s = -min(max(took_s - found.split_s, 0.0), _MOST_PAID * found.split_s)
+        took_s -= once_s
         level = found.here_s / self.here.ratio
         if not 1 / _OTHER_WORK < level / max(self._split_level, 1e-12) < _OTHER_WORK:
             # How far predictions were off for much less or much more work says nothing.
@@ -557,9 +591,8 @@ class Costs:
             else:
                 self.split.ran(found.split_s / self.split.ratio, took_s)
         else:
-            if self._tried:
+            if tried:
                 # Nothing was handed over after all, since that is said to cost so much; those who said so were cold.
-                self._tried = False
                 self.handing.scale(0.5)
             self.here.ran(found.here_s / self.here.ratio, took_s)
 
@@ -927,7 +960,7 @@ def simulate(race: Race, world: World, now: float = 0.0, on_step: Callable[[floa
                     done = world.end(worker, begin, seconds)
                     heapq.heappush(free, (done, worker))
                     flying[cell] = (begin, done + world.t0_s / 2, worker, seconds)
-                    costs.handing.add(nbytes, spent)
+                    costs.handed_over(nbytes, spent)
                     race.handed(cell, now)
                     result.took.append((cell, "there"))
             case What.TAKE:

@@ -53,9 +53,12 @@ _KNOWN = 1024
 # What is expected of a way before it was used: T0 and seconds a byte.
 _WAYS = {"shm": (3e-6, 0.0), "verbs": (10e-6, 0.2e-9)}
 _NETWORK = (60e-6, 1e-9)
-# To hand a cell over, where its request is there already, and where it is made anew.
+# To hand a cell over, where its request is there already, and where it is made anew; over a network each byte is
+# copied, too.
 _HAND_S = 2e-6
 _HAND_ANEW_S = 60e-6
+_HAND_AWAY_S = 15e-6
+_HAND_BYTE_S = 0.05e-9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +114,14 @@ class Splits:
         return found
 
     def costs(self, kind: Any, name: str, cells: planner.Grid, row_bytes: float, cell_bytes: float,
-              hand_s: float, board: bool, rowwise: bool) -> Costs:
+              hand_s: float, hand_byte_s: float, board: bool, rowwise: bool) -> Costs:
         """What is known of a kernel on so many rows of this kind, within a factor of two."""
         key = (kind, self.crew.transport, cells.rows.bit_length())
         found = self._costs.get(key)
         if found is None:
             if len(self._costs) >= _KNOWN:
                 del self._costs[next(iter(self._costs))]
-            made = Costs(self.link(), row_bytes, cell_bytes, hand_s, board, rowwise)
+            made = Costs(self.link(), row_bytes, cell_bytes, hand_s, hand_byte_s, board, rowwise)
             similar = [(abs(other[2] - key[2]), known[2]) for other, known in list(self._costs.items())
                        if other[:2] == key[:2]]
             if similar:
@@ -259,8 +262,9 @@ class Split:
         kind = (kernel.digest, tuple((a.dtype.str, a.shape[1:]) for a in (*divided, *outs)),
                tuple((a.dtype.str, a.shape) for a in changing), grain, shared, persistent, self._shares,
                self._rowwise)
+        hand_s = _HAND_ANEW_S if not persistent else _HAND_S if crew.transport in _WAYS else _HAND_AWAY_S
         self._costs = splits.costs(kind, kernel.name, self._cells or planner.Grid((0,)), part, whole_bytes,
-                                   _HAND_S if persistent else _HAND_ANEW_S, self._shares, self._rowwise)
+                                   hand_s, 0.0 if shared else _HAND_BYTE_S, self._shares, self._rowwise)
         self._warm = splits.warm(kernel.digest)
         # Both are made when they are needed first.
         self._parts: Cells | None = None
@@ -276,6 +280,8 @@ class Split:
         self._flying: dict[int, Request] = {}
         self._anew: set[int] = set()
         self._begun = 0.0
+        # What was spent on setting cells up in this run.
+        self._once_s = 0.0
         self._freed = False
         if peers := crew.peers(self._read, self._written):
             check_peers(kernel, peers)
@@ -362,7 +368,7 @@ class Split:
                         can_take=crew.transport == "shm")
             self._guarded(lambda: self._run(race, workers, begin))
             took = time.perf_counter() - begin
-            costs.ran(cells, race.workers, took, offloaded=race.offloaded, stalled=race.stalled)
+            costs.ran(cells, race.workers, took, offloaded=race.offloaded, stalled=race.stalled, once_s=self._once_s)
         if self._partials:
             self._combine()
         return self.out
@@ -477,6 +483,7 @@ class Split:
         flying: dict[int, Request] = {}
         self._flying = flying
         self._anew = set()
+        self._once_s = 0.0
         looked = asked = begin
         # One at a time of each kernel: a worker that loads it has no use for a second.
         probed = (not workers or (costs.there.known and not race.cold)
@@ -540,6 +547,7 @@ class Split:
             done = clock()
             if anew:
                 self._anew.add(cell)
+                self._once_s += max(0.0, done - now - costs.hand(costs.bytes_of(race.cells.size(cell))))
             elif not race.offloaded:
                 costs.waking.add(0.0, max(0.0, done - now - costs.hand(costs.bytes_of(race.cells.size(cell)))))
             else:
@@ -547,7 +555,7 @@ class Split:
             race.handed(cell, done)
             now = done
         if count:
-            costs.handing.add(costs.bytes_of(rows / count), spent / count)
+            costs.handed_over(costs.bytes_of(rows / count), spent / count)
 
     def _run_there(self) -> None:
         """Has the workers run all of it; the rank runs what none of them is left for."""

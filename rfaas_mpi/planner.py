@@ -62,8 +62,12 @@ _OTHER_WORK = 2.5
 # Probes and second tries spend at most this part of the time; one that is disturbed is paid for as so many runs.
 BUDGET = 0.01
 _MOST_PAID = 4.0
+# Before it is seen how much a second try loses, this part of a run is feared at the most.
+_MOST_FEARED = 0.25
+# By so much at the most a hand-over is believed to take longer than others.
+_LATE_HAND = 1.5
 # The rank alone is tried again when this part of a run with workers is spared, beyond what that is expected to lose.
-_LEAST_TRY = 0.5
+_LEAST_TRY = 0.1
 
 
 # --- the grid -----------------------------------------------------------------------
@@ -349,10 +353,12 @@ class Costs:
 
     def handed_over(self, nbytes: float, seconds: float) -> None:
         """The rank has spent this on handing a cell over."""
+        # Those to a worker that slept take many times as long, and wherever that is believed none is handed over any
+        # more that would say otherwise. Where it is the way that is slow, many say so.
+        expected = self.hand(nbytes)
         if not self.handing.known:
-            # The first ones are cold, or disturbed: beside what is expected they count for what they are.
-            self.handing.add(nbytes, self.hand(nbytes))
-        self.handing.add(nbytes, seconds)
+            self.handing.add(nbytes, expected)
+        self.handing.add(nbytes, min(seconds, _LATE_HAND * expected))
 
     def ran_alone(self, rows: float, seconds: float, count: int) -> None:
         """The rank has run all of it, `count` cells of so many rows on average."""
@@ -509,10 +515,10 @@ class Costs:
             return not self._tried_here
         text = "too little gained" if found.share > 0.0 else "to hand a cell over takes as long as to run it"
         costs = self.begin_s + self.link.t0_s if self.board else 2 * self.hand(self.bytes_of(cells.edges[1]))
-        costs += max(found.split_s - found.here_s, 0.0)
+        costs += min(max(found.split_s - found.here_s, 0.0), _MOST_FEARED * found.here_s)
         self._tried = self._budget_s > costs
         if self._tried:
-            # What it really costs is paid when that is known.
+            # What it really loses is paid when that is known.
             self._budget_s = costs
             self._said = f"{text}, but tried again", found, workers
             return True

@@ -186,12 +186,15 @@ def test_a_killed_worker_costs_no_result(far, tmp_path):
         assert finished(rank) == "another worker\n"
 
 
-def test_a_killed_service_costs_no_result(two_nodes, tmp_path):
+def test_a_killed_service_costs_no_result(two_nodes, tmp_path, wait_until):
     begun, flag = tmp_path / "begun", tmp_path / "flag"
     with serving(two_nodes) as far, far.running(IN_FLIGHT, begun, flag) as rank:
         assert faults.line(rank) == "in flight"
         faults.wait_for(begun)
         os.kill(far.pid, signal.SIGKILL)
+        # Its worker ends with it, and not before it has noticed: what it's told to go on with it could still end.
+        worker = Path("/proc", begun.read_text())
+        wait_until(lambda: not worker.exists(), "the service's worker has ended")
         flag.touch()
         tell(rank, "go on")
         assert finished(rank) == "the rank\n"
